@@ -1,0 +1,90 @@
+"""What users may pass: each check names the argument, its value, and what would do."""
+
+from __future__ import annotations
+
+import operator
+
+from polywhiten._types import Array, Namespace
+
+
+def check_array(xp: Namespace, x: Array, name: str = "x") -> None:
+    if not xp.isdtype(x.dtype, "real floating"):
+        raise TypeError(f"{name} has dtype {x.dtype}: whitening needs real floating-point values, convert it first")
+
+
+def check_channel_axis(x: Array, axis: int, first: int = 0) -> int:
+    """`axis` counted from the front; `first` is the first axis that may hold channels."""
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}: at least 2 dimensions are needed, samples and channels")
+    axis = _integer("axis", axis)
+    normalized = axis + x.ndim if axis < 0 else axis
+    if not first <= normalized < x.ndim:
+        raise ValueError(f"axis={axis} holds no channels in shape {tuple(x.shape)}: use {first} to {x.ndim - 1}")
+    return normalized
+
+
+def check_eps(eps: float) -> float:
+    if not eps >= 0:  # NaN too
+        raise ValueError(f"eps={eps} must be 0 or more")
+    return float(eps)
+
+
+def check_group_size(group_size: int) -> int:
+    group_size = _integer("group_size", group_size)
+    if group_size < 1:
+        raise ValueError(f"group_size={group_size} must be 1 or more")
+    return group_size
+
+
+def check_num_groups(num_groups: int, channels: int, name: str = "channels of x") -> int:
+    num_groups = _integer("num_groups", num_groups)
+    if num_groups < 1 or channels % num_groups:
+        divisors = ", ".join(str(g) for g in range(1, channels + 1) if channels % g == 0)
+        raise ValueError(f"num_groups={num_groups} doesn't divide the {channels} {name}: use one of {divisors}")
+    return num_groups
+
+
+def check_per_channel(xp: Namespace, values: Array | None, name: str, channels: int) -> None:
+    if values is None:
+        return
+    if tuple(getattr(values, "shape", ())) != (channels,):
+        shape = tuple(values.shape) if hasattr(values, "shape") else repr(values)
+        raise ValueError(f"{name} has shape {shape}: one value for each of x's {channels} channels is needed")
+    check_array(xp, values, name)
+
+
+def check_gradient(dy: Array, shape: tuple[int, ...]) -> None:
+    if tuple(getattr(dy, "shape", ())) != tuple(shape):
+        raise ValueError(f"dy has shape {tuple(getattr(dy, 'shape', ()))}: y has {tuple(shape)}, and dy needs the same")
+
+
+def check_sample_count(count: int, shape: tuple[int, ...], hint: str) -> None:
+    if not count > 1:  # an unknown size, NaN in Dask, too
+        raise ValueError(f"x of shape {tuple(shape)} gives {count} samples a channel: at least 2 are needed; {hint}")
+
+
+def check_statistics(channels: int, mean: Array, whitener: Array) -> None:
+    """The statistics' shapes are those of x's channels, in whole groups or with a smaller last one."""
+    if tuple(mean.shape) != (channels,):
+        raise ValueError(f"stats.mean has shape {tuple(mean.shape)}: x has {channels} channels, it has to be ({channels},)")
+    size = whitener.shape[-1] if whitener.ndim == 3 else 0
+    groups = len(range(0, channels, size)) if size else 0
+    if tuple(whitener.shape) != (groups, size, size):
+        raise ValueError(
+            f"stats.whitener has shape {tuple(whitener.shape)}: (groups, d, d) is needed, "
+            f"d channels a group for x's {channels} channels"
+        )
+
+
+def check_square(cov: Array) -> None:
+    if cov.ndim < 2 or cov.shape[-1] != cov.shape[-2]:
+        raise ValueError(f"cov has shape {tuple(cov.shape)}: square matrices (..., d, d) are needed")
+
+
+def _integer(name: str, value: int) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r} must be an integer") from None

@@ -1,0 +1,63 @@
+"""The backend of an array: found from the array's type, imported when its arrays first arrive."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from array_api_compat import array_namespace
+
+from polywhiten._types import Array
+from polywhiten.kernels import Kernels
+from polywhiten.whitening import Plan, Statistics, forward
+
+# Top-level module of the array's class -> the subpackage whose BACKEND serves it. Others are served by the array API alone.
+BACKENDS = {"torch": "polywhiten.torch", "dask": "polywhiten.dask"}
+
+def _as_it_is(x: Array, axis: int) -> tuple[Array, int, Callable[[Array], Array]]:
+    return x, axis, lambda y: y
+
+
+Whiten = Callable[[Kernels, Plan, Array, Array | None, Array | None], tuple[Array, Statistics]]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the core needs of a framework.
+
+    Attributes
+    ----------
+    kernels : Kernels
+        The five kernels, with the framework's array namespace.
+    whiten : callable
+        `polywhiten.whitening.forward`, or that with `polywhiten.whitening.backward` registered as its gradient.
+    in_memory_order : callable
+        Of x and its channel axis: a view of x with the axes as they lie in memory, its channel axis, and the function
+        that puts a result's axes back. For frameworks whose tensors can be channels-last in memory alone.
+    """
+
+    kernels: Kernels
+    whiten: Whiten = forward
+    in_memory_order: Callable[[Array, int], tuple[Array, int, Callable[[Array], Array]]] = _as_it_is
+
+
+def backend_of(x: Array, name: str = "x") -> Backend:
+    """The backend that serves x; TypeError, with the argument's name, where x is no array."""
+    module = _backend_module(type(x))
+    if module is not None:
+        backend: Backend = importlib.import_module(module).BACKEND
+        return backend
+    try:
+        return Backend(Kernels(array_namespace(x)))
+    except TypeError:
+        raise TypeError(
+            f"{name} is a {type(x).__module__}.{type(x).__qualname__}: pass an array, for example numpy.asarray(x)"
+        ) from None
+
+
+@lru_cache
+def _backend_module(cls: type) -> str | None:
+    roots = (base.__module__.partition(".")[0] for base in cls.__mro__)
+    return next((BACKENDS[root] for root in roots if root in BACKENDS), None)

@@ -1,0 +1,514 @@
+"""The functions that users call, for arrays of every library.
+
+Each finds the array's backend, checks the arguments, and hands the work to `polywhiten.whitening`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from polywhiten import checks
+from polywhiten._types import AllReduce, Array
+from polywhiten.blocks import ChannelGroups, SampleGroups
+from polywhiten.dispatch import Backend, backend_of
+from polywhiten.groups import (
+    WhiteningStats,
+    channel_parts,
+    join_channels,
+    join_statistics,
+    take_channels,
+    take_groups,
+)
+from polywhiten.kernels import Kernels
+from polywhiten.solvers import Solver, solver_for
+from polywhiten.whitening import Plan, affine, backward, forward, statistics
+
+Pullback = Callable[[Array], tuple[Array, Array | None, Array | None]]
+
+
+def iter_norm(
+    x: Array,
+    *,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    group_size: int = 64,
+    axis: int = 1,
+    method: str = "newton",
+    iterations: int | None = None,
+    eps: float = 1e-5,
+    all_reduce: AllReduce | None = None,
+) -> Array:
+    r"""Whiten groups of channels over the batch: iterative normalization.
+
+    For each group of d channels, as a matrix X (d, M) over all M samples and positions:
+
+    .. math:: Y = \Sigma^{-1/2} (X - \mu), \quad \Sigma = \tfrac{1}{M} (X - \mu)(X - \mu)^T + \epsilon I
+
+    Parameters
+    ----------
+    x : array, shape (N, C, ...) or with the channels at `axis`
+        Real floating point, 2 dimensions or more.
+    weight, bias : array, shape (C,), optional
+        Scale and shift of every channel after whitening.
+    group_size : int
+        Channels whitened together; the last group is smaller where this doesn't divide C. 1 is batch normalization.
+    axis : int
+        The channel axis.
+    method : {"newton", "eigh", "minimax"}
+        "newton": the papers' iteration, partial where an eigenvalue is small beside the trace. "eigh": exact (ZCA).
+        "minimax": exact up to 1e-4 for condition numbers that `iterations` sets, in a third of Newton's steps.
+    iterations : int, optional
+        Steps of "newton" and "minimax", 5 by default; "eigh" has none.
+    eps : float
+        Added to the diagonal of the covariance.
+    all_reduce : callable, optional
+        Sums an array over the workers that share a batch: the statistics are then those of the joined batch.
+
+    Returns
+    -------
+    array
+        Shape and dtype of x. Differentiable where the library of x differentiates.
+
+    Raises
+    ------
+    TypeError
+        x is no array, or has no real floating-point dtype.
+    ValueError
+        An argument doesn't fit, or there is one sample a channel.
+
+    Notes
+    -----
+    Statistics are computed in float32 for half precision, else in the dtype of x. NaN or infinity anywhere in a group
+    makes all of that group's output NaN.
+
+    References
+    ----------
+    Huang et al., Iterative Normalization, CVPR 2019, arXiv:1904.03441.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polywhiten as pw
+    >>> x = np.random.default_rng(0).normal(size=(256, 8)) @ np.triu(np.ones((8, 8)))
+    >>> y = pw.iter_norm(x, method="eigh")
+    >>> bool(np.allclose(y.T @ y / 256, np.eye(8), atol=1e-3))
+    True
+    """
+    backend, axis = _checked(x, weight, bias, axis)
+    solver, eps = solver_for(method, iterations), checks.check_eps(eps)
+    return whiten_channels(backend, x, weight, bias, group_size, axis, solver, eps, all_reduce)[0]
+
+
+def group_whiten(
+    x: Array,
+    *,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    num_groups: int = 32,
+    axis: int = 1,
+    method: str = "newton",
+    iterations: int | None = None,
+    eps: float = 1e-5,
+) -> Array:
+    r"""Whiten groups of channels against each other, within every sample: group whitening.
+
+    A sample's C channels are cut into g groups; as a matrix X (g, M), with M = C / g times the positions,
+
+    .. math:: Y = \Sigma^{-1/2} (X - \mu), \quad \Sigma = \tfrac{1}{M} (X - \mu)(X - \mu)^T + \epsilon I
+
+    Parameters
+    ----------
+    x : array, shape (N, C, ...) or with the channels at `axis`
+        Real floating point, 2 dimensions or more; axis 0 counts the samples.
+    weight, bias : array, shape (C,), optional
+        Scale and shift of every channel after whitening.
+    num_groups : int
+        g, the size of the covariance matrix; divides C.
+    axis : int
+        The channel axis, not 0.
+    method, iterations, eps
+        As for `iter_norm`.
+
+    Returns
+    -------
+    array
+        Shape and dtype of x. Differentiable where the library of x differentiates.
+
+    Raises
+    ------
+    TypeError
+        x is no array, or has no real floating-point dtype.
+    ValueError
+        An argument doesn't fit, or a group has one value a sample.
+
+    References
+    ----------
+    Huang et al., Group Whitening, CVPR 2021, arXiv:2009.13333.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polywhiten as pw
+    >>> x = np.random.default_rng(0).normal(size=(2, 8, 5, 5))
+    >>> y = pw.group_whiten(x, num_groups=4, method="eigh")
+    >>> rows = y[0].reshape(4, 50)
+    >>> bool(np.allclose(rows @ rows.T / 50, np.eye(4), atol=1e-3))
+    True
+    """
+    backend, axis = _checked(x, weight, bias, axis, first_axis=1)
+    solver, eps = solver_for(method, iterations), checks.check_eps(eps)
+    return whiten_samples(backend, x, weight, bias, num_groups, axis, solver, eps)
+
+
+def iter_norm_vjp(
+    x: Array,
+    *,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    group_size: int = 64,
+    axis: int = 1,
+    method: str = "newton",
+    iterations: int | None = None,
+    eps: float = 1e-5,
+    all_reduce: AllReduce | None = None,
+) -> tuple[Array, Pullback]:
+    """`iter_norm` and its gradient, for libraries that don't differentiate; named as `jax.vjp`.
+
+    Parameters
+    ----------
+    x, weight, bias, group_size, axis, method, iterations, eps, all_reduce
+        As for `iter_norm`.
+
+    Returns
+    -------
+    y : array
+        As of `iter_norm`.
+    pullback : callable
+        Of dy, the gradient of a loss with respect to y: the gradients (dx, dweight, dbias), None where there is no
+        weight or bias. It keeps x and the statistics alive, no iterate and no copy of x. With several workers, dx is
+        that of the loss summed over them; dweight and dbias are the worker's own share.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As by `iter_norm`; by pullback where dy hasn't the shape of y.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polywhiten as pw
+    >>> x = np.random.default_rng(0).normal(size=(32, 8))
+    >>> y, pullback = pw.iter_norm_vjp(x, weight=np.ones(8))
+    >>> dx, dweight, dbias = pullback(np.ones_like(y))
+    >>> dx.shape, dweight.shape, dbias is None
+    ((32, 8), (8,), True)
+    """
+    backend, axis = _checked(x, weight, bias, axis)
+    solver, eps = solver_for(method, iterations), checks.check_eps(eps)
+    plans = _channel_plans(x, group_size, axis, solver, eps, all_reduce)
+    return _vjp(backend.kernels, plans, axis, x, weight, bias)
+
+
+def group_whiten_vjp(
+    x: Array,
+    *,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    num_groups: int = 32,
+    axis: int = 1,
+    method: str = "newton",
+    iterations: int | None = None,
+    eps: float = 1e-5,
+) -> tuple[Array, Pullback]:
+    """`group_whiten` and its gradient, for libraries that don't differentiate; named as `jax.vjp`.
+
+    Parameters
+    ----------
+    x, weight, bias, num_groups, axis, method, iterations, eps
+        As for `group_whiten`.
+
+    Returns
+    -------
+    y : array
+        As of `group_whiten`.
+    pullback : callable
+        Of dy, the gradient of a loss with respect to y: the gradients (dx, dweight, dbias), None where there is no
+        weight or bias.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As by `group_whiten`; by pullback where dy hasn't the shape of y.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polywhiten as pw
+    >>> x = np.random.default_rng(0).normal(size=(2, 8, 5, 5))
+    >>> y, pullback = pw.group_whiten_vjp(x, num_groups=4)
+    >>> dx, _, _ = pullback(y)
+    >>> dx.shape
+    (2, 8, 5, 5)
+    """
+    backend, axis = _checked(x, weight, bias, axis, first_axis=1)
+    solver, eps = solver_for(method, iterations), checks.check_eps(eps)
+    plan = _sample_plan(x, num_groups, axis, solver, eps)
+    return _vjp(backend.kernels, [(slice(0, x.shape[axis]), plan)], axis, x, weight, bias)
+
+
+def whitening_stats(
+    x: Array,
+    *,
+    group_size: int = 64,
+    axis: int = 1,
+    method: str = "newton",
+    iterations: int | None = None,
+    eps: float = 1e-5,
+    all_reduce: AllReduce | None = None,
+) -> WhiteningStats:
+    """Mean, covariance and whitener of groups of channels, for `apply_whitening`.
+
+    Parameters
+    ----------
+    x, group_size, axis, method, iterations, eps, all_reduce
+        As for `iter_norm`.
+
+    Returns
+    -------
+    WhiteningStats
+        mean (C,), covariance and whitener (groups, d, d); float32 for half precision, else in the dtype of x.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As by `iter_norm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polywhiten as pw
+    >>> train, new = np.random.default_rng(0).normal(size=(2, 100, 80))
+    >>> stats = pw.whitening_stats(train, group_size=64)
+    >>> stats.mean.shape, stats.whitener.shape
+    ((80,), (2, 64, 64))
+    >>> pw.apply_whitening(new, stats).shape
+    (100, 80)
+    """
+    backend, axis = _checked(x, None, None, axis)
+    solver, eps = solver_for(method, iterations), checks.check_eps(eps)
+    plans = _channel_plans(x, group_size, axis, solver, eps, all_reduce)
+    kernels = backend.kernels
+    return join_statistics(
+        kernels.xp, [statistics(kernels, plan, take_channels(x, part, axis)) for part, plan in plans]
+    )
+
+
+def apply_whitening(
+    x: Array,
+    stats: WhiteningStats,
+    *,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    axis: int = 1,
+) -> Array:
+    """Whiten with given statistics: the affine map diag(weight) whitener (x - mean) + bias.
+
+    Parameters
+    ----------
+    x : array, shape (N, C, ...) or with the channels at `axis`
+        Real floating point, 2 dimensions or more; may be empty.
+    stats : WhiteningStats
+        Of `whitening_stats`, for as many channels.
+    weight, bias : array, shape (C,), optional
+        Scale and shift of every channel after whitening.
+    axis : int
+        The channel axis.
+
+    Returns
+    -------
+    array
+        Shape and dtype of x.
+
+    Raises
+    ------
+    TypeError
+        x is no array, or has no real floating-point dtype.
+    ValueError
+        The statistics are of another number of channels, or another argument doesn't fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polywhiten as pw
+    >>> x = np.random.default_rng(0).normal(size=(100, 8))
+    >>> y = pw.apply_whitening(x, pw.whitening_stats(x))
+    >>> bool(np.allclose(y, pw.iter_norm(x)))
+    True
+    """
+    backend, axis = _checked(x, weight, bias, axis)
+    checks.check_statistics(x.shape[axis], stats.mean, stats.whitener)
+    return apply_frozen(backend, x, stats.mean, stats.whitener, weight, bias, axis)
+
+
+def inverse_sqrt(cov: Array, *, method: str = "newton", iterations: int | None = None) -> Array:
+    """Inverse square root of symmetric positive definite matrices.
+
+    Parameters
+    ----------
+    cov : array, shape (..., d, d)
+        Symmetric positive definite, real floating point.
+    method : {"newton", "eigh", "minimax"}
+        As for `iter_norm`.
+    iterations : int, optional
+        Steps of "newton" and "minimax", 5 by default; "eigh" has none.
+
+    Returns
+    -------
+    array, shape (..., d, d)
+        W with W cov W = I as far as the method converges; float32 for half precision, else in the dtype of cov.
+        Not finite where a matrix isn't. Differentiable where the library differentiates.
+
+    Raises
+    ------
+    TypeError
+        cov is no array, or has no real floating-point dtype.
+    ValueError
+        cov isn't square, or `method` or `iterations` doesn't fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import polywhiten as pw
+    >>> cov = np.array([[2.0, 1.0], [1.0, 2.0]])
+    >>> w = pw.inverse_sqrt(cov, method="eigh")
+    >>> bool(np.allclose(w @ cov @ w, np.eye(2)))
+    True
+    """
+    kernels = backend_of(cov, "cov").kernels
+    checks.check_array(kernels.xp, cov, "cov")
+    checks.check_square(cov)
+    return kernels.inverse_sqrt(solver_for(method, iterations), kernels.for_statistics(cov))
+
+
+def whiten_channels(
+    backend: Backend,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    group_size: int,
+    axis: int,
+    solver: Solver,
+    eps: float,
+    all_reduce: AllReduce | None = None,
+) -> tuple[Array, WhiteningStats]:
+    """`iter_norm` of checked arguments, with the batch's statistics; for layers."""
+    x, axis, restore = backend.in_memory_order(x, axis)
+    xp = backend.kernels.xp
+    outputs, stats = [], []
+    for part, plan in _channel_plans(x, group_size, axis, solver, eps, all_reduce):
+        given = take_channels(x, part, axis), take_channels(weight, part), take_channels(bias, part)
+        y, part_stats = backend.whiten(backend.kernels, plan, *given)
+        outputs.append(y)
+        stats.append(part_stats)
+    return restore(join_channels(xp, outputs, axis)), join_statistics(xp, stats)
+
+
+def whiten_samples(
+    backend: Backend,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    num_groups: int,
+    axis: int,
+    solver: Solver,
+    eps: float,
+) -> Array:
+    """`group_whiten` of checked arguments; for layers."""
+    x, axis, restore = backend.in_memory_order(x, axis)
+    plan = _sample_plan(x, num_groups, axis, solver, eps)
+    return restore(backend.whiten(backend.kernels, plan, x, weight, bias)[0])
+
+
+def apply_frozen(
+    backend: Backend, x: Array, mean: Array, whitener: Array, weight: Array | None, bias: Array | None, axis: int
+) -> Array:
+    """`apply_whitening` of checked arguments; for layers."""
+    x, axis, restore = backend.in_memory_order(x, axis)
+    kernels, outputs = backend.kernels, []
+    dtype = kernels.for_statistics(x[..., :0]).dtype
+    for part, size in channel_parts(x.shape[axis], whitener.shape[-1]):
+        part_mean = kernels.xp.reshape(take_channels(kernels.xp.astype(mean, dtype, copy=False), part), (-1, size))
+        part_whitener = take_groups(kernels.xp.astype(whitener, dtype, copy=False), part, size)
+        given = take_channels(x, part, axis), part_mean, part_whitener
+        outputs.append(
+            affine(kernels, ChannelGroups(axis, size), *given, take_channels(weight, part), take_channels(bias, part))
+        )
+    return restore(join_channels(kernels.xp, outputs, axis))
+
+
+def _checked(
+    x: Array, weight: Array | None, bias: Array | None, axis: int, first_axis: int = 0
+) -> tuple[Backend, int]:
+    """The backend of x and its channel axis counted from the front."""
+    backend = backend_of(x)
+    checks.check_array(backend.kernels.xp, x)
+    axis = checks.check_channel_axis(x, axis, first_axis)
+    for name, values in (("weight", weight), ("bias", bias)):
+        checks.check_per_channel(backend.kernels.xp, values, name, x.shape[axis])
+    return backend, axis
+
+
+def _channel_plans(
+    x: Array, group_size: int, axis: int, solver: Solver, eps: float, all_reduce: AllReduce | None
+) -> list[tuple[slice, Plan]]:
+    group_size = checks.check_group_size(group_size)
+    channels = x.shape[axis]
+    if all_reduce is None:  # else the workers' samples together count
+        count = math.prod(x.shape[:axis]) * math.prod(x.shape[axis + 1 :])
+        checks.check_sample_count(count, x.shape, "use a larger batch, or frozen statistics")
+    return [
+        (part, Plan(ChannelGroups(axis, size), solver, eps, all_reduce))
+        for part, size in channel_parts(channels, group_size)
+    ]
+
+
+def _sample_plan(x: Array, num_groups: int, axis: int, solver: Solver, eps: float) -> Plan:
+    channels = x.shape[axis]
+    num_groups = checks.check_num_groups(num_groups, channels)
+    count = channels // num_groups * math.prod(x.shape[1:axis]) * math.prod(x.shape[axis + 1 :])
+    checks.check_sample_count(count, x.shape, f"use fewer groups than num_groups={num_groups}")
+    return Plan(SampleGroups(axis, num_groups), solver, eps)
+
+
+def _vjp(
+    kernels: Kernels,
+    plans: list[tuple[slice, Plan]],
+    axis: int,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+) -> tuple[Array, Pullback]:
+    parts, outputs = [], []
+    for part, plan in plans:
+        given = take_channels(x, part, axis), take_channels(weight, part), take_channels(bias, part)
+        y, stats = forward(kernels, plan, *given)
+        parts.append((part, plan, given, stats))
+        outputs.append(y)
+
+    def pullback(dy: Array) -> tuple[Array, Array | None, Array | None]:
+        checks.check_gradient(dy, x.shape)
+        dxs, dweights, dbiases = zip(
+            *(
+                backward(kernels, plan, *given, stats, take_channels(dy, part, axis))
+                for part, plan, given, stats in parts
+            ),
+            strict=True,
+        )
+        return (
+            join_channels(kernels.xp, dxs, axis),
+            None if weight is None else join_channels(kernels.xp, dweights),
+            None if bias is None else join_channels(kernels.xp, dbiases),
+        )
+
+    return join_channels(kernels.xp, outputs, axis), pullback

@@ -1,0 +1,106 @@
+"""The five kernels that the algorithm is made of, in array API calls alone.
+
+A backend subclasses `Kernels` and overrides what its framework does faster; the tests hold every override against these.
+Arrays are (p, q, d, l), see `polywhiten.blocks`; means are (blocks, d), matrices (blocks, d, d).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from polywhiten._types import Array, Namespace
+from polywhiten.blocks import sample_count
+from polywhiten.solvers import Solver
+
+
+class Term(NamedTuple):
+    """matrix (array - centre), a part of an affine map."""
+
+    matrix: Array
+    array: Array
+    centre: Array
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels over an array API namespace `xp`."""
+
+    xp: Namespace
+
+    def moments(self, x: Array, block_axis: int) -> tuple[Array, Array]:
+        """Mean and covariance (divided by M) of every block, in the statistics' dtype."""
+        xp, axes = self.xp, (1 - block_axis, 3)
+        count = max(sample_count(x, block_axis), 1)  # a worker's share of a batch may be empty
+        x = self.for_statistics(x)
+        mean = xp.sum(x, axis=axes) / count
+        centred = x - _along(mean, block_axis)
+        # what a naive sum over many samples has lost; it is about the spread's rounding now, no longer the mean's
+        lost = xp.sum(centred, axis=axes) / count
+        cov = self._products(centred, centred, block_axis) / count - lost[..., :, None] * lost[..., None, :]
+        return mean + lost, cov
+
+    def inverse_sqrt(self, solver: Solver, cov: Array) -> Array:
+        """W = S^(-1/2) of matrices (..., d, d)."""
+        return solver.inverse_sqrt(self.xp, cov)
+
+    def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array) -> Array:
+        """Gradient of a loss with respect to S, of its gradient with respect to W."""
+        return solver.adjoint(self.xp, cov, grad)
+
+    def affine_map(self, terms: Sequence[Term], bias: Array | None, block_axis: int, dtype: object) -> Array:
+        """Sum of matrix (array - centre) over the terms, plus bias (blocks, d); (p, q, d, l) of `dtype`."""
+        result = None
+        for matrix, array, centre in terms:
+            centred = self.for_statistics(array) - _along(centre, block_axis)
+            product = self._apply(matrix, centred, block_axis)
+            result = product if result is None else result + product
+        if bias is not None:
+            result = result + _along(bias, block_axis)
+        return self.xp.astype(result, dtype, copy=False)
+
+    def cross_moments(self, dy: Array, x: Array, mean: Array, block_axis: int) -> tuple[Array, Array]:
+        """s = dY 1 (blocks, d) and K = dY (X - mean)' (blocks, d, d)."""
+        dy = self.for_statistics(dy)
+        centred = self.for_statistics(x) - _along(mean, block_axis)
+        return self.xp.sum(dy, axis=(1 - block_axis, 3)), self._products(dy, centred, block_axis)
+
+    def for_statistics(self, x: Array) -> Array:
+        """x in the dtype that statistics are computed in: float32 for half precision, else its own."""
+        return self.xp.astype(x, self.xp.float32, copy=False) if self.xp.finfo(x.dtype).bits < 32 else x
+
+    def _products(self, a: Array, b: Array, block_axis: int) -> Array:
+        """A B' of every block."""
+        xp = self.xp
+        if _is_wide(a):
+            return xp.sum(a @ xp.matrix_transpose(b), axis=1 - block_axis)
+        return xp.matrix_transpose(self._rows(a, block_axis)) @ self._rows(b, block_axis)
+
+    def _apply(self, matrix: Array, x: Array, block_axis: int) -> Array:
+        """A X of every block."""
+        xp = self.xp
+        if _is_wide(x):
+            return xp.expand_dims(matrix, axis=1 - block_axis) @ x
+        p, q, d, l = x.shape
+        result = self._rows(x, block_axis) @ xp.matrix_transpose(matrix)
+        blocks, samples = (p, q) if block_axis == 0 else (q, p)
+        result = xp.reshape(result, (blocks, samples, l, d))
+        return xp.permute_dims(result, (0, 1, 3, 2) if block_axis == 0 else (1, 0, 3, 2))
+
+    def _rows(self, x: Array, block_axis: int) -> Array:
+        """(blocks, M, d); without a copy where l is 1."""
+        x = self.xp.permute_dims(x, (0, 1, 3, 2) if block_axis == 0 else (1, 0, 3, 2))
+        blocks, samples, l, d = x.shape
+        return self.xp.reshape(x, (blocks, samples * l, d))
+
+
+def _is_wide(x: Array) -> bool:
+    """Whether a product for each of (p, q) is efficient: not a long row of small ones."""
+    d, l = x.shape[2:]
+    return bool(l > 1 and l >= d)
+
+
+def _along(values: Array, block_axis: int) -> Array:
+    """(blocks, d) laid along the axes of a (p, q, d, l) array."""
+    return values[:, None, :, None] if block_axis == 0 else values[None, :, :, None]

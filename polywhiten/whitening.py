@@ -1,0 +1,173 @@
+"""Whitening of equal blocks, forward and backward, over the five kernels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from polywhiten._types import AllReduce, Array
+from polywhiten.blocks import Blocks, ChannelGroups, channel_shape, sample_count
+from polywhiten.kernels import Kernels, Term
+from polywhiten.solvers import Solver
+from polywhiten.solvers.iteration import identity_like
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that forward and backward know beside the arrays; hashable, so that tracers can keep it as a constant."""
+
+    blocks: Blocks
+    solver: Solver
+    eps: float
+    all_reduce: AllReduce | None = None
+
+
+class Statistics(NamedTuple):
+    """Of every block: mean (blocks, d), covariance without eps and whitener, both (blocks, d, d)."""
+
+    mean: Array
+    covariance: Array
+    whitener: Array
+
+
+def statistics(kernels: Kernels, plan: Plan, x: Array) -> Statistics:
+    """Mean, covariance and W = (covariance + eps I)^(-1/2) of the blocks of x."""
+    xp, block_axis = kernels.xp, plan.blocks.block_axis
+    x4 = plan.blocks.split(xp, x)
+    mean, cov = kernels.moments(x4, block_axis)
+    if plan.all_reduce is not None:
+        count = sample_count(x4, block_axis)
+        total, whole = _reduced(kernels, plan.all_reduce, count, mean * count)
+        whole = whole / total
+        off = mean - whole
+        cov = plan.all_reduce(count * (cov + off[..., :, None] * off[..., None, :])) / total
+        mean = whole
+    return Statistics(mean, cov, kernels.inverse_sqrt(plan.solver, _regularized(kernels, cov, plan.eps)))
+
+
+def forward(kernels: Kernels, plan: Plan, x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Statistics]:
+    """Y = W (X - mean) of every block, then weight and bias (C,) of every channel."""
+    stats = statistics(kernels, plan, x)
+    return affine(kernels, plan.blocks, x, stats.mean, stats.whitener, weight, bias), stats
+
+
+def affine(
+    kernels: Kernels, blocks: Blocks, x: Array, mean: Array, whitener: Array, weight: Array | None, bias: Array | None
+) -> Array:
+    """diag(weight) whitener (x - mean) + bias, in the shape and dtype of x."""
+    xp = kernels.xp
+    x4 = blocks.split(xp, x)
+    if isinstance(blocks, ChannelGroups):  # the variables are channels: one affine map does it all
+        shift = None if bias is None else _per_variable(kernels, bias, mean)
+        matrix = whitener if weight is None else _scaled(kernels, whitener, weight)
+        terms = [Term(matrix, x4, mean)]
+        return xp.reshape(kernels.affine_map(terms, shift, blocks.block_axis, x.dtype), x.shape)
+    dtype = x.dtype if weight is None and bias is None else mean.dtype
+    y = xp.reshape(kernels.affine_map([Term(whitener, x4, mean)], None, blocks.block_axis, dtype), x.shape)
+    shape = channel_shape(x.ndim, blocks.axis)
+    if weight is not None:
+        y = y * xp.reshape(xp.astype(weight, dtype, copy=False), shape)
+    if bias is not None:
+        y = y + xp.reshape(xp.astype(bias, dtype, copy=False), shape)
+    return xp.astype(y, x.dtype, copy=False)
+
+
+def backward(
+    kernels: Kernels,
+    plan: Plan,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    stats: Statistics,
+    dy: Array,
+    dstats: Statistics = Statistics(None, None, None),
+) -> tuple[Array, Array | None, Array | None]:
+    """Gradients of x, weight and bias, from that of y and, where a loss uses them too, those of the statistics.
+
+    With K = dY (X - mean)', s = dY 1 and dS the adjoint of S -> S^(-1/2) along G = diag(weight) K::
+
+        dX = A' (dY - s / M) + (dS + dS') / M (X - mean),    A = diag(weight) W
+    """
+    xp, block_axis = kernels.xp, plan.blocks.block_axis
+    mean, cov, whitener = stats
+    folded = isinstance(plan.blocks, ChannelGroups)
+    dweight = dbias = None
+    if not folded:
+        dy, dweight, dbias = _undo_channel_affine(kernels, plan.blocks, x, weight, bias, stats, dy)
+    x4, dy4 = plan.blocks.split(xp, x), plan.blocks.split(xp, dy)
+    s, g = kernels.cross_moments(dy4, x4, mean, block_axis)
+    a = whitener
+    if folded:
+        dbias = None if bias is None else xp.reshape(s, (-1,))
+        if weight is not None:
+            dweight = xp.reshape(xp.sum(g * whitener, axis=-1), (-1,))
+            a, g = _scaled(kernels, a, weight), _scaled(kernels, g, weight)
+    if dstats.whitener is not None:
+        g = g + dstats.whitener
+    count, dmean, dcov = sample_count(x4, block_axis), dstats.mean, dstats.covariance
+    if plan.all_reduce is not None:
+        count, s, g, dmean, dcov = _reduced(kernels, plan.all_reduce, count, s, g, dmean, dcov)
+    ds = kernels.inverse_sqrt_adjoint(plan.solver, _regularized(kernels, cov, plan.eps), g)
+    if dcov is not None:
+        ds = ds + dcov
+    b = (ds + xp.matrix_transpose(ds)) / count
+    terms = [Term(xp.matrix_transpose(a), dy4, s / count), Term(b, x4, mean)]
+    shift = None if dmean is None else dmean / count
+    dx = xp.reshape(kernels.affine_map(terms, shift, block_axis, x.dtype), x.shape)
+    return dx, _as_dtype_of(kernels, dweight, weight), _as_dtype_of(kernels, dbias, bias)
+
+
+def _undo_channel_affine(
+    kernels: Kernels, blocks: Blocks, x: Array, weight: Array | None, bias: Array | None, stats: Statistics, dy: Array
+) -> tuple[Array, Array | None, Array | None]:
+    """Gradient of the whitened array, of weight and of bias, where these don't fold into the whitener."""
+    xp = kernels.xp
+    dweight = dbias = None
+    others = tuple(i for i in range(x.ndim) if i != blocks.axis)
+    if weight is None and bias is None:
+        return dy, None, None
+    dy = kernels.for_statistics(dy)
+    if bias is not None:
+        dbias = xp.sum(dy, axis=others)
+    if weight is not None:
+        white = affine(kernels, blocks, x, stats.mean, stats.whitener, None, None)
+        dweight = xp.sum(dy * white, axis=others)
+        dy = dy * xp.reshape(xp.astype(weight, dy.dtype, copy=False), channel_shape(x.ndim, blocks.axis))
+    return dy, dweight, dbias
+
+
+def _regularized(kernels: Kernels, cov: Array, eps: float) -> Array:
+    return cov + eps * identity_like(kernels.xp, cov)
+
+
+def _scaled(kernels: Kernels, matrix: Array, weight: Array) -> Array:
+    """diag(weight) matrix."""
+    return matrix * _per_variable(kernels, weight, matrix)[..., None]
+
+
+def _per_variable(kernels: Kernels, values: Array, like: Array) -> Array:
+    """(C,) as (blocks, d), in the dtype of `like`."""
+    return kernels.xp.reshape(kernels.xp.astype(values, like.dtype, copy=False), like.shape[:2])
+
+
+def _as_dtype_of(kernels: Kernels, gradient: Array | None, parameter: Array | None) -> Array | None:
+    return None if parameter is None else kernels.xp.astype(gradient, parameter.dtype, copy=False)
+
+
+def _reduced(kernels: Kernels, all_reduce: AllReduce, count: int, *arrays: Array | None) -> list[Array | None]:
+    """Sums over the workers of a count and of arrays, in one exchange."""
+    xp = kernels.xp
+    given = [array for array in arrays if array is not None]
+    flat = [xp.reshape(array, (-1,)) for array in given]
+    packed = all_reduce(xp.concat([xp.full_like(flat[0][:1], count), *flat]))
+    result: list[Array | None] = [packed[0]]
+    start = 1
+    for array in arrays:
+        if array is None:
+            result.append(None)
+            continue
+        stop = start + math.prod(array.shape)
+        result.append(xp.reshape(packed[start:stop], array.shape))
+        start = stop
+    return result
