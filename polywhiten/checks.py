@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 from polywhiten._types import Array, Namespace
 
@@ -10,6 +11,12 @@ from polywhiten._types import Array, Namespace
 def check_array(xp: Namespace, x: Array, name: str = "x") -> None:
     if not xp.isdtype(x.dtype, "real floating"):
         raise TypeError(f"{name} has dtype {x.dtype}: whitening needs real floating-point values, convert it first")
+
+
+def check_channels(x: Array, channels: int, name: str) -> None:
+    """The input of a layer that was made for `channels` channels, at axis 1."""
+    if x.ndim < 2 or x.shape[1] != channels:
+        raise ValueError(f"x has shape {tuple(x.shape)}: (N, {channels}, ...) is needed for {name}={channels}")
 
 
 def check_channel_axis(x: Array, axis: int, first: int = 0) -> int:
@@ -29,18 +36,24 @@ def check_eps(eps: float) -> float:
     return float(eps)
 
 
-def check_group_size(group_size: int) -> int:
-    group_size = _integer("group_size", group_size)
-    if group_size < 1:
-        raise ValueError(f"group_size={group_size} must be 1 or more")
-    return group_size
+def check_positive(name: str, value: int) -> int:
+    value = _integer(name, value)
+    if value < 1:
+        raise ValueError(f"{name}={value} must be 1 or more")
+    return value
 
 
-def check_num_groups(num_groups: int, channels: int, name: str = "channels of x") -> int:
+def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def check_num_groups(num_groups: int, channels: int) -> int:
     num_groups = _integer("num_groups", num_groups)
     if num_groups < 1 or channels % num_groups:
         divisors = ", ".join(str(g) for g in range(1, channels + 1) if channels % g == 0)
-        raise ValueError(f"num_groups={num_groups} doesn't divide the {channels} {name}: use one of {divisors}")
+        raise ValueError(f"num_groups={num_groups} doesn't divide {channels} channels: use one of {divisors}")
     return num_groups
 
 

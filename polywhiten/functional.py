@@ -462,7 +462,7 @@ def _checked(
 def _channel_plans(
     x: Array, group_size: int, axis: int, solver: Solver, eps: float, all_reduce: AllReduce | None
 ) -> list[tuple[slice, Plan]]:
-    group_size = checks.check_group_size(group_size)
+    group_size = checks.check_positive("group_size", group_size)
     channels = x.shape[axis]
     if all_reduce is None:  # else the workers' samples together count
         count = math.prod(x.shape[:axis]) * math.prod(x.shape[axis + 1 :])

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import array_api_extra as xpx
 
 from polywhiten._types import Array, Namespace
+from polywhiten.kernels import Kernels
+from polywhiten.solvers import Solver
 from polywhiten.solvers.iteration import identity_like
-from polywhiten.whitening import Statistics
+from polywhiten.whitening import Statistics, regularized
 
 
 class WhiteningStats(NamedTuple):
@@ -64,6 +66,14 @@ def take_groups(matrices: Array, part: slice, size: int) -> Array:
     """The matrices (groups, size, size) of the channels `part`, out of (groups, d, d)."""
     d = matrices.shape[-1]
     return matrices[part.start // d : -(-part.stop // d), :size, :size]
+
+
+def whitener_of(kernels: Kernels, covariance: Array, channels: int, solver: Solver, eps: float) -> Array:
+    """The whiteners (groups, d, d) of given covariances (groups, d, d)."""
+    size = covariance.shape[-1]
+    parts = [take_groups(covariance, part, d) for part, d in channel_parts(channels, size)]
+    whiteners = [kernels.inverse_sqrt(solver, regularized(kernels, part, eps)) for part in parts]
+    return join_channels(kernels.xp, [_padded(kernels.xp, whitener, size) for whitener in whiteners])
 
 
 def _padded(xp: Namespace, matrices: Array, size: int) -> Array:

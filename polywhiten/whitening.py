@@ -43,7 +43,7 @@ def statistics(kernels: Kernels, plan: Plan, x: Array) -> Statistics:
         off = mean - whole
         cov = plan.all_reduce(count * (cov + off[..., :, None] * off[..., None, :])) / total
         mean = whole
-    return Statistics(mean, cov, kernels.inverse_sqrt(plan.solver, _regularized(kernels, cov, plan.eps)))
+    return Statistics(mean, cov, kernels.inverse_sqrt(plan.solver, regularized(kernels, cov, plan.eps)))
 
 
 def forward(kernels: Kernels, plan: Plan, x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Statistics]:
@@ -108,7 +108,7 @@ def backward(
     count, dmean, dcov = sample_count(x4, block_axis), dstats.mean, dstats.covariance
     if plan.all_reduce is not None:
         count, s, g, dmean, dcov = _reduced(kernels, plan.all_reduce, count, s, g, dmean, dcov)
-    ds = kernels.inverse_sqrt_adjoint(plan.solver, _regularized(kernels, cov, plan.eps), g)
+    ds = kernels.inverse_sqrt_adjoint(plan.solver, regularized(kernels, cov, plan.eps), g)
     if dcov is not None:
         ds = ds + dcov
     b = (ds + xp.matrix_transpose(ds)) / count
@@ -137,7 +137,7 @@ def _undo_channel_affine(
     return dy, dweight, dbias
 
 
-def _regularized(kernels: Kernels, cov: Array, eps: float) -> Array:
+def regularized(kernels: Kernels, cov: Array, eps: float) -> Array:
     return cov + eps * identity_like(kernels.xp, cov)
 
 

@@ -1,0 +1,64 @@
+"""Dask arrays: everything stays lazy, and a matrix's whole solver is one task.
+
+The functions are those of `polywhiten`; this module only says how Dask runs them.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate, pairwise
+from operator import mul
+from types import ModuleType
+
+import array_api_compat.dask.array as compat
+import array_api_extra as xpx
+from array_api_compat import array_namespace
+
+from polywhiten._types import Array
+from polywhiten.dispatch import Backend
+from polywhiten.kernels import Kernels
+from polywhiten.solvers import Solver
+
+
+class _Namespace(ModuleType):
+    """Dask's namespace, with a `reshape` that may split one dimension and merge its parts with others."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(compat, name)
+
+    @staticmethod
+    def reshape(x: Array, shape: tuple[int, ...]) -> Array:
+        """Reshape in two steps, a split and a merge, as Dask does each alone."""
+        if any(math.isnan(n) for n in x.shape):
+            raise ValueError(f"x has shape {x.shape}, of unknown chunk sizes: call x.compute_chunk_sizes() first")
+        if 0 in x.shape:
+            return compat.reshape(x, shape)
+        strides = {n for s in (x.shape, shape) for n in accumulate(reversed(s), mul)} | {1}
+        split = tuple(outer // inner for inner, outer in pairwise(sorted(strides)))[::-1]
+        return compat.reshape(compat.reshape(x, split or (1,)), shape)
+
+
+xp = _Namespace("polywhiten.dask")
+
+
+class DaskKernels(Kernels):
+    """Kernels that run the solvers on the chunks' own library, where there is an eigendecomposition."""
+
+    def inverse_sqrt(self, solver: Solver, cov: Array) -> Array:
+        """W = S^(-1/2), in one task."""
+
+        def solve(cov: Array) -> Array:
+            return solver.inverse_sqrt(array_namespace(cov), cov)
+
+        return xpx.lazy_apply(solve, cov, shape=cov.shape, dtype=cov.dtype, xp=compat)
+
+    def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array) -> Array:
+        """Gradient with respect to S, in one task."""
+
+        def solve(cov: Array, grad: Array) -> Array:
+            return solver.adjoint(array_namespace(cov), cov, grad)
+
+        return xpx.lazy_apply(solve, cov, grad, shape=cov.shape, dtype=cov.dtype, xp=compat)
+
+
+BACKEND = Backend(DaskKernels(xp))

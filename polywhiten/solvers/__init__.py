@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from polywhiten._types import Array, Namespace
+from polywhiten.checks import check_choice, check_positive
 from polywhiten.solvers.eigh import Eigh
 from polywhiten.solvers.minimax import Minimax
 from polywhiten.solvers.newton import Newton
@@ -23,16 +24,12 @@ class Solver(Protocol):
 
 def solver_for(method: str, iterations: int | None) -> Solver:
     """The solver that `method` and `iterations` name; ValueError or TypeError where they don't name one."""
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown: use one of {', '.join(map(repr, METHODS))}")
+    check_choice("method", method, METHODS)
     if method == "eigh":
         if iterations is not None:
             raise ValueError(f"iterations={iterations!r} has no meaning for method='eigh', which is exact: leave it out")
         return Eigh()
     if iterations is None:
         iterations = DEFAULT_ITERATIONS
-    if isinstance(iterations, bool) or not isinstance(iterations, int):
-        raise TypeError(f"iterations={iterations!r} must be an integer of 1 or more")
-    if iterations < 1:
-        raise ValueError(f"iterations={iterations} must be 1 or more")
+    iterations = check_positive("iterations", iterations)
     return Newton(iterations) if method == "newton" else Minimax(iterations)

@@ -1,0 +1,98 @@
+"""The kernels on PyTorch tensors: in full precision under autocast, and differentiable once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor
+
+from polywhiten.kernels import Kernels, Term
+from polywhiten.solvers import Solver
+from polywhiten.solvers.eigh import Eigh
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _InverseSqrt(torch.autograd.Function):
+    """W = S^(-1/2) with the solver's own derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(cov: Tensor, solver: Solver) -> Tensor:
+        result: Tensor = solver.inverse_sqrt(xp, cov)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Solver], output: Tensor) -> None:
+        cov, ctx.solver = inputs
+        ctx.save_for_backward(cov)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (cov,) = ctx.saved_tensors
+        return KERNELS.inverse_sqrt_adjoint(ctx.solver, cov, grad), None
+
+
+class _EighAdjoint(torch.autograd.Function):
+    """The adjoint of "eigh", whose derivative must not be PyTorch's of eigh: that is NaN for equal eigenvalues."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(cov: Tensor, grad: Tensor, solver: Eigh) -> Tensor:
+        result: Tensor = solver.adjoint(xp, cov, grad)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Eigh], output: Tensor) -> None:
+        cov, grad, ctx.solver = inputs
+        ctx.save_for_backward(cov, grad)
+
+    @staticmethod
+    def backward(ctx: Any, direction: Tensor) -> tuple[Tensor, Tensor, None]:
+        cov, grad = ctx.saved_tensors
+        return ctx.solver.second(xp, cov, grad, direction), _EighAdjoint.apply(cov, direction, ctx.solver), None
+
+
+def _full_precision(kernel: Callable[P, R]) -> Callable[P, R]:
+    """Autocast would turn the kernels' products to half precision."""
+
+    @wraps(kernel)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return kernel(*args, **kwargs)
+
+    return run
+
+
+class TorchKernels(Kernels):
+    """Kernels whose every derivative PyTorch knows."""
+
+    moments = _full_precision(Kernels.moments)
+    cross_moments = _full_precision(Kernels.cross_moments)
+    affine_map = _full_precision(Kernels.affine_map)
+
+    @_full_precision
+    def inverse_sqrt(self, solver: Solver, cov: Tensor) -> Tensor:
+        """W = S^(-1/2)."""
+        result: Tensor = _InverseSqrt.apply(cov, solver)
+        return result
+
+    @_full_precision
+    def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor) -> Tensor:
+        """Gradient with respect to S."""
+        result: Tensor
+        if isinstance(solver, Eigh):
+            result = _EighAdjoint.apply(cov, grad, solver)
+        else:
+            result = solver.adjoint(xp, cov, grad)
+        return result
+
+
+KERNELS = TorchKernels(xp)

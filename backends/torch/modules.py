@@ -1,0 +1,312 @@
+"""Layers: `IterNorm` in place of BatchNorm1d/2d/3d, `GroupWhitening` in place of GroupNorm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polywhiten import checks
+from polywhiten.functional import apply_frozen, whiten_channels, whiten_samples
+from polywhiten.groups import WhiteningStats, whitener_of
+from polywhiten.solvers import solver_for
+from polywhiten.torch.autograd import BACKEND
+from polywhiten.torch.kernels import KERNELS
+
+TRACKED = ("whitener", "covariance")
+ON_NONFINITE = ("skip", "raise")
+
+
+class IterNorm(nn.Module):
+    r"""Iterative normalization: whitens groups of channels over the batch.
+
+    In place of `torch.nn.BatchNorm1d`, `BatchNorm2d` or `BatchNorm3d`, with their arguments in their order:
+
+    .. math:: Y = \Sigma^{-1/2} (X - \mu) \cdot \gamma + \beta, \quad
+              \Sigma = \tfrac{1}{M} (X - \mu)(X - \mu)^T + \epsilon I
+
+    Parameters
+    ----------
+    num_features : int
+        C, the channels of the input (N, C, ...).
+    eps : float
+        Added to the diagonal of the covariance.
+    momentum : float or None
+        Weight of the newest batch in the running averages; None: the plain average of all batches.
+    affine : bool
+        Whether to learn a weight and a bias for every channel.
+    track_running_stats : bool
+        Whether to keep running averages for evaluation mode. Without them every input is whitened by its own batch.
+    group_size : int
+        Channels whitened together; the last group is smaller where this doesn't divide C. 1 is batch normalization.
+    method : {"newton", "eigh", "minimax"}
+        As for `polywhiten.iter_norm`; "eigh" is decorrelated batch normalization.
+    iterations : int, optional
+        Steps of "newton" and "minimax", 5 by default; "eigh" has none.
+    track : {"whitener", "covariance"}
+        What is averaged: the whitener as in the paper, or the covariance, from which the whitener is derived.
+    on_nonfinite : {"skip", "raise"}
+        What to do with a batch whose statistics aren't finite. They never enter the running averages. "skip": such a
+        batch leaves them as they were, without a word (its output is NaN). "raise": a ValueError, at the price of a
+        synchronization with the device, and of a graph break in `torch.compile`.
+    device, dtype
+        Of the parameters and running averages.
+
+    Attributes
+    ----------
+    weight, bias : Parameter, shape (C,), or None
+    running_mean : Tensor, shape (C,), or None
+    running_whitener or running_covariance : Tensor, shape (groups, d, d), or None
+        Where the last group is smaller, its matrix stands in the upper left corner and the identity fills the rest.
+    num_batches_tracked : Tensor, shape (), or None
+
+    Raises
+    ------
+    ValueError
+        An argument or an input doesn't fit; in training, one sample a channel.
+    TypeError
+        An input that isn't floating point.
+
+    Notes
+    -----
+    Statistics are computed in float32 for half precision, under autocast too; the output has the input's dtype and memory
+    format. A mean that several processes share: `polywhiten.torch.iter_norm` with `all_reduce`.
+
+    References
+    ----------
+    Huang et al., Iterative Normalization, CVPR 2019, arXiv:1904.03441.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from polywhiten.torch import IterNorm
+    >>> layer = IterNorm(16, group_size=8)
+    >>> layer(torch.randn(4, 16, 5, 5)).shape
+    torch.Size([4, 16, 5, 5])
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        group_size: int = 64,
+        method: str = "newton",
+        iterations: int | None = None,
+        track: str = "whitener",
+        on_nonfinite: str = "skip",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_features = checks.check_positive("num_features", num_features)
+        self.group_size = checks.check_positive("group_size", group_size)
+        self.eps = checks.check_eps(eps)
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.method = method
+        self._solver = solver_for(method, iterations)
+        self.track = checks.check_choice("track", track, TRACKED)
+        self.on_nonfinite = checks.check_choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
+        factory = {"device": device, "dtype": dtype}
+        _register_affine(self, num_features, factory)
+        d = min(self.group_size, num_features)
+        for name, shape in (("running_mean", (num_features,)), (self._matrices, (-(-num_features // d), d, d))):
+            self.register_buffer(name, torch.empty(shape, **factory) if track_running_stats else None)
+        count = torch.empty((), dtype=torch.long, device=device) if track_running_stats else None
+        self.register_buffer("num_batches_tracked", count)
+        self.reset_parameters()
+
+    @property
+    def iterations(self) -> int | None:
+        """Steps of the iterative methods; None for "eigh"."""
+        return getattr(self._solver, "iterations", None)
+
+    @property
+    def _matrices(self) -> str:
+        """Name of the buffer of what is tracked beside the mean."""
+        return f"running_{self.track}"
+
+    def reset_running_stats(self) -> None:
+        """Forget the running averages: mean 0, whitener or covariance the identity."""
+        if self.track_running_stats:
+            matrices = self.get_buffer(self._matrices)
+            with torch.no_grad():
+                self.get_buffer("running_mean").zero_()
+                matrices.copy_(torch.eye(matrices.shape[-1], device=matrices.device))
+                self.get_buffer("num_batches_tracked").zero_()
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, and no running averages."""
+        self.reset_running_stats()
+        _reset_affine(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Whiten x, shape (N, num_features, ...): by its batch in training, else by the running averages."""
+        _check_input(x, self.num_features, "num_features")
+        if self.track_running_stats and not self.training:
+            return self._frozen(x)
+        y, stats = whiten_channels(BACKEND, x, self.weight, self.bias, self.group_size, 1, self._solver, self.eps)
+        if self.track_running_stats:
+            self._update(stats)
+        result: Tensor = y
+        return result
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        whitener = self.get_buffer(self._matrices)
+        if self.track == "covariance":
+            full = KERNELS.for_statistics(whitener)
+            whitener = whitener_of(KERNELS, full, self.num_features, self._solver, self.eps)
+        y: Tensor = apply_frozen(BACKEND, x, self.get_buffer("running_mean"), whitener, self.weight, self.bias, 1)
+        return y
+
+    @torch.no_grad()
+    def _update(self, stats: WhiteningStats) -> None:
+        finite = torch.isfinite(stats.mean).all() & torch.isfinite(stats.whitener).all()
+        if self.on_nonfinite == "raise" and not finite:
+            raise ValueError("x gives a mean or whitener that isn't finite (on_nonfinite='raise'): it has NaN or infinity")
+        count = self.get_buffer("num_batches_tracked")
+        count.add_(finite)
+        factor = 1 / count.clamp(min=1) if self.momentum is None else self.momentum
+        for name, batch in (("running_mean", stats.mean), (self._matrices, getattr(stats, self.track))):
+            running = self.get_buffer(name)
+            newer = running + factor * (batch - running)
+            running.copy_(torch.where(finite, newer, running))
+
+    def extra_repr(self) -> str:
+        """Arguments, as `repr` shows them."""
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}, group_size={self.group_size}, "
+            f"method={self.method!r}, iterations={self.iterations}, track={self.track!r}"
+        )
+
+
+class GroupWhitening(nn.Module):
+    r"""Group whitening: whitens groups of channels against each other, within every sample.
+
+    In place of `torch.nn.GroupNorm`, with its arguments in their order. Training and evaluation are the same:
+
+    .. math:: Y = \Sigma^{-1/2} (X - \mu) \cdot \gamma + \beta, \quad
+              \Sigma = \tfrac{1}{M} (X - \mu)(X - \mu)^T + \epsilon I
+
+    for every sample as a matrix X (num_groups, M).
+
+    Parameters
+    ----------
+    num_groups : int
+        g, the size of the covariance matrix; divides num_channels.
+    num_channels : int
+        C, the channels of the input (N, C, ...).
+    eps : float
+        Added to the diagonal of the covariance.
+    affine : bool
+        Whether to learn a weight and a bias for every channel.
+    method : {"newton", "eigh", "minimax"}
+        As for `polywhiten.iter_norm`.
+    iterations : int, optional
+        Steps of "newton" and "minimax", 5 by default; "eigh" has none.
+    device, dtype
+        Of the parameters.
+
+    Attributes
+    ----------
+    weight, bias : Parameter, shape (C,), or None
+
+    Raises
+    ------
+    ValueError
+        An argument or an input doesn't fit; one value a group and sample.
+    TypeError
+        An input that isn't floating point.
+
+    Notes
+    -----
+    Statistics are computed in float32 for half precision, under autocast too; the output has the input's dtype and
+    memory format.
+
+    References
+    ----------
+    Huang et al., Group Whitening, CVPR 2021, arXiv:2009.13333.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from polywhiten.torch import GroupWhitening
+    >>> layer = GroupWhitening(8, 16)
+    >>> layer(torch.randn(4, 16, 5, 5)).shape
+    torch.Size([4, 16, 5, 5])
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        method: str = "newton",
+        iterations: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_channels = checks.check_positive("num_channels", num_channels)
+        self.num_groups = checks.check_num_groups(num_groups, num_channels)
+        self.eps = checks.check_eps(eps)
+        self.affine = affine
+        self.method = method
+        self._solver = solver_for(method, iterations)
+        _register_affine(self, num_channels, {"device": device, "dtype": dtype})
+        self.reset_parameters()
+
+    @property
+    def iterations(self) -> int | None:
+        """Steps of the iterative methods; None for "eigh"."""
+        return getattr(self._solver, "iterations", None)
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0."""
+        _reset_affine(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Whiten every sample of x, shape (N, num_channels, ...)."""
+        _check_input(x, self.num_channels, "num_channels")
+        y: Tensor = whiten_samples(
+            BACKEND, x, self.weight, self.bias, self.num_groups, 1, self._solver, self.eps
+        )
+        return y
+
+    def extra_repr(self) -> str:
+        """Arguments, as `repr` shows them."""
+        return (
+            f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, "
+            f"method={self.method!r}, iterations={self.iterations}"
+        )
+
+
+def _check_input(x: Tensor, channels: int, name: str) -> None:
+    checks.check_channels(x, channels, name)
+    checks.check_array(KERNELS.xp, x)
+
+
+def _register_affine(layer: IterNorm | GroupWhitening, channels: int, factory: dict[str, Any]) -> None:
+    for name in ("weight", "bias"):
+        layer.register_parameter(name, nn.Parameter(torch.empty(channels, **factory)) if layer.affine else None)
+
+
+def _reset_affine(layer: IterNorm | GroupWhitening) -> None:
+    if layer.affine:
+        nn.init.ones_(layer.weight)
+        nn.init.zeros_(layer.bias)
