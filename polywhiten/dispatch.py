@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 from array_api_compat import array_namespace
 
@@ -45,19 +45,22 @@ class Backend:
 
 def backend_of(x: Array, name: str = "x") -> Backend:
     """The backend that serves x; TypeError, with the argument's name, where x is no array."""
-    module = _backend_module(type(x))
+    module = framework_module(type(x))
     if module is not None:
-        backend: Backend = importlib.import_module(module).BACKEND
+        backend: Backend = sys.modules[module].BACKEND
         return backend
     try:
         return Backend(Kernels(array_namespace(x)))
     except TypeError:
         raise TypeError(
-            f"{name} is a {type(x).__module__}.{type(x).__qualname__}: pass an array, for example numpy.asarray(x)"
+            f"{name} is a {type(x).__module__}.{type(x).__qualname__}: pass an array, for example numpy.asarray({name})"
         ) from None
 
 
-@lru_cache
-def _backend_module(cls: type) -> str | None:
-    roots = (base.__module__.partition(".")[0] for base in cls.__mro__)
-    return next((BACKENDS[root] for root in roots if root in BACKENDS), None)
+def framework_module(cls: type) -> str | None:
+    """Name of the module, now imported, that serves the arrays of `cls` or of a base of it, if one of `BACKENDS` does."""
+    for base in cls.__mro__:
+        module = BACKENDS.get(base.__module__.partition(".")[0])
+        if module is not None:
+            return importlib.import_module(module).__name__
+    return None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import array_api_extra as xpx
-
 from polywhiten._types import Array, Namespace
 from polywhiten.kernels import Kernels
 from polywhiten.solvers import Solver
@@ -54,11 +52,10 @@ def join_channels(xp: Namespace, parts: list[Array], axis: int = 0) -> Array:
 
 
 def join_statistics(xp: Namespace, parts: list[Statistics]) -> WhiteningStats:
-    size = parts[0].whitener.shape[-1]
     return WhiteningStats(
         join_channels(xp, [xp.reshape(part.mean, (-1,)) for part in parts]),
-        join_channels(xp, [_padded(xp, part.covariance, size) for part in parts]),
-        join_channels(xp, [_padded(xp, part.whitener, size) for part in parts]),
+        _join_matrices(xp, [part.covariance for part in parts]),
+        _join_matrices(xp, [part.whitener for part in parts]),
     )
 
 
@@ -70,18 +67,16 @@ def take_groups(matrices: Array, part: slice, size: int) -> Array:
 
 def whitener_of(kernels: Kernels, covariance: Array, channels: int, solver: Solver, eps: float) -> Array:
     """The whiteners (groups, d, d) of given covariances (groups, d, d)."""
-    size = covariance.shape[-1]
-    parts = [take_groups(covariance, part, d) for part, d in channel_parts(channels, size)]
+    parts = [take_groups(covariance, part, d) for part, d in channel_parts(channels, covariance.shape[-1])]
     whiteners = [kernels.inverse_sqrt(solver, regularized(kernels, part, eps)) for part in parts]
-    return join_channels(kernels.xp, [_padded(kernels.xp, whitener, size) for whitener in whiteners])
+    return _join_matrices(kernels.xp, whiteners)
 
 
-def _padded(xp: Namespace, matrices: Array, size: int) -> Array:
-    """Matrices (groups, d, d) as (groups, size, size), with the identity in what is new."""
-    missing = size - matrices.shape[-1]
-    if not missing:
-        return matrices
-    corner = ((0, 0), (0, missing), (0, missing))
-    inside = xpx.pad(identity_like(xp, matrices), corner[1:], xp=xp)
-    padded = xpx.pad(matrices, corner, xp=xp)
-    return padded + (identity_like(xp, padded) - inside)
+def _join_matrices(xp: Namespace, parts: list[Array]) -> Array:
+    """Matrices of all groups, the smaller last one with the identity in what it lacks."""
+    if len(parts) == 1:
+        return parts[0]
+    first, last = parts
+    d, eye = last.shape[-1], identity_like(xp, first[:1, ...])
+    top = xp.concat([last, eye[:, :d, d:]], axis=2)
+    return xp.concat([first, xp.concat([top, eye[:, d:, :]], axis=1)])

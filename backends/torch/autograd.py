@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from polywhiten import whitening
-from polywhiten.dispatch import Backend
+from polywhiten.dispatch import Backend, framework_module
 from polywhiten.kernels import Kernels
+from polywhiten.solvers.minimax import minimax_steps
 from polywhiten.torch.kernels import KERNELS
 from polywhiten.whitening import Plan, Statistics
 
@@ -64,3 +65,7 @@ def _in_memory_order(x: Tensor, axis: int) -> tuple[Tensor, int, Callable[[Tenso
 
 
 BACKEND = Backend(KERNELS, _whiten, _in_memory_order)
+
+# torch.compile need trace neither how a backend is found nor how coefficients are computed: its constants
+for _constant in (framework_module, minimax_steps):
+    torch.compiler.assume_constant_result(_constant)  # type: ignore[no-untyped-call]

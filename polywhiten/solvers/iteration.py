@@ -13,43 +13,21 @@ point (N. J. Higham, Functions of Matrices, 2008, eq. 6.35).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from array_api_compat import device
+from typing import ClassVar
 
 from polywhiten._types import Array, Namespace
 
 Step = tuple[float, float, float]  # a, b, c
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A matrix with its directional derivative; arithmetic carries both by the product rule."""
-
-    value: Array
-    tangent: Array
-
-    def __matmul__(self, other: Pair) -> Pair:
-        return Pair(self.value @ other.value, self.tangent @ other.value + self.value @ other.tangent)
-
-    def __rmul__(self, factor: float) -> Pair:
-        return Pair(factor * self.value, factor * self.tangent)
-
-    def __add__(self, other: Pair | Array) -> Pair:
-        if isinstance(other, Pair):
-            return Pair(self.value + other.value, self.tangent + other.tangent)
-        return Pair(self.value + other, self.tangent)  # a constant
+Pair = tuple[Array, Array | None]  # a matrix, and its directional derivative where that is wanted
 
 
 def symmetric_part(xp: Namespace, m: Array) -> Array:
-    if isinstance(m, Pair):
-        return Pair(symmetric_part(xp, m.value), symmetric_part(xp, m.tangent))
     return 0.5 * (m + xp.matrix_transpose(m))
 
 
 def identity_like(xp: Namespace, matrix: Array) -> Array:
-    return xp.eye(matrix.shape[-1], dtype=matrix.dtype, device=device(matrix))
+    # not xp.eye: the device of an array that is being traced can be asked for in no way that all libraries share
+    return xp.tril(xp.triu(xp.ones_like(matrix)))
 
 
 def trace(xp: Namespace, matrix: Array) -> Array:
@@ -65,11 +43,11 @@ def inner(xp: Namespace, a: Array, b: Array) -> Array:
 class CoupledIteration(ABC):
     """An inverse square root by polynomial steps; a subclass says how to scale and which polynomials."""
 
-    symmetrize = False  # whether R is made symmetric again in every step
+    symmetrize: ClassVar[bool] = False  # whether R is made symmetric again in every step
 
     @property
     @abstractmethod
-    def steps(self) -> Sequence[Step]: ...
+    def steps(self) -> tuple[Step, ...]: ...
 
     @abstractmethod
     def scale(self, xp: Namespace, cov: Array) -> Array:
@@ -81,7 +59,7 @@ class CoupledIteration(ABC):
 
     def inverse_sqrt(self, xp: Namespace, cov: Array) -> Array:
         t = self._positive_scale(xp, cov)
-        return self._iterate(xp, cov / t, identity_like(xp, cov)) / xp.sqrt(t)
+        return self._iterate(xp, cov / t)[0] / xp.sqrt(t)
 
     def adjoint(self, xp: Namespace, cov: Array, grad: Array) -> Array:
         """Gradient with respect to `cov`: the directional derivative along `grad`.
@@ -90,27 +68,35 @@ class CoupledIteration(ABC):
         """
         t = self._positive_scale(xp, cov)
         g = symmetric_part(xp, grad)
-        z = self._iterate(xp, Pair(cov / t, g), identity_like(xp, cov))
-        d = z.tangent / xp.sqrt(t)
-        along_scale = inner(xp, d, cov) / t**2 + inner(xp, g, z.value) / (2 * t * xp.sqrt(t))
+        z, dz = self._iterate(xp, cov / t, g)
+        d = dz / xp.sqrt(t)
+        along_scale = inner(xp, d, cov) / t**2 + inner(xp, g, z) / (2 * t * xp.sqrt(t))
         return d / t - along_scale * self.scale_gradient(xp, cov, t)
 
     def _positive_scale(self, xp: Namespace, cov: Array) -> Array:
         # eps = 0 and constant channels: S is 0, and so is S / t
         return xp.clip(self.scale(xp, cov), min=float(xp.finfo(cov.dtype).smallest_normal))
 
-    def _iterate(self, xp: Namespace, y: Array, eye: Array) -> Array:
-        """Z of a matrix, or of a Pair."""
-        z = None
+    def _iterate(self, xp: Namespace, y: Array, dy: Array | None = None) -> Pair:
+        """Z, and its directional derivative along dy where that is given."""
+        eye = identity_like(xp, y)
+        y, z = (y, dy), None
         last = len(self.steps) - 1
         for k, (a, b, c) in enumerate(self.steps):
-            r = y if z is None else z @ y
+            r, dr = y if z is None else _times(z, y)
             if self.symmetrize:
-                r = symmetric_part(xp, r)
-            q = b * r + a * eye
+                r, dr = symmetric_part(xp, r), None if dr is None else symmetric_part(xp, dr)
+            q, dq = a * eye + b * r, None if dr is None else b * dr
             if c:
-                q = q + c * (r @ r)
-            z = q if z is None else q @ z
+                square, dsquare = _times((r, dr), (r, dr))
+                q, dq = q + c * square, None if dq is None else dq + c * dsquare
+            z = (q, dq) if z is None else _times((q, dq), z)
             if k < last:
-                y = y @ q
+                y = _times(y, (q, dq))
         return z
+
+
+def _times(m: Pair, n: Pair) -> Pair:
+    """A product by the product rule."""
+    (a, da), (b, db) = m, n
+    return a @ b, None if da is None else da @ b + a @ db

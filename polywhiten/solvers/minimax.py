@@ -1,7 +1,6 @@
 """Minimax polynomials: exact whitening in a third of Newton's steps."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -33,7 +32,7 @@ class Minimax(CoupledIteration):
     symmetrize = True
 
     @property
-    def steps(self) -> Sequence[Step]:
+    def steps(self) -> tuple[Step, ...]:
         return minimax_steps(self.iterations)
 
     def scale(self, xp: Namespace, cov: Array) -> Array:
@@ -45,9 +44,14 @@ class Minimax(CoupledIteration):
         return cov / scale
 
 
-@lru_cache
 def minimax_steps(iterations: int) -> tuple[Step, ...]:
-    """Coefficients of the steps, for the widest interval that ends within the target."""
+    """Coefficients of the steps, computed once for every number of them."""
+    return _widest_schedule(iterations)
+
+
+@lru_cache
+def _widest_schedule(iterations: int) -> tuple[Step, ...]:
+    """The steps whose first interval is the widest that ends within the target."""
     low, high = math.log10(_LOWEST), 0.0
     for _ in range(40):
         middle = (low + high) / 2

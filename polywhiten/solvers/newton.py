@@ -1,6 +1,5 @@
 """Newton's iteration: the papers' solver, partial on purpose where T is small."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from polywhiten._types import Array, Namespace
@@ -22,7 +21,7 @@ class Newton(CoupledIteration):
     iterations: int = 5
 
     @property
-    def steps(self) -> Sequence[Step]:
+    def steps(self) -> tuple[Step, ...]:
         return ((1.5, -0.5, 0.0),) * self.iterations
 
     def scale(self, xp: Namespace, cov: Array) -> Array:
