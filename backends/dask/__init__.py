@@ -14,6 +14,16 @@ import array_api_compat.dask.array as compat
 import array_api_extra as xpx
 from array_api_compat import array_namespace
 
+from polywhiten import (
+    WhiteningStats,
+    apply_whitening,
+    group_whiten,
+    group_whiten_vjp,
+    inverse_sqrt,
+    iter_norm,
+    iter_norm_vjp,
+    whitening_stats,
+)
 from polywhiten._types import Array
 from polywhiten.dispatch import Backend
 from polywhiten.kernels import Kernels
@@ -32,7 +42,7 @@ class _Namespace(ModuleType):
         if any(math.isnan(n) for n in x.shape):
             raise ValueError(f"x has shape {x.shape}, of unknown chunk sizes: call x.compute_chunk_sizes() first")
         if 0 in x.shape:
-            return compat.reshape(x, shape)
+            return compat.zeros(shape, dtype=x.dtype)
         strides = {n for s in (x.shape, shape) for n in accumulate(reversed(s), mul)} | {1}
         split = tuple(outer // inner for inner, outer in pairwise(sorted(strides)))[::-1]
         return compat.reshape(compat.reshape(x, split or (1,)), shape)
@@ -62,3 +72,15 @@ class DaskKernels(Kernels):
 
 
 BACKEND = Backend(DaskKernels(xp))
+
+__all__ = [
+    "BACKEND",
+    "WhiteningStats",
+    "apply_whitening",
+    "group_whiten",
+    "group_whiten_vjp",
+    "inverse_sqrt",
+    "iter_norm",
+    "iter_norm_vjp",
+    "whitening_stats",
+]

@@ -69,9 +69,8 @@ class CoupledIteration(ABC):
         t = self._positive_scale(xp, cov)
         g = symmetric_part(xp, grad)
         z, dz = self._iterate(xp, cov / t, g)
-        d = dz / xp.sqrt(t)
-        along_scale = inner(xp, d, cov) / t**2 + inner(xp, g, z) / (2 * t * xp.sqrt(t))
-        return d / t - along_scale * self.scale_gradient(xp, cov, t)
+        along_scale = inner(xp, dz, cov / t) + inner(xp, g, z) / 2
+        return (dz - along_scale * self.scale_gradient(xp, cov, t)) / t / xp.sqrt(t)
 
     def _positive_scale(self, xp: Namespace, cov: Array) -> Array:
         # eps = 0 and constant channels: S is 0, and so is S / t

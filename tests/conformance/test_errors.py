@@ -1,0 +1,65 @@
+"""Wrong use gets an error that names the argument, its value and what would do."""
+
+import numpy as np
+import pytest
+
+import polywhiten as pw
+
+X = np.random.default_rng(0).normal(size=(4, 6, 3))
+STATS = {"mean": np.zeros(5), "covariance": None, "whitener": np.eye(5)[None]}
+
+WRONG = {
+    "integers": ("iter_norm", {"x": np.ones((4, 6), dtype="int64")}, TypeError, "x has dtype .*int64.* floating"),
+    "integer weight": ("iter_norm", {"x": X, "weight": np.ones(6, dtype="int64")}, TypeError, "weight has dtype .*int64"),
+    "rank": ("iter_norm", {"x": np.ones(4)}, ValueError, r"x has shape \(4,\): at least 2 dimensions"),
+    "axis": ("iter_norm", {"x": X, "axis": 3}, ValueError, r"axis=3 .* use 0 to 2"),
+    "axis type": ("iter_norm", {"x": X, "axis": 1.0}, TypeError, r"axis=1.0 must be an integer"),
+    "sample axis": ("group_whiten", {"x": X, "num_groups": 2, "axis": 0}, ValueError, r"axis=0 .* use 1 to 2"),
+    "one sample": ("iter_norm", {"x": np.ones((1, 6))}, ValueError, r"\(1, 6\) gives 1 samples .* larger batch"),
+    "no samples": ("iter_norm", {"x": np.ones((0, 6))}, ValueError, r"\(0, 6\) gives 0 samples"),
+    "one value": ("group_whiten", {"x": X[:, :, 0], "num_groups": 6}, ValueError, "fewer groups than num_groups=6"),
+    "groups": ("group_whiten", {"x": X, "num_groups": 4}, ValueError, "num_groups=4 doesn't divide 6 .* 1, 2, 3, 6"),
+    "no groups": ("group_whiten", {"x": X, "num_groups": 0}, ValueError, "num_groups=0 doesn't divide 6"),
+    "group type": ("group_whiten", {"x": X, "num_groups": 2.0}, TypeError, "num_groups=2.0 must be an integer"),
+    "group size": ("iter_norm", {"x": X, "group_size": 0}, ValueError, "group_size=0 must be 1 or more"),
+    "group size type": ("iter_norm", {"x": X, "group_size": "8"}, TypeError, "group_size='8' must be an integer"),
+    "iterations": ("iter_norm", {"x": X, "iterations": 0}, ValueError, "iterations=0 must be 1 or more"),
+    "iterations type": ("iter_norm", {"x": X, "iterations": 2.5}, TypeError, "iterations=2.5 must be an integer"),
+    "needless": ("iter_norm", {"x": X, "method": "eigh", "iterations": 5}, ValueError, "iterations=5 has no meaning"),
+    "method": ("iter_norm", {"x": X, "method": "zca"}, ValueError, "method='zca' is unknown: use one of 'newton', 'eigh'"),
+    "eps": ("iter_norm", {"x": X, "eps": -1e-5}, ValueError, "eps=-1e-05 must be 0 or more"),
+    "eps NaN": ("group_whiten", {"x": X, "num_groups": 2, "eps": float("nan")}, ValueError, "eps=nan must be 0 or more"),
+    "weight": ("iter_norm", {"x": X, "weight": np.ones(5)}, ValueError, r"weight has shape \(5,\): .* 6 channels"),
+    "bias": ("group_whiten", {"x": X, "bias": np.ones((6, 1)), "num_groups": 2}, ValueError, r"bias has shape \(6, 1\)"),
+    "square": ("inverse_sqrt", {"cov": np.ones((3, 4))}, ValueError, r"cov has shape \(3, 4\): square"),
+}
+
+
+@pytest.mark.parametrize(("function", "arguments", "error", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_argument(library, function, arguments, error, message):
+    with pytest.raises(error, match=message):
+        library.call(function, **arguments)
+
+
+def test_statistics_of_another_size(library):
+    stats = pw.WhiteningStats(*(library.array(s) for s in STATS.values()))
+    with pytest.raises(ValueError, match=r"stats.mean has shape \(5,\): x has 6 channels"):
+        library.call("apply_whitening", x=X, stats=stats)
+    stats = stats._replace(mean=library.array(np.zeros(6)), whitener=library.array(np.zeros((2, 3, 2))))
+    with pytest.raises(ValueError, match=r"stats.whitener has shape \(2, 3, 2\)"):
+        library.call("apply_whitening", x=X, stats=stats)
+
+
+def test_gradient_of_another_shape(library):
+    _, pullback = pw.iter_norm_vjp(library.array(X))
+    with pytest.raises(ValueError, match=r"dy has shape \(4, 6\): y has \(4, 6, 3\)"):
+        pullback(library.array(X[:, :, 0]))
+
+
+def test_what_is_no_array():
+    with pytest.raises(TypeError, match="x is a builtins.list: pass an array"):
+        pw.iter_norm([[1.0, 2.0]])
+    with pytest.raises(TypeError, match="cov is a builtins.float: pass an array"):
+        pw.inverse_sqrt(1.0)
+    with pytest.raises(TypeError, match="complex"):
+        pw.iter_norm(X.astype(complex))

@@ -1,0 +1,89 @@
+"""Inputs on which whitening goes wrong when it is written carelessly (design, section 5)."""
+
+import numpy as np
+import pytest
+import reference
+
+import polywhiten as pw
+
+METHODS = ("newton", "eigh", "minimax")
+CALLS = {"iter_norm": {"group_size": 4}, "group_whiten": {"num_groups": 4}}
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+@pytest.mark.parametrize("mean", [1e3, 1e4])
+@pytest.mark.parametrize("shape", [(64, 8, 10, 10), (2000, 8)], ids=["maps", "rows"])
+def test_a_mean_far_larger_than_the_spread(library, mean, shape):
+    x = (normal(*shape) + mean * np.linspace(0.5, 1, 8).reshape(1, 8, *[1] * (len(shape) - 2))).astype("float32")
+    rows = np.moveaxis(np.float64(x), 1, 0).reshape(8, -1)
+    stats = pw.whitening_stats(library.array(x), method="eigh")
+    np.testing.assert_allclose(np.asarray(stats.covariance)[0], np.cov(rows, bias=True), atol=1e-4)
+    np.testing.assert_allclose(np.asarray(stats.mean), rows.mean(axis=1), rtol=1e-6)
+    y = library.call("iter_norm", x=x, method="eigh", eps=0.0)
+    white = np.moveaxis(np.float64(y), 1, 0).reshape(8, -1)
+    np.testing.assert_allclose(white @ white.T / white.shape[1], np.eye(8), atol=mean * 1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("x", "eps"),
+    {
+        "constant": (np.full((4, 8, 3), 7.0), 1e-5),
+        "some channels constant": (normal(4, 8, 3) * (np.arange(8) > 3)[:, None], 1e-5),
+        "fewer samples than channels": (normal(3, 8, 2), 1e-5),
+        "one sample repeated": (np.repeat(normal(1, 8, 3), 6, axis=0), 1e-5),
+        "two equal channels": (normal(4, 8, 3)[:, [0, 0, 2, 3, 4, 4, 6, 7]], 1e-5),
+        "white already": (np.linalg.qr(normal(64, 8))[0].reshape(64, 8, 1).repeat(4, axis=2), 1e-5),
+        "eps 0 with full rank": (normal(16, 8, 9), 0.0),
+        "tiny": (1e-12 * normal(16, 8, 9), 1e-5),
+        "huge": (1e12 * normal(16, 8, 9), 1e-5),
+    }.values(),
+    ids=lambda v: "" if isinstance(v, float) else None,
+)
+def test_output_and_gradient_are_finite(library, name, method, x, eps):
+    x = x.astype("float32")
+    y, (dx, _, _) = library.vjp(name, np.ones_like(x), x=x, method=method, eps=eps, **CALLS[name])
+    assert np.all(np.isfinite(y))
+    assert np.all(np.isfinite(dx))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CALLS)
+def test_constant_without_eps_is_zero(library, name, method):
+    y = library.call(name, x=np.full((4, 8, 3), 7.0), method=method, eps=0.0, **CALLS[name])
+    np.testing.assert_allclose(y, 0, atol=1e-10)
+
+
+def test_float16_near_its_maximum(library):
+    if "float16" not in library.value.dtypes:
+        pytest.skip(f"{library.value.module} has no float16")
+    x = (normal(64, 8, 5) * 8e3).clip(-65504, 65504).astype("float16")
+    for name, grouping in CALLS.items():
+        y = library.call(name, x=x, method="eigh", **grouping)
+        np.testing.assert_allclose(y, getattr(reference, name)(x, method="eigh", **grouping), atol=2e-2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nonfinite_input_spoils_its_own_block_alone(library, method, bad):
+    x = normal(6, 8, 5)
+    x[2, 5, 3] = bad
+    with np.errstate(invalid="ignore"):
+        y = library.call("iter_norm", x=x, method=method, group_size=4)
+        assert np.all(np.isfinite(y[:, :4]))
+        assert not np.any(np.isfinite(y[:, 4:]))
+        y = library.call("group_whiten", x=x, method=method, num_groups=4)
+    assert np.all(np.isfinite(np.delete(y, 2, axis=0)))
+    assert not np.any(np.isfinite(y[2]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nonfinite_matrix_has_no_finite_root(library, method):
+    cov = np.stack([np.eye(3), np.full((3, 3), np.nan)])
+    w = library.call("inverse_sqrt", cov=cov, method=method)
+    assert np.all(np.isfinite(w[0]))
+    assert not np.any(np.isfinite(w[1]))

@@ -1,0 +1,53 @@
+"""The definitions of the two papers in NumPy float64, a block at a time; slow, plain, and independent of the library."""
+
+import numpy as np
+
+from polywhiten.solvers.minimax import minimax_steps
+
+
+def inverse_sqrt(cov, method="eigh", iterations=None):
+    """S^(-1/2), or what the method makes of it: its scalar recurrence on every eigenvalue."""
+    values, vectors = np.linalg.eigh(cov)
+    if method == "eigh":
+        roots = values**-0.5
+    elif method == "newton":
+        scale, p = values.sum(), np.ones_like(values)
+        for _ in range(iterations or 5):
+            p = (3 * p - p**3 * values / scale) / 2
+        roots = p / np.sqrt(scale)
+    else:
+        scale = np.sqrt(np.sum(values**2))
+        x = np.sqrt(values / scale)
+        sigma = x.copy()
+        for a, b, c in minimax_steps(iterations or 5):
+            sigma = a * sigma + b * sigma**3 + c * sigma**5
+        roots = sigma / x / np.sqrt(scale)
+    return vectors * roots @ vectors.T
+
+
+def whiten(x, eps=1e-5, **solver):
+    """The block x (d, M): W (x - mean)."""
+    centred = x - x.mean(axis=1, keepdims=True)
+    cov = centred @ centred.T / x.shape[1] + eps * np.eye(len(x))
+    return inverse_sqrt(cov, **solver) @ centred
+
+
+def iter_norm(x, weight=None, bias=None, group_size=64, axis=1, **options):
+    """Blocks are groups of channels."""
+    rows = np.moveaxis(np.float64(x), axis, 0)
+    shape, rows = rows.shape, rows.reshape(len(rows), -1)
+    y = np.concatenate([whiten(rows[i : i + group_size], **options) for i in range(0, len(rows), group_size)])
+    return _affine(np.moveaxis(y.reshape(shape), 0, axis), weight, bias, axis)
+
+
+def group_whiten(x, weight=None, bias=None, num_groups=32, axis=1, **options):
+    """Blocks are samples."""
+    moved = np.moveaxis(np.float64(x), axis, 1)
+    y = np.stack([whiten(sample.reshape(num_groups, -1), **options).reshape(sample.shape) for sample in moved])
+    return _affine(np.moveaxis(y, 1, axis), weight, bias, axis)
+
+
+def _affine(y, weight, bias, axis):
+    shape = [-1 if i == axis % y.ndim else 1 for i in range(y.ndim)]
+    y = y if weight is None else y * np.reshape(weight, shape)
+    return y if bias is None else y + np.reshape(bias, shape)
