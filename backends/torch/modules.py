@@ -297,6 +297,8 @@ class GroupWhitening(nn.Module):
 
 
 def _check_input(x: Tensor, channels: int, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__module__}.{type(x).__qualname__}: pass a tensor, as torch.as_tensor(x)")
     checks.check_channels(x, channels, name)
     checks.check_array(KERNELS.xp, x)
 

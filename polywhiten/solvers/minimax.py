@@ -11,7 +11,7 @@ from polywhiten.solvers.iteration import CoupledIteration, Step, inner, trace
 
 _TARGET = 1e-4  # the largest |1 - p| that the last step may leave
 _LOWEST = 1e-4  # lower end of the widest first interval: norm(S) / (smallest eigenvalue) = 1e8
-_CONVERGED = 5e-6  # an interval this narrow: the exchange is ill-conditioned, and its limit is known
+_NARROW = 1e-3  # width of an interval below which the exchange is ill-conditioned, and its limit as good
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,10 @@ def _best_quintic(lower: float, upper: float) -> tuple[Step, float]:
     Remez exchange: the error of the best one takes its maximum with alternating sign at both ends and at the two
     extrema of the polynomial between them.
     """
-    if 1 - lower / upper < _CONVERGED:
-        return (15 / 8 / upper, -10 / 8 / upper**3, 3 / 8 / upper**5), 0.0
-    extrema = lower + (upper - lower) * np.array([0.25, 0.75])
+    middle, width = (lower + upper) / 2, upper - lower
+    if width < _NARROW:  # the quintic that is flat at the middle: 1 - p = -5/2 (x - 1)^3 there
+        return (15 / 8 / middle, -10 / 8 / middle**3, 3 / 8 / middle**5), 5 / 2 * (width / 2) ** 3
+    extrema = lower + width * np.array([0.25, 0.75])
     while True:
         x = np.array([lower, *extrema, upper])
         a, b, c, error = np.linalg.solve(np.stack([x, x**3, x**5, [1, -1, 1, -1]], axis=1), np.ones(4))

@@ -1,0 +1,46 @@
+"""What only Dask has: nothing is computed before the user asks."""
+
+import numpy as np
+import pytest
+
+import polywhiten as pw
+
+da = pytest.importorskip("dask.array")
+dask = pytest.importorskip("dask")
+
+
+@pytest.fixture
+def no_computation():
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("computed before the user asked")
+
+    with dask.config.set(scheduler=refuse):
+        yield
+
+
+@pytest.mark.parametrize("method", ["newton", "eigh", "minimax"])
+@pytest.mark.usefixtures("no_computation")
+def test_everything_is_lazy(method):
+    x = da.random.normal(size=(12, 8, 4, 4), chunks=(5, 8, 4, 4))
+    for y, pullback in (
+        pw.iter_norm_vjp(x, group_size=3, method=method),
+        pw.group_whiten_vjp(x, num_groups=4, method=method),
+    ):
+        dx, _, _ = pullback(y)
+        assert isinstance(y, da.Array)
+        assert isinstance(dx, da.Array)
+        assert y.shape == dx.shape == x.shape
+    stats = pw.whitening_stats(x, group_size=3, method=method)
+    assert all(isinstance(s, da.Array) for s in (*stats, pw.apply_whitening(x, stats)))
+
+
+def test_a_batch_larger_than_a_chunk_stays_in_chunks():
+    x = da.random.normal(size=(1000, 8, 4, 4), chunks=(100, 8, 4, 4))
+    assert max(pw.iter_norm(x, group_size=4).chunks[0]) <= 100
+
+
+@pytest.mark.parametrize("call", [pw.iter_norm, lambda x: pw.group_whiten(x, num_groups=2)])
+def test_unknown_chunk_sizes_are_an_error(call):
+    x = da.from_array(np.random.default_rng(0).normal(size=(8, 4)), chunks=4)
+    with pytest.raises(ValueError, match=r"nan.*"):
+        call(x[x[:, 0] > 0])

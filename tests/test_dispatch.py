@@ -1,0 +1,38 @@
+"""A framework is imported when its arrays arrive, and not before."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import polywhiten as pw
+
+
+def test_import_brings_no_framework():
+    code = (
+        "import sys, polywhiten, numpy; polywhiten.iter_norm(numpy.eye(4)[:, :2] * 1.0);"
+        "print(sorted({'torch', 'jax', 'dask', 'tensorflow', 'cupy', 'click'} & {m.split('.')[0] for m in sys.modules}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_subclasses_are_served_by_their_framework():
+    torch = pytest.importorskip("torch")
+
+    class Mine(torch.Tensor):
+        pass
+
+    x = torch.randn(8, 4)
+    y = pw.iter_norm(torch.nn.Parameter(x))
+    assert y.grad_fn is not None
+    np.testing.assert_array_equal(pw.iter_norm(x.as_subclass(Mine)), y.detach())
+
+
+def test_a_subclass_of_ndarray_is_a_numpy_array():
+    class Mine(np.ndarray):
+        pass
+
+    x = np.random.default_rng(0).normal(size=(8, 4))
+    np.testing.assert_array_equal(pw.iter_norm(x.view(Mine)), pw.iter_norm(x))

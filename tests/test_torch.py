@@ -1,0 +1,362 @@
+"""What only PyTorch has: autograd twice over, transforms, compilation, memory formats, serialization."""
+
+import copy
+import functools
+import io
+import pickle
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import polywhiten as pw  # noqa: E402
+from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
+
+METHODS = ("newton", "eigh", "minimax")
+LAYERS = {"iter_norm": lambda **k: IterNorm(6, group_size=4, **k), "group_whitening": lambda **k: GroupWhitening(3, 6, **k)}
+each_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+each_method = pytest.mark.parametrize("method", METHODS)
+in_both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def trained(layer, training):
+    """The layer in a mode, with running statistics and an affine map that aren't trivial."""
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.uniform_(0.5, 2)
+        layer.train()(torch.randn(8, 6, 4).to(next(layer.parameters(), torch.empty(0)).dtype) * 2 + 1)
+    return layer.train(training)
+
+
+@each_layer
+@each_method
+@in_both_modes
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+def test_first_and_second_derivatives(make, method, training, affine):
+    layer = trained(make(method=method, affine=affine, dtype=torch.float64), training)
+    names, parameters = zip(*layer.named_parameters(), strict=True) if affine else ((), ())
+
+    def run(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    arguments = torch.randn(5, 6, 3, dtype=torch.float64, requires_grad=True), *parameters
+    assert torch.autograd.gradcheck(run, arguments)
+    assert torch.autograd.gradgradcheck(run, arguments)
+
+
+def test_second_derivative_with_equal_eigenvalues():
+    """Two constant channels: PyTorch's own derivative of eigh is NaN there."""
+    x = torch.randn(8, 4, 3, dtype=torch.float64)
+    x[:, 2:] = 1
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(pw.iter_norm(x, method="eigh", eps=0.1).pow(3).sum(), x, create_graph=True)
+    (ddx,) = torch.autograd.grad(dx.pow(2).sum(), x)
+    assert torch.isfinite(ddx).all()
+
+
+def test_statistics_are_differentiable():
+    x = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: tuple(pw.whitening_stats(x, group_size=3)), x)
+    assert torch.autograd.gradcheck(lambda x: pw.inverse_sqrt(x @ x.T + 5 * torch.eye(9)), x)
+
+
+def test_backward_keeps_the_input_and_no_copy_of_it():
+    x = torch.randn(16, 32, 20, 20, requires_grad=True)
+    kept = []
+    for run in (
+        lambda x: pw.iter_norm(x, group_size=16, iterations=50),
+        lambda x: pw.group_whiten(x, num_groups=8, iterations=50, weight=torch.ones(32), bias=torch.ones(32)),
+        IterNorm(32),
+        GroupWhitening(8, 32),
+    ):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            run(x)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        assert storages.pop(x.untyped_storage().data_ptr()) == x.nbytes
+        assert sum(storages.values()) < 0.02 * x.nbytes
+
+
+@each_method
+def test_function_transforms(method):
+    xs = torch.randn(3, 5, 6, 4, dtype=torch.float64)
+    for run in (
+        lambda x: pw.iter_norm(x, group_size=4, method=method).pow(3).sum(),
+        lambda x: pw.group_whiten(x, num_groups=3, method=method).pow(3).sum(),
+    ):
+        gradient = torch.func.grad(run)
+        leaf = xs[0].clone().requires_grad_()
+        run(leaf).backward()
+        torch.testing.assert_close(gradient(xs[0]), leaf.grad)
+        torch.testing.assert_close(torch.vmap(gradient)(xs), torch.stack([gradient(x) for x in xs]))
+        torch.testing.assert_close(
+            torch.func.jacrev(gradient)(xs[0]), torch.autograd.functional.jacobian(lambda x: gradient(x), xs[0])
+        )
+
+
+@each_layer
+@in_both_modes
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_compile_whole_graph_with_dynamic_batch(make, training):
+    torch._dynamo.reset()
+    layer = trained(make(method="minimax"), training)
+    twin = copy.deepcopy(layer)
+    graphs = 0
+
+    def backend(graph, _inputs):
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for batch in (5, 7, 9, 11):
+        a, b = (torch.randn(batch, 6, 4, generator=torch.manual_seed(batch), requires_grad=True) for _ in range(2))
+        y, expected = compiled(a), twin(b)
+        y.pow(3).sum().backward()
+        expected.pow(3).sum().backward()
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(a.grad, b.grad)
+    assert graphs == 2, "one graph for the first batch size, one for all others"
+    for ours, theirs in zip(layer.state_dict().values(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@each_method
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_compile_functions(method):
+    torch._dynamo.reset()
+    x = torch.randn(5, 6, 4)
+    for run in (
+        lambda x: pw.iter_norm(x, group_size=4, method=method),
+        lambda x: pw.group_whiten(x, num_groups=3, method=method),
+        lambda x: pw.apply_whitening(x, pw.whitening_stats(x, group_size=4, method=method)),
+    ):
+        torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x))
+
+
+def test_compile_with_inductor():
+    torch._dynamo.reset()
+    layer = IterNorm(6, group_size=4)
+    x, twin = torch.randn(5, 6, 4, 4, requires_grad=True), copy.deepcopy(layer)
+    y, expected = torch.compile(layer, fullgraph=True)(x), twin(x)
+    torch.testing.assert_close(y, expected)
+    (dx,), (wanted,) = (torch.autograd.grad(out.pow(3).sum(), x) for out in (y, expected))
+    torch.testing.assert_close(dx, wanted, atol=1e-4, rtol=1e-4)
+
+
+@each_layer
+@in_both_modes
+def test_export_with_dynamic_batch(make, training):
+    layer = trained(make(), training)
+    x = torch.randn(5, 6, 4, 4)
+    program = torch.export.export(copy.deepcopy(layer), (x,), dynamic_shapes={"x": {0: torch.export.Dim("n", min=2)}})
+    other = torch.randn(9, 6, 4, 4)
+    torch.testing.assert_close(program.module()(other), layer(other))
+
+
+@each_layer
+@in_both_modes
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_computes_statistics_in_float32(make, training, dtype):
+    layer = make(method="eigh")
+    x = (torch.randn(64, 6, 5) @ torch.randn(5, 5) + 30).to(dtype)
+    layer.momentum = 1.0
+    layer(x.float())
+    layer.train(training)
+    weight_gradients = []
+    for automatic in (True, False):
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=dtype, enabled=automatic):
+            y = copy.deepcopy(layer)(x)
+            assert layer(x.float()).dtype == torch.float32
+            layer(x).float().pow(3).mean().backward()
+        assert y.dtype == dtype
+        weight_gradients.append(layer.weight.grad.clone())
+        torch.testing.assert_close(y.float(), copy.deepcopy(layer)(x.float()), atol=0.05, rtol=0.01)
+    torch.testing.assert_close(*weight_gradients)
+    assert all(p.dtype == torch.float32 for p in layer.state_dict().values() if p.is_floating_point())
+
+
+@each_layer
+@in_both_modes
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_layer_of_another_dtype(make, training, dtype):
+    layer = trained(make().to(dtype), training)
+    y = layer(torch.randn(8, 6, 4, dtype=dtype))
+    assert y.dtype == dtype
+    assert torch.isfinite(y).all()
+
+
+FORMATS = {
+    "channels_last": ((5, 6, 4, 3), torch.channels_last),
+    "channels_last_3d": ((5, 6, 4, 3, 2), torch.channels_last_3d),
+    "contiguous 2d": ((5, 6, 4, 3), torch.contiguous_format),
+    "contiguous 3d": ((5, 6, 4, 3, 2), torch.contiguous_format),
+}
+
+
+@each_layer
+@in_both_modes
+@pytest.mark.parametrize(("shape", "memory_format"), FORMATS.values(), ids=FORMATS)
+def test_output_and_gradient_keep_the_memory_format(make, training, shape, memory_format):
+    layer = trained(make(), training)
+    x = torch.randn(shape).contiguous(memory_format=memory_format).requires_grad_()
+    y = layer(x)
+    (dx,) = torch.autograd.grad(y.pow(3).sum(), x)
+    assert y.is_contiguous(memory_format=memory_format)
+    assert dx.is_contiguous(memory_format=memory_format)
+    plain = x.detach().contiguous().requires_grad_()
+    expected = layer(plain)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(dx, torch.autograd.grad(expected.pow(3).sum(), plain)[0], atol=1e-4, rtol=1e-4)
+
+
+@each_layer
+@in_both_modes
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[::2],
+        lambda x: x[:, :, ::2, 1:],
+        lambda x: x.flip(0).transpose(2, 3),
+        lambda x: x[:, :, :1, :1].expand(-1, -1, 4, 4),
+        lambda x: x.permute(0, 1, 3, 2),
+        lambda x: x[:, :, 0],
+        lambda x: x[:, :, 0, 0],
+        lambda x: x.unsqueeze(-1),
+    ],
+)
+def test_any_stride_and_rank(make, training, view):
+    layer = trained(make(dtype=torch.float64), training)
+    x = torch.randn(8, 6, 4, 4, dtype=torch.float64, requires_grad=True)
+    y, expected = layer(view(x)), layer(view(x).contiguous())
+    torch.testing.assert_close(y, expected)
+    (dx,), (wanted,) = (torch.autograd.grad(out.pow(3).sum(), x) for out in (y, expected))
+    torch.testing.assert_close(dx, wanted)
+
+
+@in_both_modes
+def test_empty_batch(training):
+    layer = trained(IterNorm(6, group_size=4), False)
+    assert layer(torch.zeros(0, 6, 4, 4)).shape == (0, 6, 4, 4)
+    assert GroupWhitening(3, 6).train(training)(torch.zeros(0, 6, 4, 4)).shape == (0, 6, 4, 4)
+
+
+@each_layer
+def test_evaluation_has_gradients_of_everything(make):
+    layer = trained(make(), False)
+    x = torch.randn(4, 6, 3, requires_grad=True)
+    layer(x).pow(3).sum().backward()
+    assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in (x, *layer.parameters()))
+
+
+@each_layer
+def test_copies_and_saved_layers_are_the_same(make):
+    layer, x = trained(make(method="eigh"), False), torch.randn(4, 6, 3)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    loaded = make(method="eigh").eval()
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    for twin in (loaded, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        torch.testing.assert_close(twin(x), layer(x), rtol=0, atol=0)
+        assert repr(twin) == repr(layer)
+
+
+def test_state_has_the_names_of_batch_norm():
+    assert list(IterNorm(4).state_dict()) == ["weight", "bias", "running_mean", "running_whitener", "num_batches_tracked"]
+    assert "running_covariance" in IterNorm(4, track="covariance").state_dict()
+    assert list(IterNorm(4, affine=False, track_running_stats=False).state_dict()) == []
+    assert list(GroupWhitening(2, 4).state_dict()) == list(torch.nn.GroupNorm(2, 4).state_dict())
+
+
+def test_arguments_in_the_order_of_batch_norm_and_group_norm():
+    ours, theirs = IterNorm(4, 1e-3, 0.2, False, False), torch.nn.BatchNorm2d(4, 1e-3, 0.2, False, False)
+    for name in ("num_features", "eps", "momentum", "affine", "track_running_stats"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    ours, theirs = GroupWhitening(2, 4, 1e-3, False), torch.nn.GroupNorm(2, 4, 1e-3, False)
+    for name in ("num_groups", "num_channels", "eps", "affine"):
+        assert getattr(ours, name) == getattr(theirs, name)
+
+
+def test_reset_forgets():
+    layer = trained(IterNorm(6, group_size=4), True)
+    layer.reset_parameters()
+    for name, value in IterNorm(6, group_size=4).state_dict().items():
+        torch.testing.assert_close(layer.state_dict()[name], value)
+
+
+def test_meta_device_then_to_empty():
+    layer = IterNorm(6, device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    assert torch.isfinite(layer(torch.randn(4, 6, 2))).all()
+
+
+WRONG = {
+    "num_features": (lambda: IterNorm(0), ValueError, "num_features=0 must be 1 or more"),
+    "track": (lambda: IterNorm(4, track="variance"), ValueError, "track='variance' is unknown: use one of 'whitener'"),
+    "nonfinite": (lambda: IterNorm(4, on_nonfinite="warn"), ValueError, "on_nonfinite='warn' is unknown"),
+    "eps": (lambda: IterNorm(4, eps=-1), ValueError, "eps=-1 must be 0 or more"),
+    "groups": (lambda: GroupWhitening(32, 48), ValueError, "num_groups=32 doesn't divide 48 channels: use one of 1, 2"),
+    "channels": (lambda: IterNorm(4)(torch.randn(2, 5, 3)), ValueError, r"x has shape \(2, 5, 3\): \(N, 4, ...\)"),
+    "channels gw": (lambda: GroupWhitening(2, 4)(torch.randn(4)), ValueError, r"x has shape \(4,\): \(N, 4, ...\)"),
+    "integers": (lambda: IterNorm(4)(torch.ones(3, 4, dtype=torch.int64)), TypeError, "x has dtype torch.int64"),
+    "one sample": (lambda: IterNorm(4)(torch.randn(1, 4)), ValueError, r"\(1, 4\) gives 1 samples a channel"),
+    "no array": (lambda: IterNorm(4)(np.ones((3, 4))), TypeError, "x is a numpy.ndarray: .* torch.as_tensor"),
+}
+
+
+@pytest.mark.parametrize(("use", "error", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_use(use, error, message):
+    with pytest.raises(error, match=message):
+        use()
+
+
+class Block(torch.nn.Module):
+    """A residual block in the manner of torchvision and timm, which call `norm_layer(channels)`."""
+
+    def __init__(self, inputs, outputs, stride, norm_layer):
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            torch.nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            norm_layer(outputs),
+            torch.nn.ReLU(),
+            torch.nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            norm_layer(outputs),
+        )
+        self.skip = torch.nn.Sequential(torch.nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm_layer(outputs))
+
+    def forward(self, x):
+        return torch.relu(self.body(x) + self.skip(x))
+
+
+@pytest.mark.parametrize(
+    "norm_layer",
+    [IterNorm, functools.partial(GroupWhitening, 32), functools.partial(IterNorm, eps=1e-3, momentum=0.01)],
+    ids=["IterNorm", "GroupWhitening", "keywords"],
+)
+def test_as_norm_layer_of_a_resnet(norm_layer):
+    network = torch.nn.Sequential(
+        Block(3, 64, 1, norm_layer),
+        Block(64, 96, 2, norm_layer),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(96, 10),
+    )
+    x, labels = torch.randn(16, 3, 12, 12), torch.arange(16) % 10
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(network(x), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert torch.isfinite(network.eval()(x)).all()
