@@ -79,7 +79,9 @@ def check_sample_count(count: int, shape: tuple[int, ...], hint: str) -> None:
 def check_statistics(channels: int, mean: Array, whitener: Array) -> None:
     """The statistics' shapes are those of x's channels, in whole groups or with a smaller last one."""
     if tuple(mean.shape) != (channels,):
-        raise ValueError(f"stats.mean has shape {tuple(mean.shape)}: x has {channels} channels, it has to be ({channels},)")
+        raise ValueError(
+            f"stats.mean has shape {tuple(mean.shape)}: x has {channels} channels, it has to be ({channels},)"
+        )
     size = whitener.shape[-1] if whitener.ndim == 3 else 0
     groups = len(range(0, channels, size)) if size else 0
     if tuple(whitener.shape) != (groups, size, size):

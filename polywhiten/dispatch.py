@@ -13,8 +13,9 @@ from polywhiten._types import Array
 from polywhiten.kernels import Kernels
 from polywhiten.whitening import Plan, Statistics, forward
 
-# Top-level module of the array's class -> the subpackage whose BACKEND serves it. Others are served by the array API alone.
+# Top-level module of the array's class: the subpackage whose BACKEND serves it. The array API alone serves all others.
 BACKENDS = {"torch": "polywhiten.torch", "dask": "polywhiten.dask"}
+
 
 def _as_it_is(x: Array, axis: int) -> tuple[Array, int, Callable[[Array], Array]]:
     return x, axis, lambda y: y
@@ -58,7 +59,7 @@ def backend_of(x: Array, name: str = "x") -> Backend:
 
 
 def framework_module(cls: type) -> str | None:
-    """Name of the module, now imported, that serves the arrays of `cls` or of a base of it, if one of `BACKENDS` does."""
+    """Name of the module, by now imported, that serves arrays of `cls`; None where no framework of `BACKENDS` does."""
     for base in cls.__mro__:
         module = BACKENDS.get(base.__module__.partition(".")[0])
         if module is not None:

@@ -447,9 +447,7 @@ def apply_frozen(
     return restore(join_channels(kernels.xp, outputs, axis))
 
 
-def _checked(
-    x: Array, weight: Array | None, bias: Array | None, axis: int, first_axis: int = 0
-) -> tuple[Backend, int]:
+def _checked(x: Array, weight: Array | None, bias: Array | None, axis: int, first_axis: int = 0) -> tuple[Backend, int]:
     """The backend of x and its channel axis counted from the front."""
     backend = backend_of(x)
     checks.check_array(backend.kernels.xp, x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from polywhiten._types import Array, Namespace
@@ -46,9 +47,9 @@ def take_channels(x: Array | None, part: slice, axis: int = 0) -> Array | None:
     return x[(slice(None),) * axis + (part, ...)]
 
 
-def join_channels(xp: Namespace, parts: list[Array], axis: int = 0) -> Array:
+def join_channels(xp: Namespace, parts: Sequence[Array], axis: int = 0) -> Array:
     """The parts side by side; the only one itself."""
-    return parts[0] if len(parts) == 1 else xp.concat(parts, axis=axis)
+    return parts[0] if len(parts) == 1 else xp.concat(list(parts), axis=axis)
 
 
 def join_statistics(xp: Namespace, parts: list[Statistics]) -> WhiteningStats:

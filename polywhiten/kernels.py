@@ -1,6 +1,6 @@
 """The five kernels that the algorithm is made of, in array API calls alone.
 
-A backend subclasses `Kernels` and overrides what its framework does faster; the tests hold every override against these.
+A backend subclasses `Kernels` and overrides what its framework does faster; tests hold every override against these.
 Arrays are (p, q, d, l), see `polywhiten.blocks`; means are (blocks, d), matrices (blocks, d, d).
 """
 
@@ -61,13 +61,13 @@ class Kernels:
         return self.xp.astype(result, dtype, copy=False)
 
     def cross_moments(self, dy: Array, x: Array, mean: Array, block_axis: int) -> tuple[Array, Array]:
-        """s = dY 1 (blocks, d) and K = dY (X - mean)' (blocks, d, d)."""
+        """S = dY 1 (blocks, d) and K = dY (X - mean)' (blocks, d, d)."""
         dy = self.for_statistics(dy)
         centred = self.for_statistics(x) - _along(mean, block_axis)
         return self.xp.sum(dy, axis=(1 - block_axis, 3)), self._products(dy, centred, block_axis)
 
     def for_statistics(self, x: Array) -> Array:
-        """x in the dtype that statistics are computed in: float32 for half precision, else its own."""
+        """X in the dtype that statistics are computed in: float32 for half precision, else its own."""
         return self.xp.astype(x, self.xp.float32, copy=False) if self.xp.finfo(x.dtype).bits < 32 else x
 
     def _products(self, a: Array, b: Array, block_axis: int) -> Array:

@@ -31,6 +31,9 @@ class Statistics(NamedTuple):
     whitener: Array
 
 
+NO_STATISTICS = Statistics(None, None, None)
+
+
 def statistics(kernels: Kernels, plan: Plan, x: Array) -> Statistics:
     """Mean, covariance and W = (covariance + eps I)^(-1/2) of the blocks of x."""
     xp, block_axis = kernels.xp, plan.blocks.block_axis
@@ -46,7 +49,9 @@ def statistics(kernels: Kernels, plan: Plan, x: Array) -> Statistics:
     return Statistics(mean, cov, kernels.inverse_sqrt(plan.solver, regularized(kernels, cov, plan.eps)))
 
 
-def forward(kernels: Kernels, plan: Plan, x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Statistics]:
+def forward(
+    kernels: Kernels, plan: Plan, x: Array, weight: Array | None, bias: Array | None
+) -> tuple[Array, Statistics]:
     """Y = W (X - mean) of every block, then weight and bias (C,) of every channel."""
     stats = statistics(kernels, plan, x)
     return affine(kernels, plan.blocks, x, stats.mean, stats.whitener, weight, bias), stats
@@ -81,7 +86,7 @@ def backward(
     bias: Array | None,
     stats: Statistics,
     dy: Array,
-    dstats: Statistics = Statistics(None, None, None),
+    dstats: Statistics = NO_STATISTICS,
 ) -> tuple[Array, Array | None, Array | None]:
     """Gradients of x, weight and bias, from that of y and, where a loss uses them too, those of the statistics.
 
@@ -155,13 +160,13 @@ def _as_dtype_of(kernels: Kernels, gradient: Array | None, parameter: Array | No
     return None if parameter is None else kernels.xp.astype(gradient, parameter.dtype, copy=False)
 
 
-def _reduced(kernels: Kernels, all_reduce: AllReduce, count: int, *arrays: Array | None) -> list[Array | None]:
+def _reduced(kernels: Kernels, all_reduce: AllReduce, count: int, *arrays: Array | None) -> list[Array]:
     """Sums over the workers of a count and of arrays, in one exchange."""
     xp = kernels.xp
     given = [array for array in arrays if array is not None]
     flat = [xp.reshape(array, (-1,)) for array in given]
     packed = all_reduce(xp.concat([xp.full_like(flat[0][:1], count), *flat]))
-    result: list[Array | None] = [packed[0]]
+    result = [packed[0]]
     start = 1
     for array in arrays:
         if array is None:

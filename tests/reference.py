@@ -1,4 +1,4 @@
-"""The definitions of the two papers in NumPy float64, a block at a time; slow, plain, and independent of the library."""
+"""The definitions of the two papers in NumPy float64, a block at a time; slow, plain, and independent."""
 
 import numpy as np
 

@@ -12,7 +12,7 @@ import polywhiten as pw
 def test_import_brings_no_framework():
     code = (
         "import sys, polywhiten, numpy; polywhiten.iter_norm(numpy.eye(4)[:, :2] * 1.0);"
-        "print(sorted({'torch', 'jax', 'dask', 'tensorflow', 'cupy', 'click'} & {m.split('.')[0] for m in sys.modules}))"
+        "print(sorted({'torch', 'jax', 'dask', 'tensorflow', 'cupy', 'click'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -68,10 +68,10 @@ def test_eigh_differentiates_equal_eigenvalues():
     rng = np.random.default_rng(0)
     grad, direction, third = ((m + m.T) / 2 for m in rng.normal(size=(3, 5, 5)))
     cov, step = np.diag([2.0, 2.0, 2.0, 1.0, 1.0]), 1e-5
-    value = lambda s: np.sum(grad * Eigh().inverse_sqrt(xp, s))  # noqa: E731
+    value = lambda s: np.sum(grad * Eigh().inverse_sqrt(xp, s))
     slope = (value(cov + step * direction) - value(cov - step * direction)) / (2 * step)
     assert np.sum(Eigh().adjoint(xp, cov, grad) * direction) == pytest.approx(slope, rel=1e-8)
-    along = lambda s: np.sum(Eigh().adjoint(xp, s, grad) * direction)  # noqa: E731
+    along = lambda s: np.sum(Eigh().adjoint(xp, s, grad) * direction)
     slope = (along(cov + step * third) - along(cov - step * third)) / (2 * step)
     assert np.sum(Eigh().second(xp, cov, grad, direction) * third) == pytest.approx(slope, rel=1e-8)
 

@@ -1,5 +1,8 @@
 """PyTorch: modules, and the functions of `polywhiten` as differentiable operations."""
 
+from polywhiten.torch.autograd import BACKEND
+from polywhiten.torch.modules import GroupWhitening, IterNorm
+
 from polywhiten import (
     WhiteningStats,
     apply_whitening,
@@ -10,8 +13,6 @@ from polywhiten import (
     iter_norm_vjp,
     whitening_stats,
 )
-from polywhiten.torch.autograd import BACKEND
-from polywhiten.torch.modules import GroupWhitening, IterNorm
 
 __all__ = [
     "BACKEND",

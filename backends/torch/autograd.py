@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
+from polywhiten.torch.kernels import KERNELS
 
+import torch
 from polywhiten import whitening
 from polywhiten.dispatch import Backend, framework_module
 from polywhiten.kernels import Kernels
 from polywhiten.solvers.minimax import minimax_steps
-from polywhiten.torch.kernels import KERNELS
 from polywhiten.whitening import Plan, Statistics
+from torch import Tensor
 
 
 class _Whiten(torch.autograd.Function):
@@ -44,9 +44,7 @@ class _Whiten(torch.autograd.Function):
         x, weight, bias, *stats = ctx.saved_tensors
         if dy is None:  # the loss depends on the statistics alone
             dy = x.new_zeros(()).expand_as(x)
-        gradients = whitening.backward(
-            KERNELS, ctx.plan, x, weight, bias, Statistics(*stats), dy, Statistics(*dstats)
-        )
+        gradients = whitening.backward(KERNELS, ctx.plan, x, weight, bias, Statistics(*stats), dy, Statistics(*dstats))
         return *gradients, None
 
 

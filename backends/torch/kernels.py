@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import array_api_compat.torch as xp
-import torch
-from torch import Tensor
 
-from polywhiten.kernels import Kernels, Term
+import torch
+from polywhiten.kernels import Kernels
 from polywhiten.solvers import Solver
 from polywhiten.solvers.eigh import Eigh
+from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -87,11 +87,8 @@ class TorchKernels(Kernels):
     @_full_precision
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor) -> Tensor:
         """Gradient with respect to S."""
-        result: Tensor
-        if isinstance(solver, Eigh):
-            result = _EighAdjoint.apply(cov, grad, solver)
-        else:
-            result = solver.adjoint(xp, cov, grad)
+        exact = isinstance(solver, Eigh)
+        result: Tensor = _EighAdjoint.apply(cov, grad, solver) if exact else solver.adjoint(xp, cov, grad)
         return result
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from polywhiten.torch.autograd import BACKEND
+from polywhiten.torch.kernels import KERNELS
 
+import torch
 from polywhiten import checks
 from polywhiten.functional import apply_frozen, whiten_channels, whiten_samples
 from polywhiten.groups import WhiteningStats, whitener_of
 from polywhiten.solvers import solver_for
-from polywhiten.torch.autograd import BACKEND
-from polywhiten.torch.kernels import KERNELS
+from torch import Tensor, nn
 
 TRACKED = ("whitener", "covariance")
 ON_NONFINITE = ("skip", "raise")
@@ -70,8 +70,8 @@ class IterNorm(nn.Module):
 
     Notes
     -----
-    Statistics are computed in float32 for half precision, under autocast too; the output has the input's dtype and memory
-    format. A mean that several processes share: `polywhiten.torch.iter_norm` with `all_reduce`.
+    Statistics are computed in float32 for half precision, under autocast too; the output has the input's dtype and
+    memory format. Statistics are this process's own; `polywhiten.iter_norm` shares them with `all_reduce`.
 
     References
     ----------
@@ -172,7 +172,7 @@ class IterNorm(nn.Module):
     def _update(self, stats: WhiteningStats) -> None:
         finite = torch.isfinite(stats.mean).all() & torch.isfinite(stats.whitener).all()
         if self.on_nonfinite == "raise" and not finite:
-            raise ValueError("x gives a mean or whitener that isn't finite (on_nonfinite='raise'): it has NaN or infinity")
+            raise ValueError("x has NaN or infinity, or values too large for its dtype (on_nonfinite='raise')")
         count = self.get_buffer("num_batches_tracked")
         count.add_(finite)
         factor = 1 / count.clamp(min=1) if self.momentum is None else self.momentum
@@ -283,9 +283,7 @@ class GroupWhitening(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Whiten every sample of x, shape (N, num_channels, ...)."""
         _check_input(x, self.num_channels, "num_channels")
-        y: Tensor = whiten_samples(
-            BACKEND, x, self.weight, self.bias, self.num_groups, 1, self._solver, self.eps
-        )
+        y: Tensor = whiten_samples(BACKEND, x, self.weight, self.bias, self.num_groups, 1, self._solver, self.eps)
         return y
 
     def extra_repr(self) -> str:

@@ -27,7 +27,9 @@ def solver_for(method: str, iterations: int | None) -> Solver:
     check_choice("method", method, METHODS)
     if method == "eigh":
         if iterations is not None:
-            raise ValueError(f"iterations={iterations!r} has no meaning for method='eigh', which is exact: leave it out")
+            raise ValueError(
+                f"iterations={iterations!r} has no meaning for method='eigh', which is exact: leave it out"
+            )
         return Eigh()
     if iterations is None:
         iterations = DEFAULT_ITERATIONS

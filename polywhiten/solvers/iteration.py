@@ -13,12 +13,12 @@ point (N. J. Higham, Functions of Matrices, 2008, eq. 6.35).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from polywhiten._types import Array, Namespace
 
 Step = tuple[float, float, float]  # a, b, c
-Pair = tuple[Array, Array | None]  # a matrix, and its directional derivative where that is wanted
+Pair = tuple[Array, Array]  # a matrix, and its directional derivative where that is wanted
 
 
 def symmetric_part(xp: Namespace, m: Array) -> Array:
@@ -76,11 +76,11 @@ class CoupledIteration(ABC):
         # eps = 0 and constant channels: S is 0, and so is S / t
         return xp.clip(self.scale(xp, cov), min=float(xp.finfo(cov.dtype).smallest_normal))
 
-    def _iterate(self, xp: Namespace, y: Array, dy: Array | None = None) -> Pair:
+    def _iterate(self, xp: Namespace, y: Array, dy: Array = None) -> Pair:
         """Z, and its directional derivative along dy where that is given."""
         eye = identity_like(xp, y)
-        y, z = (y, dy), None
-        last = len(self.steps) - 1
+        y = (y, dy)
+        z: Any = None
         for k, (a, b, c) in enumerate(self.steps):
             r, dr = y if z is None else _times(z, y)
             if self.symmetrize:
@@ -90,9 +90,9 @@ class CoupledIteration(ABC):
                 square, dsquare = _times((r, dr), (r, dr))
                 q, dq = q + c * square, None if dq is None else dq + c * dsquare
             z = (q, dq) if z is None else _times((q, dq), z)
-            if k < last:
+            if k < len(self.steps) - 1:
                 y = _times(y, (q, dq))
-        return z
+        return z[0], z[1]
 
 
 def _times(m: Pair, n: Pair) -> Pair:

@@ -41,7 +41,9 @@ def test_iter_norm(library, number):
 def test_layer_after_one_step(layers, number):
     c = case("iter_norm.npz", number)
     api = layers.value.layers
-    layer = api.iter_norm(c["x"].shape[1], group_size=int(c["group_size"]), iterations=int(c["iterations"]), affine=False)
+    layer = api.iter_norm(
+        c["x"].shape[1], group_size=int(c["group_size"]), iterations=int(c["iterations"]), affine=False
+    )
     affine = [c[name].reshape(1, -1, 1, 1) for name in ("weight", "bias")]
     np.testing.assert_allclose(api.train(layer, c["x"]) * affine[0] + affine[1], c["y"], atol=EXACT)
     for name, value in api.running(layer).items():

@@ -51,7 +51,9 @@ def test_evaluation_uses_what_was_tracked(layers, track, method):
     centred = X[:1] + 10 - X.mean(axis=(0, 2))[:, None]
     w = np.zeros((5, 5))
     for part in (slice(0, 3), slice(3, 5)):
-        w[part, part] = reference.inverse_sqrt(covariance(X)[part, part] + 1e-5 * np.eye(part.stop - part.start), method)
+        w[part, part] = reference.inverse_sqrt(
+            covariance(X)[part, part] + 1e-5 * np.eye(part.stop - part.start), method
+        )
     np.testing.assert_allclose(other, w @ centred, atol=1e-6)
 
 

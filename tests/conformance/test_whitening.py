@@ -35,9 +35,7 @@ def problems(draw, dtypes=("float32", "float64")):
     shape[axis] = channels
     # enough samples that the covariance has full rank: rank-deficient ones are the hard cases' matter
     grown = (rank - 1 if axis != rank - 1 else rank - 2) or (1 if name == "group_whiten" else 0)
-    if name == "group_whiten" and grown == axis:
-        shape[axis] = channels = arguments["num_groups"] * 12
-    elif name == "group_whiten" and grown == 0:
+    if (name == "group_whiten" and grown == axis) or (name == "group_whiten" and grown == 0):
         shape[axis] = channels = arguments["num_groups"] * 12
     else:
         shape[grown] = 24
@@ -99,9 +97,7 @@ def test_gradients_are_those_of_finite_differences(library, problem, seed):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    ("name", "grouping"), [("iter_norm", {"group_size": 4}), ("group_whiten", {"num_groups": 3})]
-)
+@pytest.mark.parametrize(("name", "grouping"), [("iter_norm", {"group_size": 4}), ("group_whiten", {"num_groups": 3})])
 def test_lower_precision_stays_near_float64(library, name, grouping, method, dtype):
     if dtype not in library.value.dtypes:
         pytest.skip(f"{library.value.module} has no {dtype}")
