@@ -1,0 +1,73 @@
+"""Errors of IterNorm in float32, beside the paper's recurrence written plainly: `python benchmarks/accuracy.py`.
+
+Prints two Markdown tables. Errors are the largest difference from float64, relative to the largest value there; for
+the recurrence from the stable order in float64, as the recurrence itself is off in float64 too.
+"""
+
+import numpy as np
+import torch
+
+import polywhiten as pw
+
+CHANNELS, SAMPLES = 64, 4096
+
+
+def paper(x: torch.Tensor, iterations: int) -> torch.Tensor:
+    """IterNorm as in the paper (equations 6 and 7), for rows x (samples, channels)."""
+    centred = x - x.mean(0)
+    cov = centred.T @ centred / len(x) + 1e-5 * torch.eye(x.shape[1], dtype=x.dtype)
+    trace = cov.trace()
+    p = torch.eye(x.shape[1], dtype=x.dtype)
+    for _ in range(iterations):
+        p = (3 * p - p @ p @ p @ (cov / trace)) / 2
+    return centred @ p / trace.sqrt()
+
+
+def values(normalize, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and gradient, in float64."""
+    x = x.clone().requires_grad_()
+    y = normalize(x)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    return y.detach().double(), dx.double()
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> str:
+    return f"{((actual - expected).abs().max() / expected.abs().max()).item():.1e}"
+
+
+def iterations_table(generator: torch.Generator) -> None:
+    print("| condition | T | forward | backward | paper's forward | paper's backward |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for condition in (1e2, 1e4, 1e6):
+        q, _ = torch.linalg.qr(torch.randn(CHANNELS, CHANNELS, generator=generator, dtype=torch.float64))
+        spread = torch.logspace(0, -np.log10(condition) / 2, CHANNELS, dtype=torch.float64)
+        x = 10 * torch.randn(SAMPLES, CHANNELS, generator=generator, dtype=torch.float64) * spread @ q
+        x = x.float().double()  # both precisions see the same numbers
+        dy = torch.randn(SAMPLES, CHANNELS, generator=generator, dtype=torch.float64)
+        for iterations in (5, 10, 20, 50, 100):
+            run = lambda x, t=iterations: pw.iter_norm(x, iterations=t)
+            exact = values(run, x, dy)
+            single = values(run, x.float(), dy.float())
+            plain = values(lambda x, t=iterations: paper(x, t), x.float(), dy.float())
+            errors = [relative(a, e) for pair in (single, plain) for a, e in zip(pair, exact, strict=True)]
+            print(f"| {condition:.0e} | {iterations} | {' | '.join(errors)} |")
+
+
+def mean_table(generator: torch.Generator) -> None:
+    print("| mean | covariance | whitened covariance, eigh |")
+    print("| --- | --- | --- |")
+    for mean in (0.0, 1e3, 1e4):
+        x = torch.randn(32, CHANNELS, 14, 14, generator=generator) + mean
+        rows = lambda x: x.double().transpose(0, 1).flatten(1)
+        exact = torch.cov(rows(x), correction=0)
+        stats = pw.whitening_stats(x)
+        white = torch.cov(rows(pw.iter_norm(x, method="eigh", eps=0.0)), correction=0)
+        eye = torch.eye(CHANNELS, dtype=torch.float64)
+        print(f"| {mean:.0e} | {relative(stats.covariance[0].double(), exact)} | {relative(white, eye)} |")
+
+
+if __name__ == "__main__":
+    seeded = torch.Generator().manual_seed(0)
+    iterations_table(seeded)
+    print()
+    mean_table(seeded)

@@ -1,0 +1,67 @@
+"""All checks: `nox` runs every session, `nox -s "tests(torch)"` one of them, `nox -l` lists them."""
+
+from pathlib import Path
+
+import nox
+
+CONSTRAINTS = str(Path(__file__).parent / "constraints.txt")
+# Extras that a library's tests need, and the rows of the conformance suite that they run.
+LIBRARIES = {
+    "numpy": ("", ["numpy", "strict"]),
+    "torch": ("[demo]", ["torch"]),
+    "jax": ("[jax]", ["jax"]),
+    "dask": ("[dask]", ["dask"]),
+}
+
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = True
+
+
+def install(session: nox.Session, *packages: str) -> None:
+    """Install with the pins that the checks are known to pass with."""
+    session.install("-c", CONSTRAINTS, *packages)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    install(session, "ruff")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    install(session, ".[demo,dask]", "mypy", "nox")
+    session.chdir(session.create_tmp())  # away from the sources: what is installed is what is checked
+    session.run("mypy", "--strict", "-p", "polywhiten")
+
+
+@nox.session
+@nox.parametrize("library", LIBRARIES, ids=LIBRARIES)
+def tests(session: nox.Session, library: str) -> None:
+    extras, rows = LIBRARIES[library]
+    install(session, f".{extras}", "pytest", "hypothesis", "array-api-strict")
+    session.run("pytest", *(f"--library={row}" for row in rows), *session.posargs)
+    session.run("pytest", "--doctest-modules", "--doctest-ignore-import-errors", "--pyargs", "polywhiten")
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    install(session, "build", "twine")
+    dist = Path(session.create_tmp()).resolve() / "dist"
+    session.run("python", "-m", "build", "--outdir", str(dist), silent=True)
+    files = sorted(map(str, dist.iterdir()))
+    session.run("twine", "check", "--strict", *files)
+    clean = dist.parent / "clean"
+    session.run("python", "-m", "venv", "--clear", str(clean))
+    python = str(next(clean.glob("*/python*")))
+    wheel = next(file for file in files if file.endswith(".whl"))
+    session.run(python, "-m", "pip", "install", "-q", "-c", CONSTRAINTS, f"{wheel}[demo,dask]", external=True)
+    every = (
+        "import importlib, pkgutil, polywhiten; "
+        "names = [m.name for m in pkgutil.walk_packages(polywhiten.__path__, 'polywhiten.') if '__main__' not in m.name]; "
+        "print(*map(importlib.import_module, names), sep='\\n')"
+    )
+    session.chdir(str(clean))
+    session.run(python, "-c", every, external=True)
+    session.run(python, "-m", "polywhiten", "info", external=True)
