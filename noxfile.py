@@ -4,7 +4,7 @@ from pathlib import Path
 
 import nox
 
-CONSTRAINTS = str(Path(__file__).parent / "constraints.txt")
+CONSTRAINTS, CONFIGURATION = (str(Path(__file__).with_name(name)) for name in ("constraints.txt", "pyproject.toml"))
 # Extras that a library's tests need, and the rows of the conformance suite that they run.
 LIBRARIES = {
     "numpy": ("", ["numpy", "strict"]),
@@ -33,11 +33,11 @@ def lint(session: nox.Session) -> None:
 def typing(session: nox.Session) -> None:
     install(session, ".[demo,dask]", "mypy", "nox")
     session.chdir(session.create_tmp())  # away from the sources: what is installed is what is checked
-    session.run("mypy", "--strict", "-p", "polywhiten")
+    session.run("mypy", "--strict", "--config-file", CONFIGURATION, "-p", "polywhiten")
 
 
 @nox.session
-@nox.parametrize("library", LIBRARIES, ids=LIBRARIES)
+@nox.parametrize("library", list(LIBRARIES), ids=list(LIBRARIES))
 def tests(session: nox.Session, library: str) -> None:
     extras, rows = LIBRARIES[library]
     install(session, f".{extras}", "pytest", "hypothesis", "array-api-strict")

@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 from operator import mul
 from types import ModuleType
 
-import array_api_compat.dask.array as compat
+import array_api_compat.dask.array
 import array_api_extra as xpx
 from array_api_compat import array_namespace
 
@@ -24,10 +24,13 @@ from polywhiten import (
     iter_norm_vjp,
     whitening_stats,
 )
-from polywhiten._types import Array
+from polywhiten._types import Array, Namespace
 from polywhiten.dispatch import Backend
 from polywhiten.kernels import Kernels
 from polywhiten.solvers import Solver
+
+
+compat: Namespace = array_api_compat.dask.array
 
 
 class _Namespace(ModuleType):

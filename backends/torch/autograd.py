@@ -66,4 +66,4 @@ BACKEND = Backend(KERNELS, _whiten, _in_memory_order)
 
 # torch.compile need trace neither how a backend is found nor how coefficients are computed: its constants
 for _constant in (framework_module, minimax_steps):
-    torch.compiler.assume_constant_result(_constant)  # type: ignore[no-untyped-call]
+    torch.compiler.assume_constant_result(_constant)

@@ -116,7 +116,7 @@ class IterNorm(nn.Module):
         self._solver = solver_for(method, iterations)
         self.track = checks.check_choice("track", track, TRACKED)
         self.on_nonfinite = checks.check_choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         _register_affine(self, num_features, factory)
         d = min(self.group_size, num_features)
         for name, shape in (("running_mean", (num_features,)), (self._matrices, (-(-num_features // d), d, d))):
@@ -307,6 +307,6 @@ def _register_affine(layer: IterNorm | GroupWhitening, channels: int, factory: d
 
 
 def _reset_affine(layer: IterNorm | GroupWhitening) -> None:
-    if layer.affine:
+    if layer.weight is not None and layer.bias is not None:
         nn.init.ones_(layer.weight)
         nn.init.zeros_(layer.bias)
