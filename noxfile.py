@@ -1,5 +1,7 @@
 """All checks: `nox` runs every session, `nox -s "tests(torch)"` one of them, `nox -l` lists them."""
 
+import shutil
+import sys
 from pathlib import Path
 
 import nox
@@ -48,19 +50,20 @@ def tests(session: nox.Session, library: str) -> None:
 @nox.session
 def package(session: nox.Session) -> None:
     install(session, "build", "twine")
-    dist = Path(session.create_tmp()).resolve() / "dist"
+    place = Path(session.create_tmp()).resolve()
+    dist, clean = place / "dist", place / "clean"
+    shutil.rmtree(dist, ignore_errors=True)  # a former version's
     session.run("python", "-m", "build", "--outdir", str(dist), silent=True)
     files = sorted(map(str, dist.iterdir()))
     session.run("twine", "check", "--strict", *files)
-    clean = dist.parent / "clean"
     session.run("python", "-m", "venv", "--clear", str(clean))
-    python = str(next(clean.glob("*/python*")))
+    python = str(clean / ("Scripts" if sys.platform == "win32" else "bin") / "python")
     wheel = next(file for file in files if file.endswith(".whl"))
     session.run(python, "-m", "pip", "install", "-q", "-c", CONSTRAINTS, f"{wheel}[demo,dask]", external=True)
     every = (
         "import importlib, pkgutil, polywhiten; "
-        "names = [m.name for m in pkgutil.walk_packages(polywhiten.__path__, 'polywhiten.') if '__main__' not in m.name]; "
-        "print(*map(importlib.import_module, names), sep='\\n')"
+        "names = [m.name for m in pkgutil.walk_packages(polywhiten.__path__, 'polywhiten.')]; "
+        "print(*[importlib.import_module(name).__name__ for name in names])"
     )
     session.chdir(str(clean))
     session.run(python, "-c", every, external=True)

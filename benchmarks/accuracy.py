@@ -4,6 +4,9 @@ Prints two Markdown tables. Errors are the largest difference from float64, rela
 the recurrence from the stable order in float64, as the recurrence itself is off in float64 too.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -23,7 +26,9 @@ def paper(x: torch.Tensor, iterations: int) -> torch.Tensor:
     return centred @ p / trace.sqrt()
 
 
-def values(normalize, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def values(
+    normalize: Callable[..., torch.Tensor], x: torch.Tensor, dy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and gradient, in float64."""
     x = x.clone().requires_grad_()
     y = normalize(x)
@@ -33,6 +38,11 @@ def values(normalize, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> str:
     return f"{((actual - expected).abs().max() / expected.abs().max()).item():.1e}"
+
+
+def covariance_of(x: torch.Tensor) -> torch.Tensor:
+    """Of the channels of x (N, C, H, W), in float64."""
+    return torch.cov(x.double().transpose(0, 1).flatten(1), correction=0)
 
 
 def iterations_table(generator: torch.Generator) -> None:
@@ -45,10 +55,10 @@ def iterations_table(generator: torch.Generator) -> None:
         x = x.float().double()  # both precisions see the same numbers
         dy = torch.randn(SAMPLES, CHANNELS, generator=generator, dtype=torch.float64)
         for iterations in (5, 10, 20, 50, 100):
-            run = lambda x, t=iterations: pw.iter_norm(x, iterations=t)
-            exact = values(run, x, dy)
-            single = values(run, x.float(), dy.float())
-            plain = values(lambda x, t=iterations: paper(x, t), x.float(), dy.float())
+            stable = partial(pw.iter_norm, iterations=iterations)
+            exact = values(stable, x, dy)
+            single = values(stable, x.float(), dy.float())
+            plain = values(partial(paper, iterations=iterations), x.float(), dy.float())
             errors = [relative(a, e) for pair in (single, plain) for a, e in zip(pair, exact, strict=True)]
             print(f"| {condition:.0e} | {iterations} | {' | '.join(errors)} |")
 
@@ -58,12 +68,10 @@ def mean_table(generator: torch.Generator) -> None:
     print("| --- | --- | --- |")
     for mean in (0.0, 1e3, 1e4):
         x = torch.randn(32, CHANNELS, 14, 14, generator=generator) + mean
-        rows = lambda x: x.double().transpose(0, 1).flatten(1)
-        exact = torch.cov(rows(x), correction=0)
-        stats = pw.whitening_stats(x)
-        white = torch.cov(rows(pw.iter_norm(x, method="eigh", eps=0.0)), correction=0)
+        covariance = pw.whitening_stats(x).covariance[0].double()
+        white = covariance_of(pw.iter_norm(x, method="eigh", eps=0.0))
         eye = torch.eye(CHANNELS, dtype=torch.float64)
-        print(f"| {mean:.0e} | {relative(stats.covariance[0].double(), exact)} | {relative(white, eye)} |")
+        print(f"| {mean:.0e} | {relative(covariance, covariance_of(x))} | {relative(white, eye)} |")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from polywhiten.dispatch import Backend
 from polywhiten.kernels import Kernels
 from polywhiten.solvers import Solver
 
-
 compat: Namespace = array_api_compat.dask.array
 
 
