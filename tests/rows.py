@@ -33,7 +33,7 @@ def _by_torch(name: str, arguments: dict[str, Any], dy: Any) -> tuple[Any, Gradi
 def _torch_array(a: np.ndarray) -> Any:
     import torch
 
-    return torch.from_numpy(np.array(a, order="C"))
+    return torch.from_numpy(a)  # with its strides
 
 
 def _jax_array(a: np.ndarray) -> Any:

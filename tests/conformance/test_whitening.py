@@ -15,41 +15,44 @@ METHODS = ("newton", "eigh", "minimax")
 TOLERANCE = {"float64": 1e-8, "float32": 2e-3, "float16": 2e-2}
 
 
+LAYOUTS = {
+    "C": np.ascontiguousarray,
+    "Fortran": np.asfortranarray,
+    "strided": lambda x: np.repeat(x, 2, axis=-1)[..., ::2],
+}
+
+
 @st.composite
 def problems(draw, dtypes=("float32", "float64")):
-    """A function of `polywhiten` by name, and arguments for it as NumPy arrays: any rank, axis, grouping and solver."""
+    """A function of `polywhiten` by name, and NumPy arguments: any rank, axis, layout, grouping and solver."""
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
-    name = draw(st.sampled_from(("iter_norm", "group_whiten")))
+    name, first_axis = draw(st.sampled_from((("iter_norm", 0), ("group_whiten", 1))))
     rank = draw(st.integers(2, 5))
-    axis = draw(st.integers(0 if name == "iter_norm" else 1, rank - 1))
-    dtype = draw(st.sampled_from(dtypes))
-    method = draw(st.sampled_from(METHODS))
+    axis = draw(st.integers(first_axis, rank - 1))
+    shape = [draw(st.integers(1, 4)) for _ in range(rank)]
+    # enough samples that the covariance has full rank: where it hasn't is the hard cases' matter
+    others = [i for i in range(first_axis, rank) if i != axis]
+    if others:
+        shape[others[-1]] = 24
     if name == "iter_norm":
         channels = draw(st.integers(1, 7))
         arguments = {"group_size": draw(st.integers(1, 8))}
     else:
-        groups = draw(st.integers(1, 4))
-        channels = groups * draw(st.integers(1, 3))
-        arguments = {"num_groups": groups}
-    shape = [draw(st.integers(1, 4)) for _ in range(rank)]
+        arguments = {"num_groups": draw(st.integers(1, 4))}
+        channels = arguments["num_groups"] * (draw(st.integers(1, 3)) if others else 12)
     shape[axis] = channels
-    # enough samples that the covariance has full rank: rank-deficient ones are the hard cases' matter
-    grown = (rank - 1 if axis != rank - 1 else rank - 2) or (1 if name == "group_whiten" else 0)
-    if (name == "group_whiten" and grown == axis) or (name == "group_whiten" and grown == 0):
-        shape[axis] = channels = arguments["num_groups"] * 12
-    else:
-        shape[grown] = 24
-    mixing = rng.normal(size=(channels, channels)) + 2 * np.eye(channels)
+    q, _ = np.linalg.qr(rng.normal(size=(channels, channels)))
+    mixing = q * np.geomspace(1, draw(st.sampled_from((1, 0.3, 0.03))), channels) @ q.T
     x = np.moveaxis(np.moveaxis(rng.normal(size=shape), axis, -1) @ mixing + rng.normal(size=channels), -1, axis)
-    affine = [v if draw(st.booleans()) else None for v in (rng.uniform(0.5, 2, channels), rng.normal(size=channels))]
-    arguments.update(
-        x=x.astype(dtype),
-        weight=None if affine[0] is None else affine[0].astype(dtype),
-        bias=None if affine[1] is None else affine[1].astype(dtype),
-        axis=draw(st.sampled_from((axis, axis - rank))),
-        method=method,
-        eps=draw(st.sampled_from((1e-5, 1e-3))),
-    )
+    dtype, method = draw(st.sampled_from(dtypes)), draw(st.sampled_from(METHODS))
+    affine = {"weight": rng.uniform(0.5, 2, channels), "bias": rng.normal(size=channels)}
+    arguments |= {k: v.astype(dtype) if draw(st.booleans()) else None for k, v in affine.items()}
+    arguments |= {
+        "x": LAYOUTS[draw(st.sampled_from(list(LAYOUTS)))](x.astype(dtype)),
+        "axis": draw(st.sampled_from((axis, axis - rank))),
+        "method": method,
+        "eps": draw(st.sampled_from((1e-5, 1e-3))),
+    }
     if method != "eigh":
         arguments["iterations"] = draw(st.sampled_from((1, 3, 5, 8)))
     return name, arguments
