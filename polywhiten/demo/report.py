@@ -1,0 +1,104 @@
+"""What the demo leaves behind: a CSV file that grows with every epoch, a table and a picture."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from rich import box
+from rich.table import Table
+
+from polywhiten.demo.training import NORMS, Epoch
+
+# Okabe and Ito's colours, told apart by colour-blind readers too; markers for those who print in grey.
+STYLES = {
+    "bn": ("#0072B2", "o"),
+    "gn": ("#E69F00", "s"),
+    "iternorm": ("#D55E00", "^"),
+    "gw": ("#009E73", "D"),
+    "dbn": ("#CC79A7", "v"),
+}
+
+
+class ResultsFile:
+    """A CSV file of epochs; each is on disk as soon as it is added, so that a stopped run keeps them."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", newline="", encoding="utf-8")
+        self._rows = csv.writer(self._file)
+        self._write(Epoch._fields)
+
+    def add(self, epoch: Epoch) -> None:
+        norm, number, *measures = epoch
+        self._write((norm, number, *(f"{measure:.6g}" for measure in measures)))
+
+    def _write(self, row: Sequence[object]) -> None:
+        self._rows.writerow(row)
+        self._file.flush()
+
+    def __enter__(self) -> ResultsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def table(epochs: Sequence[Epoch]) -> Table:
+    """A row a norm: accuracy after the last epoch and in the best one, and the median time of a training step."""
+    result = Table(box=box.SIMPLE_HEAD)
+    result.add_column("Norm")
+    for title in ("Test accuracy", "Best accuracy", "Best epoch", "ms per step"):
+        result.add_column(title, justify="right")
+    for norm, run in _by_norm(epochs):
+        last = run[-1]
+        best = max((epoch for epoch in run if not epoch.diverged), key=lambda epoch: epoch.test_accuracy, default=None)
+        result.add_row(
+            NORMS[norm],
+            f"diverged in epoch {last.epoch}" if last.diverged else f"{last.test_accuracy:.2%}",
+            "-" if best is None else f"{best.test_accuracy:.2%}",
+            "-" if best is None else str(best.epoch),
+            f"{median(epoch.ms_per_step for epoch in run):.1f}",
+        )
+    return result
+
+
+def draw(epochs: Sequence[Epoch], title: str, path: Path) -> None:
+    """Training loss and test accuracy after every epoch, as a PNG."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for norm, run in _by_norm(epochs):
+        colour, marker = STYLES[norm]
+        run_on = [epoch for epoch in run if not epoch.diverged]
+        label = NORMS[norm] if len(run_on) == len(run) else f"{NORMS[norm]} (diverged)"
+        every = max(1, len(run_on) // 20)
+        style = {"color": colour, "marker": marker, "markersize": 4, "markevery": every, "linewidth": 1.5}
+        numbers = [epoch.epoch for epoch in run_on]
+        loss.plot(numbers, [epoch.train_loss for epoch in run_on], label=label, **style)
+        accuracy.plot(numbers, [epoch.test_accuracy for epoch in run_on], **style)
+    loss.set(title="Training loss", xlabel="epoch", yscale="log")
+    bottom, top = loss.get_ylim()
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top > 10 * bottom else range(1, 10)))
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter(NullFormatter())
+    accuracy.set(title="Test accuracy", xlabel="epoch")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
+    for panel in (loss, accuracy):
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        panel.grid(color="0.9")
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.legend(loc="outside lower center", ncols=len(NORMS), frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _by_norm(epochs: Sequence[Epoch]) -> list[tuple[str, list[Epoch]]]:
+    norms = dict.fromkeys(epoch.norm for epoch in epochs)
+    return [(norm, [epoch for epoch in epochs if epoch.norm == norm]) for norm in norms]
