@@ -1,0 +1,213 @@
+"""The command line: arguments in, one line and exit code 2 where they don't fit."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+import polywhiten
+from polywhiten.demo.data import Data, DataError, load_digits, load_npz
+from polywhiten.demo.training import NORMS, Settings
+
+WRONG_USE = 2
+STOPPED = 130  # as a shell has it for SIGINT
+
+
+def run(args: list[str] | None = None) -> int:
+    """Run the command that `args`, by default the program's, name; gives the exit code."""
+    try:
+        code = commands.main(args, prog_name="polywhiten", standalone_mode=False)
+    except click.ClickException as error:
+        _complain(error.format_message())
+        return WRONG_USE
+    return code or 0
+
+
+class _Commands(click.Group):
+    """Click would print an empty line for Ctrl-C."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _complain("stopped")
+            return STOPPED
+
+
+def _whole(least: int, most: float = math.inf) -> Callable[[Any], int]:
+    """Option type: an integer from `least` to `most`."""
+
+    def convert(value: Any) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            number = least - 1
+        if not least <= number <= most:
+            wanted = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise click.BadParameter(f"{value} must be an integer, {wanted}")
+        return number
+
+    return convert
+
+
+def _rate(value: Any) -> float:
+    """Option type: a finite number above 0."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise click.BadParameter(f"{value} must be a number above 0, for example 0.05")
+    return number
+
+
+@click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(polywhiten.__version__, message="%(prog)s %(version)s")
+@click.pass_context
+def commands(ctx: click.Context) -> None:
+    """Whitening of activations in every Python array library."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@commands.command()
+def info() -> None:
+    """Show the frameworks that are installed and their kernels."""
+    from polywhiten.info import report
+
+    for line in report():
+        click.echo(line)
+
+
+@commands.command()
+@click.option(
+    "--norm",
+    "norms",
+    multiple=True,
+    type=click.Choice(list(NORMS), case_sensitive=False),
+    metavar="NAME",
+    default=list(NORMS),
+    help=f"One of {', '.join(NORMS)}; give it several times for several.  [default: all]",
+)
+@click.option(
+    "--data",
+    "file",
+    type=click.Path(path_type=Path),
+    metavar="FILE.npz",
+    help="Pictures to train on, grey or colour, as Keras' data sets have them: x_train, y_train, x_test, y_test.  "
+    "[default: scikit-learn's digits]",
+)
+@click.option(
+    "--epochs",
+    type=_whole(1),
+    metavar="INTEGER",
+    default=20,
+    show_default=True,
+    help="Times to go through the training pictures.",
+)
+@click.option(
+    "--batch-size",
+    type=_whole(2),
+    metavar="INTEGER",
+    default=64,
+    show_default=True,
+    help="Pictures in a training step; 2 or more.",
+)
+@click.option(
+    "--lr",
+    type=_rate,
+    metavar="NUMBER",
+    default=0.05,
+    show_default=True,
+    help="Learning rate of the first step; it falls to 0 along a cosine.",
+)
+@click.option(
+    "--seed",
+    type=_whole(0, 2**32 - 1),
+    metavar="INTEGER",
+    default=0,
+    show_default=True,
+    help="Of the first weights and of the batches.",
+)
+@click.option(
+    "--device",
+    metavar="NAME",
+    default="cpu",
+    show_default=True,
+    help="Where to train, as PyTorch names it: cpu, cuda, mps.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    default=Path("polywhiten-demo"),
+    show_default=True,
+    help="Folder for curves.png and results.csv; files of these names are overwritten.",
+)
+def demo(norms: tuple[str, ...], file: Path | None, out: Path, **options: Any) -> int:
+    """Train a small network with each norm and compare them.
+
+    The same convolutional network is trained from the same weights on the same batches with batch normalization (bn),
+    group normalization (gn), iterative normalization (iternorm), group whitening (gw) and decorrelated batch
+    normalization (dbn). Nothing is downloaded.
+    """
+    settings = Settings(**options)
+    if out.exists() and not out.is_dir():
+        raise _bad("--out", f"{out} is a file: name a folder, which is made where there is none")
+    torch_demo = _needed("torch", "polywhiten.torch.demo")
+    report = _needed("matplotlib", "polywhiten.demo.report")
+    try:
+        torch_demo.check_device(settings.device)
+    except ValueError as error:
+        raise _bad("--device", str(error)) from error
+    data = _load(file)
+    size, pictures = settings.batch_size, len(data.x_train)
+    if size > pictures:
+        raise _bad("--batch-size", f"{size} is more than the {pictures} training pictures: use 2 to {pictures}")
+
+    from polywhiten.demo.compare import compare
+
+    chosen = list(dict.fromkeys(norms))
+    try:
+        epochs, stopped = compare(torch_demo.train, data, chosen, settings, out)
+    except OSError as error:
+        raise _bad("--out", f"{out} can't be written to ({error}): name another folder") from error
+    if stopped:
+        kept = f"{out / 'results.csv'} and {out / 'curves.png'} have them" if epochs else "there is nothing to keep"
+        _complain(f"stopped after {len(epochs)} of {len(chosen) * settings.epochs} epochs: {kept}")
+        return STOPPED
+    click.echo(f"{data.name}: {pictures} training and {len(data.x_test)} test pictures, {settings.epochs} epochs")
+    Console().print(report.table(epochs))
+    click.echo(f"The curves are in {out / 'curves.png'}, the numbers in {out / 'results.csv'}.")
+    return 0
+
+
+def _load(file: Path | None) -> Data:
+    if file is None:
+        _needed("scikit-learn", "sklearn.datasets")
+        return load_digits()
+    try:
+        return load_npz(file)
+    except DataError as error:
+        raise _bad("--data", str(error)) from error
+
+
+def _needed(package: str, module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError) as error:  # OSError: a shared library of PyTorch's that can't be loaded
+        raise click.UsageError(f'the demo needs {package} ({error}): pip install "polywhiten[demo]"') from error
+
+
+def _bad(option: str, message: str) -> click.BadParameter:
+    return click.BadParameter(message, param_hint=f"'{option}'")
+
+
+def _complain(message: str) -> None:
+    click.echo(f"polywhiten: {' '.join(message.split())}", err=True)

@@ -1,0 +1,104 @@
+"""What is installed: each framework's version and devices, and the kernels that its arrays get."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import polywhiten
+from polywhiten.dispatch import BACKENDS
+from polywhiten.kernels import Kernels
+
+FRAMEWORKS = ("numpy", "torch", "jax", "tensorflow", "keras", "cupy", "dask")
+ARRAY_API = ("numpy", "jax", "cupy")  # served without a backend too
+KERNELS = ("moments", "inverse_sqrt", "inverse_sqrt_adjoint", "affine_map", "cross_moments")
+
+TIMEOUT = 120  # seconds; a first import of TensorFlow from a slow disk takes most of one minute
+
+
+def report() -> Iterator[str]:
+    """A line on polywhiten, then one on every framework, each as soon as it is known."""
+    yield f"polywhiten {polywhiten.__version__}, Python {platform.python_version()}, {platform.platform()}"
+    yield ""
+    yield _line("framework", "version", "devices", "kernels")
+    for name in FRAMEWORKS:
+        yield _line(name, *(_ask(name) if _is_installed(name) else ["not installed"]))
+    yield ""
+    yield "Kernels in brackets are the backend's own; all others are plain array API calls."
+
+
+def probe(name: str) -> list[str]:
+    """Version, devices and kernels of a framework; or the one reason why it doesn't work."""
+    try:
+        module = import_module(name)
+        return [module.__version__, _devices(name, module), _kernels(name, module)]
+    except Exception as error:  # whatever it raises is what users need to see
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        return [f"installed but broken: {type(error).__name__}: {reason}"]
+
+
+def _ask(name: str) -> list[str]:
+    """`probe` in a process of its own: a broken framework can end its process, and others fill it with messages."""
+    code = f"import json; from polywhiten.info import probe; print(json.dumps(probe({name!r})))"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False, timeout=TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        return [f"installed but broken: no answer in {TIMEOUT} s"]
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        return [f"installed but broken: its import ends the process with exit code {done.returncode}"]
+    fields: list[str] = json.loads(lines[-1])
+    return fields
+
+
+def _is_installed(name: str) -> bool:
+    spec = find_spec(name)
+    return spec is not None and spec.origin is not None  # any folder of that name has a spec
+
+
+def _devices(name: str, module: Any) -> str:
+    if name == "numpy":
+        return "cpu"
+    if name == "torch":
+        kind = str(module.accelerator.current_accelerator()) if module.accelerator.is_available() else None
+        return _joined(["cpu", *(f"{kind}:{i}" for i in range(module.accelerator.device_count() if kind else 0))])
+    if name == "jax":
+        return _joined([f"{device.platform}:{device.id}" for device in module.devices()])
+    if name == "tensorflow":
+        found = module.config.list_physical_devices()  # unlike the logical ones, these need not be taken hold of
+        return _joined([device.name.removeprefix("/physical_device:").lower() for device in found])
+    if name == "cupy":
+        return _joined([f"cuda:{i}" for i in range(module.cuda.runtime.getDeviceCount())])
+    return f"those of {module.backend.backend()}" if name == "keras" else "those of its chunks"
+
+
+def _kernels(name: str, module: Any) -> str:
+    backend = BACKENDS.get(name)
+    if backend is None:
+        if name == "keras":
+            return f"those of {module.backend.backend()}"
+        return "array API" if name in ARRAY_API else "none: polywhiten has no backend for it"
+    kernels = type(import_module(backend).BACKEND.kernels)
+    # a backend may wrap the array API's kernel, to set a precision for instance, and it is no other kernel for that
+    own = [kernel for kernel in KERNELS if inspect.unwrap(getattr(kernels, kernel)) is not getattr(Kernels, kernel)]
+    return f"{backend} ({', '.join(own)})" if own else f"array API, as {backend} calls it"
+
+
+def _joined(devices: list[str]) -> str:
+    return ", ".join(devices) or "none"
+
+
+def _line(name: str, *fields: str) -> str:
+    if len(fields) == 1:
+        return f"{name:<11} {fields[0]}"
+    version, devices, kernels = fields
+    return f"{name:<11} {version:<15} {devices:<19} {kernels}"

@@ -1,0 +1,513 @@
+"""The command line and the demo: what they promise to users who type the wrong thing, stop it, or repeat it."""
+
+import csv
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+for _module in ("torch", "click", "rich", "sklearn", "matplotlib"):
+    pytest.importorskip(_module)
+
+import polywhiten  # noqa: E402
+from polywhiten import cli, info  # noqa: E402
+from polywhiten.demo.data import DataError, load_digits, prepare  # noqa: E402
+from polywhiten.demo.report import draw, table  # noqa: E402
+from polywhiten.demo.training import NORMS, Epoch, Settings, batches  # noqa: E402
+
+PNG = b"\x89PNG\r\n\x1a\n"
+COLUMNS = ["norm", "epoch", "train_loss", "test_loss", "test_accuracy", "ms_per_step"]
+
+
+def pictures(shape=(8, 8), train=24, test=6, seed=0):
+    """A tiny data set in Keras' layout: bright pictures and dark ones."""
+    rng = np.random.default_rng(seed)
+    labels = {"y_train": np.arange(train) % 2, "y_test": np.arange(test) % 2}
+    images = {
+        key.replace("y", "x"): np.uint8(rng.integers(0, 100, (len(y), *shape)) + 100 * y.reshape(-1, *[1] * len(shape)))
+        for key, y in labels.items()
+    }
+    return labels | images
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "small.npz"
+    np.savez(path, **pictures())
+    return path
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """The networks are tiny, and threads that wait for each other on a busy machine take many times as long."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def demo(*args):
+    return cli.run(["demo", *map(str, args)])
+
+
+def rows(out):
+    with (out / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def main_in_new_process(*args, before="", **kwargs):
+    """`polywhiten ARGS` in another interpreter, after the statements `before`."""
+    code = f"{before}\nfrom polywhiten.__main__ import main\nmain()"
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+# ---------------------------------------------------------------- a good run
+
+
+def test_every_norm_is_trained_and_reported(small, out, capsys):
+    assert demo("--data", small, "--epochs", 2, "--batch-size", 8, "--out", out) == 0
+    stdout, stderr = capsys.readouterr()
+    assert stderr == ""  # no progress bar where there is no terminal
+    for name in ("small.npz", *NORMS.values(), "Test accuracy", "Best epoch", "ms per step"):
+        assert name in stdout
+    assert str(out / "curves.png") in stdout
+    assert str(out / "results.csv") in stdout
+    assert [(row["norm"], row["epoch"]) for row in rows(out)] == [(norm, str(e)) for norm in NORMS for e in (1, 2)]
+    assert list(rows(out)[0]) == COLUMNS
+    assert all(float(row["ms_per_step"]) > 0 for row in rows(out))
+    assert (out / "curves.png").read_bytes().startswith(PNG)
+
+
+def test_the_digits_are_the_default_and_are_learnt(out, capsys):
+    """One epoch of the default run is enough to be far above chance, which is 10 %."""
+    assert demo("--norm", "iternorm", "--epochs", 1, "--out", out) == 0
+    assert "scikit-learn's digits" in capsys.readouterr().out
+    assert float(rows(out)[0]["test_accuracy"]) > 0.5
+
+
+def test_norms_are_chosen_in_any_case_and_once_each(small, out):
+    args = "--norm", "GW", "--norm", "bn", "--norm", "gw"
+    assert demo(*args, "--data", small, "--epochs", 1, "--batch-size", 8, "--out", out) == 0
+    assert [row["norm"] for row in rows(out)] == ["gw", "bn"]
+
+
+def test_a_seed_decides_everything_but_the_times(small, tmp_path):
+    """Also when a norm is trained alone: it starts from the same weights as among others."""
+
+    def losses(name, *args):
+        assert demo("--data", small, "--epochs", 2, "--batch-size", 8, "--out", tmp_path / name, *args) == 0
+        return {(row["norm"], row["epoch"]): [row[column] for column in COLUMNS[2:5]] for row in rows(tmp_path / name)}
+
+    both = losses("a", "--norm", "bn", "--norm", "gw")
+    assert losses("b", "--norm", "bn", "--norm", "gw") == both
+    assert losses("c", "--norm", "gw") == {key: value for key, value in both.items() if key[0] == "gw"}
+    other = losses("d", "--norm", "bn", "--norm", "gw", "--seed", "1")
+    assert all(other[key] != both[key] for key in both)
+
+
+def test_every_norm_starts_from_the_same_weights_in_its_own_layer():
+    import torch
+
+    from polywhiten.torch import GroupWhitening, IterNorm
+    from polywhiten.torch.demo import network
+
+    data = prepare("", **pictures((8, 8, 3)))
+    networks = {norm: network(norm, data, seed=3) for norm in NORMS}
+    for model in networks.values():
+        for ours, theirs in zip(model, networks["bn"], strict=True):
+            if isinstance(ours, torch.nn.Conv2d | torch.nn.Linear):
+                assert torch.equal(ours.weight, theirs.weight)
+    layers = {norm: model[1] for norm, model in networks.items()}
+    assert isinstance(layers["bn"], torch.nn.BatchNorm2d)
+    assert isinstance(layers["gn"], torch.nn.GroupNorm)
+    assert isinstance(layers["gw"], GroupWhitening)
+    assert all(isinstance(layers[norm], IterNorm) for norm in ("iternorm", "dbn"))
+    assert (layers["iternorm"].method, layers["dbn"].method, layers["dbn"].group_size) == ("newton", "eigh", 16)
+
+
+def test_no_step_sees_a_smaller_batch_and_all_pictures_get_their_turn():
+    """A last batch of one picture would have no statistics."""
+    data = prepare("", **pictures(train=25))
+    settings = Settings(epochs=20, batch_size=8, lr=0.1, seed=0, device="cpu")
+    epochs = [batches(data, settings, epoch) for epoch in range(20)]
+    assert {len(batch) for epoch in epochs for batch in epoch} == {8}
+    assert set(np.concatenate([np.concatenate(epoch) for epoch in epochs])) == set(range(25))
+
+
+def test_a_run_that_diverges_is_shown_as_such(small, out, capsys):
+    assert demo("--data", small, "--epochs", 3, "--batch-size", 4, "--lr", "1e30", "--out", out) == 0
+    stdout, stderr = capsys.readouterr()
+    assert stderr == ""
+    assert stdout.count("diverged in epoch") == len(NORMS)
+    assert [row["norm"] for row in rows(out)] == list(NORMS)  # and isn't trained any further
+    assert not np.isfinite([float(row["train_loss"]) for row in rows(out)]).any()
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1), (9, 7, 3), (1, 1), (32, 32, 3)], ids=str)
+def test_pictures_of_any_size_grey_or_colour_are_trained_on(shape, tmp_path, out):
+    np.savez(tmp_path / "x.npz", **pictures(shape))
+    assert demo("--data", tmp_path / "x.npz", "--epochs", 1, "--batch-size", 8, "--out", out) == 0
+    assert np.isfinite([float(row["train_loss"]) for row in rows(out)]).all()
+
+
+# ---------------------------------------------------------------- what users may type
+
+
+BAD_OPTIONS = {
+    "unknown norm": (["--norm", "batch"], ["--norm", "batch", "iternorm"]),
+    "no epochs": (["--epochs", "0"], ["--epochs", "0", "1 or more"]),
+    "epochs in words": (["--epochs", "many"], ["--epochs", "many", "integer"]),
+    "batch of one": (["--batch-size", "1"], ["--batch-size", "1", "2 or more"]),
+    "batch larger than the data": (["--batch-size", "25"], ["--batch-size", "25", "2 to 24"]),
+    "no learning rate": (["--lr", "0"], ["--lr", "0", "above 0"]),
+    "infinite learning rate": (["--lr", "inf"], ["--lr", "inf", "above 0"]),
+    "learning rate not a number": (["--lr", "nan"], ["--lr", "nan", "above 0"]),
+    "negative seed": (["--seed", "-1"], ["--seed", "-1", "0 to 4294967295"]),
+    "seed too large for PyTorch": (["--seed", str(2**64)], ["--seed", str(2**64), "0 to 4294967295"]),
+    "unknown device": (["--device", "abacus"], ["--device", "abacus", "cpu"]),
+    "device that holds no values": (["--device", "meta"], ["--device", "meta", "cpu"]),
+    "unknown option": (["--epoch", "1"], ["--epoch", "--epochs"]),
+    "option without a value": (["--epochs"], ["--epochs"]),
+    "argument that is none": (["bn"], ["bn"]),
+}
+
+
+@pytest.mark.parametrize(("args", "words"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
+def test_a_bad_option_is_one_line_and_leaves_earlier_results(args, words, small, out, capsys):
+    out.mkdir()
+    (out / "results.csv").write_text("earlier")
+    assert demo("--data", small, "--out", out, *args) == 2
+    check_one_line(capsys, words)
+    assert [path.name for path in out.iterdir()] == ["results.csv"]
+    assert (out / "results.csv").read_text() == "earlier"
+
+
+def test_an_accelerator_that_is_not_there_is_one_line(small, out, capsys):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert demo("--data", small, "--out", out, "--device", "cuda") == 2
+    check_one_line(capsys, ["--device", "cuda", "use cpu"])
+
+
+def npz_with(**changes):
+    return {key: value for key, value in (pictures() | changes).items() if value is not None}
+
+
+OBJECTS = np.array([[1], [2, 3]], dtype=object)
+BAD_ARRAYS = {
+    "a missing key": (npz_with(x_test=None, y_test=None), ["x_test", "y_test", "holds", "x_train"]),
+    "objects": (npz_with(x_train=OBJECTS), ["x_train", "allow_pickle=False", "numbers"]),
+    "objects as labels": (npz_with(y_test=OBJECTS), ["y_test", "allow_pickle=False", "numbers"]),
+    "flat pictures": (npz_with(x_train=np.zeros((24, 64))), ["x_train", "(24, 64)", "(N, height, width)"]),
+    "two channels": (npz_with(x_test=np.zeros((6, 8, 8, 2))), ["x_test", "(6, 8, 8, 2)", "(N, height, width, 3)"]),
+    "channels first": (npz_with(x_train=np.zeros((24, 3, 8, 8))), ["x_train", "(24, 3, 8, 8)"]),
+    "no pictures": (npz_with(x_test=np.zeros((0, 8, 8))), ["x_test", "(0, 8, 8)"]),
+    "other pictures in the test": (npz_with(x_test=np.zeros((6, 9, 8))), ["x_test", "9 x 8 x 1", "8 x 8 x 1"]),
+    "text as pictures": (npz_with(x_train=np.full((24, 8, 8), "a")), ["x_train", "<U1", "real numbers"]),
+    "complex pictures": (npz_with(x_train=np.zeros((24, 8, 8), complex)), ["x_train", "complex128", "real numbers"]),
+    "a NaN": (npz_with(x_train=np.full((24, 8, 8), np.nan)), ["x_train", "not finite"]),
+    "too large for float32": (npz_with(x_test=np.full((6, 8, 8), 1e300)), ["x_test", "not finite"]),
+    "fewer labels than pictures": (npz_with(y_train=np.zeros(23, int)), ["y_train", "23 labels", "24 pictures"]),
+    "labels that are measures": (npz_with(y_train=np.linspace(0, 1, 24)), ["y_train", "float64", "integer"]),
+    "one-hot labels": (npz_with(y_train=np.eye(24, dtype=int)), ["y_train", "(24, 24)", "(N,)"]),
+    "one class": (npz_with(y_train=np.full(24, 7)), ["y_train", "7", "2 classes"]),
+    "a class that isn't trained": (npz_with(y_test=np.full(6, 5)), ["y_test", "5", "y_train"]),
+}
+
+
+@pytest.mark.parametrize(("arrays", "words"), BAD_ARRAYS.values(), ids=BAD_ARRAYS)
+def test_bad_arrays_are_one_line(arrays, words, tmp_path, out, capsys):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    assert demo("--data", tmp_path / "bad.npz", "--out", out) == 2
+    check_one_line(capsys, ["--data", *words])
+    assert not out.exists()
+
+
+class Unpickled:
+    """What a file of someone else's could do to the user."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("unpickled",))
+
+
+def write_truncated(path):
+    np.savez_compressed(path, **pictures())
+    content = path.read_bytes()
+    path.write_bytes(content[:2000] + bytes(400) + content[2400:])
+
+
+def write_foreign(path):
+    with zipfile.ZipFile(path, "w") as file:
+        for key in ("x_train.npy", "y_train.npy", "x_test.npy", "y_test.npy"):
+            file.writestr(key, "no array")
+
+
+BAD_FILES = {
+    "no file": (lambda path: None, ["doesn't exist", ".npz"]),
+    "a folder": (Path.mkdir, ["not a file", ".npz"]),
+    "nothing in it": (Path.touch, [".npz format"]),
+    "text": (lambda path: path.write_text("x_train,y_train\n"), [".npz format"]),
+    "a single array": (lambda path: np.save(path.open("wb"), np.zeros(3)), [".npz format"]),
+    "a pickle": (lambda path: path.write_bytes(pickle.dumps(Unpickled())), [".npz format"]),
+    "a pickle in an array": (lambda path: np.savez(path, **npz_with(x_train=[Unpickled()])), ["x_train", "numbers"]),
+    "a damaged file": (write_truncated, ["can't be read"]),
+    "a zip file of other things": (write_foreign, ["x_train", "not an array"]),
+}
+
+
+@pytest.mark.parametrize(("write", "words"), BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_files_are_one_line_and_never_unpickled(write, words, tmp_path, out, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "bad.npz")
+    assert demo("--data", tmp_path / "bad.npz", "--out", out) == 2
+    check_one_line(capsys, ["--data", *words])
+    assert not out.exists()
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_an_output_folder_that_is_a_file_is_one_line(small, out, capsys):
+    out.write_text("mine")
+    assert demo("--data", small, "--out", out) == 2
+    check_one_line(capsys, ["--out", str(out), "folder"])
+    assert out.read_text() == "mine"
+
+
+def test_an_output_folder_that_can_not_be_made_is_one_line(small, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert demo("--data", small, "--batch-size", 8, "--out", tmp_path / "file" / "out") == 2
+    check_one_line(capsys, ["--out", str(tmp_path / "file" / "out"), "folder"])
+
+
+def test_a_command_that_is_none_is_one_line(capsys):
+    assert cli.run(["train"]) == 2
+    check_one_line(capsys, ["train"])
+
+
+def check_one_line(capsys, words):
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert stderr.startswith("polywhiten: ")
+    assert stderr.count("\n") == 1
+    assert stderr.endswith("\n")
+    for word in words:
+        assert word in stderr
+
+
+def test_help_and_version_are_no_errors(capsys):
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"polywhiten {polywhiten.__version__}\n"
+    for args in ([], ["--help"], ["demo", "--help"]):
+        assert cli.run(args) == 0
+        assert capsys.readouterr().out.startswith("Usage: polywhiten")
+
+
+# ---------------------------------------------------------------- stopping it
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for another process")
+def test_ctrl_c_keeps_what_was_done(small, out):
+    # a shell may have started this with SIGINT ignored, which children inherit
+    before = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    args = "demo", "--data", small, "--norm", "bn", "--epochs", 10**6, "--batch-size", 8, "--out", out
+    process = main_in_new_process(*args, before=before)
+    try:
+        deadline = time.monotonic() + 60
+        while not (out / "results.csv").exists() or len(rows(out)) < 2:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert stdout == ""
+    assert stderr.count("\n") == 1
+    kept = rows(out)
+    assert f"stopped after {len(kept)} of 1000000 epochs" in stderr
+    assert str(out / "results.csv") in stderr
+    assert [int(row["epoch"]) for row in kept] == list(range(1, len(kept) + 1))
+    assert all(None not in row.values() for row in kept)
+    assert (out / "curves.png").read_bytes().startswith(PNG)
+
+
+def test_stopping_before_the_first_epoch_leaves_no_picture_of_an_earlier_run(small, out, capsys, monkeypatch):
+    import polywhiten.torch.demo
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    out.mkdir()
+    (out / "curves.png").touch()
+    monkeypatch.setattr(polywhiten.torch.demo, "train", interrupted)
+    assert demo("--data", small, "--batch-size", 8, "--out", out) == 130
+    check_one_line(capsys, ["stopped after 0 of 100 epochs"])
+    assert [path.name for path in out.iterdir()] == ["results.csv"]
+
+
+def test_ctrl_c_anywhere_else_is_one_line(capsys, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "report", interrupted)
+    assert cli.run(["info"]) == 130
+    check_one_line(capsys, ["stopped"])
+
+
+# ---------------------------------------------------------------- what may be missing or broken
+
+
+@pytest.mark.parametrize("module", ["click", "rich"])
+def test_without_the_extra_the_command_names_it(module):
+    process = main_in_new_process("info", before=f"import sys; sys.modules[{module!r}] = None")
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (2, "")
+    assert stderr == f'polywhiten: the command line needs {module}: pip install "polywhiten[cli]"\n'
+
+
+@pytest.mark.parametrize(("module", "package"), [("torch", "torch"), ("matplotlib", "matplotlib")])
+def test_without_its_extra_the_demo_names_it(module, package, out):
+    process = main_in_new_process("demo", "--out", out, before=f"import sys; sys.modules[{module!r}] = None")
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (2, "")
+    assert stderr.count("\n") == 1
+    assert package in stderr
+    assert 'pip install "polywhiten[demo]"' in stderr
+    assert not out.exists()
+
+
+def test_scikit_learn_is_needed_for_its_digits_alone(small, out, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert demo("--out", out) == 2
+    check_one_line(capsys, ["scikit-learn", 'pip install "polywhiten[demo]"'])
+    assert demo("--data", small, "--norm", "bn", "--epochs", 1, "--batch-size", 8, "--out", out) == 0
+
+
+def fake(folder, name, code):
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(code)
+
+
+def test_info_reports_broken_frameworks_in_a_line_each(tmp_path, monkeypatch):
+    fake(tmp_path, "jax", "raise ImportError('libfoo.so is missing\\n  in twelve places')")
+    fake(tmp_path, "cupy", "import os; os._exit(3)")
+    fake(tmp_path, "tensorflow", "raise SystemExit(0)")
+    fake(tmp_path, "keras", "raise RuntimeError")
+    monkeypatch.setattr(info, "FRAMEWORKS", ("numpy", "jax", "cupy", "tensorflow", "keras"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    lines = {line.split()[0]: line for line in info.report() if line}
+    assert np.__version__ in lines["numpy"]
+    assert lines["jax"].endswith("installed but broken: ImportError: libfoo.so is missing")
+    assert lines["cupy"].endswith("installed but broken: its import ends the process with exit code 3")
+    assert "installed but broken" in lines["tensorflow"]
+    assert lines["keras"].endswith("installed but broken: RuntimeError: no reason given")
+
+
+def test_info_is_not_misled_by_what_a_framework_prints_or_by_a_folder_of_its_name(tmp_path, monkeypatch):
+    fake(tmp_path, "tensorflow", "print('hello')\n__version__ = '0'\nclass config: list_physical_devices = list")
+    (tmp_path / "keras").mkdir()
+    monkeypatch.setattr(info, "FRAMEWORKS", ("tensorflow", "keras"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    lines = {line.split()[0]: line for line in info.report() if line}
+    assert lines["tensorflow"].split()[1:3] == ["0", "none"]
+    assert lines["keras"].endswith("not installed")
+
+
+def test_info_names_versions_devices_and_kernels(capsys):
+    import torch
+
+    assert cli.run(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"polywhiten {polywhiten.__version__}, Python ")
+    (line,) = [line for line in lines if line.startswith("torch ")]
+    assert line.split()[1:3] == [torch.__version__, "cpu" + "," * torch.accelerator.is_available()]
+    assert "polywhiten.torch (" in line
+    assert "inverse_sqrt" in line
+    (line,) = [line for line in lines if line.startswith("numpy ")]
+    assert line.endswith("array API")
+
+
+# ---------------------------------------------------------------- data and report
+
+
+def test_layouts_of_the_same_pictures_are_the_same_data():
+    flat = pictures((8, 8))
+    column = {key: value[..., None] for key, value in flat.items()}  # (N, 8, 8, 1) and (N, 1), as Keras has CIFAR-10's
+    a, b = prepare("", **flat), prepare("", **column)
+    for name in flat:
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_pictures_are_standardized_by_the_training_ones_and_labels_counted_from_0():
+    arrays = pictures((8, 8, 3), train=50, test=20)
+    arrays["x_train"][..., 2] = 9  # a constant channel has no deviation to divide by
+    arrays["x_test"][..., 2] = 9
+    arrays["y_train"], arrays["y_test"] = 40 - 10 * arrays["y_train"], 40 - 10 * arrays["y_test"]
+    data = prepare("", **arrays)
+    np.testing.assert_allclose(data.x_train.mean((0, 1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(data.x_train.std((0, 1, 2)), [1, 1, 0], atol=1e-5)
+    mean, deviation = arrays["x_train"][..., 0].mean(), arrays["x_train"][..., 0].std()
+    np.testing.assert_allclose(data.x_test[..., 0], (arrays["x_test"][..., 0] - mean) / deviation, rtol=1e-4, atol=1e-5)
+    assert data.classes == 2
+    assert set(data.y_train) == {0, 1}
+    np.testing.assert_array_equal(data.y_test, (arrays["y_test"] - 30) // 10)
+
+
+def test_the_digits_split_is_fixed():
+    data = load_digits()
+    assert (data.x_train.shape, data.x_test.shape) == ((1438, 8, 8, 1), (359, 8, 8, 1))
+    assert data.y_test[:5].tolist() == [4, 9, 4, 9, 4]
+    assert np.bincount(data.y_test).min() > 20
+
+
+def test_arrays_that_are_checked_are_not_changed():
+    arrays = {key: value.astype("float32") if key[0] == "x" else value for key, value in pictures().items()}
+    copies = {key: value.copy() for key, value in arrays.items()}
+    prepare("", **arrays)
+    for key, value in arrays.items():
+        np.testing.assert_array_equal(value, copies[key])
+    with pytest.raises(DataError, match="y_train"):
+        prepare("", **(arrays | {"y_train": arrays["y_train"] / 2}))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_report_of_one_good_and_one_diverged_epoch(tmp_path):
+    """A title with dollars is no formula, and a run of which nothing can be drawn is no warning."""
+    epochs = [Epoch("bn", 1, 0.5, 0.6, 0.9, 2.0), Epoch("gw", 1, float("nan"), float("nan"), 0.1, 2.0)]
+    for some in (epochs, epochs[:1], epochs[1:]):
+        draw(some, "a_$b^{.npz", tmp_path / "x.png")
+        assert (tmp_path / "x.png").read_bytes().startswith(PNG)
+    columns = [list(column.cells) for column in table(epochs).columns]
+    assert columns == [
+        ["BN", "GW"],
+        ["90.00%", "diverged in epoch 1"],
+        ["90.00%", "-"],
+        ["1", "-"],
+        ["2.0", "2.0"],
+    ]
+
+
+def test_the_best_epoch_is_the_first_of_the_best():
+    epochs = [Epoch("bn", n, 0.1, 0.1, accuracy, ms) for n, accuracy, ms in [(1, 0.8, 9), (2, 0.9, 2), (3, 0.9, 1)]]
+    assert [next(iter(column.cells)) for column in table(epochs).columns] == ["BN", "90.00%", "90.00%", "2", "2.0"]
