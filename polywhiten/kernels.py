@@ -73,20 +73,16 @@ class Kernels:
     def _products(self, a: Array, b: Array, block_axis: int) -> Array:
         """A B' of every block."""
         xp = self.xp
-        if _is_wide(a):
+        if is_wide(a):
             return xp.sum(a @ xp.matrix_transpose(b), axis=1 - block_axis)
         return xp.matrix_transpose(self._rows(a, block_axis)) @ self._rows(b, block_axis)
 
     def _apply(self, matrix: Array, x: Array, block_axis: int) -> Array:
         """A X of every block."""
         xp = self.xp
-        if _is_wide(x):
+        if is_wide(x):
             return xp.expand_dims(matrix, axis=1 - block_axis) @ x
-        p, q, d, l = x.shape
-        result = self._rows(x, block_axis) @ xp.matrix_transpose(matrix)
-        blocks, samples = (p, q) if block_axis == 0 else (q, p)
-        result = xp.reshape(result, (blocks, samples, l, d))
-        return xp.permute_dims(result, (0, 1, 3, 2) if block_axis == 0 else (1, 0, 3, 2))
+        return self._from_rows(self._rows(x, block_axis) @ xp.matrix_transpose(matrix), x.shape, block_axis)
 
     def _rows(self, x: Array, block_axis: int) -> Array:
         """(blocks, M, d); without a copy where l is 1."""
@@ -94,8 +90,14 @@ class Kernels:
         blocks, samples, l, d = x.shape
         return self.xp.reshape(x, (blocks, samples * l, d))
 
+    def _from_rows(self, rows: Array, shape: tuple[int, ...], block_axis: int) -> Array:
+        """(blocks, M, d) back as (p, q, d, l)."""
+        p, q, d, l = shape
+        rows = self.xp.reshape(rows, (p, q, l, d) if block_axis == 0 else (q, p, l, d))
+        return self.xp.permute_dims(rows, (0, 1, 3, 2) if block_axis == 0 else (1, 0, 3, 2))
 
-def _is_wide(x: Array) -> bool:
+
+def is_wide(x: Array) -> bool:
     """Whether a product for each of (p, q) is efficient: not a long row of small ones."""
     d, l = x.shape[2:]
     return bool(l > 1 and l >= d)

@@ -55,6 +55,7 @@ class _TorchLayers:
 
     def iter_norm(self, channels: int, dtype: str = "float64", **arguments: Any) -> Any:
         import torch
+
         from polywhiten.torch import IterNorm
 
         return IterNorm(channels, dtype=getattr(torch, dtype), **arguments)

@@ -10,9 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
-
 import polywhiten as pw  # noqa: E402
+from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
 
 METHODS = ("newton", "eigh", "minimax")
 LAYERS = {

@@ -1,8 +1,5 @@
 """PyTorch: modules, and the functions of `polywhiten` as differentiable operations."""
 
-from polywhiten.torch.autograd import BACKEND
-from polywhiten.torch.modules import GroupWhitening, IterNorm
-
 from polywhiten import (
     WhiteningStats,
     apply_whitening,
@@ -13,6 +10,8 @@ from polywhiten import (
     iter_norm_vjp,
     whitening_stats,
 )
+from polywhiten.torch.autograd import BACKEND
+from polywhiten.torch.modules import GroupWhitening, IterNorm
 
 __all__ = [
     "BACKEND",

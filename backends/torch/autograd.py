@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from polywhiten.torch.kernels import KERNELS
-
 import torch
+from torch import Tensor
+
 from polywhiten import whitening
 from polywhiten.dispatch import Backend, framework_module
 from polywhiten.kernels import Kernels
 from polywhiten.solvers.minimax import minimax_steps
+from polywhiten.torch.kernels import KERNELS
 from polywhiten.whitening import Plan, Statistics
-from torch import Tensor
 
 
 class _Whiten(torch.autograd.Function):

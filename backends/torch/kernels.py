@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import array_api_compat.torch as xp
-
 import torch
-from polywhiten.kernels import Kernels
+from torch import Tensor
+
+from polywhiten.kernels import Kernels, Term, is_wide
 from polywhiten.solvers import Solver
 from polywhiten.solvers.eigh import Eigh
-from torch import Tensor
+
+_ACCELERATOR = getattr(torch.accelerator.current_accelerator(), "type", "cpu")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -65,7 +67,7 @@ def _full_precision(kernel: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(kernel)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        with torch.autocast("cpu", enabled=False), torch.autocast(_ACCELERATOR, enabled=False):
             return kernel(*args, **kwargs)
 
     return run
@@ -76,7 +78,28 @@ class TorchKernels(Kernels):
 
     moments = _full_precision(Kernels.moments)
     cross_moments = _full_precision(Kernels.cross_moments)
-    affine_map = _full_precision(Kernels.affine_map)
+
+    @_full_precision
+    def affine_map(self, terms: Sequence[Term], bias: Tensor | None, block_axis: int, dtype: torch.dtype) -> Tensor:
+        """Centres folded into the bias, which starts the sum of the products: no array is copied."""
+        offset: Tensor = -sum(matrix @ centre.unsqueeze(-1) for matrix, _, centre in terms)
+        if bias is not None:
+            offset = offset + bias.unsqueeze(-1)
+        shape = terms[0].array.shape
+        wide = is_wide(terms[0].array)
+
+        def for_every_product(matrix: Tensor) -> Tensor:
+            return matrix.unsqueeze(1 - block_axis).expand(*shape[:2], -1, -1).flatten(0, 1)
+
+        result = for_every_product(offset) if wide else offset.mT
+        for matrix, array, _ in terms:
+            x = self.for_statistics(array)
+            if wide:
+                result = torch.baddbmm(result, for_every_product(matrix), x.flatten(0, 1))
+            else:
+                result = torch.baddbmm(result, self._rows(x, block_axis), matrix.mT)
+        result = result.reshape(shape) if wide else self._from_rows(result, shape, block_axis)
+        return result.to(dtype)
 
     @_full_precision
     def inverse_sqrt(self, solver: Solver, cov: Tensor) -> Tensor:

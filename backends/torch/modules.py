@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from polywhiten.torch.autograd import BACKEND
-from polywhiten.torch.kernels import KERNELS
-
 import torch
+from torch import Tensor, nn
+
 from polywhiten import checks
 from polywhiten.functional import apply_frozen, whiten_channels, whiten_samples
 from polywhiten.groups import WhiteningStats, whitener_of
 from polywhiten.solvers import solver_for
-from torch import Tensor, nn
+from polywhiten.torch.autograd import BACKEND
+from polywhiten.torch.kernels import KERNELS
 
 TRACKED = ("whitener", "covariance")
 ON_NONFINITE = ("skip", "raise")
