@@ -30,7 +30,7 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "gn": lambda channels: nn.GroupNorm(NUM_GROUPS, channels),
     "iternorm": IterNorm,
     "gw": lambda channels: GroupWhitening(NUM_GROUPS, channels),
-    "dbn": lambda channels: IterNorm(channels, method="eigh", group_size=DBN_GROUP_SIZE),
+    "dbn": lambda channels: IterNorm(channels, method="eigh", group_size=DBN_GROUP_SIZE, track="covariance"),
 }
 
 TEST_BATCH = 500
