@@ -24,7 +24,10 @@ def run(args: list[str] | None = None) -> int:
     try:
         code = commands.main(args, prog_name="polywhiten", standalone_mode=False)
     except click.ClickException as error:
-        _complain(error.format_message())
+        message, context = error.format_message(), getattr(error, "ctx", None)
+        if context is not None and not isinstance(error, click.BadParameter):  # that one says itself what would do
+            message = f"{message.rstrip('.')}: see {context.command_path} --help"
+        _complain(message)
         return WRONG_USE
     return code or 0
 
@@ -49,8 +52,8 @@ def _whole(least: int, most: float = math.inf) -> Callable[[Any], int]:
         except ValueError:
             number = least - 1
         if not least <= number <= most:
-            wanted = f"{least} or more" if most == math.inf else f"{least} to {most}"
-            raise click.BadParameter(f"{value} must be an integer, {wanted}")
+            wanted = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
+            raise click.BadParameter(f"{value} is not an integer {wanted}")
         return number
 
     return convert
@@ -63,7 +66,7 @@ def _rate(value: Any) -> float:
     except ValueError:
         number = math.nan
     if not 0 < number < math.inf:
-        raise click.BadParameter(f"{value} must be a number above 0, for example 0.05")
+        raise click.BadParameter(f"{value} is not a number above 0, such as 0.05")
     return number
 
 

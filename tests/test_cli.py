@@ -19,7 +19,7 @@ for _module in ("torch", "click", "rich", "sklearn", "matplotlib"):
 import polywhiten  # noqa: E402
 from polywhiten import cli, info  # noqa: E402
 from polywhiten.demo.data import DataError, load_digits, prepare  # noqa: E402
-from polywhiten.demo.report import draw, table  # noqa: E402
+from polywhiten.demo.report import ResultsFile, curves, table  # noqa: E402
 from polywhiten.demo.training import NORMS, Epoch, Settings, batches  # noqa: E402
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -132,6 +132,9 @@ def test_every_norm_starts_from_the_same_weights_in_its_own_layer():
         for ours, theirs in zip(model, networks["bn"], strict=True):
             if isinstance(ours, torch.nn.Conv2d | torch.nn.Linear):
                 assert torch.equal(ours.weight, theirs.weight)
+    torch.rand(1)  # the program's own random numbers make no difference, the seed does
+    assert torch.equal(network("bn", data, seed=3)[0].weight, networks["bn"][0].weight)
+    assert not torch.equal(network("bn", data, seed=4)[0].weight, networks["bn"][0].weight)
     layers = {norm: model[1] for norm, model in networks.items()}
     assert isinstance(layers["bn"], torch.nn.BatchNorm2d)
     assert isinstance(layers["gn"], torch.nn.GroupNorm)
@@ -181,9 +184,10 @@ BAD_OPTIONS = {
     "seed too large for PyTorch": (["--seed", str(2**64)], ["--seed", str(2**64), "0 to 4294967295"]),
     "unknown device": (["--device", "abacus"], ["--device", "abacus", "cpu"]),
     "device that holds no values": (["--device", "meta"], ["--device", "meta", "cpu"]),
-    "unknown option": (["--epoch", "1"], ["--epoch", "--epochs"]),
+    "a file name of two lines": (["--data", "no\nsuch.npz"], ["--data", "no such.npz"]),
+    "unknown option": (["--epoch", "1"], ["--epoch", "--epochs", "polywhiten demo --help"]),
     "option without a value": (["--epochs"], ["--epochs"]),
-    "argument that is none": (["bn"], ["bn"]),
+    "argument that is none": (["bn"], ["(bn)", "polywhiten demo --help"]),
 }
 
 
@@ -297,7 +301,7 @@ def test_an_output_folder_that_can_not_be_made_is_one_line(small, tmp_path, caps
 
 def test_a_command_that_is_none_is_one_line(capsys):
     assert cli.run(["train"]) == 2
-    check_one_line(capsys, ["train"])
+    check_one_line(capsys, ["train", "polywhiten --help"])
 
 
 def check_one_line(capsys, words):
@@ -496,8 +500,10 @@ def test_a_report_of_one_good_and_one_diverged_epoch(tmp_path):
     """A title with dollars is no formula, and a run of which nothing can be drawn is no warning."""
     epochs = [Epoch("bn", 1, 0.5, 0.6, 0.9, 2.0), Epoch("gw", 1, float("nan"), float("nan"), 0.1, 2.0)]
     for some in (epochs, epochs[:1], epochs[1:]):
-        draw(some, "a_$b^{.npz", tmp_path / "x.png")
+        curves(some, "a_$b^{.$npz").savefig(tmp_path / "x.png")
         assert (tmp_path / "x.png").read_bytes().startswith(PNG)
+    (legend,) = curves(epochs, "").legends
+    assert [text.get_text() for text in legend.get_texts()] == ["BN", "GW (diverged)"]
     columns = [list(column.cells) for column in table(epochs).columns]
     assert columns == [
         ["BN", "GW"],
@@ -506,6 +512,15 @@ def test_a_report_of_one_good_and_one_diverged_epoch(tmp_path):
         ["1", "-"],
         ["2.0", "2.0"],
     ]
+
+
+def test_every_epoch_is_on_disk_at_once(tmp_path):
+    """So that a run which is killed has left it."""
+    path = tmp_path / "results.csv"
+    with ResultsFile(path) as results:
+        assert path.read_text() == ",".join(COLUMNS) + "\n"
+        results.add(Epoch("gw", 7, 0.25, 0.5, 0.125, 3.0))
+        assert path.read_text().splitlines()[1] == "gw,7,0.25,0.5,0.125,3"
 
 
 def test_the_best_epoch_is_the_first_of_the_best():

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from polywhiten.demo.data import Data
-from polywhiten.demo.report import ResultsFile, draw
+from polywhiten.demo.report import ResultsFile, curves
 from polywhiten.demo.training import NORMS, Epoch, Settings, Trainer, steps_per_epoch
 
 
@@ -60,7 +60,7 @@ def compare(train: Trainer, data: Data, norms: list[str], settings: Settings, ou
         except KeyboardInterrupt:
             stopped = True
     if epochs:
-        draw(epochs, f"{data.name}: {settings.epochs} epochs, seed {settings.seed}", picture)
+        curves(epochs, f"{data.name}: {settings.epochs} epochs, seed {settings.seed}").savefig(picture, dpi=150)
     return epochs, stopped
 
 

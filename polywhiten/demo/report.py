@@ -26,7 +26,7 @@ STYLES = {
 
 
 class ResultsFile:
-    """A CSV file of epochs; each is on disk as soon as it is added, so that a stopped run keeps them."""
+    """A CSV file of epochs; each is written as soon as it is added, so that a stopped run keeps them."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("w", newline="", encoding="utf-8")
@@ -69,8 +69,8 @@ def table(epochs: Sequence[Epoch]) -> Table:
     return result
 
 
-def draw(epochs: Sequence[Epoch], title: str, path: Path) -> None:
-    """Training loss and test accuracy after every epoch, as a PNG."""
+def curves(epochs: Sequence[Epoch], title: str) -> Figure:
+    """Training loss and test accuracy after every epoch, up to where a run diverged."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for norm, run in _by_norm(epochs):
@@ -94,9 +94,9 @@ def draw(epochs: Sequence[Epoch], title: str, path: Path) -> None:
         panel.grid(color="0.9")
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a file's name may have dollars in it
     figure.legend(loc="outside lower center", ncols=len(NORMS), frameon=False)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def _by_norm(epochs: Sequence[Epoch]) -> list[tuple[str, list[Epoch]]]:
