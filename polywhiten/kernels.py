@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from polywhiten._types import Array, Namespace
 from polywhiten.blocks import sample_count
@@ -49,7 +49,7 @@ class Kernels:
         """Gradient of a loss with respect to S, of its gradient with respect to W."""
         return solver.adjoint(self.xp, cov, grad)
 
-    def affine_map(self, terms: Sequence[Term], bias: Array | None, block_axis: int, dtype: object) -> Array:
+    def affine_map(self, terms: Sequence[Term], bias: Array | None, block_axis: int, dtype: Any) -> Array:
         """Sum of matrix (array - centre) over the terms, plus bias (blocks, d); (p, q, d, l) of `dtype`."""
         result = None
         for matrix, array, centre in terms:

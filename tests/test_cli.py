@@ -72,7 +72,8 @@ def rows(out):
 def main_in_new_process(*args, before="", **kwargs):
     """`polywhiten ARGS` in another interpreter, after the statements `before`."""
     code = f"{before}\nfrom polywhiten.__main__ import main\nmain()"
-    command = [sys.executable, "-c", code, *map(str, args)]
+    # -P: the working folder may hold the sources, where polywhiten.torch isn't
+    command = [sys.executable, "-P", "-c", code, *map(str, args)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 

@@ -15,7 +15,7 @@ def test_import_brings_no_framework():
         "import sys, polywhiten, numpy; polywhiten.iter_norm(numpy.eye(4)[:, :2] * 1.0);"
         "print(sorted({'torch', 'jax', 'dask', 'tensorflow', 'cupy', 'click'} & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
 
