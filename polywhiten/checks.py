@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 
@@ -9,7 +10,12 @@ from polywhiten._types import Array, Namespace
 
 
 def check_array(xp: Namespace, x: Array, name: str = "x") -> None:
-    if not xp.isdtype(x.dtype, "real floating"):
+    try:
+        real = xp.isdtype(x.dtype, "real floating")
+    except (AttributeError, TypeError):  # no dtype, or one that x's library doesn't know
+        wanted = "an array" if name == "x" else "an array of the library that x is of"
+        raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__qualname__}: pass {wanted}") from None
+    if not real:
         raise TypeError(f"{name} has dtype {x.dtype}: whitening needs real floating-point values, convert it first")
 
 
@@ -27,13 +33,25 @@ def check_channel_axis(x: Array, axis: int, first: int = 0) -> int:
     normalized = axis + x.ndim if axis < 0 else axis
     if not first <= normalized < x.ndim:
         raise ValueError(f"axis={axis} holds no channels in shape {tuple(x.shape)}: use {first} to {x.ndim - 1}")
+    if x.shape[normalized] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}: at least 1 channel is needed at axis={axis}")
     return normalized
 
 
 def check_eps(eps: float) -> float:
-    if not eps >= 0:  # NaN too
-        raise ValueError(f"eps={eps} must be 0 or more")
-    return float(eps)
+    eps = _number("eps", eps)
+    if not 0 <= eps < math.inf:  # NaN too
+        raise ValueError(f"eps={eps} must be 0 or more, and finite")
+    return eps
+
+
+def check_momentum(momentum: float | None) -> float | None:
+    if momentum is None:
+        return None
+    momentum = _number("momentum", momentum)
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum={momentum} must be from 0 to 1, or None for the plain average")
+    return momentum
 
 
 def check_positive(name: str, value: int) -> int:
@@ -66,9 +84,10 @@ def check_per_channel(xp: Namespace, values: Array | None, name: str, channels: 
     check_array(xp, values, name)
 
 
-def check_gradient(dy: Array, shape: tuple[int, ...]) -> None:
+def check_gradient(xp: Namespace, dy: Array, shape: tuple[int, ...]) -> None:
     if tuple(getattr(dy, "shape", ())) != tuple(shape):
         raise ValueError(f"dy has shape {tuple(getattr(dy, 'shape', ()))}: y has {tuple(shape)}, and dy needs the same")
+    check_array(xp, dy, "dy")
 
 
 def check_sample_count(count: int, shape: tuple[int, ...], hint: str) -> None:
@@ -76,8 +95,10 @@ def check_sample_count(count: int, shape: tuple[int, ...], hint: str) -> None:
         raise ValueError(f"x of shape {tuple(shape)} gives {count} samples a channel: at least 2 are needed; {hint}")
 
 
-def check_statistics(channels: int, mean: Array, whitener: Array) -> None:
+def check_statistics(xp: Namespace, channels: int, mean: Array, whitener: Array) -> None:
     """The statistics' shapes are those of x's channels, in whole groups or with a smaller last one."""
+    check_array(xp, mean, "stats.mean")
+    check_array(xp, whitener, "stats.whitener")
     if tuple(mean.shape) != (channels,):
         raise ValueError(
             f"stats.mean has shape {tuple(mean.shape)}: x has {channels} channels, it has to be ({channels},)"
@@ -94,6 +115,15 @@ def check_statistics(channels: int, mean: Array, whitener: Array) -> None:
 def check_square(cov: Array) -> None:
     if cov.ndim < 2 or cov.shape[-1] != cov.shape[-2]:
         raise ValueError(f"cov has shape {tuple(cov.shape)}: square matrices (..., d, d) are needed")
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, str):
+        raise TypeError(f"{name}={value!r} must be a number")
+    try:
+        return float(value)
+    except TypeError:
+        raise TypeError(f"{name}={value!r} must be a number") from None
 
 
 def _integer(name: str, value: int) -> int:

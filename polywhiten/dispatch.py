@@ -17,31 +17,28 @@ from polywhiten.whitening import Plan, Statistics, forward
 BACKENDS = {"torch": "polywhiten.torch", "dask": "polywhiten.dask"}
 
 
-def _as_it_is(x: Array, axis: int) -> tuple[Array, int, Callable[[Array], Array]]:
-    return x, axis, lambda y: y
-
-
-Whiten = Callable[[Kernels, Plan, Array, Array | None, Array | None], tuple[Array, Statistics]]
-
-
 @dataclass(frozen=True)
 class Backend:
-    """What the core needs of a framework.
+    """What the core asks of a framework; as it stands, for one that has kernels but no gradients to register.
 
     Attributes
     ----------
     kernels : Kernels
         The five kernels, with the framework's array namespace.
-    whiten : callable
-        `polywhiten.whitening.forward`, or that with `polywhiten.whitening.backward` registered as its gradient.
-    in_memory_order : callable
-        Of x and its channel axis: a view of x with the axes as they lie in memory, its channel axis, and the function
-        that puts a result's axes back. For frameworks whose tensors can be channels-last in memory alone.
     """
 
     kernels: Kernels
-    whiten: Whiten = forward
-    in_memory_order: Callable[[Array, int], tuple[Array, int, Callable[[Array], Array]]] = _as_it_is
+
+    def whiten(self, plan: Plan, x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Statistics]:
+        """`polywhiten.whitening.forward`, with `backward` as its gradient where the framework differentiates."""
+        return forward(self.kernels, plan, x, weight, bias)
+
+    def in_memory_order(self, x: Array, axis: int) -> tuple[Array, int, Callable[[Array], Array]]:
+        """A view of x with its axes as they lie in memory, its channel axis, and what puts a result's axes back.
+
+        For frameworks whose tensors can be channels-last in memory alone.
+        """
+        return x, axis, lambda y: y
 
 
 def backend_of(x: Array, name: str = "x") -> Backend:

@@ -63,7 +63,8 @@ def iter_norm(
     eps : float
         Added to the diagonal of the covariance.
     all_reduce : callable, optional
-        Sums an array over the workers that share a batch: the statistics are then those of the joined batch.
+        Of an array, returns its sum over the workers that share a batch, as a new array: the statistics are then those
+        of the joined batch, and how many samples that has is not checked.
 
     Returns
     -------
@@ -347,7 +348,7 @@ def apply_whitening(
     True
     """
     backend, axis = _checked(x, weight, bias, axis)
-    checks.check_statistics(x.shape[axis], stats.mean, stats.whitener)
+    checks.check_statistics(backend.kernels.xp, x.shape[axis], stats.mean, stats.whitener)
     return apply_frozen(backend, x, stats.mean, stats.whitener, weight, bias, axis)
 
 
@@ -408,7 +409,7 @@ def whiten_channels(
     outputs, stats = [], []
     for part, plan in _channel_plans(x, group_size, axis, solver, eps, all_reduce):
         given = take_channels(x, part, axis), take_channels(weight, part), take_channels(bias, part)
-        y, part_stats = backend.whiten(backend.kernels, plan, *given)
+        y, part_stats = backend.whiten(plan, *given)
         outputs.append(y)
         stats.append(part_stats)
     return restore(join_channels(xp, outputs, axis)), join_statistics(xp, stats)
@@ -427,7 +428,7 @@ def whiten_samples(
     """`group_whiten` of checked arguments; for layers."""
     x, axis, restore = backend.in_memory_order(x, axis)
     plan = _sample_plan(x, num_groups, axis, solver, eps)
-    return restore(backend.whiten(backend.kernels, plan, x, weight, bias)[0])
+    return restore(backend.whiten(plan, x, weight, bias)[0])
 
 
 def apply_frozen(
@@ -495,7 +496,8 @@ def _vjp(
         outputs.append(y)
 
     def pullback(dy: Array) -> tuple[Array, Array | None, Array | None]:
-        checks.check_gradient(dy, x.shape)
+        checks.check_gradient(kernels.xp, dy, x.shape)
+        dy = kernels.xp.astype(dy, x.dtype, copy=False)
         dxs, dweights, dbiases = zip(
             *(
                 backward(kernels, plan, *given, stats, take_channels(dy, part, axis))

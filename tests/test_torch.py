@@ -222,6 +222,18 @@ def test_output_and_gradient_keep_the_memory_format(make, training, shape, memor
 
 @each_layer
 @in_both_modes
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_output_can_be_changed_in_place(make, training, affine, channels_last):
+    layer = make(affine=affine).train(training)
+    x = torch.randn(5, 6, 4, 4)
+    x = (x.contiguous(memory_format=torch.channels_last) if channels_last else x).requires_grad_()
+    gradients = [torch.autograd.grad(relu(layer(x)).sum(), x)[0] for relu in (torch.relu_, torch.relu)]
+    torch.testing.assert_close(*gradients)
+
+
+@each_layer
+@in_both_modes
 @pytest.mark.parametrize(
     "view",
     [
@@ -311,12 +323,20 @@ WRONG = {
     "num_features": (lambda: IterNorm(0), ValueError, "num_features=0 must be 1 or more"),
     "track": (lambda: IterNorm(4, track="variance"), ValueError, "track='variance' is unknown: use one of 'whitener'"),
     "nonfinite": (lambda: IterNorm(4, on_nonfinite="warn"), ValueError, "on_nonfinite='warn' is unknown"),
-    "eps": (lambda: IterNorm(4, eps=-1), ValueError, "eps=-1 must be 0 or more"),
+    "momentum": (lambda: IterNorm(4, momentum=-1), ValueError, "momentum=-1.0 must be from 0 to 1, or None"),
+    "momentum type": (lambda: IterNorm(4, momentum="0.1"), TypeError, "momentum='0.1' must be a number"),
+    "eps": (lambda: IterNorm(4, eps=-1), ValueError, "eps=-1.0 must be 0 or more"),
     "groups": (lambda: GroupWhitening(32, 48), ValueError, "num_groups=32 doesn't divide 48 channels: use one of 1, 2"),
     "channels": (lambda: IterNorm(4)(torch.randn(2, 5, 3)), ValueError, r"x has shape \(2, 5, 3\): \(N, 4, ...\)"),
     "channels gw": (lambda: GroupWhitening(2, 4)(torch.randn(4)), ValueError, r"x has shape \(4,\): \(N, 4, ...\)"),
     "integers": (lambda: IterNorm(4)(torch.ones(3, 4, dtype=torch.int64)), TypeError, "x has dtype torch.int64"),
     "one sample": (lambda: IterNorm(4)(torch.randn(1, 4)), ValueError, r"\(1, 4\) gives 1 samples a channel"),
+    "weight": (
+        lambda: pw.iter_norm(torch.randn(3, 4), weight=np.ones(4)),
+        TypeError,
+        "weight is a numpy.ndarray: pass",
+    ),
+    "module": (lambda: pw.iter_norm(torch.nn.Linear(2, 2)), TypeError, "x is a torch.* pass an array"),
     "no array": (lambda: IterNorm(4)(np.ones((3, 4))), TypeError, "x is a numpy.ndarray: .* torch.as_tensor"),
 }
 
@@ -335,14 +355,14 @@ class Block(torch.nn.Module):
         self.body = torch.nn.Sequential(
             torch.nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
             norm_layer(outputs),
-            torch.nn.ReLU(),
+            torch.nn.ReLU(inplace=True),
             torch.nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
             norm_layer(outputs),
         )
         self.skip = torch.nn.Sequential(torch.nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm_layer(outputs))
 
     def forward(self, x):
-        return torch.relu(self.body(x) + self.skip(x))
+        return (self.body(x) + self.skip(x)).relu_()
 
 
 @pytest.mark.parametrize(

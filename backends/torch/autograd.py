@@ -10,7 +10,6 @@ from torch import Tensor
 
 from polywhiten import whitening
 from polywhiten.dispatch import Backend, framework_module
-from polywhiten.kernels import Kernels
 from polywhiten.solvers.minimax import minimax_steps
 from polywhiten.torch.kernels import KERNELS
 from polywhiten.whitening import Plan, Statistics
@@ -30,7 +29,8 @@ class _Whiten(torch.autograd.Function):
         x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y, stats = whitening.forward(KERNELS, plan, x, weight, bias)
-        return y, *stats
+        # as a tensor of its own: a view that a function returns beside others can't be changed in place, by ReLU say
+        return torch.ops.aten._unsafe_view(y, y.shape), *stats
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -48,21 +48,22 @@ class _Whiten(torch.autograd.Function):
         return *gradients, None
 
 
-def _whiten(
-    kernels: Kernels, plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Statistics]:
-    y, *stats = _Whiten.apply(x, weight, bias, plan)
-    return y, Statistics(*stats)
+class TorchBackend(Backend):
+    """PyTorch's kernels, with whitening as an operation of its own."""
+
+    def whiten(self, plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
+        """Y and the statistics, all differentiable."""
+        y, *stats = _Whiten.apply(x, weight, bias, plan)
+        return y, Statistics(*stats)
+
+    def in_memory_order(self, x: Tensor, axis: int) -> tuple[Tensor, int, Callable[[Tensor], Tensor]]:
+        """Channels-last tensors as they are in memory: they aren't copied, and the result is channels-last too."""
+        if axis == 1 and x.ndim > 2 and x.stride(1) == 1 != x.stride(-1):
+            return x.movedim(1, -1), x.ndim - 1, lambda y: y.movedim(-1, 1)
+        return x, axis, lambda y: y
 
 
-def _in_memory_order(x: Tensor, axis: int) -> tuple[Tensor, int, Callable[[Tensor], Tensor]]:
-    """A channels-last tensor as what it is in memory, so that it isn't copied and the result is channels-last too."""
-    if axis == 1 and x.ndim > 2 and x.stride(1) == 1 != x.stride(-1):
-        return x.movedim(1, -1), x.ndim - 1, lambda y: y.movedim(-1, 1)
-    return x, axis, lambda y: y
-
-
-BACKEND = Backend(KERNELS, _whiten, _in_memory_order)
+BACKEND = TorchBackend(KERNELS)
 
 # torch.compile need trace neither how a backend is found nor how coefficients are computed: its constants
 for _constant in (framework_module, minimax_steps):

@@ -81,7 +81,10 @@ class TorchKernels(Kernels):
 
     @_full_precision
     def affine_map(self, terms: Sequence[Term], bias: Tensor | None, block_axis: int, dtype: torch.dtype) -> Tensor:
-        """Centres folded into the bias, which starts the sum of the products: no array is copied."""
+        """Centres folded into the bias, which starts the sum of the products: no centred copy.
+
+        A mean of 1e4 deviations costs float32 three digits of y here, the plain kernel two.
+        """
         offset: Tensor = -sum(matrix @ centre.unsqueeze(-1) for matrix, _, centre in terms)
         if bias is not None:
             offset = offset + bias.unsqueeze(-1)

@@ -21,7 +21,8 @@ ON_NONFINITE = ("skip", "raise")
 class IterNorm(nn.Module):
     r"""Iterative normalization: whitens groups of channels over the batch.
 
-    In place of `torch.nn.BatchNorm1d`, `BatchNorm2d` or `BatchNorm3d`, with their arguments in their order:
+    In place of `torch.nn.BatchNorm1d`, `BatchNorm2d` or `BatchNorm3d`, with their arguments in their order up to
+    `track_running_stats`, the others by keyword:
 
     .. math:: Y = \Sigma^{-1/2} (X - \mu) \cdot \gamma + \beta, \quad
               \Sigma = \tfrac{1}{M} (X - \mu)(X - \mu)^T + \epsilon I
@@ -45,7 +46,8 @@ class IterNorm(nn.Module):
     iterations : int, optional
         Steps of "newton" and "minimax", 5 by default; "eigh" has none.
     track : {"whitener", "covariance"}
-        What is averaged: the whitener as in the paper, or the covariance, from which the whitener is derived.
+        What is averaged: the whitener as in the paper, or the covariance, from which the whitener is derived in every
+        evaluation. The covariance is the better estimate, above all for "eigh".
     on_nonfinite : {"skip", "raise"}
         What to do with a batch whose statistics aren't finite. They never enter the running averages. "skip": such a
         batch leaves them as they were, without a word (its output is NaN). "raise": a ValueError, at the price of a
@@ -71,7 +73,8 @@ class IterNorm(nn.Module):
     Notes
     -----
     Statistics are computed in float32 for half precision, under autocast too; the output has the input's dtype and
-    memory format. Statistics are this process's own; `polywhiten.iter_norm` shares them with `all_reduce`.
+    memory format. Statistics are this process's own; `polywhiten.iter_norm` shares them with `all_reduce`. What looks
+    for batch normalization by PyTorch's own class, as `torch.optim.swa_utils.update_bn` does, doesn't find this one.
 
     References
     ----------
@@ -109,7 +112,7 @@ class IterNorm(nn.Module):
         self.num_features = checks.check_positive("num_features", num_features)
         self.group_size = checks.check_positive("group_size", group_size)
         self.eps = checks.check_eps(eps)
-        self.momentum = momentum
+        self.momentum = checks.check_momentum(momentum)
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.method = method

@@ -38,6 +38,9 @@ WRONG = {
         "method='zca' is unknown: use one of 'newton', 'eigh'",
     ),
     "eps": ("iter_norm", {"x": X, "eps": -1e-5}, ValueError, "eps=-1e-05 must be 0 or more"),
+    "eps type": ("iter_norm", {"x": X, "eps": "1e-5"}, TypeError, "eps='1e-5' must be a number"),
+    "eps infinite": ("iter_norm", {"x": X, "eps": float("inf")}, ValueError, "eps=inf must be 0 or more, and finite"),
+    "no channels": ("iter_norm", {"x": np.ones((4, 0))}, ValueError, r"x has shape \(4, 0\): at least 1 channel"),
     "eps NaN": (
         "group_whiten",
         {"x": X, "num_groups": 2, "eps": float("nan")},
