@@ -7,4 +7,6 @@ from typing import Any, TypeAlias
 # Array libraries share no base class, so any checkable type would shut some of them out.
 Array: TypeAlias = Any
 Namespace: TypeAlias = ModuleType
+# Integers; a framework's own scalars for what is unknown while it traces.
+Shape: TypeAlias = tuple[Any, ...]
 AllReduce: TypeAlias = Callable[[Array], Array]

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from polywhiten._types import Array, Namespace
+from polywhiten._types import Shape
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,10 @@ class ChannelGroups:
     group_size: int
     block_axis: ClassVar[int] = 1
 
-    def split(self, xp: Namespace, x: Array) -> Array:
-        lead, channels, trail = _around(x.shape, self.axis)
-        return xp.reshape(x, (math.prod(lead), channels // self.group_size, self.group_size, math.prod(trail)))
+    def split(self, shape: Shape) -> Shape:
+        """(p, q, d, l) of an array's shape."""
+        lead, channels, trail = _around(shape, self.axis)
+        return math.prod(lead), channels // self.group_size, self.group_size, math.prod(trail)
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,13 @@ class SampleGroups:
     num_groups: int
     block_axis: ClassVar[int] = 0
 
-    def split(self, xp: Namespace, x: Array) -> Array:
-        (batch, *lead), channels, trail = _around(x.shape, self.axis)
-        rest = channels // self.num_groups * math.prod(trail)
-        return xp.reshape(x, (batch, math.prod(lead), self.num_groups, rest))
+    def split(self, shape: Shape) -> Shape:
+        """(p, q, d, l) of an array's shape."""
+        (batch, *lead), channels, trail = _around(shape, self.axis)
+        return batch, math.prod(lead), self.num_groups, channels // self.num_groups * math.prod(trail)
 
 
 Blocks = ChannelGroups | SampleGroups
-
-
-def sample_count(x: Array, block_axis: int) -> int:
-    """M of the (p, q, d, l) array's blocks."""
-    count: int = x.shape[1 - block_axis] * x.shape[3]
-    return count
 
 
 def channel_shape(ndim: int, axis: int) -> tuple[int, ...]:
@@ -54,5 +49,5 @@ def channel_shape(ndim: int, axis: int) -> tuple[int, ...]:
     return tuple(-1 if i == axis else 1 for i in range(ndim))
 
 
-def _around(shape: tuple[int, ...], axis: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+def _around(shape: Shape, axis: int) -> tuple[Shape, int, Shape]:
     return shape[:axis], shape[axis], shape[axis + 1 :]

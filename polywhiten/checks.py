@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
-from polywhiten._types import Array, Namespace
+from polywhiten._types import Array, Namespace, Shape
 
 
 def check_array(xp: Namespace, x: Array, name: str = "x") -> None:
@@ -27,12 +29,18 @@ def check_channels(x: Array, channels: int, name: str) -> None:
 
 def check_channel_axis(x: Array, axis: int, first: int = 0) -> int:
     """`axis` counted from the front; `first` is the first axis that may hold channels."""
+    if x.ndim is None:
+        raise ValueError("x has an unknown number of dimensions: it has to be known while a graph is traced")
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}: at least 2 dimensions are needed, samples and channels")
     axis = _integer("axis", axis)
     normalized = axis + x.ndim if axis < 0 else axis
     if not first <= normalized < x.ndim:
         raise ValueError(f"axis={axis} holds no channels in shape {tuple(x.shape)}: use {first} to {x.ndim - 1}")
+    if x.shape[normalized] is None:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}: the number of channels, at axis={axis}, has to be known while a graph is traced"
+        )
     if x.shape[normalized] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: at least 1 channel is needed at axis={axis}")
     return normalized
@@ -90,7 +98,11 @@ def check_gradient(xp: Namespace, dy: Array, shape: tuple[int, ...]) -> None:
     check_array(xp, dy, "dy")
 
 
-def check_sample_count(count: int, shape: tuple[int, ...], hint: str) -> None:
+def check_sample_count(sizes: Sequence[Any], shape: Shape, hint: str) -> None:
+    """The product of `sizes` is 2 or more, as far as it is known while a graph is traced."""
+    if not all(isinstance(size, Real) for size in sizes):
+        return
+    count = math.prod(sizes)
     if not count > 1:  # an unknown size, NaN in Dask, too
         raise ValueError(f"x of shape {tuple(shape)} gives {count} samples a channel: at least 2 are needed; {hint}")
 

@@ -5,7 +5,6 @@ Each finds the array's backend, checks the arguments, and hands the work to `pol
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from polywhiten import checks
@@ -464,8 +463,9 @@ def _channel_plans(
     group_size = checks.check_positive("group_size", group_size)
     channels = x.shape[axis]
     if all_reduce is None:  # else the workers' samples together count
-        count = math.prod(x.shape[:axis]) * math.prod(x.shape[axis + 1 :])
-        checks.check_sample_count(count, x.shape, "use a larger batch, or frozen statistics")
+        checks.check_sample_count(
+            [*x.shape[:axis], *x.shape[axis + 1 :]], x.shape, "use a larger batch, or frozen statistics"
+        )
     return [
         (part, Plan(ChannelGroups(axis, size), solver, eps, all_reduce))
         for part, size in channel_parts(channels, group_size)
@@ -475,8 +475,8 @@ def _channel_plans(
 def _sample_plan(x: Array, num_groups: int, axis: int, solver: Solver, eps: float) -> Plan:
     channels = x.shape[axis]
     num_groups = checks.check_num_groups(num_groups, channels)
-    count = channels // num_groups * math.prod(x.shape[1:axis]) * math.prod(x.shape[axis + 1 :])
-    checks.check_sample_count(count, x.shape, f"use fewer groups than num_groups={num_groups}")
+    sizes = [channels // num_groups, *x.shape[1:axis], *x.shape[axis + 1 :]]
+    checks.check_sample_count(sizes, x.shape, f"use fewer groups than num_groups={num_groups}")
     return Plan(SampleGroups(axis, num_groups), solver, eps)
 
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from polywhiten._types import Array, Namespace
-from polywhiten.blocks import sample_count
+from polywhiten._types import Array, Namespace, Shape
+from polywhiten.blocks import Blocks
 from polywhiten.solvers import Solver
 
 
@@ -32,7 +32,7 @@ class Kernels:
     def moments(self, x: Array, block_axis: int) -> tuple[Array, Array]:
         """Mean and covariance (divided by M) of every block, in the statistics' dtype."""
         xp, axes = self.xp, (1 - block_axis, 3)
-        count = max(sample_count(x, block_axis), 1)  # a worker's share of a batch may be empty
+        count = self.sample_count(x, block_axis, least=1)  # a worker's share of a batch may be empty
         x = self.for_statistics(x)
         mean = xp.sum(x, axis=axes) / count
         centred = x - _along(mean, block_axis)
@@ -70,37 +70,50 @@ class Kernels:
         """X in the dtype that statistics are computed in: float32 for half precision, else its own."""
         return self.xp.astype(x, self.xp.float32, copy=False) if self.xp.finfo(x.dtype).bits < 32 else x
 
+    def shape(self, x: Array) -> Shape:
+        """The sizes of x, to reshape by."""
+        shape: Shape = x.shape
+        return shape
+
+    def split(self, blocks: Blocks, x: Array) -> Array:
+        """X as (p, q, d, l)."""
+        return self.xp.reshape(x, blocks.split(self.shape(x)))
+
+    def sample_count(self, x: Array, block_axis: int, least: int = 0) -> Any:
+        """M of the (p, q, d, l) array's blocks, or `least`: a number that statistics can be divided by."""
+        shape = self.shape(x)
+        return max(shape[1 - block_axis] * shape[3], least)
+
+    def is_wide(self, x: Array) -> bool:
+        """Whether a product for each of (p, q) is efficient: not a long row of small ones."""
+        d, l = x.shape[2:]
+        return bool(l > 1 and l >= d)
+
     def _products(self, a: Array, b: Array, block_axis: int) -> Array:
         """A B' of every block."""
         xp = self.xp
-        if is_wide(a):
+        if self.is_wide(a):
             return xp.sum(a @ xp.matrix_transpose(b), axis=1 - block_axis)
         return xp.matrix_transpose(self._rows(a, block_axis)) @ self._rows(b, block_axis)
 
     def _apply(self, matrix: Array, x: Array, block_axis: int) -> Array:
         """A X of every block."""
         xp = self.xp
-        if is_wide(x):
+        if self.is_wide(x):
             return xp.expand_dims(matrix, axis=1 - block_axis) @ x
-        return self._from_rows(self._rows(x, block_axis) @ xp.matrix_transpose(matrix), x.shape, block_axis)
+        return self._from_rows(self._rows(x, block_axis) @ xp.matrix_transpose(matrix), self.shape(x), block_axis)
 
     def _rows(self, x: Array, block_axis: int) -> Array:
         """(blocks, M, d); without a copy where l is 1."""
         x = self.xp.permute_dims(x, (0, 1, 3, 2) if block_axis == 0 else (1, 0, 3, 2))
-        blocks, samples, l, d = x.shape
+        blocks, samples, l, d = self.shape(x)
         return self.xp.reshape(x, (blocks, samples * l, d))
 
-    def _from_rows(self, rows: Array, shape: tuple[int, ...], block_axis: int) -> Array:
+    def _from_rows(self, rows: Array, shape: Shape, block_axis: int) -> Array:
         """(blocks, M, d) back as (p, q, d, l)."""
         p, q, d, l = shape
         rows = self.xp.reshape(rows, (p, q, l, d) if block_axis == 0 else (q, p, l, d))
         return self.xp.permute_dims(rows, (0, 1, 3, 2) if block_axis == 0 else (1, 0, 3, 2))
-
-
-def is_wide(x: Array) -> bool:
-    """Whether a product for each of (p, q) is efficient: not a long row of small ones."""
-    d, l = x.shape[2:]
-    return bool(l > 1 and l >= d)
 
 
 def _along(values: Array, block_axis: int) -> Array:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from polywhiten._types import AllReduce, Array
-from polywhiten.blocks import Blocks, ChannelGroups, channel_shape, sample_count
+from polywhiten.blocks import Blocks, ChannelGroups, channel_shape
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import Solver
 from polywhiten.solvers.iteration import identity_like
@@ -36,11 +36,11 @@ NO_STATISTICS = Statistics(None, None, None)
 
 def statistics(kernels: Kernels, plan: Plan, x: Array) -> Statistics:
     """Mean, covariance and W = (covariance + eps I)^(-1/2) of the blocks of x."""
-    xp, block_axis = kernels.xp, plan.blocks.block_axis
-    x4 = plan.blocks.split(xp, x)
+    block_axis = plan.blocks.block_axis
+    x4 = kernels.split(plan.blocks, x)
     mean, cov = kernels.moments(x4, block_axis)
     if plan.all_reduce is not None:
-        count = sample_count(x4, block_axis)
+        count = kernels.sample_count(x4, block_axis)
         total, whole = _reduced(kernels, plan.all_reduce, count, mean * count)
         whole = whole / total
         off = mean - whole
@@ -62,14 +62,14 @@ def affine(
 ) -> Array:
     """diag(weight) whitener (x - mean) + bias, in the shape and dtype of x."""
     xp = kernels.xp
-    x4 = blocks.split(xp, x)
+    x4 = kernels.split(blocks, x)
     if isinstance(blocks, ChannelGroups):  # the variables are channels: one affine map does it all
         shift = None if bias is None else _per_variable(kernels, bias, mean)
         matrix = whitener if weight is None else _scaled(kernels, whitener, weight)
         terms = [Term(matrix, x4, mean)]
-        return xp.reshape(kernels.affine_map(terms, shift, blocks.block_axis, x.dtype), x.shape)
+        return xp.reshape(kernels.affine_map(terms, shift, blocks.block_axis, x.dtype), kernels.shape(x))
     dtype = x.dtype if weight is None and bias is None else mean.dtype
-    y = xp.reshape(kernels.affine_map([Term(whitener, x4, mean)], None, blocks.block_axis, dtype), x.shape)
+    y = xp.reshape(kernels.affine_map([Term(whitener, x4, mean)], None, blocks.block_axis, dtype), kernels.shape(x))
     shape = channel_shape(x.ndim, blocks.axis)
     if weight is not None:
         y = y * xp.reshape(xp.astype(weight, dtype, copy=False), shape)
@@ -100,7 +100,7 @@ def backward(
     dweight = dbias = None
     if not folded:
         dy, dweight, dbias = _undo_channel_affine(kernels, plan.blocks, x, weight, bias, stats, dy)
-    x4, dy4 = plan.blocks.split(xp, x), plan.blocks.split(xp, dy)
+    x4, dy4 = kernels.split(plan.blocks, x), kernels.split(plan.blocks, dy)
     s, g = kernels.cross_moments(dy4, x4, mean, block_axis)
     a = whitener
     if folded:
@@ -110,7 +110,7 @@ def backward(
             a, g = _scaled(kernels, a, weight), _scaled(kernels, g, weight)
     if dstats.whitener is not None:
         g = g + dstats.whitener
-    count, dmean, dcov = sample_count(x4, block_axis), dstats.mean, dstats.covariance
+    count, dmean, dcov = kernels.sample_count(x4, block_axis), dstats.mean, dstats.covariance
     if plan.all_reduce is not None:
         count, s, g, dmean, dcov = _reduced(kernels, plan.all_reduce, count, s, g, dmean, dcov)
     ds = kernels.inverse_sqrt_adjoint(plan.solver, regularized(kernels, cov, plan.eps), g)
@@ -119,7 +119,7 @@ def backward(
     b = (ds + xp.matrix_transpose(ds)) / count
     terms = [Term(xp.matrix_transpose(a), dy4, s / count), Term(b, x4, mean)]
     shift = None if dmean is None else dmean / count
-    dx = xp.reshape(kernels.affine_map(terms, shift, block_axis, x.dtype), x.shape)
+    dx = xp.reshape(kernels.affine_map(terms, shift, block_axis, x.dtype), kernels.shape(x))
     return dx, _as_dtype_of(kernels, dweight, weight), _as_dtype_of(kernels, dbias, bias)
 
 
@@ -160,7 +160,7 @@ def _as_dtype_of(kernels: Kernels, gradient: Array | None, parameter: Array | No
     return None if parameter is None else kernels.xp.astype(gradient, parameter.dtype, copy=False)
 
 
-def _reduced(kernels: Kernels, all_reduce: AllReduce, count: int, *arrays: Array | None) -> list[Array]:
+def _reduced(kernels: Kernels, all_reduce: AllReduce, count: Any, *arrays: Array | None) -> list[Array]:
     """Sums over the workers of a count and of arrays, in one exchange."""
     xp = kernels.xp
     given = [array for array in arrays if array is not None]

@@ -10,7 +10,7 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
-from polywhiten.kernels import Kernels, Term, is_wide
+from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import Solver
 from polywhiten.solvers.eigh import Eigh
 
@@ -89,7 +89,7 @@ class TorchKernels(Kernels):
         if bias is not None:
             offset = offset + bias.unsqueeze(-1)
         shape = terms[0].array.shape
-        wide = is_wide(terms[0].array)
+        wide = self.is_wide(terms[0].array)
 
         def for_every_product(matrix: Tensor) -> Tensor:
             return matrix.unsqueeze(1 - block_axis).expand(*shape[:2], -1, -1).flatten(0, 1)
