@@ -29,7 +29,7 @@ def check_channels(x: Array, channels: int, name: str) -> None:
 
 def check_channel_axis(x: Array, axis: int, first: int = 0) -> int:
     """`axis` counted from the front; `first` is the first axis that may hold channels."""
-    if x.ndim is None:
+    if x.ndim < 0:
         raise ValueError("x has an unknown number of dimensions: it has to be known while a graph is traced")
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}: at least 2 dimensions are needed, samples and channels")
@@ -39,7 +39,7 @@ def check_channel_axis(x: Array, axis: int, first: int = 0) -> int:
         raise ValueError(f"axis={axis} holds no channels in shape {tuple(x.shape)}: use {first} to {x.ndim - 1}")
     if x.shape[normalized] is None:
         raise ValueError(
-            f"x has shape {tuple(x.shape)}: the number of channels, at axis={axis}, has to be known while a graph is traced"
+            f"x has shape {tuple(x.shape)}: the channels, at axis={axis}, have to be known while a graph is traced"
         )
     if x.shape[normalized] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: at least 1 channel is needed at axis={axis}")

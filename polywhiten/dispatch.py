@@ -14,7 +14,13 @@ from polywhiten.kernels import Kernels
 from polywhiten.whitening import Plan, Statistics, forward
 
 # Top-level module of the array's class: the subpackage whose BACKEND serves it. The array API alone serves all others.
-BACKENDS = {"torch": "polywhiten.torch", "dask": "polywhiten.dask"}
+BACKENDS = {
+    "torch": "polywhiten.torch",
+    "tensorflow": "polywhiten.tensorflow",
+    "dask": "polywhiten.dask",
+    "jax": "polywhiten.jax",  # tracers
+    "jaxlib": "polywhiten.jax",  # arrays
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,10 @@ class Backend:
     def whiten(self, plan: Plan, x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Statistics]:
         """`polywhiten.whitening.forward`, with `backward` as its gradient where the framework differentiates."""
         return forward(self.kernels, plan, x, weight, bias)
+
+    def tensor(self, x: Array) -> Array:
+        """X itself, or the tensor that a framework's variable holds."""
+        return x
 
     def in_memory_order(self, x: Array, axis: int) -> tuple[Array, int, Callable[[Array], Array]]:
         """A view of x with its axes as they lie in memory, its channel axis, and what puts a result's axes back.

@@ -95,7 +95,7 @@ def iter_norm(
     >>> bool(np.allclose(y.T @ y / 256, np.eye(8), atol=1e-3))
     True
     """
-    backend, axis = _checked(x, weight, bias, axis)
+    backend, x, axis = _checked(x, weight, bias, axis)
     solver, eps = solver_for(method, iterations), checks.check_eps(eps)
     return whiten_channels(backend, x, weight, bias, group_size, axis, solver, eps, all_reduce)[0]
 
@@ -156,7 +156,7 @@ def group_whiten(
     >>> bool(np.allclose(rows @ rows.T / 50, np.eye(4), atol=1e-3))
     True
     """
-    backend, axis = _checked(x, weight, bias, axis, first_axis=1)
+    backend, x, axis = _checked(x, weight, bias, axis, first_axis=1)
     solver, eps = solver_for(method, iterations), checks.check_eps(eps)
     return whiten_samples(backend, x, weight, bias, num_groups, axis, solver, eps)
 
@@ -204,7 +204,7 @@ def iter_norm_vjp(
     >>> dx.shape, dweight.shape, dbias is None
     ((32, 8), (8,), True)
     """
-    backend, axis = _checked(x, weight, bias, axis)
+    backend, x, axis = _checked(x, weight, bias, axis)
     solver, eps = solver_for(method, iterations), checks.check_eps(eps)
     plans = _channel_plans(x, group_size, axis, solver, eps, all_reduce)
     return _vjp(backend.kernels, plans, axis, x, weight, bias)
@@ -251,7 +251,7 @@ def group_whiten_vjp(
     >>> dx.shape
     (2, 8, 5, 5)
     """
-    backend, axis = _checked(x, weight, bias, axis, first_axis=1)
+    backend, x, axis = _checked(x, weight, bias, axis, first_axis=1)
     solver, eps = solver_for(method, iterations), checks.check_eps(eps)
     plan = _sample_plan(x, num_groups, axis, solver, eps)
     return _vjp(backend.kernels, [(slice(0, x.shape[axis]), plan)], axis, x, weight, bias)
@@ -295,7 +295,7 @@ def whitening_stats(
     >>> pw.apply_whitening(new, stats).shape
     (100, 80)
     """
-    backend, axis = _checked(x, None, None, axis)
+    backend, x, axis = _checked(x, None, None, axis)
     solver, eps = solver_for(method, iterations), checks.check_eps(eps)
     plans = _channel_plans(x, group_size, axis, solver, eps, all_reduce)
     kernels = backend.kernels
@@ -346,7 +346,7 @@ def apply_whitening(
     >>> bool(np.allclose(y, pw.iter_norm(x)))
     True
     """
-    backend, axis = _checked(x, weight, bias, axis)
+    backend, x, axis = _checked(x, weight, bias, axis)
     checks.check_statistics(backend.kernels.xp, x.shape[axis], stats.mean, stats.whitener)
     return apply_frozen(backend, x, stats.mean, stats.whitener, weight, bias, axis)
 
@@ -385,7 +385,8 @@ def inverse_sqrt(cov: Array, *, method: str = "newton", iterations: int | None =
     >>> bool(np.allclose(w @ cov @ w, np.eye(2)))
     True
     """
-    kernels = backend_of(cov, "cov").kernels
+    backend = backend_of(cov, "cov")
+    kernels, cov = backend.kernels, backend.tensor(cov)
     checks.check_array(kernels.xp, cov, "cov")
     checks.check_square(cov)
     return kernels.inverse_sqrt(solver_for(method, iterations), kernels.for_statistics(cov))
@@ -447,14 +448,17 @@ def apply_frozen(
     return restore(join_channels(kernels.xp, outputs, axis))
 
 
-def _checked(x: Array, weight: Array | None, bias: Array | None, axis: int, first_axis: int = 0) -> tuple[Backend, int]:
-    """The backend of x and its channel axis counted from the front."""
+def _checked(
+    x: Array, weight: Array | None, bias: Array | None, axis: int, first_axis: int = 0
+) -> tuple[Backend, Array, int]:
+    """The backend of x, x as a tensor, and its channel axis counted from the front."""
     backend = backend_of(x)
+    x = backend.tensor(x)
     checks.check_array(backend.kernels.xp, x)
     axis = checks.check_channel_axis(x, axis, first_axis)
     for name, values in (("weight", weight), ("bias", bias)):
         checks.check_per_channel(backend.kernels.xp, values, name, x.shape[axis])
-    return backend, axis
+    return backend, x, axis
 
 
 def _channel_plans(

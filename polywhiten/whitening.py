@@ -136,7 +136,7 @@ def _undo_channel_affine(
     if bias is not None:
         dbias = xp.sum(dy, axis=others)
     if weight is not None:
-        white = affine(kernels, blocks, x, stats.mean, stats.whitener, None, None)
+        white = affine(kernels, blocks, kernels.for_statistics(x), stats.mean, stats.whitener, None, None)
         dweight = xp.sum(dy * white, axis=others)
         dy = dy * xp.reshape(xp.astype(weight, dy.dtype, copy=False), channel_shape(x.ndim, blocks.axis))
     return dy, dweight, dbias

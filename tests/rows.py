@@ -30,6 +30,32 @@ def _by_torch(name: str, arguments: dict[str, Any], dy: Any) -> tuple[Any, Gradi
     return y.detach(), (given["x"], given.get("weight"), given.get("bias"))
 
 
+def _by_tensorflow(name: str, arguments: dict[str, Any], dy: Any) -> tuple[Any, Gradients]:
+    import tensorflow as tf
+
+    leaves = {k: arguments[k] for k in ("x", "weight", "bias") if arguments.get(k) is not None}
+    with tf.GradientTape() as tape:
+        tape.watch(list(leaves.values()))
+        y = getattr(pw, name)(**arguments)
+    given = tape.gradient(y, leaves, dy)
+    return y, (given["x"], given.get("weight"), given.get("bias"))
+
+
+def _tensorflow_array(a: np.ndarray) -> Any:
+    import tensorflow as tf
+
+    return tf.convert_to_tensor(a)
+
+
+def _by_jax(name: str, arguments: dict[str, Any], dy: Any) -> tuple[Any, Gradients]:
+    import jax
+
+    leaves = {k: arguments[k] for k in ("x", "weight", "bias") if arguments.get(k) is not None}
+    y, pullback = jax.vjp(lambda leaves: getattr(pw, name)(**{**arguments, **leaves}), leaves)
+    (given,) = pullback(dy)
+    return y, (given["x"], given.get("weight"), given.get("bias"))
+
+
 def _torch_array(a: np.ndarray) -> Any:
     import torch
 
@@ -101,7 +127,10 @@ class Library(Enum):
     NUMPY = Row("numpy", np.asarray)
     STRICT = Row("array_api_strict", _strict_array, dtypes=("float32", "float64"))
     TORCH = Row("torch", _torch_array, _by_torch, layers=_TorchLayers())
-    JAX = Row("jax", _jax_array)
+    TENSORFLOW = Row(
+        "tensorflow", _tensorflow_array, _by_tensorflow, dtypes=("bfloat16", "float16", "float32", "float64")
+    )
+    JAX = Row("jax", _jax_array, _by_jax, dtypes=("bfloat16", "float16", "float32", "float64"))
     DASK = Row("dask.array", _dask_array)
 
     def array(self, a: np.ndarray | None) -> Any:

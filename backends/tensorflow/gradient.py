@@ -1,0 +1,55 @@
+"""Whitening as one operation with a gradient of its own, that keeps the input and O(d^2) for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from polywhiten import whitening
+from polywhiten.dispatch import Backend
+from polywhiten.tensorflow.kernels import KERNELS
+from polywhiten.tensorflow.namespace import Tensor
+from polywhiten.whitening import Plan, Statistics
+
+
+class TensorFlowBackend(Backend):
+    """TensorFlow's kernels, with whitening as an operation of its own."""
+
+    def tensor(self, x: Tensor) -> Tensor:
+        """The value of a tf.Variable; tensors as they are."""
+        return tf.convert_to_tensor(x)
+
+    def whiten(self, plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
+        """Y and the statistics, all differentiable.
+
+        The gradient is computed from the statistics as they are given out, so that a second derivative comes back
+        here as gradients of the statistics.
+        """
+        present = [array is not None for array in (x, weight, bias)]
+        inputs = [tf.convert_to_tensor(array) for array in (x, weight, bias) if array is not None]
+        stats: Sequence[Tensor] = ()
+
+        def arrays(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+            given = iter(tensors)
+            return [next(given) if is_given else None for is_given in present]
+
+        @tf.custom_gradient
+        def run(*tensors: Tensor) -> Any:
+            # what the tape doesn't see it doesn't keep
+            y, inner = whitening.forward(KERNELS, plan, *arrays([tf.stop_gradient(tensor) for tensor in tensors]))
+
+            def gradient(dy: Tensor, *dstats: Tensor) -> list[Tensor]:
+                gradients = whitening.backward(
+                    KERNELS, plan, *arrays(inputs), Statistics(*stats), dy, Statistics(*dstats)
+                )
+                return [gradient for gradient in gradients if gradient is not None]
+
+            return (y, *inner), gradient
+
+        y, *stats = run(*inputs)
+        return y, Statistics(*stats)
+
+
+BACKEND = TensorFlowBackend(KERNELS)

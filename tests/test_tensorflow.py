@@ -1,0 +1,151 @@
+"""What only TensorFlow has: graphs of unknown sizes, XLA, nested tapes, variables."""
+
+import numpy as np
+import pytest
+
+import polywhiten as pw
+
+tf = pytest.importorskip("tensorflow")
+
+METHODS = ("newton", "eigh", "minimax")
+CALLS = {"iter_norm": {"group_size": 4}, "group_whiten": {"num_groups": 3}}
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def value_and_gradients(name, x, weight, bias, dy, **options):
+    with tf.GradientTape() as tape:
+        tape.watch((x, weight, bias))
+        y = getattr(pw, name)(x, weight=weight, bias=bias, **options)
+    return y, *tape.gradient(y, (x, weight, bias), dy)
+
+
+@pytest.mark.parametrize("axis", [1, -1], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
+def test_a_graph_of_unknown_sizes(name, method, axis, jit):
+    """Batch and image size are unknown while the graph is traced; two sizes go through the same graph."""
+    options = {"axis": axis, "method": method, **CALLS[name]}
+    unknown = [None, 6, None, None] if axis == 1 else [None, None, None, 6]
+    vector, array = tf.TensorSpec([6], "float64"), tf.TensorSpec(unknown, "float64")
+
+    @tf.function(jit_compile=jit, input_signature=[array, vector, vector, array])
+    def traced(x, weight, bias, dy):
+        return value_and_gradients(name, x, weight, bias, dy, **options)
+
+    weight, bias = normal(2, 6) + 2
+    for n, size in ((8, 5), (5, 4)):
+        x, dy = (np.moveaxis(a, 1, axis) for a in normal(2, n, 6, size, size + 1))
+        expected, pullback = getattr(pw, f"{name}_vjp")(x, weight=weight, bias=bias, **options)
+        for actual, wanted in zip(traced(x, weight, bias, dy), (expected, *pullback(dy)), strict=True):
+            # XLA's own eigh stops at 1e-8
+            np.testing.assert_allclose(actual, wanted, atol=1e-6 if jit and method == "eigh" else 1e-9)
+    assert traced.experimental_get_tracing_count() == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("name", CALLS)
+def test_xla_in_every_precision(name, dtype):
+    x, dy = (tf.cast(a, dtype) for a in normal(2, 8, 6, 5, 4))
+    weight, bias = tf.ones(6, dtype), tf.zeros(6, dtype)
+    eager = value_and_gradients(name, x, weight, bias, dy, **CALLS[name])
+    compiled = tf.function(value_and_gradients, jit_compile=True)(name, x, weight, bias, dy, **CALLS[name])
+    for a, b in zip(eager, compiled, strict=True):
+        assert a.dtype == b.dtype == dtype
+        step = 50 * float(pw.tensorflow.BACKEND.kernels.xp.finfo(a.dtype).eps)
+        np.testing.assert_allclose(np.float64(a), np.float64(b), rtol=step, atol=step * np.max(np.abs(np.float64(a))))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, tf.function, lambda f: tf.function(f, jit_compile=True)], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CALLS)
+def test_second_derivatives_of_nested_tapes(name, method, wrap):
+    x, direction = normal(2, 5, 6, 4)
+
+    def slope(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(getattr(pw, name)(x, method=method, **CALLS[name]) ** 3)
+        return tape.gradient(loss, x)
+
+    @wrap
+    def product(x):
+        """Hessian times direction."""
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            along = tf.reduce_sum(slope(x) * direction)
+        return tape.gradient(along, x)
+
+    step = 1e-5
+    expected = (slope(tf.constant(x + step * direction)) - slope(tf.constant(x - step * direction))) / (2 * step)
+    np.testing.assert_allclose(product(tf.constant(x)), expected, rtol=1e-5, atol=1e-5 * np.max(np.abs(expected)))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_equal_eigenvalues_spoil_no_derivative(order):
+    """TensorFlow's own gradient of eigh divides by the eigenvalues' differences."""
+    cov, result = tf.eye(4, dtype="float64") * 2, None
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(cov)
+        result = tf.reduce_sum(pw.inverse_sqrt(cov, method="eigh") ** 2)
+        if order == 2:
+            result = tf.reduce_sum(tape.gradient(result, cov) ** 2)
+    # of the sum of 1 / l the gradient is -1 / l^2, and of its square's sum -4 / l^5
+    np.testing.assert_allclose(
+        tape.gradient(result, cov), np.eye(4) * (-1 / 4 if order == 1 else -4 / 2**5), atol=1e-12
+    )
+
+
+def test_variables_are_whitened_and_learnt():
+    x, gamma = tf.Variable(normal(8, 6)), tf.Variable(tf.ones(6, "float64"))
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(pw.iter_norm(x, weight=gamma) ** 3)
+    dx, dgamma = tape.gradient(loss, (x, gamma))
+    y, pullback = pw.iter_norm_vjp(x.numpy(), weight=np.ones(6))
+    expected = pullback(3 * y**2)
+    np.testing.assert_allclose(dx, expected[0], atol=1e-10)
+    np.testing.assert_allclose(dgamma, expected[1], atol=1e-10)
+    assert pw.inverse_sqrt(tf.Variable(tf.eye(3))).shape == (3, 3)
+
+
+@pytest.mark.parametrize(("group_size", "expected"), [(16, False), (4, True)])
+def test_channels_last_with_one_group_is_not_transposed(group_size, expected):
+    """But for axes of size 1, where a transposition is none; several groups show that the test would see one."""
+    spec = tf.TensorSpec([None, None, None, 16], "float32")
+    train = lambda x: value_and_gradients("iter_norm", x, tf.ones(16), tf.zeros(16), x, axis=-1, group_size=group_size)
+    graph = tf.function(train).get_concrete_function(spec).graph
+
+    def moves(operation):
+        shape, order = operation.inputs[0].shape.as_list(), tf.get_static_value(operation.inputs[1]).tolist()
+        kept = [i for i in order if shape[i] != 1]
+        return len(shape) == 4 and kept != sorted(kept)
+
+    assert any(moves(operation) for operation in graph.get_operations() if operation.type == "Transpose") == expected
+
+
+def test_what_has_to_be_known_in_a_graph_is_named():
+    def trace(shape):
+        tf.function(pw.iter_norm).get_concrete_function(tf.TensorSpec(shape, "float32"))
+
+    with pytest.raises(ValueError, match=r"\(None, None\): the channels, at axis=1, have to be known"):
+        trace([None, None])
+    with pytest.raises(ValueError, match="unknown number of dimensions"):
+        trace(None)
+
+
+def test_a_tape_keeps_the_input_and_little_else():
+    """The centred copy and the iterates would be kept, did the tape see them."""
+    import gc
+
+    x = tf.random.normal((64, 32, 32, 16))
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = pw.iter_norm(x, axis=-1)
+        gc.collect()
+        large = [t for t in gc.get_objects() if type(t) is type(x) and t.shape.num_elements() >= 64 * 32 * 32]
+    assert len(large) >= 2
+    assert all(np.array_equal(t, x) or np.array_equal(t, y) for t in large)  # y by two names
+    assert tape.gradient(y, x).shape == x.shape
