@@ -33,23 +33,21 @@ def check_channel_axis(x: Array, axis: int, first: int = 0) -> int:
         raise ValueError("x has an unknown number of dimensions: it has to be known while a graph is traced")
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}: at least 2 dimensions are needed, samples and channels")
-    axis = _integer("axis", axis)
+    axis = check_integer("axis", axis)
     normalized = axis + x.ndim if axis < 0 else axis
     if not first <= normalized < x.ndim:
         raise ValueError(f"axis={axis} holds no channels in shape {tuple(x.shape)}: use {first} to {x.ndim - 1}")
     if x.shape[normalized] is None:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}: the channels, at axis={axis}, have to be known while a graph is traced"
-        )
+        raise ValueError(f"x has shape {tuple(x.shape)}: the channels, at axis={axis}, have to be known")
     if x.shape[normalized] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: at least 1 channel is needed at axis={axis}")
     return normalized
 
 
-def check_eps(eps: float) -> float:
-    eps = _number("eps", eps)
+def check_eps(eps: float, name: str = "eps") -> float:
+    eps = _number(name, eps)
     if not 0 <= eps < math.inf:  # NaN too
-        raise ValueError(f"eps={eps} must be 0 or more, and finite")
+        raise ValueError(f"{name}={eps} must be 0 or more, and finite")
     return eps
 
 
@@ -63,7 +61,7 @@ def check_momentum(momentum: float | None) -> float | None:
 
 
 def check_positive(name: str, value: int) -> int:
-    value = _integer(name, value)
+    value = check_integer(name, value)
     if value < 1:
         raise ValueError(f"{name}={value} must be 1 or more")
     return value
@@ -75,11 +73,11 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
-def check_num_groups(num_groups: int, channels: int) -> int:
-    num_groups = _integer("num_groups", num_groups)
+def check_num_groups(num_groups: int, channels: int, name: str = "num_groups") -> int:
+    num_groups = check_integer(name, num_groups)
     if num_groups < 1 or channels % num_groups:
         divisors = ", ".join(str(g) for g in range(1, channels + 1) if channels % g == 0)
-        raise ValueError(f"num_groups={num_groups} doesn't divide {channels} channels: use one of {divisors}")
+        raise ValueError(f"{name}={num_groups} doesn't divide {channels} channels: use one of {divisors}")
     return num_groups
 
 
@@ -138,7 +136,7 @@ def _number(name: str, value: float) -> float:
         raise TypeError(f"{name}={value!r} must be a number") from None
 
 
-def _integer(name: str, value: int) -> int:
+def check_integer(name: str, value: int) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError

@@ -41,7 +41,7 @@ def statistics(kernels: Kernels, plan: Plan, x: Array) -> Statistics:
     mean, cov = kernels.moments(x4, block_axis)
     if plan.all_reduce is not None:
         count = kernels.sample_count(x4, block_axis)
-        total, whole = _reduced(kernels, plan.all_reduce, count, mean * count)
+        total, whole = reduced(kernels, plan.all_reduce, count, mean * count)
         whole = whole / total
         off = mean - whole
         cov = plan.all_reduce(count * (cov + off[..., :, None] * off[..., None, :])) / total
@@ -112,7 +112,7 @@ def backward(
         g = g + dstats.whitener
     count, dmean, dcov = kernels.sample_count(x4, block_axis), dstats.mean, dstats.covariance
     if plan.all_reduce is not None:
-        count, s, g, dmean, dcov = _reduced(kernels, plan.all_reduce, count, s, g, dmean, dcov)
+        count, s, g, dmean, dcov = reduced(kernels, plan.all_reduce, count, s, g, dmean, dcov)
     ds = kernels.inverse_sqrt_adjoint(plan.solver, regularized(kernels, cov, plan.eps), g)
     if dcov is not None:
         ds = ds + dcov
@@ -160,7 +160,7 @@ def _as_dtype_of(kernels: Kernels, gradient: Array | None, parameter: Array | No
     return None if parameter is None else kernels.xp.astype(gradient, parameter.dtype, copy=False)
 
 
-def _reduced(kernels: Kernels, all_reduce: AllReduce, count: Any, *arrays: Array | None) -> list[Array]:
+def reduced(kernels: Kernels, all_reduce: AllReduce, count: Any, *arrays: Array | None) -> list[Array]:
     """Sums over the workers of a count and of arrays, in one exchange."""
     xp = kernels.xp
     given = [array for array in arrays if array is not None]

@@ -11,6 +11,7 @@ from polywhiten import (
     whitening_stats,
 )
 from polywhiten.tensorflow.gradient import BACKEND
+from polywhiten.tensorflow.replicas import sum_over_replicas
 
 __all__ = [
     "BACKEND",
@@ -21,5 +22,6 @@ __all__ = [
     "inverse_sqrt",
     "iter_norm",
     "iter_norm_vjp",
+    "sum_over_replicas",
     "whitening_stats",
 ]

@@ -29,6 +29,7 @@ class _Namespace(ModuleType):
     sqrt = staticmethod(tf.sqrt)
     sum = staticmethod(tf.reduce_sum)
     where = staticmethod(tf.where)
+    zeros_like = staticmethod(tf.zeros_like)
 
     @staticmethod
     def astype(x: Tensor, dtype: tf.DType, *, copy: bool = True) -> Tensor:

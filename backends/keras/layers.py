@@ -1,0 +1,411 @@
+"""Layers: `IterNorm` in place of BatchNormalization, `GroupWhitening` in place of GroupNormalization."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+from keras import KerasTensor, constraints, initializers, ops, regularizers
+
+from polywhiten import checks
+from polywhiten.dispatch import Backend, backend_of
+from polywhiten.functional import apply_frozen, whiten_channels, whiten_samples
+from polywhiten.groups import WhiteningStats, whitener_of
+from polywhiten.masking import whiten_masked_channels
+from polywhiten.solvers import solver_for
+
+TRACKED = ("whitener", "covariance")
+
+Tensor = Any  # of the backend in use
+
+
+class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no types
+    """What both layers have: the channel axis, the solver, gamma and beta."""
+
+    def __init__(
+        self,
+        axis: int,
+        epsilon: float,
+        center: bool,
+        scale: bool,
+        beta_initializer: Any,
+        gamma_initializer: Any,
+        beta_regularizer: Any,
+        gamma_regularizer: Any,
+        beta_constraint: Any,
+        gamma_constraint: Any,
+        method: str,
+        iterations: int | None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.axis = checks.check_integer("axis", axis)
+        self.epsilon = checks.check_eps(epsilon, "epsilon")
+        self.center = center
+        self.scale = scale
+        self.beta_initializer = initializers.get(beta_initializer)
+        self.gamma_initializer = initializers.get(gamma_initializer)
+        self.beta_regularizer = regularizers.get(beta_regularizer)
+        self.gamma_regularizer = regularizers.get(gamma_regularizer)
+        self.beta_constraint = constraints.get(beta_constraint)
+        self.gamma_constraint = constraints.get(gamma_constraint)
+        self.method = method
+        self.iterations = iterations
+        self._solver = solver_for(method, iterations)
+        self.gamma = None
+        self.beta = None
+        self.supports_masking = True
+
+    def _build_affine(self, input_shape: tuple[int | None, ...], first_axis: int) -> int:
+        """Add gamma and beta; the number of channels."""
+        axis = checks.check_channel_axis(KerasTensor(input_shape), self.axis, first_axis)
+        channels = input_shape[axis]
+        assert channels is not None  # as checked
+        self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes={axis: channels})
+        for name, wanted in (("gamma", self.scale), ("beta", self.center)):
+            if wanted:
+                weight = self.add_weight(
+                    shape=(channels,),
+                    name=name,
+                    initializer=getattr(self, f"{name}_initializer"),
+                    regularizer=getattr(self, f"{name}_regularizer"),
+                    constraint=getattr(self, f"{name}_constraint"),
+                    autocast=False,
+                )
+                setattr(self, name, weight)
+        return channels
+
+    def _given(self, inputs: Tensor) -> tuple[Backend, Tensor, int, list[Tensor | None]]:
+        """The backend, the input as its tensor of floating point, its channel axis from the front, gamma and beta."""
+        x = ops.cast(inputs, self.compute_dtype)
+        backend = backend_of(x, "inputs")
+        affine = [None if weight is None else backend.tensor(weight.value) for weight in (self.gamma, self.beta)]
+        return backend, x, self.axis % len(x.shape), affine
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        config = {name: getattr(self, name) for name in ("axis", "epsilon", "center", "scale", "method", "iterations")}
+        for kind in (initializers, regularizers, constraints):
+            for name in ("beta", "gamma"):
+                key = f"{name}_{kind.__name__.rpartition('.')[2].removesuffix('s')}"
+                config[key] = kind.serialize(getattr(self, key))
+        return {**super().get_config(), **config}
+
+
+@keras.saving.register_keras_serializable(package="polywhiten")
+class IterNorm(_WhiteningLayer):
+    """Iterative normalization: whitens groups of channels over the batch.
+
+    In place of `keras.layers.BatchNormalization`, with its arguments in their
+    order up to `moving_mean_initializer`, the others by keyword. Where batch
+    normalization divides every channel by its deviation, this layer multiplies
+    every group of channels by the inverse square root of its covariance, so
+    that they have variance 1 and are uncorrelated:
+
+    `outputs = gamma * (cov + epsilon * I)^(-1/2) @ (inputs - mean) + beta`
+
+    As batch normalization, it works differently in training and in inference.
+    In training (`fit()`, or a call with `training=True`) mean and covariance
+    are those of the batch; in inference (`evaluate()`, `predict()`, or a call
+    with `training=False`, the default) the moving averages are used:
+    `moving_x = moving_x * momentum + batch_x * (1 - momentum)`.
+
+    Args:
+        axis: Integer, the axis of the channels. Use 1 for
+            `data_format="channels_first"`. Defaults to `-1`.
+        momentum: Float from 0 to 1, momentum of the moving averages.
+            Defaults to `0.99`.
+        epsilon: Float, added to the diagonal of the covariance.
+            Defaults to `1e-5`.
+        center: Whether to learn an offset `beta`. Defaults to `True`.
+        scale: Whether to learn a factor `gamma`. Defaults to `True`.
+        beta_initializer: Initializer of beta. Defaults to `"zeros"`.
+        gamma_initializer: Initializer of gamma. Defaults to `"ones"`.
+        moving_mean_initializer: Initializer of the moving mean. Defaults to
+            `"zeros"`. The moving whitener or covariance starts as the identity.
+        beta_regularizer: Optional regularizer of beta.
+        gamma_regularizer: Optional regularizer of gamma.
+        beta_constraint: Optional constraint of beta.
+        gamma_constraint: Optional constraint of gamma.
+        synchronized: Whether the replicas of a `tf.distribute` strategy share
+            the statistics of their joined batch; with the TensorFlow backend
+            alone. (With JAX they always do: Keras shows the layer the whole
+            batch.) Defaults to `False`.
+        group_size: Integer, the channels that are whitened together. The last
+            group is smaller where it doesn't divide the number of channels; 1 is
+            batch normalization. Defaults to `64`.
+        method: `"newton"`, the papers' iteration, which whitens small
+            directions in part; `"eigh"`, exact, as in decorrelated batch
+            normalization; or `"minimax"`, exact up to 1e-4 in few steps.
+            Defaults to `"newton"`.
+        iterations: Integer, the steps of `"newton"` and `"minimax"`; `None` is 5.
+            `"eigh"` has none. Defaults to `None`.
+        track: `"whitener"`, whose moving average the paper takes, or
+            `"covariance"`, from which the whitener is derived in inference: the
+            better estimate, above all with `"eigh"`. Defaults to `"whitener"`.
+        **kwargs: Base layer keyword arguments (e.g. `name` and `dtype`).
+
+    Call arguments:
+        inputs: Tensor of rank 2 or more.
+        training: Boolean, whether to normalize by the batch and to update the
+            moving averages, or by the moving averages.
+        mask: Boolean tensor of the shape of `inputs` without its channel axis:
+            positions where it is `False` are left out of the statistics.
+
+    Input shape:
+        Arbitrary, `(batch_size, ..., channels)` with the channels at `axis`,
+        whose number has to be known.
+
+    Output shape:
+        As `inputs`, in the layer's compute dtype.
+
+    Weights:
+        `gamma` and `beta`, `(channels,)`; not trainable: `moving_mean`,
+        `(channels,)`, and `moving_whitener` or `moving_covariance`,
+        `(groups, d, d)`, where a smaller last group stands in the upper left
+        corner of its matrix and the identity fills the rest.
+
+    Raises:
+        ValueError: An argument or an input doesn't fit; in training, one sample
+            a channel, where the graph's shapes tell. (Where they don't, as in
+            `fit()` with TensorFlow, such a batch is left out of the averages.)
+
+    With `layer.trainable = False` the layer runs in inference mode, as
+    `BatchNormalization` does. A batch whose statistics aren't finite never enters
+    the moving averages; its outputs aren't finite either, and
+    `keras.callbacks.TerminateOnNaN` stops training there. Statistics are computed
+    in float32 for half precision.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from polywhiten.keras import IterNorm
+    >>> layer = IterNorm(group_size=8)
+    >>> layer(np.random.normal(size=(4, 5, 5, 16)), training=True).shape == (4, 5, 5, 16)
+    True
+
+    Reference:
+
+    - [Huang et al., 2019](https://arxiv.org/abs/1904.03441).
+    """
+
+    def __init__(
+        self,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-5,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        moving_mean_initializer: Any = "zeros",
+        *,
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        synchronized: bool = False,
+        group_size: int = 64,
+        method: str = "newton",
+        iterations: int | None = None,
+        track: str = "whitener",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            axis,
+            epsilon,
+            center,
+            scale,
+            beta_initializer,
+            gamma_initializer,
+            beta_regularizer,
+            gamma_regularizer,
+            beta_constraint,
+            gamma_constraint,
+            method,
+            iterations,
+            **kwargs,
+        )
+        if synchronized and keras.backend.backend() != "tensorflow":
+            raise ValueError(
+                f"synchronized=True needs Keras' TensorFlow backend, not {keras.backend.backend()}: leave it out"
+            )
+        self.momentum = checks.check_momentum(momentum)
+        self.moving_mean_initializer = initializers.get(moving_mean_initializer)
+        self.synchronized = synchronized
+        self.group_size = checks.check_positive("group_size", group_size)
+        self.track = checks.check_choice("track", track, TRACKED)
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        channels = self._build_affine(input_shape, 0)
+        d = min(self.group_size, channels)
+        matrices = (-(-channels // d), d, d)
+        moving = {"trainable": False, "autocast": False, "aggregation": "mean"}  # of a strategy's replicas
+        self.moving_mean = self.add_weight(
+            shape=(channels,), name="moving_mean", initializer=self.moving_mean_initializer, **moving
+        )
+        weight = self.add_weight(shape=matrices, name=f"moving_{self.track}", initializer=_identities, **moving)
+        setattr(self, f"moving_{self.track}", weight)
+
+    def call(self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None) -> Tensor:
+        backend, x, axis, affine = self._given(inputs)
+        if not (training and self.trainable):
+            return self._frozen(backend, x, axis, affine)
+        options = axis, self._solver, self.epsilon, self._all_reduce
+        if mask is None:
+            y, stats = whiten_channels(backend, x, *affine, self.group_size, *options)
+            count = math.prod(backend.kernels.shape(x)) // x.shape[axis]
+        else:
+            y, stats, count = whiten_masked_channels(backend, x, mask, *affine, self.group_size, *options)
+        self._update(stats, count)
+        return y
+
+    @property
+    def _moving(self) -> tuple[Any, Any]:
+        return self.moving_mean, getattr(self, f"moving_{self.track}")
+
+    @property
+    def _all_reduce(self) -> Any:
+        if not self.synchronized:
+            return None
+        from polywhiten.tensorflow.replicas import sum_over_replicas
+
+        return sum_over_replicas
+
+    def _frozen(self, backend: Backend, x: Tensor, axis: int, affine: list[Tensor | None]) -> Tensor:
+        mean, matrices = (backend.tensor(moving.value) for moving in self._moving)
+        if self.track == "covariance":
+            full = backend.kernels.for_statistics(matrices)
+            matrices = whitener_of(backend.kernels, full, x.shape[axis], self._solver, self.epsilon)
+        return apply_frozen(backend, x, mean, matrices, *affine, axis)
+
+    def _update(self, stats: WhiteningStats, count: Any) -> None:
+        """Average, but for statistics that aren't finite or of one sample, which has no covariance."""
+        usable = ops.logical_and(ops.all(ops.isfinite(stats.mean)), ops.all(ops.isfinite(stats.whitener)))
+        usable = ops.logical_and(usable, count > 1)
+        for moving, batch in zip(self._moving, (stats.mean, getattr(stats, self.track)), strict=True):
+            newer = moving * self.momentum + ops.cast(batch, moving.dtype) * (1 - self.momentum)
+            moving.assign(ops.where(usable, newer, moving))
+
+    def get_config(self) -> dict[str, Any]:
+        names = ("momentum", "synchronized", "group_size", "track")
+        config = {name: getattr(self, name) for name in names}
+        config["moving_mean_initializer"] = initializers.serialize(self.moving_mean_initializer)
+        return {**super().get_config(), **config}
+
+
+@keras.saving.register_keras_serializable(package="polywhiten")
+class GroupWhitening(_WhiteningLayer):
+    """Group whitening: whitens groups of channels against each other, within every sample.
+
+    In place of `keras.layers.GroupNormalization`, with its arguments in their
+    order up to `gamma_constraint`. A sample's channels are cut into `groups`
+    groups, whose covariance `(groups, groups)` is taken over all positions and
+    over the channels of a group; it does the same in training and in inference:
+
+    `outputs = gamma * (cov + epsilon * I)^(-1/2) @ (inputs - mean) + beta`
+
+    Args:
+        groups: Integer, the number of groups, which divides that of the channels;
+            -1 for as many groups as channels. Defaults to `32`.
+        axis: Integer, the axis of the channels. Use 1 for
+            `data_format="channels_first"`. Defaults to `-1`.
+        epsilon: Float, added to the diagonal of the covariance.
+            Defaults to `1e-5`.
+        center: Whether to learn an offset `beta`. Defaults to `True`.
+        scale: Whether to learn a factor `gamma`. Defaults to `True`.
+        beta_initializer: Initializer of beta. Defaults to `"zeros"`.
+        gamma_initializer: Initializer of gamma. Defaults to `"ones"`.
+        beta_regularizer: Optional regularizer of beta.
+        gamma_regularizer: Optional regularizer of gamma.
+        beta_constraint: Optional constraint of beta.
+        gamma_constraint: Optional constraint of gamma.
+        method: `"newton"`, the papers' iteration, which whitens small
+            directions in part; `"eigh"`, exact; or `"minimax"`, exact up to 1e-4
+            in few steps. Defaults to `"newton"`.
+        iterations: Integer, the steps of `"newton"` and `"minimax"`; `None` is 5.
+            `"eigh"` has none. Defaults to `None`.
+        **kwargs: Base layer keyword arguments (e.g. `name` and `dtype`).
+
+    Input shape:
+        Arbitrary, `(batch_size, ..., channels)` with the channels at `axis`,
+        whose number has to be known.
+
+    Output shape:
+        As `inputs`, in the layer's compute dtype.
+
+    Weights:
+        `gamma` and `beta`, `(channels,)`.
+
+    Raises:
+        ValueError: An argument or an input doesn't fit; a group has one value a
+            sample.
+
+    Statistics are computed in float32 for half precision. A mask is handed on to
+    the next layer and not used, as by `GroupNormalization`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from polywhiten.keras import GroupWhitening
+    >>> layer = GroupWhitening(groups=8)
+    >>> layer(np.random.normal(size=(4, 5, 5, 16))).shape == (4, 5, 5, 16)
+    True
+
+    Reference:
+
+    - [Huang et al., 2021](https://arxiv.org/abs/2009.13333).
+    """
+
+    def __init__(
+        self,
+        groups: int = 32,
+        axis: int = -1,
+        epsilon: float = 1e-5,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        *,
+        method: str = "newton",
+        iterations: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            axis,
+            epsilon,
+            center,
+            scale,
+            beta_initializer,
+            gamma_initializer,
+            beta_regularizer,
+            gamma_regularizer,
+            beta_constraint,
+            gamma_constraint,
+            method,
+            iterations,
+            **kwargs,
+        )
+        self.groups = groups if groups == -1 else checks.check_positive("groups", groups)
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        channels = self._build_affine(input_shape, 1)
+        self._groups = channels if self.groups == -1 else checks.check_num_groups(self.groups, channels, "groups")
+
+    def call(self, inputs: Tensor) -> Tensor:
+        backend, x, axis, affine = self._given(inputs)
+        return whiten_samples(backend, x, *affine, self._groups, axis, self._solver, self.epsilon)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "groups": self.groups}
+
+
+def _identities(shape: tuple[int, int, int], dtype: str | None = None) -> Tensor:
+    return ops.zeros(shape, dtype=dtype) + ops.eye(shape[-1], dtype=dtype)
