@@ -286,9 +286,10 @@ class IterNorm(_WhiteningLayer):
         """Average, but for statistics that aren't finite or of one sample, which has no covariance."""
         usable = ops.logical_and(ops.all(ops.isfinite(stats.mean)), ops.all(ops.isfinite(stats.whitener)))
         usable = ops.logical_and(usable, count > 1)
-        for moving, batch in zip(self._moving, (stats.mean, getattr(stats, self.track)), strict=True):
-            newer = moving * self.momentum + ops.cast(batch, moving.dtype) * (1 - self.momentum)
-            moving.assign(ops.where(usable, newer, moving))
+        for variable, batch in zip(self._moving, (stats.mean, getattr(stats, self.track)), strict=True):
+            moving = variable.value
+            newer = moving * self.momentum + ops.cast(batch, variable.dtype) * (1 - self.momentum)
+            variable.assign(ops.where(usable, newer, moving))
 
     def get_config(self) -> dict[str, Any]:
         names = ("momentum", "synchronized", "group_size", "track")
