@@ -1,4 +1,4 @@
-"""What only JAX has: custom gradients under its transformations, mapped axes, symbolic sizes, precisions of products."""
+"""What only JAX has: gradients under its transformations, mapped axes, symbolic sizes, precisions of products."""
 
 from functools import partial
 
@@ -173,14 +173,15 @@ def test_nothing_but_the_dtype_of_x_without_64_bits(function, method):
 
 # Mapped axes
 
+AXES = ("rows", "columns")
+
 
 def shard_map(run, check, outputs):
-    mesh = jax.make_mesh((2, 2), ("rows", "columns"))
-    specs = P(("rows", "columns")), P(), P()
+    mesh = jax.make_mesh((2, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    specs = P(AXES), P(), P()
     return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=outputs, check_vma=check)
 
 
-AXES = ("rows", "columns")
 LOCAL = partial(polywhiten.jax.iter_norm, group_size=4, axis_name=AXES)
 
 
@@ -237,7 +238,7 @@ def test_gradients_taken_on_every_device():
 
 
 def test_pullback_and_statistics_of_shares():
-    x, weight, bias = arguments = normal(8, 6, 4) + 2, *affine()
+    x, (weight, bias) = normal(8, 6, 4) + 2, affine()
     dy = normal(8, 6, 4, seed=1)
 
     def local(x, given, _):
@@ -265,7 +266,7 @@ def test_group_whitening_of_a_sharded_batch():
 @pytest.mark.parametrize("name", ["iter_norm", "iter_norm_vjp", "whitening_stats"])
 def test_one_way_to_share_statistics(name):
     function = getattr(polywhiten.jax, name)
-    with pytest.raises(ValueError, match="all_reduce=.* and axis_name='devices' .* pass one"):
+    with pytest.raises(ValueError, match=r"all_reduce=.* and axis_name='devices' .* pass one"):
         function(normal(8, 6), all_reduce=lambda x: x, axis_name="devices")
     with pytest.raises(NameError, match="devices"):
         function(normal(8, 6), axis_name="devices")

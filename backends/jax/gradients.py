@@ -1,0 +1,66 @@
+"""Whitening as one differentiable operation that keeps the input and O(d^2) for its backward."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+from jax import Array
+
+from polywhiten import whitening
+from polywhiten.dispatch import Backend
+from polywhiten.jax.kernels import KERNELS, varying_alike
+from polywhiten.whitening import Plan, Statistics
+
+Residuals = tuple[Array, Array | None, Array | None, Statistics]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _whiten(plan: Plan, x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Statistics]:
+    """The core's forward and backward.
+
+    The statistics are outputs too, so that what backward computes from them has a derivative of its own: a second
+    derivative comes back here as gradients of the statistics.
+    """
+    y, stats = whitening.forward(KERNELS, plan, x, weight, bias)
+    return y, _mapped_as(y, stats)
+
+
+def _mapped_as(y: Array, stats: Statistics) -> Statistics:
+    """The statistics, mapped over all axes of `vmap` or `shard_map` that y is mapped over.
+
+    Else their gradient would come as the sum over an axis where that of y comes one by one, and what backward adds up
+    over the axis would count it once for every index: JAX does so in silence.
+    """
+    mapped = jax.numpy.any(y[(slice(1),) * y.ndim])
+    # XLA drops the choice between a thing and itself
+    result: Statistics = jax.tree.map(lambda values: jax.numpy.where(mapped, values, values), stats)
+    return result
+
+
+def _forward(
+    plan: Plan, x: Array, weight: Array | None, bias: Array | None
+) -> tuple[tuple[Array, Statistics], Residuals]:
+    y, stats = _whiten(plan, x, weight, bias)  # not the core's: a second derivative differentiates this function
+    return (y, stats), (x, weight, bias, stats)
+
+
+def _backward(
+    plan: Plan, residuals: Residuals, gradients: tuple[Array, Statistics]
+) -> tuple[Array, Array | None, Array | None]:
+    dy, dstats = jax.tree.map(jax.numpy.asarray, gradients)  # they can be NumPy's
+    return whitening.backward(KERNELS, plan, *residuals, dy, dstats)
+
+
+_whiten.defvjp(_forward, _backward)
+
+
+class JaxBackend(Backend):
+    """JAX's kernels, with whitening as an operation of its own."""
+
+    def whiten(self, plan: Plan, x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Statistics]:
+        """Y and the statistics, all differentiable."""
+        return _whiten(plan, *varying_alike((x, weight, bias)))
+
+
+BACKEND = JaxBackend(KERNELS)

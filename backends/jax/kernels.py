@@ -1,0 +1,130 @@
+"""The kernels on JAX arrays: in full precision on every device, differentiable twice, and for symbolic sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as xp
+from jax import Array
+
+from polywhiten.kernels import Kernels
+from polywhiten.solvers import Solver
+from polywhiten.solvers.eigh import Eigh
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Tree = TypeVar("Tree")
+
+
+def varying_alike(tree: Tree) -> Tree:
+    """The arrays, each varying over every mesh axis of `shard_map` that one of them varies over.
+
+    A `custom_vjp` needs it: what is replicated and what is sharded get gradients of one kind there, and JAX sums those
+    of the replicated over the devices where it made them vary, which is here. Outside `shard_map`, and with
+    `check_vma=False`, nothing varies.
+    """
+    axes: frozenset[Any] = frozenset().union(*map(_varying_axes, jax.tree.leaves(tree)))
+
+    def vary(x: Array) -> Array:
+        missing = tuple(sorted(axes - _varying_axes(x), key=str))
+        if not missing:
+            return x
+        if hasattr(jax.lax, "pcast"):
+            return jax.lax.pcast(x, missing, to="varying")
+        return jax.lax.pvary(x, missing)  # JAX before 0.8
+
+    result: Tree = jax.tree.map(vary, tree)
+    return result
+
+
+def _varying_axes(x: Array) -> frozenset[Any]:
+    kind: Any = jax.typeof(x)
+    if hasattr(kind, "manual_axis_type"):
+        kind = kind.manual_axis_type
+        return frozenset(kind.varying)
+    return frozenset(getattr(kind, "vma", ()))  # JAX before 0.10
+
+
+def full_precision(kernel: Callable[P, R]) -> Callable[P, R]:
+    """Products of float32 with all its digits, unless users have chosen otherwise: GPUs and TPUs leave some out.
+
+    Small directions are a difference of large products: what these lack comes out multiplied by the whitener.
+    """
+
+    @wraps(kernel)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if jax.config.jax_default_matmul_precision is not None:
+            return kernel(*args, **kwargs)
+        with jax.default_matmul_precision("highest"):
+            return kernel(*args, **kwargs)
+
+    return run
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _inverse_sqrt(solver: Solver, cov: Array) -> Array:
+    """W = S^(-1/2) with the solver's own derivative."""
+    result: Array = solver.inverse_sqrt(xp, cov)
+    return result
+
+
+def _inverse_sqrt_forward(solver: Solver, cov: Array) -> tuple[Array, Array]:
+    return _inverse_sqrt(solver, cov), cov
+
+
+def _inverse_sqrt_backward(solver: Solver, cov: Array, grad: Array) -> tuple[Array]:
+    return (KERNELS.inverse_sqrt_adjoint(solver, cov, grad),)
+
+
+_inverse_sqrt.defvjp(_inverse_sqrt_forward, _inverse_sqrt_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _eigh_adjoint(solver: Eigh, cov: Array, grad: Array) -> Array:
+    """The adjoint of "eigh", whose derivative must not be JAX's of eigh: that is NaN for equal eigenvalues."""
+    result: Array = solver.adjoint(xp, cov, grad)
+    return result
+
+
+def _eigh_adjoint_forward(solver: Eigh, cov: Array, grad: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _eigh_adjoint(solver, cov, grad), (cov, grad)
+
+
+@full_precision
+def _eigh_adjoint_backward(solver: Eigh, given: tuple[Array, Array], direction: Array) -> tuple[Array, Array]:
+    cov, grad = given
+    return solver.second(xp, cov, grad, direction), _eigh_adjoint(solver, cov, direction)
+
+
+_eigh_adjoint.defvjp(_eigh_adjoint_forward, _eigh_adjoint_backward)
+
+
+class JaxKernels(Kernels):
+    """The plain kernels, whose every derivative JAX knows, with the solvers' own."""
+
+    moments = full_precision(Kernels.moments)
+    affine_map = full_precision(Kernels.affine_map)
+    cross_moments = full_precision(Kernels.cross_moments)
+
+    @full_precision
+    def inverse_sqrt(self, solver: Solver, cov: Array) -> Array:
+        """W = S^(-1/2)."""
+        return _inverse_sqrt(solver, cov)
+
+    @full_precision
+    def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array) -> Array:
+        """Gradient with respect to S."""
+        if isinstance(solver, Eigh):
+            return _eigh_adjoint(solver, *varying_alike((cov, grad)))
+        result: Array = solver.adjoint(xp, cov, grad)
+        return result
+
+    def is_wide(self, x: Array) -> bool:
+        """As everywhere; yes where `jax.export` doesn't know the image's size, and so can't compare it."""
+        return not isinstance(x.shape[3], int) or super().is_wide(x)
+
+
+KERNELS = JaxKernels(xp)
