@@ -51,12 +51,10 @@ def check_eps(eps: float, name: str = "eps") -> float:
     return eps
 
 
-def check_momentum(momentum: float | None) -> float | None:
-    if momentum is None:
-        return None
+def check_momentum(momentum: float, alternative: str = "") -> float:
     momentum = _number("momentum", momentum)
     if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum={momentum} must be from 0 to 1, or None for the plain average")
+        raise ValueError(f"momentum={momentum} must be from 0 to 1{alternative}")
     return momentum
 
 

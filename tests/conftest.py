@@ -1,5 +1,7 @@
 """Which libraries the conformance suite runs on, and how many examples property tests draw."""
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
 from rows import Library
@@ -11,26 +13,38 @@ settings.register_profile(
     "slow-library", max_examples=12, **_COMMON
 )  # it compiles for every new shape, or builds graphs
 
+# Files for what one framework alone has; the command line's demo is trained in PyTorch.
+OWNERS = {f"test_{name}.py": name for name in ("dask", "jax", "keras", "tensorflow", "torch")}
+OWNERS |= {"test_cli.py": "torch", "test_keras_demo.py": "keras"}
+
 
 def pytest_addoption(parser):
-    names = [library.name.lower() for library in Library]
-    parser.addoption("--library", action="append", choices=names, help="run the conformance suite on these alone")
+    names = [library.option for library in Library]
+    parser.addoption("--library", action="append", choices=names, help="run what concerns these libraries alone")
 
 
 def pytest_configure(config):
     chosen = config.getoption("library") or []
     settings.load_profile("slow-library" if {"jax", "dask"} & set(chosen) else "default")
+    for library in Library:
+        if library.option in chosen and library.value.keras_backend:
+            os.environ["KERAS_BACKEND"] = library.value.keras_backend  # Keras reads it once, when it is imported
+
+
+def pytest_ignore_collect(collection_path, config):
+    chosen, owner = config.getoption("library"), OWNERS.get(collection_path.name)
+    frameworks = {name.partition("-")[0] for name in chosen or []}
+    return True if chosen and owner and owner not in frameworks else None
 
 
 def pytest_generate_tests(metafunc):
-    for name, libraries in (("library", list(Library)), ("layers", [b for b in Library if b.value.layers])):
+    for name, kind in (("library", "array"), ("layers", "layers")):
         if name in metafunc.fixturenames:
             chosen = metafunc.config.getoption("library")
-            params = [_param(b, chosen) for b in libraries if not chosen or b.name.lower() in chosen]
-            metafunc.parametrize(name, params, ids=lambda b: b.name.lower())
+            libraries = [b for b in Library if getattr(b.value, kind) and (not chosen or b.option in chosen)]
+            metafunc.parametrize(name, [_param(b, chosen) for b in libraries], ids=lambda b: b.option)
 
 
 def _param(library, chosen):
-    missing = not chosen and not library.value.installed
-    reason = f"{library.value.module} is not installed"
-    return pytest.param(library, marks=pytest.mark.skip(reason=reason) if missing else ())
+    missing = None if chosen else library.value.missing
+    return pytest.param(library, marks=pytest.mark.skip(reason=missing) if missing else ())

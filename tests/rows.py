@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import numpy as np
+from layers import KerasLayers, TorchLayers
 
 import polywhiten as pw
 
@@ -76,43 +78,28 @@ def _dask_array(a: np.ndarray) -> Any:
     return da.from_array(a, chunks=tuple(max(1, n // 2) for n in a.shape))
 
 
-class _TorchLayers:
-    """The layers of `polywhiten.torch`, driven as every framework's layers are driven here."""
-
-    def iter_norm(self, channels: int, dtype: str = "float64", **arguments: Any) -> Any:
-        import torch
-
-        from polywhiten.torch import IterNorm
-
-        return IterNorm(channels, dtype=getattr(torch, dtype), **arguments)
-
-    def train(self, layer: Any, x: np.ndarray) -> np.ndarray:
-        return layer.train()(_torch_array(x)).detach().numpy()
-
-    def evaluate(self, layer: Any, x: np.ndarray) -> np.ndarray:
-        return layer.eval()(_torch_array(x)).detach().numpy()
-
-    def running(self, layer: Any) -> dict[str, np.ndarray]:
-        return {k.removeprefix("running_"): v.numpy().copy() for k, v in layer.named_buffers() if "running" in k}
-
-
 @dataclass(frozen=True)
 class Row:
-    """How the suite talks to a library."""
+    """How the suite talks to a library: to its arrays, to its layers, or to both."""
 
     module: str
-    array: Callable[[np.ndarray], Any]
+    array: Callable[[np.ndarray], Any] | None = None
     gradients: Callable[[str, dict[str, Any], Any], tuple[Any, Gradients]] = _by_pullback
     dtypes: tuple[str, ...] = ("float16", "float32", "float64")
-    layers: Any = field(default=None)
+    layers: TorchLayers | KerasLayers | None = None
+    keras_backend: str | None = None  # the one that Keras has to be started with
 
     @property
-    def installed(self) -> bool:
-        try:
-            importlib.import_module(self.module)
-        except ModuleNotFoundError:
-            return False
-        return True
+    def missing(self) -> str | None:
+        """Why the row can't run, None where it can."""
+        if self.keras_backend not in (None, os.environ.get("KERAS_BACKEND", "tensorflow")):
+            return f"KERAS_BACKEND isn't {self.keras_backend}"
+        for module in (self.keras_backend, self.module):
+            try:
+                importlib.import_module(module or "numpy")
+            except ModuleNotFoundError:
+                return f"{module} is not installed"
+        return None
 
 
 def _strict_array(a: np.ndarray) -> Any:
@@ -126,12 +113,19 @@ class Library(Enum):
 
     NUMPY = Row("numpy", np.asarray)
     STRICT = Row("array_api_strict", _strict_array, dtypes=("float32", "float64"))
-    TORCH = Row("torch", _torch_array, _by_torch, layers=_TorchLayers())
+    TORCH = Row("torch", _torch_array, _by_torch, layers=TorchLayers())
     TENSORFLOW = Row(
         "tensorflow", _tensorflow_array, _by_tensorflow, dtypes=("bfloat16", "float16", "float32", "float64")
     )
     JAX = Row("jax", _jax_array, _by_jax, dtypes=("bfloat16", "float16", "float32", "float64"))
     DASK = Row("dask.array", _dask_array)
+    KERAS_TENSORFLOW = Row("keras", layers=KerasLayers(), keras_backend="tensorflow")
+    KERAS_JAX = Row("keras", layers=KerasLayers(), keras_backend="jax")
+    KERAS_TORCH = Row("keras", layers=KerasLayers(), keras_backend="torch")
+
+    @property
+    def option(self) -> str:
+        return self.name.lower().replace("_", "-")
 
     def array(self, a: np.ndarray | None) -> Any:
         """The library's array of a's values; None of None."""

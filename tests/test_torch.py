@@ -306,6 +306,27 @@ def test_arguments_in_the_order_of_batch_norm_and_group_norm():
         assert getattr(ours, name) == getattr(theirs, name)
 
 
+def test_no_momentum_is_the_plain_average():
+    x, layer = torch.randn(16, 5, 4, dtype=torch.float64), IterNorm(5, momentum=None, dtype=torch.float64)
+    for shift in (1.0, 2.0, 6.0):
+        layer(x + shift)
+    torch.testing.assert_close(layer.running_mean, x.mean(dim=(0, 2)) + 3)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nonfinite_batches_raise_an_error_on_demand(bad):
+    x = torch.randn(16, 5, 4)
+    x[3, 4, 1] = bad
+    with pytest.raises(ValueError, match="on_nonfinite='raise'"):
+        IterNorm(5, group_size=3, on_nonfinite="raise")(x)
+
+
+def test_without_running_statistics_every_input_is_whitened_by_itself():
+    x, layer = torch.randn(16, 5, 4), IterNorm(5, track_running_stats=False)
+    assert not list(layer.buffers())
+    torch.testing.assert_close(layer.eval()(x), layer.train()(x), rtol=0, atol=0)
+
+
 def test_reset_forgets():
     layer = trained(IterNorm(6, group_size=4), True)
     layer.reset_parameters()

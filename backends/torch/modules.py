@@ -112,7 +112,9 @@ class IterNorm(nn.Module):
         self.num_features = checks.check_positive("num_features", num_features)
         self.group_size = checks.check_positive("group_size", group_size)
         self.eps = checks.check_eps(eps)
-        self.momentum = checks.check_momentum(momentum)
+        if momentum is not None:
+            momentum = checks.check_momentum(momentum, ", or None for the plain average")
+        self.momentum = momentum
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.method = method

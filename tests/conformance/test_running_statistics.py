@@ -32,14 +32,6 @@ def test_running_averages(layers, momentum):
     np.testing.assert_allclose(running["covariance"], expected, atol=1e-12)
 
 
-def test_no_momentum_is_the_plain_average(layers):
-    api = layers.value.layers
-    layer = api.iter_norm(5, momentum=None)
-    for shift in (1.0, 2.0, 6.0):
-        api.train(layer, X + shift)
-    np.testing.assert_allclose(api.running(layer)["mean"], X.mean(axis=(0, 2)) + 3, atol=1e-12)
-
-
 @pytest.mark.parametrize("track", ["whitener", "covariance"])
 @pytest.mark.parametrize("method", ["newton", "eigh", "minimax"])
 def test_evaluation_uses_what_was_tracked(layers, track, method):
@@ -77,12 +69,3 @@ def test_nonfinite_batches_never_enter(layers, bad):
     assert not np.all(np.isfinite(api.train(layer, spoilt)))
     for name, value in api.running(layer).items():
         np.testing.assert_array_equal(value, before[name])
-    with pytest.raises(ValueError, match="on_nonfinite='raise'"):
-        api.train(api.iter_norm(5, group_size=3, on_nonfinite="raise"), spoilt)
-
-
-def test_without_running_statistics_every_input_is_whitened_by_itself(layers):
-    api = layers.value.layers
-    layer = api.iter_norm(5, track_running_stats=False)
-    assert api.running(layer) == {}
-    np.testing.assert_array_equal(api.evaluate(layer, X), api.train(layer, X))

@@ -1,0 +1,31 @@
+"""Every framework's layers in training: outputs and gradients are those of NumPy in float64."""
+
+import numpy as np
+import pytest
+
+import polywhiten as pw
+
+METHODS = ("newton", "eigh", "minimax")
+SHAPES = {"rows": (40, 24), "sequences": (8, 6, 9), "pictures": (4, 6, 5, 4), "volumes": (3, 6, 2, 3, 4)}
+TOLERANCE = {"float64": 1e-10, "float32": 1e-4}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
+def test_a_training_step(layers, name, method, shape, dtype):
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(1, 2, size=(2, *shape)).astype(dtype)
+    api, channels = layers.value.layers, shape[1]
+    if name == "iter_norm":
+        options, layer = {"group_size": 4}, api.iter_norm(channels, dtype, group_size=4, method=method)
+    else:
+        options, layer = {"num_groups": 2}, api.group_whitening(2, channels, dtype, method=method)
+    y, gradients = api.gradients(layer, x, dy)
+    exact, pullback = getattr(pw, f"{name}_vjp")(
+        np.float64(x), weight=np.ones(channels), bias=np.zeros(channels), method=method, **options
+    )
+    for actual, expected in zip((y, *gradients), (exact, *pullback(np.float64(dy))), strict=True):
+        assert actual.dtype == dtype
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE[dtype] * np.max(np.abs(expected)))

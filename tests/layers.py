@@ -1,0 +1,126 @@
+"""How the suite drives every framework's layers: the arguments of PyTorch's, inputs (N, C, ...), NumPy in and out."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+Gradients = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class TorchLayers:
+    """The modules of `polywhiten.torch`."""
+
+    def iter_norm(self, channels: int, dtype: str = "float64", **arguments: Any) -> Any:
+        import torch
+
+        from polywhiten.torch import IterNorm
+
+        return IterNorm(channels, dtype=getattr(torch, dtype), **arguments)
+
+    def group_whitening(self, num_groups: int, channels: int, dtype: str = "float64", **arguments: Any) -> Any:
+        import torch
+
+        from polywhiten.torch import GroupWhitening
+
+        return GroupWhitening(num_groups, channels, dtype=getattr(torch, dtype), **arguments)
+
+    def train(self, layer: Any, x: np.ndarray) -> np.ndarray:
+        return layer.train()(self._tensor(x)).detach().numpy()
+
+    def evaluate(self, layer: Any, x: np.ndarray) -> np.ndarray:
+        return layer.eval()(self._tensor(x)).detach().numpy()
+
+    def gradients(self, layer: Any, x: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, Gradients]:
+        """A training step's output and the gradients of x, weight and bias."""
+        import torch
+
+        leaf = self._tensor(x).requires_grad_()
+        y = layer.train()(leaf)
+        gradients = torch.autograd.grad(y, [leaf, layer.weight, layer.bias], self._tensor(dy))
+        return y.detach().numpy(), tuple(g.numpy() for g in gradients)
+
+    def running(self, layer: Any) -> dict[str, np.ndarray]:
+        return {k.removeprefix("running_"): v.numpy().copy() for k, v in layer.named_buffers() if "running" in k}
+
+    def _tensor(self, x: np.ndarray) -> Any:
+        import torch
+
+        return torch.from_numpy(x)
+
+
+class KerasLayers:
+    """The layers of `polywhiten.keras` on the backend in use."""
+
+    def iter_norm(
+        self, channels: int, dtype: str = "float64", momentum: float = 0.1, affine: bool = True, **arguments: Any
+    ) -> Any:
+        from polywhiten.keras import IterNorm
+
+        del channels  # Keras' layers see them in the first input
+        return IterNorm(axis=1, momentum=1 - momentum, center=affine, scale=affine, dtype=dtype, **arguments)
+
+    def group_whitening(self, num_groups: int, channels: int, dtype: str = "float64", **arguments: Any) -> Any:
+        from polywhiten.keras import GroupWhitening
+
+        del channels
+        return GroupWhitening(num_groups, axis=1, dtype=dtype, **arguments)
+
+    def train(self, layer: Any, x: np.ndarray) -> np.ndarray:
+        return self._numpy(layer(self._tensor(x), training=True))
+
+    def evaluate(self, layer: Any, x: np.ndarray) -> np.ndarray:
+        return self._numpy(layer(self._tensor(x), training=False))
+
+    def gradients(self, layer: Any, x: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, Gradients]:
+        """A training step's output and the gradients of x, gamma and beta."""
+        import keras
+
+        layer.build(x.shape)
+        given = self._tensor(x), self._tensor(dy)
+        y, gradients = getattr(self, f"_by_{keras.backend.backend()}")(layer, *given)
+        return self._numpy(y), tuple(self._numpy(g) for g in gradients)
+
+    def running(self, layer: Any) -> dict[str, np.ndarray]:
+        return {w.name.removeprefix("moving_"): self._numpy(w).copy() for w in layer.non_trainable_weights}
+
+    def _by_tensorflow(self, layer: Any, x: Any, dy: Any) -> tuple[Any, Any]:
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True)
+        return y, tape.gradient(y, [x, layer.gamma.value, layer.beta.value], dy)
+
+    def _by_jax(self, layer: Any, x: Any, dy: Any) -> tuple[Any, Any]:
+        import jax
+
+        frozen = [w.value for w in layer.non_trainable_variables]
+
+        def call(x: Any, gamma: Any, beta: Any) -> Any:
+            training = {"training": True} if frozen else {}  # unlike a plain call, it wants no argument in vain
+            return layer.stateless_call([gamma, beta], frozen, x, **training)[0]
+
+        y, pullback = jax.vjp(call, x, layer.gamma.value, layer.beta.value)
+        return y, pullback(dy)
+
+    def _by_torch(self, layer: Any, x: Any, dy: Any) -> tuple[Any, Any]:
+        import torch
+
+        x = x.requires_grad_()
+        y = layer(x, training=True)
+        return y, torch.autograd.grad(y, [x, layer.gamma.value, layer.beta.value], dy)
+
+    def _tensor(self, x: np.ndarray) -> Any:
+        import keras
+
+        if keras.backend.backend() == "jax":
+            importlib.import_module("jax").config.update("jax_enable_x64", True)
+        return keras.ops.convert_to_tensor(x)
+
+    def _numpy(self, tensor: Any) -> np.ndarray:
+        import keras
+
+        return np.asarray(keras.ops.convert_to_numpy(tensor))
