@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from jax import Array
@@ -15,6 +14,7 @@ from polywhiten._types import AllReduce
 from polywhiten.functional import Pullback
 
 AxisName = Hashable | tuple[Hashable, ...]
+_psum: Callable[..., Array] = jax.lax.psum  # which JAX has left without types
 
 
 def iter_norm(
@@ -65,7 +65,7 @@ def iter_norm(
     >>> bool(jax.numpy.allclose(y.reshape(128, 8), joined, atol=1e-4))
     True
     """
-    return polywhiten.iter_norm(
+    y: Array = polywhiten.iter_norm(
         x,
         weight=weight,
         bias=bias,
@@ -76,6 +76,7 @@ def iter_norm(
         eps=eps,
         all_reduce=_all_reduce(all_reduce, axis_name),
     )
+    return y
 
 
 def iter_norm_vjp(
@@ -195,8 +196,8 @@ class _SumOver:
 
     axis_name: AxisName
 
-    def __call__(self, x: Array) -> Any:
-        return jax.lax.psum(x, self.axis_name)
+    def __call__(self, x: Array) -> Array:
+        return _psum(x, self.axis_name)
 
 
 def _all_reduce(all_reduce: AllReduce | None, axis_name: AxisName | None) -> AllReduce | None:

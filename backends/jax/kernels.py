@@ -26,15 +26,15 @@ def varying_alike(tree: Tree) -> Tree:
     of the replicated over the devices where it made them vary, which is here. Outside `shard_map`, and with
     `check_vma=False`, nothing varies.
     """
+    lax: Any = jax.lax  # JAX has renamed the function in it, and the attribute of `_varying_axes`
     axes: frozenset[Any] = frozenset().union(*map(_varying_axes, jax.tree.leaves(tree)))
 
     def vary(x: Array) -> Array:
         missing = tuple(sorted(axes - _varying_axes(x), key=str))
         if not missing:
             return x
-        if hasattr(jax.lax, "pcast"):
-            return jax.lax.pcast(x, missing, to="varying")
-        return jax.lax.pvary(x, missing)  # JAX before 0.8
+        result: Array = lax.pcast(x, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, missing)
+        return result
 
     result: Tree = jax.tree.map(vary, tree)
     return result
@@ -42,10 +42,8 @@ def varying_alike(tree: Tree) -> Tree:
 
 def _varying_axes(x: Array) -> frozenset[Any]:
     kind: Any = jax.typeof(x)
-    if hasattr(kind, "manual_axis_type"):
-        kind = kind.manual_axis_type
-        return frozenset(kind.varying)
-    return frozenset(getattr(kind, "vma", ()))  # JAX before 0.10
+    axes = kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", ())
+    return frozenset(axes)
 
 
 def full_precision(kernel: Callable[P, R]) -> Callable[P, R]:
@@ -56,7 +54,8 @@ def full_precision(kernel: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(kernel)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if jax.config.jax_default_matmul_precision is not None:
+        config: Any = jax.config
+        if config.jax_default_matmul_precision is not None:
             return kernel(*args, **kwargs)
         with jax.default_matmul_precision("highest"):
             return kernel(*args, **kwargs)
