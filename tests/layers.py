@@ -74,43 +74,48 @@ class KerasLayers:
     def evaluate(self, layer: Any, x: np.ndarray) -> np.ndarray:
         return self._numpy(layer(self._tensor(x), training=False))
 
-    def gradients(self, layer: Any, x: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, Gradients]:
+    def gradients(
+        self, layer: Any, x: np.ndarray, dy: np.ndarray, mask: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Gradients]:
         """A training step's output and the gradients of x, gamma and beta."""
         import keras
 
-        layer.build(x.shape)
         given = self._tensor(x), self._tensor(dy)
-        y, gradients = getattr(self, f"_by_{keras.backend.backend()}")(layer, *given)
+        layer.build(x.shape)
+        options = {} if mask is None else {"mask": self._tensor(mask)}
+        if layer.non_trainable_variables:  # JAX's stateless call takes no argument in vain
+            options["training"] = True
+        y, gradients = getattr(self, f"_by_{keras.backend.backend()}")(layer, *given, options)
         return self._numpy(y), tuple(self._numpy(g) for g in gradients)
 
     def running(self, layer: Any) -> dict[str, np.ndarray]:
-        return {w.name.removeprefix("moving_"): self._numpy(w).copy() for w in layer.non_trainable_weights}
+        moving = [w for w in layer.weights if w.name.startswith("moving_")]
+        return {w.name.removeprefix("moving_"): self._numpy(w).copy() for w in moving}
 
-    def _by_tensorflow(self, layer: Any, x: Any, dy: Any) -> tuple[Any, Any]:
+    def _by_tensorflow(self, layer: Any, x: Any, dy: Any, options: dict[str, Any]) -> tuple[Any, Any]:
         import tensorflow as tf
 
         with tf.GradientTape() as tape:
             tape.watch(x)
-            y = layer(x, training=True)
+            y = layer(x, **options)
         return y, tape.gradient(y, [x, layer.gamma.value, layer.beta.value], dy)
 
-    def _by_jax(self, layer: Any, x: Any, dy: Any) -> tuple[Any, Any]:
+    def _by_jax(self, layer: Any, x: Any, dy: Any, options: dict[str, Any]) -> tuple[Any, Any]:
         import jax
 
         frozen = [w.value for w in layer.non_trainable_variables]
 
         def call(x: Any, gamma: Any, beta: Any) -> Any:
-            training = {"training": True} if frozen else {}  # unlike a plain call, it wants no argument in vain
-            return layer.stateless_call([gamma, beta], frozen, x, **training)[0]
+            return layer.stateless_call([gamma, beta], frozen, x, **options)[0]
 
         y, pullback = jax.vjp(call, x, layer.gamma.value, layer.beta.value)
         return y, pullback(dy)
 
-    def _by_torch(self, layer: Any, x: Any, dy: Any) -> tuple[Any, Any]:
+    def _by_torch(self, layer: Any, x: Any, dy: Any, options: dict[str, Any]) -> tuple[Any, Any]:
         import torch
 
         x = x.requires_grad_()
-        y = layer(x, training=True)
+        y = layer(x, **options)
         return y, torch.autograd.grad(y, [x, layer.gamma.value, layer.beta.value], dy)
 
     def _tensor(self, x: np.ndarray) -> Any:

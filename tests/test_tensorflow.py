@@ -1,5 +1,8 @@
 """What only TensorFlow has: graphs of unknown sizes, XLA, nested tapes, variables."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -124,6 +127,47 @@ def test_channels_last_with_one_group_is_not_transposed(group_size, expected):
         return len(shape) == 4 and kept != sorted(kept)
 
     assert any(moves(operation) for operation in graph.get_operations() if operation.type == "Transpose") == expected
+
+
+REPLICAS = """
+import numpy as np, tensorflow as tf, polywhiten as pw
+from polywhiten.tensorflow import sum_over_replicas
+cpu, = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+x, dy = np.random.default_rng(0).normal(size=(2, 5, 6, 4)) + 1
+weight = np.linspace(1, 2, 6)
+
+@tf.function(reduce_retracing=True)
+def step(x, dy):
+    gamma = tf.constant(weight)
+    with tf.GradientTape() as tape:
+        tape.watch((x, gamma))
+        y = pw.iter_norm(x, weight=gamma, group_size=4, all_reduce=sum_over_replicas)
+    return y, *tape.gradient(y, (x, gamma), dy)
+
+expected, pullback = pw.iter_norm_vjp(x, weight=weight, group_size=4)
+dx, dweight, _ = pullback(dy)
+for first in (3, 5):  # the second replica gets two samples, or none
+    parts = [slice(0, first), slice(first, 5)]
+    shares = [
+        strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant(a[parts[context.replica_id_in_sync_group]])
+        )
+        for a in (x, dy)
+    ]
+    for run in (step, step.python_function):
+        results = [strategy.experimental_local_results(r) for r in strategy.run(run, shares)]
+        joined = tf.concat(results[0], 0), tf.concat(results[1], 0), sum(results[2])
+        for actual, wanted in zip(joined, (expected, dx, dweight), strict=True):
+            np.testing.assert_allclose(actual, wanted, atol=1e-9)
+"""
+
+
+def test_replicas_with_unequal_shares_are_one_batch():
+    command = [sys.executable, "-P", "-c", REPLICAS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_what_has_to_be_known_in_a_graph_is_named():

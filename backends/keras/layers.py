@@ -259,9 +259,19 @@ class IterNorm(_WhiteningLayer):
             y, stats = whiten_channels(backend, x, *affine, self.group_size, *options)
             count = math.prod(backend.kernels.shape(x)) // x.shape[axis]
         else:
-            y, stats, count = whiten_masked_channels(backend, x, mask, *affine, self.group_size, *options)
+            keep = ops.cast(self._checked_mask(mask, x, axis), "bool")
+            y, stats, count = whiten_masked_channels(backend, x, keep, *affine, self.group_size, *options)
         self._update(stats, count)
         return y
+
+    def _checked_mask(self, mask: Tensor, x: Tensor, axis: int) -> Tensor:
+        shape = (*x.shape[:axis], *x.shape[axis + 1 :])
+        given = tuple(mask.shape)
+        if len(given) != len(shape) or any(
+            None not in sizes and len(set(sizes)) > 1 for sizes in zip(given, shape, strict=True)
+        ):
+            raise ValueError(f"mask has shape {given}: that of inputs without the channel axis is needed, {shape}")
+        return mask
 
     @property
     def _moving(self) -> tuple[Any, Any]:
