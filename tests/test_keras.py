@@ -29,7 +29,7 @@ def normal(*shape, seed=0):
 
 def network(*layers, shape=(6, 6, 3)):
     keras.utils.set_random_seed(0)
-    body = [keras.layers.Conv2D(10, 3, use_bias=False), *layers, keras.layers.ReLU()]
+    body = [keras.layers.Conv2D(10, 3, padding="same", use_bias=False), *layers, keras.layers.ReLU()]
     model = keras.Sequential([keras.Input(shape), *body, keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)])
     model.compile(keras.optimizers.SGD(0.1), "mse")
     return model

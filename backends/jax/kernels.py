@@ -121,6 +121,11 @@ class JaxKernels(Kernels):
         result: Array = solver.adjoint(xp, cov, grad)
         return result
 
+    def sample_count(self, x: Array, block_axis: int, least: int = 0) -> Any:
+        """As everywhere; of sizes that `jax.export` doesn't know too."""
+        count = x.shape[1 - block_axis] * x.shape[3]
+        return max(count, least) if isinstance(count, int) else xp.maximum(xp.asarray(count), least)
+
     def is_wide(self, x: Array) -> bool:
         """As everywhere; yes where `jax.export` doesn't know the image's size, and so can't compare it."""
         return not isinstance(x.shape[3], int) or super().is_wide(x)
