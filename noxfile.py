@@ -10,9 +10,13 @@ CONSTRAINTS, CONFIGURATION = (str(Path(__file__).with_name(name)) for name in ("
 # Extras that a library's tests need, and the rows of the conformance suite that they run.
 LIBRARIES = {
     "numpy": ("", ["numpy", "strict"]),
-    "torch": ("[demo]", ["torch"]),
+    "torch": ("[demo,torch]", ["torch"]),
+    "tensorflow": ("[tensorflow]", ["tensorflow"]),
     "jax": ("[jax]", ["jax"]),
     "dask": ("[dask]", ["dask"]),
+    "keras-tensorflow": ("[demo,keras,tensorflow]", ["keras-tensorflow"]),
+    "keras-jax": ("[demo,keras,jax]", ["keras-jax"]),
+    "keras-torch": ("[demo,keras,torch]", ["keras-torch"]),
 }
 
 nox.options.reuse_existing_virtualenvs = True
@@ -33,7 +37,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typing(session: nox.Session) -> None:
-    install(session, ".[demo,dask]", "mypy", "nox")
+    install(session, ".[demo,torch,jax,dask]", "mypy", "nox")
     session.chdir(session.create_tmp())  # away from the sources: what is installed is what is checked
     session.run("mypy", "--strict", "--config-file", CONFIGURATION, "-p", "polywhiten")
 
@@ -44,7 +48,9 @@ def tests(session: nox.Session, library: str) -> None:
     extras, rows = LIBRARIES[library]
     install(session, f".{extras}", "pytest", "hypothesis", "array-api-strict")
     session.run("pytest", *(f"--library={row}" for row in rows), *session.posargs)
-    session.run("pytest", "--doctest-modules", "--doctest-ignore-import-errors", "--pyargs", "polywhiten")
+    environment = {"KERAS_BACKEND": library.removeprefix("keras-")} if library.startswith("keras-") else {}
+    doctests = "--doctest-modules", "--doctest-ignore-import-errors", "--pyargs", "polywhiten"
+    session.run("pytest", *doctests, env=environment)
 
 
 @nox.session
@@ -59,10 +65,11 @@ def package(session: nox.Session) -> None:
     session.run("python", "-m", "venv", "--clear", str(clean))
     python = str(clean / ("Scripts" if sys.platform == "win32" else "bin") / "python")
     wheel = next(file for file in files if file.endswith(".whl"))
-    session.run(python, "-m", "pip", "install", "-q", "-c", CONSTRAINTS, f"{wheel}[demo,dask]", external=True)
+    session.run(python, "-m", "pip", "install", "-q", "-c", CONSTRAINTS, f"{wheel}[demo,torch,jax,dask]", external=True)
     every = (
         "import importlib, pkgutil, polywhiten; "
-        "names = [m.name for m in pkgutil.walk_packages(polywhiten.__path__, 'polywhiten.')]; "
+        "names = [m.name for m in pkgutil.walk_packages(polywhiten.__path__, 'polywhiten.', lambda name: None)]; "
+        "names = [name for name in names if name.split('.')[1] not in ('keras', 'tensorflow')]; "
         "print(*[importlib.import_module(name).__name__ for name in names])"
     )
     session.chdir(str(clean))

@@ -11,10 +11,11 @@ EXAMPLES = {m[1]: m[2] for m in re.finditer(r"^### ([^\n]+)\n(?:(?!^#).)*?^```py
 
 @pytest.mark.parametrize("title", EXAMPLES)
 def test_example_runs(title):
-    if "torch" in EXAMPLES[title]:
-        pytest.importorskip("torch")
+    for framework in ("torch", "tensorflow", "jax", "keras"):
+        if re.search(rf"^import {framework}|polywhiten\.{framework}", EXAMPLES[title], re.M):
+            pytest.importorskip(framework)  # for Keras, its backend too
     exec(compile(EXAMPLES[title], f"README, {title}", "exec"), {})
 
 
 def test_there_are_examples():
-    assert set(EXAMPLES) >= {"PyTorch", "NumPy, and every other array library"}
+    assert set(EXAMPLES) >= {"PyTorch", "Keras", "TensorFlow", "JAX", "NumPy, and every other array library"}
