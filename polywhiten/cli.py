@@ -13,6 +13,7 @@ from rich.console import Console
 
 import polywhiten
 from polywhiten.demo.data import Data, DataError, load_digits, load_npz
+from polywhiten.demo.frameworks import FRAMEWORKS, FrameworkError, load
 from polywhiten.demo.training import NORMS, Settings
 
 WRONG_USE = 2
@@ -99,6 +100,13 @@ def info() -> None:
     help=f"One of {', '.join(NORMS)}; give it several times for several.  [default: all]",
 )
 @click.option(
+    "--framework",
+    type=click.Choice(FRAMEWORKS, case_sensitive=False),
+    default="torch",
+    show_default=True,
+    help="What to train with; Keras takes the backend that KERAS_BACKEND names, or one that is installed.",
+)
+@click.option(
     "--data",
     "file",
     type=click.Path(path_type=Path),
@@ -143,7 +151,7 @@ def info() -> None:
     metavar="NAME",
     default="cpu",
     show_default=True,
-    help="Where to train, as PyTorch names it: cpu, cuda, mps.",
+    help="Where to train, as the framework names it: cpu, cuda or mps in PyTorch, cpu or gpu:0 in Keras.",
 )
 @click.option(
     "--out",
@@ -153,7 +161,7 @@ def info() -> None:
     show_default=True,
     help="Folder for curves.png and results.csv; files of these names are overwritten.",
 )
-def demo(norms: tuple[str, ...], file: Path | None, out: Path, **options: Any) -> int:
+def demo(norms: tuple[str, ...], framework: str, file: Path | None, out: Path, **options: Any) -> int:
     """Train a small network with each norm and compare them.
 
     The same convolutional network is trained from the same weights on the same batches with batch normalization (bn),
@@ -163,10 +171,13 @@ def demo(norms: tuple[str, ...], file: Path | None, out: Path, **options: Any) -
     settings = Settings(**options)
     if out.exists() and not out.is_dir():
         raise _bad("--out", f"{out} is a file: name a folder, which is made where there is none")
-    torch_demo = _needed("torch", "polywhiten.torch.demo")
+    try:
+        trainer = load(framework)
+    except FrameworkError as error:
+        raise click.UsageError(str(error)) from error
     report = _needed("matplotlib", "polywhiten.demo.report")
     try:
-        torch_demo.check_device(settings.device)
+        trainer.check_device(settings.device)
     except ValueError as error:
         raise _bad("--device", str(error)) from error
     data = _load(file)
@@ -178,14 +189,15 @@ def demo(norms: tuple[str, ...], file: Path | None, out: Path, **options: Any) -
 
     chosen = list(dict.fromkeys(norms))
     try:
-        epochs, stopped = compare(torch_demo.train, data, chosen, settings, out)
+        epochs, stopped = compare(trainer, data, chosen, settings, out)
     except OSError as error:
         raise _bad("--out", f"{out} can't be written to ({error}): name another folder") from error
     if stopped:
         kept = f"{out / 'results.csv'} and {out / 'curves.png'} have them" if epochs else "there is nothing to keep"
         _complain(f"stopped after {len(epochs)} of {len(chosen) * settings.epochs} epochs: {kept}")
         return STOPPED
-    click.echo(f"{data.name}: {pictures} training and {len(data.x_test)} test pictures, {settings.epochs} epochs")
+    sizes = f"{pictures} training and {len(data.x_test)} test pictures, {settings.epochs} epochs"
+    click.echo(f"{data.name}: {sizes}; {trainer.TITLE}")
     Console().print(report.table(epochs))
     click.echo(f"The curves are in {out / 'curves.png'}, the numbers in {out / 'results.csv'}.")
     return 0
@@ -204,7 +216,7 @@ def _load(file: Path | None) -> Data:
 def _needed(package: str, module: str) -> Any:
     try:
         return importlib.import_module(module)
-    except (ImportError, OSError) as error:  # OSError: a shared library of PyTorch's that can't be loaded
+    except (ImportError, OSError) as error:  # OSError: a shared library that can't be loaded
         raise click.UsageError(f'the demo needs {package} ({error}): pip install "polywhiten[demo]"') from error
 
 

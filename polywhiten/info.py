@@ -29,7 +29,7 @@ def report() -> Iterator[str]:
     yield ""
     yield _line("framework", "version", "devices", "kernels")
     for name in FRAMEWORKS:
-        yield _line(name, *(_ask(name) if _is_installed(name) else ["not installed"]))
+        yield _line(name, *(_ask(name) if is_installed(name) else ["not installed"]))
     yield ""
     yield "Kernels in brackets are the backend's own; all others are plain array API calls."
 
@@ -60,7 +60,7 @@ def _ask(name: str) -> list[str]:
     return fields
 
 
-def _is_installed(name: str) -> bool:
+def is_installed(name: str) -> bool:
     spec = find_spec(name)
     return spec is not None and spec.origin is not None  # any folder of that name has a spec
 

@@ -18,6 +18,7 @@ for _module in ("torch", "click", "rich", "sklearn", "matplotlib"):
 
 import polywhiten  # noqa: E402
 from polywhiten import cli, info  # noqa: E402
+from polywhiten.demo import frameworks  # noqa: E402
 from polywhiten.demo.data import DataError, load_digits, prepare  # noqa: E402
 from polywhiten.demo.report import ResultsFile, curves, table  # noqa: E402
 from polywhiten.demo.training import NORMS, Epoch, Settings, batches  # noqa: E402
@@ -84,7 +85,7 @@ def test_every_norm_is_trained_and_reported(small, out, capsys):
     assert demo("--data", small, "--epochs", 2, "--batch-size", 8, "--out", out) == 0
     stdout, stderr = capsys.readouterr()
     assert stderr == ""  # no progress bar where there is no terminal
-    for name in ("small.npz", *NORMS.values(), "Test accuracy", "Best epoch", "ms per step"):
+    for name in ("small.npz", "; PyTorch\n", *NORMS.values(), "Test accuracy", "Best epoch", "ms per step"):
         assert name in stdout
     assert str(out / "curves.png") in stdout
     assert str(out / "results.csv") in stdout
@@ -174,6 +175,7 @@ def test_pictures_of_any_size_grey_or_colour_are_trained_on(shape, tmp_path, out
 
 BAD_OPTIONS = {
     "unknown norm": (["--norm", "batch"], ["--norm", "batch", "iternorm"]),
+    "unknown framework": (["--framework", "jax"], ["--framework", "jax", "torch", "keras"]),
     "no epochs": (["--epochs", "0"], ["--epochs", "0", "1 or more"]),
     "epochs in words": (["--epochs", "many"], ["--epochs", "many", "integer"]),
     "batch of one": (["--batch-size", "1"], ["--batch-size", "1", "2 or more"]),
@@ -387,14 +389,69 @@ def test_without_the_extra_the_command_names_it(module):
     assert stderr == f'polywhiten: the command line needs {module}: pip install "polywhiten[cli]"\n'
 
 
-@pytest.mark.parametrize(("module", "package"), [("torch", "torch"), ("matplotlib", "matplotlib")])
-def test_without_its_extra_the_demo_names_it(module, package, out):
+@pytest.mark.parametrize(("module", "extras"), [("torch", "demo,torch"), ("matplotlib", "demo")])
+def test_without_its_extra_the_demo_names_it(module, extras, out):
     process = main_in_new_process("demo", "--out", out, before=f"import sys; sys.modules[{module!r}] = None")
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (2, "")
     assert stderr.count("\n") == 1
-    assert package in stderr
-    assert 'pip install "polywhiten[demo]"' in stderr
+    assert f"the demo needs {module}" in stderr
+    assert f'pip install "polywhiten[{extras}]"' in stderr
+    assert not out.exists()
+
+
+@pytest.fixture
+def keras_of(tmp_path, monkeypatch):
+    """`keras_of(*installed, named=..., configured=...)`: these backends are installed, but Keras isn't."""
+    for name in ("KERAS_BACKEND", "TF_CPP_MIN_LOG_LEVEL"):
+        monkeypatch.setenv(name, "")  # so that it is as it was afterwards
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "polywhiten.keras.demo", None)
+
+    def given(*installed, named="", configured=None):
+        monkeypatch.setattr(frameworks, "is_installed", lambda name: name in installed)
+        monkeypatch.setenv("KERAS_BACKEND", named)
+        if configured is not None:
+            (tmp_path / "keras.json").write_text(configured)
+
+    return given
+
+
+KERAS_BACKENDS = {
+    "only one": (["torch"], {}, "torch"),
+    "the first of several": (["jax", "torch"], {}, "jax"),
+    "the one that is named": (["tensorflow", "jax", "torch"], {"named": "torch"}, "torch"),
+    "the configured one": (["tensorflow", "jax"], {"configured": '{"backend": "jax"}'}, "jax"),
+    "the named one of two": (["jax", "torch"], {"named": "torch", "configured": '{"backend": "jax"}'}, "torch"),
+    "configured, not installed": (["jax"], {"configured": '{"backend": "tensorflow"}'}, "jax"),
+    "configured, can't train": (["torch"], {"configured": '{"backend": "numpy"}'}, "torch"),
+    "no configuration": (["torch"], {"configured": "{"}, "torch"),
+}
+
+
+@pytest.mark.parametrize(("installed", "wanted", "backend"), KERAS_BACKENDS.values(), ids=KERAS_BACKENDS)
+def test_keras_takes_the_backend_that_is_wanted_or_one_that_is_installed(
+    installed, wanted, backend, keras_of, out, capsys
+):
+    keras_of(*installed, **wanted)
+    assert demo("--framework", "keras", "--out", out) == 2
+    check_one_line(capsys, ["the demo needs keras", f'pip install "polywhiten[demo,keras,{backend}]"'])
+    assert os.environ["KERAS_BACKEND"] == backend
+    assert not out.exists()
+
+
+KERAS_ERRORS = {
+    "no backend": ([], "", ["tensorflow, jax or torch", 'pip install "polywhiten[demo,keras,tensorflow]"']),
+    "not the named one": (["torch"], "jax", ["jax", 'pip install "polywhiten[demo,keras,jax]"', "set it to torch"]),
+    "one that can't train": (["torch"], "numpy", ["'numpy'", "KERAS_BACKEND", "tensorflow, jax or torch"]),
+}
+
+
+@pytest.mark.parametrize(("installed", "named", "words"), KERAS_ERRORS.values(), ids=KERAS_ERRORS)
+def test_a_keras_backend_that_is_missing_is_one_line(installed, named, words, keras_of, out, capsys):
+    keras_of(*installed, named=named)
+    assert demo("--framework", "keras", "--out", out) == 2
+    check_one_line(capsys, words)
     assert not out.exists()
 
 
@@ -429,14 +486,14 @@ def test_info_reports_broken_frameworks_in_a_line_each(tmp_path, monkeypatch):
 
 
 def test_info_is_not_misled_by_what_a_framework_prints_or_by_a_folder_of_its_name(tmp_path, monkeypatch):
-    fake(tmp_path, "tensorflow", "print('hello')\n__version__ = '0'\nclass config: list_physical_devices = list")
-    (tmp_path / "keras").mkdir()
-    monkeypatch.setattr(info, "FRAMEWORKS", ("tensorflow", "keras"))
+    fake(tmp_path, "abacus", "print('hello')\n__version__ = '0'")
+    (tmp_path / "slate").mkdir()
+    monkeypatch.setattr(info, "FRAMEWORKS", ("abacus", "slate"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
     lines = {line.split()[0]: line for line in info.report() if line}
-    assert lines["tensorflow"].split()[1:3] == ["0", "none"]
-    assert lines["keras"].endswith("not installed")
+    assert lines["abacus"].split()[1] == "0"
+    assert lines["slate"].endswith("not installed")
 
 
 def test_info_names_versions_devices_and_kernels(capsys):

@@ -33,6 +33,9 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "dbn": lambda channels: IterNorm(channels, method="eigh", group_size=DBN_GROUP_SIZE, track="covariance"),
 }
 
+TITLE = "PyTorch"
+SHOWS_PROGRESS = False
+
 TEST_BATCH = 500
 
 

@@ -11,16 +11,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from polywhiten.demo.data import Data
 from polywhiten.demo.report import ResultsFile, curves
-from polywhiten.demo.training import NORMS, Epoch, Settings, Trainer, steps_per_epoch
+from polywhiten.demo.training import NORMS, Epoch, Framework, Settings, steps_per_epoch
 
 
-def compare(train: Trainer, data: Data, norms: list[str], settings: Settings, out: Path) -> tuple[list[Epoch], bool]:
+def compare(
+    framework: Framework, data: Data, norms: list[str], settings: Settings, out: Path
+) -> tuple[list[Epoch], bool]:
     """Train with each norm and write results.csv and curves.png.
 
     Parameters
     ----------
-    train : Trainer
-        The framework's training.
+    framework : Framework
     data : Data
     norms : list of str
         Keys of `NORMS`.
@@ -42,16 +43,19 @@ def compare(train: Trainer, data: Data, norms: list[str], settings: Settings, ou
     """
     epochs: list[Epoch] = []
     stopped = False
+    its_own = framework.SHOWS_PROGRESS and sys.stdout.isatty()
     out.mkdir(parents=True, exist_ok=True)
     picture = out / "curves.png"
     with ResultsFile(out / "results.csv") as results:
         picture.unlink(missing_ok=True)  # an earlier run's would pass for this one's
         try:
-            with _progress() as progress:
+            with _progress(not framework.SHOWS_PROGRESS) as progress:
                 for norm in norms:
+                    if its_own:
+                        print(f"\n{NORMS[norm]}")
                     total = settings.epochs * steps_per_epoch(data, settings)
                     task = progress.add_task(NORMS[norm], total=total, state="")
-                    for epoch in train(norm, data, settings, partial(progress.advance, task)):
+                    for epoch in framework.train(norm, data, settings, partial(progress.advance, task)):
                         results.add(epoch)
                         epochs.append(epoch)
                         state = f"epoch {epoch.epoch}/{settings.epochs}  {epoch.test_accuracy:.1%}"
@@ -59,13 +63,16 @@ def compare(train: Trainer, data: Data, norms: list[str], settings: Settings, ou
                     progress.stop_task(task)
         except KeyboardInterrupt:
             stopped = True
+            if its_own:
+                print()  # its bar is without the end of its line
     if epochs:
-        curves(epochs, f"{data.name}: {settings.epochs} epochs, seed {settings.seed}").savefig(picture, dpi=150)
+        title = f"{data.name}: {settings.epochs} epochs, seed {settings.seed}, {framework.TITLE}"
+        curves(epochs, title).savefig(picture, dpi=150)
     return epochs, stopped
 
 
-def _progress() -> Progress:
+def _progress(wanted: bool) -> Progress:
     """A bar a norm, on the terminal alone."""
     columns = TextColumn("{task.description:8}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn()
-    quiet = not sys.stderr.isatty()
+    quiet = not (wanted and sys.stderr.isatty())
     return Progress(*columns, console=Console(stderr=True, quiet=quiet), transient=True, disable=quiet)

@@ -56,6 +56,26 @@ class Trainer(Protocol):
     def __call__(self, norm: str, data: Data, settings: Settings, step_done: Callable[[], None]) -> Iterator[Epoch]: ...
 
 
+class Framework(Protocol):
+    """A module that trains in a framework.
+
+    Attributes
+    ----------
+    TITLE : str
+        The framework, as users know it.
+    SHOWS_PROGRESS : bool
+        Whether `train` itself shows on a terminal how far it is.
+    train : Trainer
+    """
+
+    TITLE: str
+    SHOWS_PROGRESS: bool
+    train: Trainer
+
+    def check_device(self, device: str) -> None:
+        """ValueError, in one line, where the framework can't compute on `device`."""
+
+
 def convolutions(height: int, width: int) -> list[tuple[int, bool]]:
     """Of each 3 x 3 convolution: its output channels, and whether maps are halved after it, as 8 x 8 and larger are."""
     layers = []
