@@ -1,7 +1,7 @@
-"""Times of IterNorm in TensorFlow: `python benchmarks/tensorflow_speed.py`.
+"""Times of `polywhiten.iter_norm` in TensorFlow: `python benchmarks/tensorflow_speed.py`.
 
 Milliseconds of the forward pass, and of forward and backward: medians of alternating calls in one process, channels
-last, float32, group 64, T = 5; beside Keras' BatchNormalization and the paper's algorithm written plainly, which
+last, float32, group 64, T = 5; beside TensorFlow's batch normalization and the paper's algorithm written plainly, which
 TensorFlow differentiates. As a graph and compiled by XLA.
 """
 
@@ -12,53 +12,53 @@ from statistics import geometric_mean, median
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import keras
 import tensorflow as tf
 
-from polywhiten.keras import IterNorm
+import polywhiten as pw
 
 SHAPES = ((32, 56, 56, 64), (64, 32, 32, 64), (32, 14, 14, 256), (32, 7, 7, 512))
 GROUP, T, EPS = 64, 5, 1e-5
 SECONDS = 4  # for the alternating calls of one shape
 
 
-class Textbook(keras.layers.Layer):
+def iter_norm(x, gamma, beta):
+    return pw.iter_norm(x, weight=gamma, bias=beta, axis=-1, group_size=GROUP, iterations=T, eps=EPS)
+
+
+def batch_normalization(x, gamma, beta):
+    return tf.compat.v1.nn.fused_batch_norm(x, gamma, beta, epsilon=1.001e-5)[0]
+
+
+def textbook(x, gamma, beta):
     """Algorithm 1 of the IterNorm paper, line by line."""
-
-    def build(self, shape):
-        self.gamma = self.add_weight(shape=(shape[-1],), initializer="ones")
-        self.beta = self.add_weight(shape=(shape[-1],), initializer="zeros")
-
-    def call(self, x, training=True):
-        shape, channels = tf.shape(x), x.shape[-1]
-        rows = tf.reshape(tf.transpose(x, (3, 0, 1, 2)), (channels // GROUP, GROUP, -1))
-        centred = rows - tf.reduce_mean(rows, axis=2, keepdims=True)
-        count = tf.cast(tf.shape(rows)[2], x.dtype)
-        cov = centred @ tf.linalg.matrix_transpose(centred) / count + EPS * tf.eye(GROUP)
-        trace = tf.linalg.trace(cov)[:, None, None]
-        p = tf.eye(GROUP, batch_shape=[channels // GROUP])
-        for _ in range(T):
-            p = 1.5 * p - 0.5 * p @ p @ p @ (cov / trace)
-        y = p / tf.sqrt(trace) @ centred
-        y = tf.transpose(tf.reshape(y, (channels, shape[0], shape[1], shape[2])), (1, 2, 3, 0))
-        return y * self.gamma + self.beta
+    shape, channels = tf.shape(x), x.shape[-1]
+    rows = tf.reshape(tf.transpose(x, (3, 0, 1, 2)), (channels // GROUP, GROUP, -1))
+    centred = rows - tf.reduce_mean(rows, axis=2, keepdims=True)
+    count = tf.cast(tf.shape(rows)[2], x.dtype)
+    cov = centred @ tf.linalg.matrix_transpose(centred) / count + EPS * tf.eye(GROUP)
+    trace = tf.linalg.trace(cov)[:, None, None]
+    p = tf.eye(GROUP, batch_shape=[channels // GROUP])
+    for _ in range(T):
+        p = 1.5 * p - 0.5 * p @ p @ p @ (cov / trace)
+    y = p / tf.sqrt(trace) @ centred
+    y = tf.transpose(tf.reshape(y, (channels, shape[0], shape[1], shape[2])), (1, 2, 3, 0))
+    return y * gamma + beta
 
 
-def steps(layer, shape, jit):
-    """The forward pass, and forward and backward, as compiled functions."""
-    layer.build(shape)
-    signature = [tf.TensorSpec((None, *shape[1:]))] * 2
+NORMS = {"iter_norm": iter_norm, "batch normalization": batch_normalization, "textbook": textbook}
 
-    @tf.function(jit_compile=jit, input_signature=signature[:1])
-    def forward(x):
-        return layer(x, training=True)
 
-    @tf.function(jit_compile=jit, input_signature=signature)
-    def both(x, dy):
+def steps(norm, shape, jit):
+    """The forward pass, and forward and backward, as compiled functions of unknown batch size."""
+    array, vector = tf.TensorSpec((None, *shape[1:])), tf.TensorSpec(shape[-1:])
+    forward = tf.function(norm, jit_compile=jit, input_signature=[array, vector, vector])
+
+    @tf.function(jit_compile=jit, input_signature=[array, vector, vector, array])
+    def both(x, gamma, beta, dy):
         with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = layer(x, training=True)
-        return tape.gradient(y, [x, layer.gamma.value, layer.beta.value], dy)
+            tape.watch((x, gamma, beta))
+            y = norm(x, gamma, beta)
+        return tape.gradient(y, (x, gamma, beta), dy)
 
     return forward, both
 
@@ -79,27 +79,25 @@ def measure(calls):
 
 
 def main():
-    layers = {
-        "IterNorm": lambda: IterNorm(group_size=GROUP, iterations=T, epsilon=EPS),
-        "BatchNormalization": keras.layers.BatchNormalization,
-        "textbook": Textbook,
-    }
     print(f"TensorFlow {tf.__version__}, {os.cpu_count()} cores; forward / forward and backward, ms")
-    print("| shape | | " + " | ".join(layers) + " | textbook / IterNorm |")
-    print("| --- " * (len(layers) + 3) + "|")
+    print("| shape | | " + " | ".join(NORMS) + " | textbook / iter_norm |")
+    print("| --- " * (len(NORMS) + 3) + "|")
     for jit in (False, True):
-        ratios = []
+        ratios, kind = [], "XLA" if jit else "graph"
         for shape in SHAPES:
             x, dy = tf.random.normal(shape), tf.random.normal(shape)
-            pairs = [steps(make(), shape, jit) for make in layers.values()]
-            calls = [call for forward, both in pairs for call in (partial(forward, x), partial(both, x, dy))]
+            gamma, beta = tf.ones(shape[-1:]), tf.zeros(shape[-1:])
+            pairs = [steps(norm, shape, jit) for norm in NORMS.values()]
+            calls = [
+                call
+                for forward, both in pairs
+                for call in (partial(forward, x, gamma, beta), partial(both, x, gamma, beta, dy))
+            ]
             times = measure(calls)
-            cells = [f"{times[2 * i]:.1f} / {times[2 * i + 1]:.1f}" for i in range(len(layers))]
+            cells = [f"{forward:.1f} / {both:.1f}" for forward, both in zip(times[::2], times[1::2], strict=True)]
             ratios.append(times[5] / times[1])
-            print(
-                f"| {shape} | {'XLA' if jit else 'graph'} | " + " | ".join(cells) + f" | {ratios[-1]:.2f} |", flush=True
-            )
-        print(f"| geometric mean | {'XLA' if jit else 'graph'} | | | | {geometric_mean(ratios):.2f} |")
+            print(f"| {shape} | {kind} | " + " | ".join(cells) + f" | {ratios[-1]:.2f} |", flush=True)
+        print(f"| geometric mean | {kind} | | | | {geometric_mean(ratios):.2f} |")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -12,6 +12,8 @@ from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import Solver
 from polywhiten.solvers.eigh import Eigh
 from polywhiten.tensorflow.namespace import Tensor, xp
+
+_FEW = 4  # matrices, as measured on a CPU
 
 
 class TensorFlowKernels(Kernels):
@@ -37,16 +39,15 @@ class TensorFlowKernels(Kernels):
         return x.shape[3] is None or super().is_wide(x)
 
     def moments(self, x: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
-        """Mean and covariance; of channels-last arrays group by group as they lie in memory."""
+        """Mean and covariance; of channels-last arrays with sums as products, which use all cores."""
         if not _is_channels_last(x, block_axis):
             return super().moments(x, block_axis)
-        count = self.sample_count(x, block_axis, least=1)
-        groups = [_centred(rows, count) for rows in self._groups(x)]
-        means = [mean for _, mean in groups]
-        lost = [_sums(rows) / count for rows, _ in groups]
-        covs = [tf.matmul(rows, rows, transpose_a=True) / count for rows, _ in groups]
-        mean, lost = tf.concat(means, 0), tf.concat(lost, 0)
-        return mean + lost, tf.stack(covs) - lost[..., :, None] * lost[..., None, :]
+        count, rows = self.sample_count(x, block_axis, least=1), self._rows(self.for_statistics(x), block_axis)
+        mean = _sums(rows) / count
+        centred = rows - mean
+        lost = _sums(centred) / count
+        cov = _product(centred, centred, transpose_a=True) / count - _product(lost, lost, transpose_a=True)
+        return (mean + lost)[:, 0], cov
 
     def affine_map(self, terms: Sequence[Term], bias: Tensor | None, block_axis: int, dtype: tf.DType) -> Tensor:
         """Centres folded into the bias, for no centred copy.
@@ -59,40 +60,36 @@ class TensorFlowKernels(Kernels):
         offset = -tf.add_n([tf.linalg.matvec(matrix, centre) for matrix, _, centre in terms])
         if bias is not None:
             offset += bias
-        arrays = [self._groups(array) for _, array, _ in terms]
-        results = []
-        for group, rows in enumerate(zip(*arrays, strict=True)):
-            products = [tf.matmul(r, term.matrix[group], transpose_b=True) for r, term in zip(rows, terms, strict=True)]
-            results.append(tf.nn.bias_add(tf.add_n(products), offset[group]))
-        return tf.cast(tf.reshape(tf.concat(results, 1), self.shape(x)), dtype)
+        result = None
+        for matrix, array, _ in terms:
+            rows = self._rows(self.for_statistics(array), block_axis)
+            if result is None:
+                result = _product(rows, matrix, offset, transpose_b=True)
+            else:
+                result += _product(rows, matrix, transpose_b=True)
+        return tf.cast(self._from_rows(result, self.shape(x), block_axis), dtype)
 
     def cross_moments(self, dy: Tensor, x: Tensor, mean: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
-        """S and K; of channels-last arrays group by group as they lie in memory."""
+        """S and K; of channels-last arrays with sums as products."""
         if not _is_channels_last(x, block_axis):
             return super().cross_moments(dy, x, mean, block_axis)
-        groups = list(zip(self._groups(dy), self._groups(x), tf.unstack(mean), strict=True))
-        products = [tf.matmul(dy, rows - mean, transpose_a=True) for dy, rows, mean in groups]
-        return tf.concat([_sums(dy) for dy, _, _ in groups], 0), tf.stack(products)
-
-    def _groups(self, x: Tensor) -> list[Tensor]:
-        """The samples (M, d) of every block of a channels-last array."""
-        _, groups, d, _ = x.shape
-        rows = tf.reshape(self.for_statistics(x), (-1, groups * d))
-        return [rows] if groups == 1 else tf.split(rows, groups, axis=1)
+        dy, x = (self._rows(self.for_statistics(array), block_axis) for array in (dy, x))
+        return _sums(dy)[:, 0], _product(dy, x - mean[:, None], transpose_a=True)
 
     def inverse_sqrt(self, solver: Solver, cov: Tensor) -> Tensor:
         """W = S^(-1/2), with the solver's own derivative."""
 
         @tf.custom_gradient
         def run(cov: Tensor) -> Any:
-            return solver.inverse_sqrt(xp, tf.stop_gradient(cov)), lambda g: self.inverse_sqrt_adjoint(solver, cov, g)
+            w = _one_by_one(solver.inverse_sqrt, tf.stop_gradient(cov))
+            return w, lambda grad: self.inverse_sqrt_adjoint(solver, cov, grad)
 
         return run(cov)
 
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor) -> Tensor:
         """Gradient with respect to S; that of "eigh" with a derivative that equal eigenvalues don't disturb."""
         if not isinstance(solver, Eigh):
-            return solver.adjoint(xp, cov, grad)
+            return _one_by_one(solver.adjoint, cov, grad)
 
         @tf.custom_gradient
         def run(cov: Tensor, grad: Tensor) -> Any:
@@ -109,13 +106,24 @@ def _is_channels_last(x: Tensor, block_axis: int) -> bool:
 
 
 def _sums(rows: Tensor) -> Tensor:
-    """Column sums (1, d): a product uses all cores, which TensorFlow's reduction doesn't."""
-    return tf.matmul(tf.ones_like(rows[:, :1]), rows, transpose_a=True)
+    """Sums over the samples, (blocks, 1, d)."""
+    return _product(tf.ones_like(rows[..., :1]), rows, transpose_a=True)
 
 
-def _centred(rows: Tensor, count: Any) -> tuple[Tensor, Tensor]:
-    mean = _sums(rows) / count
-    return rows - mean, mean
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, **transposed: bool) -> Tensor:
+    """A B + bias; TensorFlow is faster with a product that is not one of a batch, and adds the bias on its way."""
+    if a.shape[0] == 1:
+        single = tf.matmul(a[0], b[0], **transposed)
+        return (single if bias is None else tf.nn.bias_add(single, bias[0]))[None]
+    products = tf.matmul(a, b, **transposed)
+    return products if bias is None else products + bias[:, None]
+
+
+def _one_by_one(solve: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
+    """A solver's result; few matrices by themselves, as small products in a batch take longer in TensorFlow."""
+    if matrices[0].shape.rank == 3 and matrices[0].shape[0] in range(1, _FEW + 1):
+        return tf.stack([solve(xp, *each) for each in zip(*map(tf.unstack, matrices), strict=True)])
+    return solve(xp, *matrices)
 
 
 KERNELS = TensorFlowKernels(xp)
