@@ -76,12 +76,12 @@ class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no
                 setattr(self, name, weight)
         return channels
 
-    def _given(self, inputs: Tensor) -> tuple[Backend, Tensor, int, list[Tensor | None]]:
+    def _given(self, inputs: Tensor) -> tuple[Backend, Tensor, int, Tensor | None, Tensor | None]:
         """The backend, the input as its tensor of floating point, its channel axis from the front, gamma and beta."""
         x = ops.cast(inputs, self.compute_dtype)
         backend = backend_of(x, "inputs")
-        affine = [None if weight is None else backend.tensor(weight.value) for weight in (self.gamma, self.beta)]
-        return backend, x, self.axis % len(x.shape), affine
+        gamma, beta = (None if weight is None else backend.tensor(weight.value) for weight in (self.gamma, self.beta))
+        return backend, x, self.axis % len(x.shape), gamma, beta
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return input_shape
@@ -251,16 +251,16 @@ class IterNorm(_WhiteningLayer):
         setattr(self, f"moving_{self.track}", weight)
 
     def call(self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None) -> Tensor:
-        backend, x, axis, affine = self._given(inputs)
+        backend, x, axis, gamma, beta = self._given(inputs)
         if not (training and self.trainable):
-            return self._frozen(backend, x, axis, affine)
-        options = axis, self._solver, self.epsilon, self._all_reduce
+            return self._frozen(backend, x, axis, gamma, beta)
+        options = self.group_size, axis, self._solver, self.epsilon, self._all_reduce
         if mask is None:
-            y, stats = whiten_channels(backend, x, *affine, self.group_size, *options)
+            y, stats = whiten_channels(backend, x, gamma, beta, *options)
             count = math.prod(backend.kernels.shape(x)) // x.shape[axis]
         else:
             keep = ops.cast(self._checked_mask(mask, x, axis), "bool")
-            y, stats, count = whiten_masked_channels(backend, x, keep, *affine, self.group_size, *options)
+            y, stats, count = whiten_masked_channels(backend, x, keep, gamma, beta, *options)
         self._update(stats, count)
         return y
 
@@ -285,12 +285,12 @@ class IterNorm(_WhiteningLayer):
 
         return sum_over_replicas
 
-    def _frozen(self, backend: Backend, x: Tensor, axis: int, affine: list[Tensor | None]) -> Tensor:
+    def _frozen(self, backend: Backend, x: Tensor, axis: int, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
         mean, matrices = (backend.tensor(moving.value) for moving in self._moving)
         if self.track == "covariance":
             full = backend.kernels.for_statistics(matrices)
             matrices = whitener_of(backend.kernels, full, x.shape[axis], self._solver, self.epsilon)
-        return apply_frozen(backend, x, mean, matrices, *affine, axis)
+        return apply_frozen(backend, x, mean, matrices, gamma, beta, axis)
 
     def _update(self, stats: WhiteningStats, count: Any) -> None:
         """Average, but for statistics that aren't finite or of one sample, which has no covariance."""
@@ -411,8 +411,8 @@ class GroupWhitening(_WhiteningLayer):
         self._groups = channels if self.groups == -1 else checks.check_num_groups(self.groups, channels, "groups")
 
     def call(self, inputs: Tensor) -> Tensor:
-        backend, x, axis, affine = self._given(inputs)
-        return whiten_samples(backend, x, *affine, self._groups, axis, self._solver, self.epsilon)
+        backend, x, axis, gamma, beta = self._given(inputs)
+        return whiten_samples(backend, x, gamma, beta, self._groups, axis, self._solver, self.epsilon)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "groups": self.groups}

@@ -27,13 +27,12 @@ class TensorFlowBackend(Backend):
         The gradient is computed from the statistics as they are given out, so that a second derivative comes back
         here as gradients of the statistics.
         """
-        present = [array is not None for array in (x, weight, bias)]
         inputs = [tf.convert_to_tensor(array) for array in (x, weight, bias) if array is not None]
         stats: Sequence[Tensor] = ()
 
-        def arrays(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        def arrays(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
             given = iter(tensors)
-            return [next(given) if is_given else None for is_given in present]
+            return next(given), None if weight is None else next(given), None if bias is None else next(given)
 
         @tf.custom_gradient
         def run(*tensors: Tensor) -> Any:
