@@ -108,7 +108,7 @@ class KerasLayers:
         def call(x: Any, gamma: Any, beta: Any) -> Any:
             return layer.stateless_call([gamma, beta], frozen, x, **options)[0]
 
-        y, pullback = jax.vjp(call, x, layer.gamma.value, layer.beta.value)
+        y, pullback = jax.vjp(jax.jit(call), x, layer.gamma.value, layer.beta.value)
         return y, pullback(dy)
 
     def _by_torch(self, layer: Any, x: Any, dy: Any, options: dict[str, Any]) -> tuple[Any, Any]:
