@@ -94,13 +94,19 @@ def check_gradient(xp: Namespace, dy: Array, shape: tuple[int, ...]) -> None:
     check_array(xp, dy, "dy")
 
 
-def check_sample_count(sizes: Sequence[Any], shape: Shape, hint: str) -> None:
+def check_batch(x: Array, axis: int) -> None:
+    """Enough samples for a covariance."""
+    sizes = [*x.shape[:axis], *x.shape[axis + 1 :]]
+    check_sample_count(sizes, x.shape, "samples a channel", "use a larger batch, or frozen statistics")
+
+
+def check_sample_count(sizes: Sequence[Any], shape: Shape, what: str, hint: str) -> None:
     """The product of `sizes` is 2 or more, as far as it is known while a graph is traced."""
     if not all(isinstance(size, Real) for size in sizes):
         return
     count = math.prod(sizes)
     if not count > 1:  # an unknown size, NaN in Dask, too
-        raise ValueError(f"x of shape {tuple(shape)} gives {count} samples a channel: at least 2 are needed; {hint}")
+        raise ValueError(f"x of shape {tuple(shape)} gives {count} {what}: at least 2 are needed; {hint}")
 
 
 def check_statistics(xp: Namespace, channels: int, mean: Array, whitener: Array) -> None:

@@ -97,6 +97,8 @@ def iter_norm(
     """
     backend, x, axis = _checked(x, weight, bias, axis)
     solver, eps = solver_for(method, iterations), checks.check_eps(eps)
+    if all_reduce is None:  # else the workers' samples together count
+        checks.check_batch(x, axis)
     return whiten_channels(backend, x, weight, bias, group_size, axis, solver, eps, all_reduce)[0]
 
 
@@ -206,6 +208,8 @@ def iter_norm_vjp(
     """
     backend, x, axis = _checked(x, weight, bias, axis)
     solver, eps = solver_for(method, iterations), checks.check_eps(eps)
+    if all_reduce is None:
+        checks.check_batch(x, axis)
     plans = _channel_plans(x, group_size, axis, solver, eps, all_reduce)
     return _vjp(backend.kernels, plans, axis, x, weight, bias)
 
@@ -297,6 +301,8 @@ def whitening_stats(
     """
     backend, x, axis = _checked(x, None, None, axis)
     solver, eps = solver_for(method, iterations), checks.check_eps(eps)
+    if all_reduce is None:
+        checks.check_batch(x, axis)
     plans = _channel_plans(x, group_size, axis, solver, eps, all_reduce)
     kernels = backend.kernels
     return join_statistics(
@@ -347,8 +353,9 @@ def apply_whitening(
     True
     """
     backend, x, axis = _checked(x, weight, bias, axis)
-    checks.check_statistics(backend.kernels.xp, x.shape[axis], stats.mean, stats.whitener)
-    return apply_frozen(backend, x, stats.mean, stats.whitener, weight, bias, axis)
+    mean, whitener = backend.tensor(stats.mean), backend.tensor(stats.whitener)
+    checks.check_statistics(backend.kernels.xp, x.shape[axis], mean, whitener)
+    return apply_frozen(backend, x, mean, whitener, weight, bias, axis)
 
 
 def inverse_sqrt(cov: Array, *, method: str = "newton", iterations: int | None = None) -> Array:
@@ -437,7 +444,7 @@ def apply_frozen(
     """`apply_whitening` of checked arguments; for layers."""
     x, axis, restore = backend.in_memory_order(x, axis)
     kernels, outputs = backend.kernels, []
-    dtype = kernels.for_statistics(x[..., :0]).dtype
+    dtype = kernels.statistics_dtype(x.dtype)
     for part, size in channel_parts(x.shape[axis], whitener.shape[-1]):
         part_mean = kernels.xp.reshape(take_channels(kernels.xp.astype(mean, dtype, copy=False), part), (-1, size))
         part_whitener = take_groups(kernels.xp.astype(whitener, dtype, copy=False), part, size)
@@ -466,10 +473,6 @@ def _channel_plans(
 ) -> list[tuple[slice, Plan]]:
     group_size = checks.check_positive("group_size", group_size)
     channels = x.shape[axis]
-    if all_reduce is None:  # else the workers' samples together count
-        checks.check_sample_count(
-            [*x.shape[:axis], *x.shape[axis + 1 :]], x.shape, "use a larger batch, or frozen statistics"
-        )
     return [
         (part, Plan(ChannelGroups(axis, size), solver, eps, all_reduce))
         for part, size in channel_parts(channels, group_size)
@@ -480,7 +483,7 @@ def _sample_plan(x: Array, num_groups: int, axis: int, solver: Solver, eps: floa
     channels = x.shape[axis]
     num_groups = checks.check_num_groups(num_groups, channels)
     sizes = [channels // num_groups, *x.shape[1:axis], *x.shape[axis + 1 :]]
-    checks.check_sample_count(sizes, x.shape, f"use fewer groups than num_groups={num_groups}")
+    checks.check_sample_count(sizes, x.shape, "values a group", f"use fewer than {num_groups} groups")
     return Plan(SampleGroups(axis, num_groups), solver, eps)
 
 

@@ -67,8 +67,12 @@ class Kernels:
         return self.xp.sum(dy, axis=(1 - block_axis, 3)), self._products(dy, centred, block_axis)
 
     def for_statistics(self, x: Array) -> Array:
-        """X in the dtype that statistics are computed in: float32 for half precision, else its own."""
-        return self.xp.astype(x, self.xp.float32, copy=False) if self.xp.finfo(x.dtype).bits < 32 else x
+        """X in the dtype that statistics are computed in."""
+        return self.xp.astype(x, self.statistics_dtype(x.dtype), copy=False)
+
+    def statistics_dtype(self, dtype: Any) -> Any:
+        """Float32 for half precision, else the dtype itself."""
+        return self.xp.float32 if self.xp.finfo(dtype).bits < 32 else dtype
 
     def shape(self, x: Array) -> Shape:
         """The sizes of x, to reshape by."""

@@ -102,6 +102,31 @@ def test_equal_eigenvalues_spoil_no_derivative(order):
     )
 
 
+@pytest.mark.parametrize("call", [pw.iter_norm, lambda x: pw.group_whiten(x, num_groups=3)])
+def test_vectorized_map_keeps_the_gradient(call):
+    """It doesn't know the gradients of custom operations, and goes through their inside."""
+    x = tf.constant(normal(3, 8, 6))
+    gradients = []
+    for mapped in (tf.map_fn, tf.vectorized_map):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(mapped(call, x) ** 3)
+        gradients.append(tape.gradient(loss, x))
+    np.testing.assert_allclose(*gradients, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CALLS)
+def test_forward_mode(name, method):
+    x, direction = (tf.constant(a) for a in normal(2, 8, 6, 4))
+    call = lambda x: getattr(pw, name)(x, method=method, **CALLS[name])
+    with tf.autodiff.ForwardAccumulator(x, direction) as accumulator:
+        y = call(x)
+    step = 1e-6
+    expected = (call(x + step * direction) - call(x - step * direction)) / (2 * step)
+    np.testing.assert_allclose(accumulator.jvp(y), expected, atol=1e-6)
+
+
 def test_variables_are_whitened_and_learnt():
     x, gamma = tf.Variable(normal(8, 6)), tf.Variable(tf.ones(6, "float64"))
     with tf.GradientTape() as tape:

@@ -25,6 +25,7 @@ class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no
 
     def __init__(
         self,
+        *,
         axis: int,
         epsilon: float,
         center: bool,
@@ -88,10 +89,9 @@ class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no
 
     def get_config(self) -> dict[str, Any]:
         config = {name: getattr(self, name) for name in ("axis", "epsilon", "center", "scale", "method", "iterations")}
-        for kind in (initializers, regularizers, constraints):
+        for kind, api in (("initializer", initializers), ("regularizer", regularizers), ("constraint", constraints)):
             for name in ("beta", "gamma"):
-                key = f"{name}_{kind.__name__.rpartition('.')[2].removesuffix('s')}"
-                config[key] = kind.serialize(getattr(self, key))
+                config[f"{name}_{kind}"] = api.serialize(getattr(self, f"{name}_{kind}"))
         return {**super().get_config(), **config}
 
 
@@ -169,15 +169,14 @@ class IterNorm(_WhiteningLayer):
         corner of its matrix and the identity fills the rest.
 
     Raises:
-        ValueError: An argument or an input doesn't fit; in training, one sample
-            a channel, where the graph's shapes tell. (Where they don't, as in
-            `fit()` with TensorFlow, such a batch is left out of the averages.)
+        ValueError: An argument or an input doesn't fit.
 
     With `layer.trainable = False` the layer runs in inference mode, as
     `BatchNormalization` does. A batch whose statistics aren't finite never enters
     the moving averages; its outputs aren't finite either, and
-    `keras.callbacks.TerminateOnNaN` stops training there. Statistics are computed
-    in float32 for half precision.
+    `keras.callbacks.TerminateOnNaN` stops training there. Nor does a batch of one
+    sample, which has no covariance: its outputs are `beta`. Statistics are
+    computed in float32 for half precision.
 
     Example:
 
@@ -215,18 +214,18 @@ class IterNorm(_WhiteningLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            axis,
-            epsilon,
-            center,
-            scale,
-            beta_initializer,
-            gamma_initializer,
-            beta_regularizer,
-            gamma_regularizer,
-            beta_constraint,
-            gamma_constraint,
-            method,
-            iterations,
+            axis=axis,
+            epsilon=epsilon,
+            center=center,
+            scale=scale,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            method=method,
+            iterations=iterations,
             **kwargs,
         )
         if synchronized and keras.backend.backend() != "tensorflow":
@@ -252,26 +251,30 @@ class IterNorm(_WhiteningLayer):
 
     def call(self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None) -> Tensor:
         backend, x, axis, gamma, beta = self._given(inputs)
+        if mask is not None:
+            self._check_mask(mask, x, axis)
         if not (training and self.trainable):
             return self._frozen(backend, x, axis, gamma, beta)
         options = self.group_size, axis, self._solver, self.epsilon, self._all_reduce
         if mask is None:
             y, stats = whiten_channels(backend, x, gamma, beta, *options)
-            count = math.prod(backend.kernels.shape(x)) // x.shape[axis]
+            shape = backend.kernels.shape(x)
+            count = math.prod(shape[:axis]) * math.prod(shape[axis + 1 :])
+            if self.synchronized:
+                count = self._all_reduce(ops.cast(count, "float32"))
         else:
-            keep = ops.cast(self._checked_mask(mask, x, axis), "bool")
+            keep = ops.cast(mask, "bool")
             y, stats, count = whiten_masked_channels(backend, x, keep, gamma, beta, *options)
         self._update(stats, count)
         return y
 
-    def _checked_mask(self, mask: Tensor, x: Tensor, axis: int) -> Tensor:
+    def _check_mask(self, mask: Tensor, x: Tensor, axis: int) -> None:
         shape = (*x.shape[:axis], *x.shape[axis + 1 :])
         given = tuple(mask.shape)
         if len(given) != len(shape) or any(
             None not in sizes and len(set(sizes)) > 1 for sizes in zip(given, shape, strict=True)
         ):
             raise ValueError(f"mask has shape {given}: that of inputs without the channel axis is needed, {shape}")
-        return mask
 
     @property
     def _moving(self) -> tuple[Any, Any]:
@@ -294,11 +297,14 @@ class IterNorm(_WhiteningLayer):
 
     def _update(self, stats: WhiteningStats, count: Any) -> None:
         """Average, but for statistics that aren't finite or of one sample, which has no covariance."""
-        usable = ops.logical_and(ops.all(ops.isfinite(stats.mean)), ops.all(ops.isfinite(stats.whitener)))
-        usable = ops.logical_and(usable, count > 1)
-        for variable, batch in zip(self._moving, (stats.mean, getattr(stats, self.track)), strict=True):
+        tracked = zip(self._moving, (stats.mean, getattr(stats, self.track)), strict=True)
+        batches = [ops.cast(batch, variable.dtype) for variable, batch in tracked]
+        usable = count > 1
+        for values in (*batches, stats.whitener):
+            usable = ops.logical_and(usable, ops.all(ops.isfinite(values)))
+        for variable, batch in zip(self._moving, batches, strict=True):
             moving = variable.value
-            newer = moving * self.momentum + ops.cast(batch, variable.dtype) * (1 - self.momentum)
+            newer = moving * self.momentum + batch * (1 - self.momentum)
             variable.assign(ops.where(usable, newer, moving))
 
     def get_config(self) -> dict[str, Any]:
@@ -390,20 +396,21 @@ class GroupWhitening(_WhiteningLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            axis,
-            epsilon,
-            center,
-            scale,
-            beta_initializer,
-            gamma_initializer,
-            beta_regularizer,
-            gamma_regularizer,
-            beta_constraint,
-            gamma_constraint,
-            method,
-            iterations,
+            axis=axis,
+            epsilon=epsilon,
+            center=center,
+            scale=scale,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            method=method,
+            iterations=iterations,
             **kwargs,
         )
+        groups = checks.check_integer("groups", groups)
         self.groups = groups if groups == -1 else checks.check_positive("groups", groups)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from polywhiten import whitening
 from polywhiten.dispatch import Backend
-from polywhiten.tensorflow.kernels import KERNELS
+from polywhiten.tensorflow.kernels import KERNELS, unrecorded
 from polywhiten.tensorflow.namespace import Tensor
 from polywhiten.whitening import Plan, Statistics
 
@@ -36,13 +36,11 @@ class TensorFlowBackend(Backend):
 
         @tf.custom_gradient
         def run(*tensors: Tensor) -> Any:
-            # what the tape doesn't see it doesn't keep
-            y, inner = whitening.forward(KERNELS, plan, *arrays([tf.stop_gradient(tensor) for tensor in tensors]))
+            y, inner = whitening.forward(KERNELS, plan, *arrays([unrecorded(tensor) for tensor in tensors]))
 
             def gradient(dy: Tensor, *dstats: Tensor) -> list[Tensor]:
-                gradients = whitening.backward(
-                    KERNELS, plan, *arrays(inputs), Statistics(*stats), dy, Statistics(*dstats)
-                )
+                known = Statistics(*stats) if stats else inner  # forward mode asks before they are given out
+                gradients = whitening.backward(KERNELS, plan, *arrays(inputs), known, dy, Statistics(*dstats))
                 return [gradient for gradient in gradients if gradient is not None]
 
             return (y, *inner), gradient

@@ -27,12 +27,11 @@ class TensorFlowKernels(Kernels):
 
     def sample_count(self, x: Tensor, block_axis: int, least: int = 0) -> Any:
         """M, as a scalar of the statistics' dtype where it isn't known yet."""
-        count = super().shape(x)[1 - block_axis], super().shape(x)[3]
-        if None not in count:
-            return super().sample_count(x, block_axis, least)
         shape = self.shape(x)
-        unknown = tf.cast(shape[1 - block_axis] * shape[3], self.for_statistics(x[:0]).dtype)
-        return tf.maximum(unknown, least)
+        count = shape[1 - block_axis] * shape[3]
+        if isinstance(count, int):
+            return max(count, least)
+        return tf.maximum(tf.cast(count, self.statistics_dtype(x.dtype)), least)
 
     def is_wide(self, x: Tensor) -> bool:
         """A size that isn't known is that of a picture."""
@@ -81,7 +80,7 @@ class TensorFlowKernels(Kernels):
 
         @tf.custom_gradient
         def run(cov: Tensor) -> Any:
-            w = _one_by_one(solver.inverse_sqrt, tf.stop_gradient(cov))
+            w = _one_by_one(solver.inverse_sqrt, unrecorded(cov))
             return w, lambda grad: self.inverse_sqrt_adjoint(solver, cov, grad)
 
         return run(cov)
@@ -96,9 +95,17 @@ class TensorFlowKernels(Kernels):
             def derivative(direction: Tensor) -> tuple[Tensor, Tensor]:
                 return solver.second(xp, cov, grad, direction), self.inverse_sqrt_adjoint(solver, cov, direction)
 
-            return solver.adjoint(xp, tf.stop_gradient(cov), tf.stop_gradient(grad)), derivative
+            return solver.adjoint(xp, unrecorded(cov), unrecorded(grad)), derivative
 
         return run(cov, grad)
+
+
+def unrecorded(tensor: Tensor) -> Tensor:
+    """An input of an operation with a gradient of its own: what an eager tape doesn't see inside it doesn't keep.
+
+    A graph keeps what its gradient asks for, and `tf.vectorized_map` differentiates the inside of such operations.
+    """
+    return tf.stop_gradient(tensor) if tf.executing_eagerly() else tensor
 
 
 def _is_channels_last(x: Tensor, block_axis: int) -> bool:

@@ -159,6 +159,7 @@ class IterNorm(nn.Module):
         _check_input(x, self.num_features, "num_features")
         if self.track_running_stats and not self.training:
             return self._frozen(x)
+        checks.check_batch(x, 1)
         y, stats = whiten_channels(BACKEND, x, self.weight, self.bias, self.group_size, 1, self._solver, self.eps)
         if self.track_running_stats:
             self._update(stats)

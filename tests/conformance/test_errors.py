@@ -22,7 +22,12 @@ WRONG = {
     "sample axis": ("group_whiten", {"x": X, "num_groups": 2, "axis": 0}, ValueError, r"axis=0 .* use 1 to 2"),
     "one sample": ("iter_norm", {"x": np.ones((1, 6))}, ValueError, r"\(1, 6\) gives 1 samples .* larger batch"),
     "no samples": ("iter_norm", {"x": np.ones((0, 6))}, ValueError, r"\(0, 6\) gives 0 samples"),
-    "one value": ("group_whiten", {"x": X[:, :, 0], "num_groups": 6}, ValueError, "fewer groups than num_groups=6"),
+    "one value": (
+        "group_whiten",
+        {"x": X[:, :, 0], "num_groups": 6},
+        ValueError,
+        "gives 1 values a group: .* fewer than 6 groups",
+    ),
     "groups": ("group_whiten", {"x": X, "num_groups": 4}, ValueError, "num_groups=4 doesn't divide 6 .* 1, 2, 3, 6"),
     "no groups": ("group_whiten", {"x": X, "num_groups": 0}, ValueError, "num_groups=0 doesn't divide 6"),
     "group type": ("group_whiten", {"x": X, "num_groups": 2.0}, TypeError, "num_groups=2.0 must be an integer"),
