@@ -348,6 +348,23 @@ for options in ({}, {"track": "covariance", "method": "eigh"}):
         shared, apart = fitted(synchronized=True, **options), fitted(**options)
     print(*(max(np.abs(a - b).max() for a, b in zip(expected, other)) for other in (shared, apart)))
 
+def masked(**options):
+    layer = IterNorm(group_size=2, momentum=0.5, **options)
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([
+        keras.Input((6, 3)), keras.layers.Masking(), layer, keras.layers.Flatten(), keras.layers.Dense(2)
+    ])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    sequences = x[:, 0] * (np.arange(6) < rng.integers(1, 7, (20, 1)))[..., None]
+    model.fit(sequences, y, batch_size=10, shuffle=False, verbose=0)
+    return model.get_weights()
+
+state = rng.bit_generator.state
+expected = masked()
+rng.bit_generator.state = state
+with strategy.scope():
+    print(max(np.abs(a - b).max() for a, b in zip(expected, masked(synchronized=True))))
+
 with strategy.scope():
     layer = IterNorm(momentum=0.5, synchronized=True)
     model = keras.Sequential([keras.Input((3,)), layer, keras.layers.Dense(2)])
@@ -359,7 +376,8 @@ print(np.abs(layer.moving_mean.numpy() - 0.5 * x[:2, 0, 0].mean(axis=0)).max())
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute is TensorFlow's")
 def test_synchronized_replicas_train_as_one_device_on_the_joined_batch():
-    *lines, single = in_new_process(REPLICAS).splitlines()[-3:]
+    *lines, masked, single = in_new_process(REPLICAS).splitlines()[-4:]
+    assert float(masked) < 1e-5
     assert float(single) < 1e-6
     for shared, apart in (map(float, line.split()) for line in lines):
         assert shared < 1e-5
