@@ -19,6 +19,9 @@ LIBRARIES = {
     "keras-torch": ("[demo,keras,torch]", ["keras-torch"]),
 }
 
+# Those whose tests wait for a compiler, on one core each.
+COMPILING = {"tensorflow", "jax", "keras-tensorflow", "keras-jax"}
+
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
 
@@ -46,8 +49,9 @@ def typing(session: nox.Session) -> None:
 @nox.parametrize("library", list(LIBRARIES), ids=list(LIBRARIES))
 def tests(session: nox.Session, library: str) -> None:
     extras, rows = LIBRARIES[library]
-    install(session, f".{extras}", "pytest", "hypothesis", "array-api-strict")
-    session.run("pytest", *(f"--library={row}" for row in rows), *session.posargs)
+    install(session, f".{extras}", "pytest", "pytest-xdist", "hypothesis", "array-api-strict")
+    workers = ["--numprocesses=auto"] if library in COMPILING else []
+    session.run("pytest", *workers, *(f"--library={row}" for row in rows), *session.posargs)
     environment = {"KERAS_BACKEND": library.removeprefix("keras-")} if library.startswith("keras-") else {}
     doctests = "--doctest-modules", "--doctest-ignore-import-errors", "--pyargs", "polywhiten"
     session.run("pytest", *doctests, env=environment)
