@@ -62,7 +62,11 @@ def test_xla_in_every_precision(name, dtype):
         np.testing.assert_allclose(np.float64(a), np.float64(b), rtol=step, atol=step * np.max(np.abs(np.float64(a))))
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, tf.function, lambda f: tf.function(f, jit_compile=True)], ids=str)
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda f: f, tf.function, lambda f: tf.function(f, jit_compile=True)],
+    ids=["eager", "graph", "xla"],
+)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CALLS)
 def test_second_derivatives_of_nested_tapes(name, method, wrap):
