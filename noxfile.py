@@ -19,8 +19,8 @@ LIBRARIES = {
     "keras-torch": ("[demo,keras,torch]", ["keras-torch"]),
 }
 
-# Those whose tests wait for a compiler, on one core each.
-COMPILING = {"tensorflow", "jax", "keras-tensorflow", "keras-jax"}
+# Those whose tests mostly compile or build graphs, on one core: as many at a time as there are cores.
+ON_ONE_CORE = {"tensorflow", "jax", "dask", "keras-tensorflow", "keras-jax"}
 
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
@@ -50,7 +50,7 @@ def typing(session: nox.Session) -> None:
 def tests(session: nox.Session, library: str) -> None:
     extras, rows = LIBRARIES[library]
     install(session, f".{extras}", "pytest", "pytest-xdist", "hypothesis", "array-api-strict")
-    workers = ["--numprocesses=auto"] if library in COMPILING else []
+    workers = ["--numprocesses=auto"] if library in ON_ONE_CORE else []
     session.run("pytest", *workers, *(f"--library={row}" for row in rows), *session.posargs)
     environment = {"KERAS_BACKEND": library.removeprefix("keras-")} if library.startswith("keras-") else {}
     doctests = "--doctest-modules", "--doctest-ignore-import-errors", "--pyargs", "polywhiten"
