@@ -11,6 +11,8 @@ from polywhiten.solvers import Solver
 from polywhiten.solvers.iteration import identity_like
 from polywhiten.whitening import Statistics, regularized
 
+TRACKED = ("whitener", "covariance")  # which of the matrices a layer may average
+
 
 class WhiteningStats(NamedTuple):
     """Statistics of groups of d channels, where the last group may be smaller than d.

@@ -38,7 +38,7 @@ class Kernels:
         centred = x - _along(mean, block_axis)
         # what a naive sum over many samples has lost; it is about the spread's rounding now, no longer the mean's
         lost = xp.sum(centred, axis=axes) / count
-        cov = self._products(centred, centred, block_axis) / count - lost[..., :, None] * lost[..., None, :]
+        cov = self._products(centred, centred, block_axis) / count - outer_square(lost)
         return mean + lost, cov
 
     def inverse_sqrt(self, solver: Solver, cov: Array) -> Array:
@@ -118,6 +118,11 @@ class Kernels:
         p, q, d, l = shape
         rows = self.xp.reshape(rows, (p, q, l, d) if block_axis == 0 else (q, p, l, d))
         return self.xp.permute_dims(rows, (0, 1, 3, 2) if block_axis == 0 else (1, 0, 3, 2))
+
+
+def outer_square(v: Array) -> Array:
+    """V v' of vectors (..., d)."""
+    return v[..., :, None] * v[..., None, :]
 
 
 def _along(values: Array, block_axis: int) -> Array:

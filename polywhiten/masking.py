@@ -6,7 +6,7 @@ from polywhiten._types import AllReduce, Array
 from polywhiten.blocks import ChannelGroups, channel_shape
 from polywhiten.dispatch import Backend
 from polywhiten.groups import WhiteningStats, channel_parts, join_channels, join_statistics, take_channels
-from polywhiten.kernels import Kernels
+from polywhiten.kernels import Kernels, outer_square
 from polywhiten.solvers import Solver
 from polywhiten.whitening import Statistics, affine, reduced, regularized
 
@@ -72,14 +72,10 @@ def _statistics(
     x4 = kernels.split(blocks, centred)
     number = kernels.sample_count(x4, blocks.block_axis, least=1)
     lost, cov = kernels.moments(x4, blocks.block_axis)
-    sums, products = lost * number, (cov + _squares(lost)) * number
+    sums, products = lost * number, (cov + outer_square(lost)) * number
     if all_reduce is not None:
         _, sums, products = reduced(kernels, all_reduce, 0, sums, products)
     lost = sums / count  # what rounding has left in the mean
-    cov = products / count - _squares(lost)
+    cov = products / count - outer_square(lost)
     mean = kernels.xp.reshape(mean, lost.shape) + lost
     return Statistics(mean, cov, kernels.inverse_sqrt(solver, regularized(kernels, cov, eps)))
-
-
-def _squares(mean: Array) -> Array:
-    return mean[..., :, None] * mean[..., None, :]

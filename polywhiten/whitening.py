@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from polywhiten._types import AllReduce, Array
 from polywhiten.blocks import Blocks, ChannelGroups, channel_shape
-from polywhiten.kernels import Kernels, Term
+from polywhiten.kernels import Kernels, Term, outer_square
 from polywhiten.solvers import Solver
 from polywhiten.solvers.iteration import identity_like
 
@@ -44,7 +44,7 @@ def statistics(kernels: Kernels, plan: Plan, x: Array) -> Statistics:
         total, whole = reduced(kernels, plan.all_reduce, count, mean * count)
         whole = whole / total
         off = mean - whole
-        cov = plan.all_reduce(count * (cov + off[..., :, None] * off[..., None, :])) / total
+        cov = plan.all_reduce(count * (cov + outer_square(off))) / total
         mean = whole
     return Statistics(mean, cov, kernels.inverse_sqrt(plan.solver, regularized(kernels, cov, plan.eps)))
 

@@ -11,11 +11,9 @@ from keras import KerasTensor, constraints, initializers, ops, regularizers
 from polywhiten import checks
 from polywhiten.dispatch import Backend, backend_of
 from polywhiten.functional import apply_frozen, whiten_channels, whiten_samples
-from polywhiten.groups import WhiteningStats, whitener_of
+from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
 from polywhiten.masking import whiten_masked_channels
 from polywhiten.solvers import solver_for
-
-TRACKED = ("whitener", "covariance")
 
 Tensor = Any  # of the backend in use
 

@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from polywhiten import checks
 from polywhiten.functional import apply_frozen, whiten_channels, whiten_samples
-from polywhiten.groups import WhiteningStats, whitener_of
+from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
 from polywhiten.solvers import solver_for
 from polywhiten.torch.autograd import BACKEND
 from polywhiten.torch.kernels import KERNELS
 
-TRACKED = ("whitener", "covariance")
 ON_NONFINITE = ("skip", "raise")
 
 
