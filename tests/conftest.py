@@ -10,7 +10,7 @@ from rows import Library
 _COMMON = {"derandomize": True, "deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 settings.register_profile("default", max_examples=60, **_COMMON)
 settings.register_profile(
-    "slow-library", max_examples=8, **_COMMON
+    "slow-library", max_examples=12, **_COMMON
 )  # it compiles for every new shape, or builds graphs
 
 # Files for what one framework alone has; the command line's demo is trained in PyTorch.
