@@ -9,7 +9,7 @@ from polywhiten._types import Array, Namespace
 from polywhiten.kernels import Kernels
 from polywhiten.solvers import Solver
 from polywhiten.solvers.iteration import identity_like
-from polywhiten.whitening import Statistics, regularized
+from polywhiten.whitening import Statistics
 
 TRACKED = ("whitener", "covariance")  # which of the matrices a layer may average
 
@@ -71,7 +71,7 @@ def take_groups(matrices: Array, part: slice, size: int) -> Array:
 def whitener_of(kernels: Kernels, covariance: Array, channels: int, solver: Solver, eps: float) -> Array:
     """The whiteners (groups, d, d) of given covariances (groups, d, d)."""
     parts = [take_groups(covariance, part, d) for part, d in channel_parts(channels, covariance.shape[-1])]
-    whiteners = [kernels.inverse_sqrt(solver, regularized(kernels, part, eps)) for part in parts]
+    whiteners = [kernels.inverse_sqrt(solver, part, eps) for part in parts]
     return _join_matrices(kernels.xp, whiteners)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from polywhiten._types import Array, Namespace, Shape
 from polywhiten.blocks import Blocks
 from polywhiten.solvers import Solver
+from polywhiten.solvers.iteration import identity_like
 
 
 class Term(NamedTuple):
@@ -41,13 +42,13 @@ class Kernels:
         cov = self._products(centred, centred, block_axis) / count - outer_square(lost)
         return mean + lost, cov
 
-    def inverse_sqrt(self, solver: Solver, cov: Array) -> Array:
-        """W = S^(-1/2) of matrices (..., d, d)."""
-        return solver.inverse_sqrt(self.xp, cov)
+    def inverse_sqrt(self, solver: Solver, cov: Array, eps: float = 0.0) -> Array:
+        """W = (cov + eps I)^(-1/2) of matrices (..., d, d)."""
+        return solver.inverse_sqrt(self.xp, regularized(self.xp, cov, eps))
 
-    def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array) -> Array:
-        """Gradient of a loss with respect to S, of its gradient with respect to W."""
-        return solver.adjoint(self.xp, cov, grad)
+    def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array, eps: float = 0.0) -> Array:
+        """Gradient of a loss with respect to cov, of its gradient with respect to W."""
+        return solver.adjoint(self.xp, regularized(self.xp, cov, eps), grad)
 
     def affine_map(self, terms: Sequence[Term], bias: Array | None, block_axis: int, dtype: Any) -> Array:
         """Sum of matrix (array - centre) over the terms, plus bias (blocks, d); (p, q, d, l) of `dtype`."""
@@ -118,6 +119,11 @@ class Kernels:
         p, q, d, l = shape
         rows = self.xp.reshape(rows, (p, q, l, d) if block_axis == 0 else (q, p, l, d))
         return self.xp.permute_dims(rows, (0, 1, 3, 2) if block_axis == 0 else (1, 0, 3, 2))
+
+
+def regularized(xp: Namespace, cov: Array, eps: float) -> Array:
+    """Cov + eps I."""
+    return cov + eps * identity_like(xp, cov) if eps else cov
 
 
 def outer_square(v: Array) -> Array:

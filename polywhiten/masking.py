@@ -8,7 +8,7 @@ from polywhiten.dispatch import Backend
 from polywhiten.groups import WhiteningStats, channel_parts, join_channels, join_statistics, take_channels
 from polywhiten.kernels import Kernels, outer_square
 from polywhiten.solvers import Solver
-from polywhiten.whitening import Statistics, affine, reduced, regularized
+from polywhiten.whitening import Statistics, affine, reduced
 
 
 def whiten_masked_channels(
@@ -78,4 +78,4 @@ def _statistics(
     lost = sums / count  # what rounding has left in the mean
     cov = products / count - outer_square(lost)
     mean = kernels.xp.reshape(mean, lost.shape) + lost
-    return Statistics(mean, cov, kernels.inverse_sqrt(solver, regularized(kernels, cov, eps)))
+    return Statistics(mean, cov, kernels.inverse_sqrt(solver, cov, eps))

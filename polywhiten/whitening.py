@@ -10,7 +10,6 @@ from polywhiten._types import AllReduce, Array
 from polywhiten.blocks import Blocks, ChannelGroups, channel_shape
 from polywhiten.kernels import Kernels, Term, outer_square
 from polywhiten.solvers import Solver
-from polywhiten.solvers.iteration import identity_like
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def statistics(kernels: Kernels, plan: Plan, x: Array) -> Statistics:
         off = mean - whole
         cov = plan.all_reduce(count * (cov + outer_square(off))) / total
         mean = whole
-    return Statistics(mean, cov, kernels.inverse_sqrt(plan.solver, regularized(kernels, cov, plan.eps)))
+    return Statistics(mean, cov, kernels.inverse_sqrt(plan.solver, cov, plan.eps))
 
 
 def forward(
@@ -113,7 +112,7 @@ def backward(
     count, dmean, dcov = kernels.sample_count(x4, block_axis), dstats.mean, dstats.covariance
     if plan.all_reduce is not None:
         count, s, g, dmean, dcov = reduced(kernels, plan.all_reduce, count, s, g, dmean, dcov)
-    ds = kernels.inverse_sqrt_adjoint(plan.solver, regularized(kernels, cov, plan.eps), g)
+    ds = kernels.inverse_sqrt_adjoint(plan.solver, cov, g, plan.eps)
     if dcov is not None:
         ds = ds + dcov
     b = (ds + xp.matrix_transpose(ds)) / count
@@ -140,10 +139,6 @@ def _undo_channel_affine(
         dweight = xp.sum(dy * white, axis=others)
         dy = dy * xp.reshape(xp.astype(weight, dy.dtype, copy=False), channel_shape(x.ndim, blocks.axis))
     return dy, dweight, dbias
-
-
-def regularized(kernels: Kernels, cov: Array, eps: float) -> Array:
-    return cov + eps * identity_like(kernels.xp, cov)
 
 
 def _scaled(kernels: Kernels, matrix: Array, weight: Array) -> Array:

@@ -56,19 +56,19 @@ xp = _Namespace("polywhiten.dask")
 class DaskKernels(Kernels):
     """Kernels that run the solvers on the chunks' own library, where there is an eigendecomposition."""
 
-    def inverse_sqrt(self, solver: Solver, cov: Array) -> Array:
-        """W = S^(-1/2), in one task."""
+    def inverse_sqrt(self, solver: Solver, cov: Array, eps: float = 0.0) -> Array:
+        """W = (cov + eps I)^(-1/2), in one task."""
 
         def solve(cov: Array) -> Array:
-            return solver.inverse_sqrt(array_namespace(cov), cov)
+            return Kernels(array_namespace(cov)).inverse_sqrt(solver, cov, eps)
 
         return xpx.lazy_apply(solve, cov, shape=cov.shape, dtype=cov.dtype, xp=compat)
 
-    def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array) -> Array:
-        """Gradient with respect to S, in one task."""
+    def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array, eps: float = 0.0) -> Array:
+        """Gradient with respect to cov, in one task."""
 
         def solve(cov: Array, grad: Array) -> Array:
-            return solver.adjoint(array_namespace(cov), cov, grad)
+            return Kernels(array_namespace(cov)).inverse_sqrt_adjoint(solver, cov, grad, eps)
 
         return xpx.lazy_apply(solve, cov, grad, shape=cov.shape, dtype=cov.dtype, xp=compat)
 

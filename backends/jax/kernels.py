@@ -10,7 +10,7 @@ import jax
 import jax.numpy as xp
 from jax import Array
 
-from polywhiten.kernels import Kernels
+from polywhiten.kernels import Kernels, regularized
 from polywhiten.solvers import Solver
 from polywhiten.solvers.eigh import Eigh
 
@@ -109,13 +109,14 @@ class JaxKernels(Kernels):
     cross_moments = full_precision(Kernels.cross_moments)
 
     @full_precision
-    def inverse_sqrt(self, solver: Solver, cov: Array) -> Array:
-        """W = S^(-1/2)."""
-        return _inverse_sqrt(solver, cov)
+    def inverse_sqrt(self, solver: Solver, cov: Array, eps: float = 0.0) -> Array:
+        """W = (cov + eps I)^(-1/2)."""
+        return _inverse_sqrt(solver, regularized(xp, cov, eps))
 
     @full_precision
-    def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array) -> Array:
-        """Gradient with respect to S."""
+    def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array, eps: float = 0.0) -> Array:
+        """Gradient with respect to cov."""
+        cov = regularized(xp, cov, eps)
         if isinstance(solver, Eigh):
             return _eigh_adjoint(solver, *varying_alike((cov, grad)))
         result: Array = solver.adjoint(xp, cov, grad)

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from polywhiten._types import Shape
-from polywhiten.kernels import Kernels, Term
+from polywhiten.kernels import Kernels, Term, regularized
 from polywhiten.solvers import Solver
 from polywhiten.solvers.eigh import Eigh
 from polywhiten.tensorflow.namespace import Tensor, xp
@@ -75,18 +75,19 @@ class TensorFlowKernels(Kernels):
         dy, x = (self._rows(self.for_statistics(array), block_axis) for array in (dy, x))
         return _sums(dy)[:, 0], _product(dy, x - mean[:, None], transpose_a=True)
 
-    def inverse_sqrt(self, solver: Solver, cov: Tensor) -> Tensor:
-        """W = S^(-1/2), with the solver's own derivative."""
+    def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
+        """W = (cov + eps I)^(-1/2), with the solver's own derivative."""
 
         @tf.custom_gradient
         def run(cov: Tensor) -> Any:
             w = _one_by_one(solver.inverse_sqrt, unrecorded(cov))
             return w, lambda grad: self.inverse_sqrt_adjoint(solver, cov, grad)
 
-        return run(cov)
+        return run(regularized(xp, cov, eps))
 
-    def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor) -> Tensor:
-        """Gradient with respect to S; that of "eigh" with a derivative that equal eigenvalues don't disturb."""
+    def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor:
+        """Gradient with respect to cov; that of "eigh" with a derivative that equal eigenvalues don't disturb."""
+        cov = regularized(xp, cov, eps)
         if not isinstance(solver, Eigh):
             return _one_by_one(solver.adjoint, cov, grad)
 

@@ -10,7 +10,7 @@ import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
-from polywhiten.kernels import Kernels, Term
+from polywhiten.kernels import Kernels, Term, regularized
 from polywhiten.solvers import Solver
 from polywhiten.solvers.eigh import Eigh
 
@@ -105,14 +105,15 @@ class TorchKernels(Kernels):
         return result.to(dtype)
 
     @_full_precision
-    def inverse_sqrt(self, solver: Solver, cov: Tensor) -> Tensor:
-        """W = S^(-1/2)."""
-        result: Tensor = _InverseSqrt.apply(cov, solver)
+    def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
+        """W = (cov + eps I)^(-1/2)."""
+        result: Tensor = _InverseSqrt.apply(regularized(xp, cov, eps), solver)
         return result
 
     @_full_precision
-    def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor) -> Tensor:
-        """Gradient with respect to S."""
+    def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor:
+        """Gradient with respect to cov."""
+        cov = regularized(xp, cov, eps)
         exact = isinstance(solver, Eigh)
         result: Tensor = _EighAdjoint.apply(cov, grad, solver) if exact else solver.adjoint(xp, cov, grad)
         return result
