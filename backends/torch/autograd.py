@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
+import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
-from polywhiten import whitening
 from polywhiten.dispatch import Backend, framework_module
 from polywhiten.solvers.minimax import minimax_steps
-from polywhiten.torch.kernels import KERNELS
+from polywhiten.torch.kernels import TorchKernels
 from polywhiten.whitening import Plan, Statistics
+
+
+def _kernels() -> TorchKernels:
+    """Those in Triton where PyTorch is built for CUDA and Triton is there."""
+    if torch.version.cuda is None or find_spec("triton") is None:
+        return TorchKernels(xp)
+    from polywhiten.torch.fused.kernels import FusedKernels
+
+    return FusedKernels(xp)
+
+
+KERNELS = _kernels()
 
 
 class _Whiten(torch.autograd.Function):
@@ -28,7 +41,7 @@ class _Whiten(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, stats = whitening.forward(KERNELS, plan, x, weight, bias)
+        y, stats = KERNELS.whiten(plan, x, weight, bias)
         # as a tensor of its own: a view that a function returns beside others can't be changed in place, by ReLU say
         return torch.ops.aten._unsafe_view(y, y.shape), *stats
 
@@ -44,7 +57,7 @@ class _Whiten(torch.autograd.Function):
         x, weight, bias, *stats = ctx.saved_tensors
         if dy is None:  # the loss depends on the statistics alone
             dy = x.new_zeros(()).expand_as(x)
-        gradients = whitening.backward(KERNELS, ctx.plan, x, weight, bias, Statistics(*stats), dy, Statistics(*dstats))
+        gradients = KERNELS.whiten_adjoint(ctx.plan, x, weight, bias, Statistics(*stats), dy, Statistics(*dstats))
         return *gradients, None
 
 

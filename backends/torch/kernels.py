@@ -13,6 +13,7 @@ from torch import Tensor
 from polywhiten.kernels import Kernels, Term, regularized
 from polywhiten.solvers import Solver
 from polywhiten.solvers.eigh import Eigh
+from polywhiten.whitening import Plan, Statistics, backward, forward
 
 _ACCELERATOR = getattr(torch.accelerator.current_accelerator(), "type", "cpu")
 
@@ -38,7 +39,7 @@ class _InverseSqrt(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (cov,) = ctx.saved_tensors
-        return KERNELS.inverse_sqrt_adjoint(ctx.solver, cov, grad), None
+        return TorchKernels(xp).inverse_sqrt_adjoint(ctx.solver, cov, grad), None
 
 
 class _EighAdjoint(torch.autograd.Function):
@@ -118,5 +119,19 @@ class TorchKernels(Kernels):
         result: Tensor = _EighAdjoint.apply(cov, grad, solver) if exact else solver.adjoint(xp, cov, grad)
         return result
 
+    def whiten(self, plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
+        """Forward."""
+        return forward(self, plan, x, weight, bias)
 
-KERNELS = TorchKernels(xp)
+    def whiten_adjoint(
+        self,
+        plan: Plan,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        stats: Statistics,
+        dy: Tensor,
+        dstats: Statistics,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Backward."""
+        return backward(self, plan, x, weight, bias, stats, dy, dstats)

@@ -11,8 +11,7 @@ from polywhiten import checks
 from polywhiten.functional import apply_frozen, whiten_channels, whiten_samples
 from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
 from polywhiten.solvers import solver_for
-from polywhiten.torch.autograd import BACKEND
-from polywhiten.torch.kernels import KERNELS
+from polywhiten.torch.autograd import BACKEND, KERNELS
 
 ON_NONFINITE = ("skip", "raise")
 

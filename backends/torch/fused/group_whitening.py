@@ -1,0 +1,333 @@
+"""Group whitening with weight and bias: forward, of a small sample in one launch, and backward."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from polywhiten.blocks import SampleGroups
+from polywhiten.kernels import Kernels, Term
+from polywhiten.solvers.newton import Newton
+from polywhiten.torch.fused.affine_map import Channels, affine_map, load_channels, mapped
+from polywhiten.torch.fused.moments import SPREAD, shifted_sums, total
+from polywhiten.torch.fused.newton import SCRATCH, constants, newton
+from polywhiten.torch.fused.tiles import (
+    PROGRAMS,
+    Strides,
+    Tiles,
+    columns,
+    load_matrix,
+    precision,
+    product,
+    store_matrix,
+)
+from polywhiten.whitening import Plan, Statistics
+
+_LARGEST_SAMPLE = 2**16  # elements that a program reads twice: those of all programs at work stay in the device's cache
+_LARGEST_MATRIX = 64  # of such a sample
+
+
+class Samples(NamedTuple):
+    """An array as blocks (N, q, g, l), and as samples (N, g, channels of a group, positions) by its strides."""
+
+    x: Tensor
+    shape: torch.Size
+    channels: int
+    positions: int
+    strides: tuple[int, int, int, int]
+
+    @classmethod
+    def of(cls, kernels: Kernels, plan: Plan, x: Tensor) -> Samples | None:
+        """None where the samples can't be read so."""
+        if not isinstance(plan.blocks, SampleGroups) or plan.all_reduce is not None:
+            return None
+        x4 = kernels.split(plan.blocks, x)
+        _, lead, groups, inner = x4.shape
+        channels = x.shape[plan.blocks.axis] // groups
+        block, outer, row, step = x4.stride()
+        if lead == 1:
+            return cls(x4, x.shape, channels, inner // channels, (block, row, inner // channels * step, step))
+        if channels == inner:
+            return cls(x4, x.shape, channels, lead, (block, row, step, outer))
+        return None
+
+    @property
+    def positions_inside(self) -> int:
+        """Of a channel, side by side on the last axis of x."""
+        return self.x.shape[3] // self.channels
+
+
+def forward(
+    kernels: Kernels, plan: Plan, samples: Samples, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Statistics]:
+    """As `polywhiten.whitening.forward`."""
+    x = samples.x
+    d = x.shape[2]
+    channels = Channels(weight, bias, samples.positions_inside)
+    if isinstance(plan.solver, Newton) and d <= _LARGEST_MATRIX and x[0].numel() <= _LARGEST_SAMPLE:
+        y, stats = _forward_in_one(plan, plan.solver, x, channels)
+    else:
+        mean, cov = kernels.moments(x, 0)
+        stats = Statistics(mean, cov, kernels.inverse_sqrt(plan.solver, cov, plan.eps))
+        y = affine_map([Term(stats.whitener, x, mean)], None, 0, x.dtype, after=channels)
+    return y.reshape(samples.shape), stats
+
+
+def backward(
+    kernels: Kernels,
+    plan: Plan,
+    samples: Samples,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Statistics,
+    gradients: Samples,
+    dstats: Statistics,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `polywhiten.whitening.backward`."""
+    x, dy = samples.x, gradients.x
+    mean, cov, whitener = stats
+    s, g, dweight, dbias = _cross_moments(samples, gradients, weight, bias, stats)
+    if dstats.whitener is not None:
+        g = g + dstats.whitener
+    ds = kernels.inverse_sqrt_adjoint(plan.solver, cov, g, plan.eps)
+    if dstats.covariance is not None:
+        ds = ds + dstats.covariance
+    count = x.shape[1] * x.shape[3]
+    terms = [Term(whitener.mT, dy, s / count), Term((ds + ds.mT) / count, x, mean)]
+    shift = None if dstats.mean is None else dstats.mean / count
+    dx = affine_map(terms, shift, 0, x.dtype, before=Channels(weight, None, samples.positions_inside))
+    return dx.reshape(samples.shape), dweight, dbias
+
+
+def _forward_in_one(plan: Plan, solver: Newton, x: Tensor, channels: Channels) -> tuple[Tensor, Statistics]:
+    blocks, _, d, inner = x.shape
+    tiles = Tiles.of(blocks, d, 1)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean = x.new_empty((blocks, d), dtype=torch.float32)
+    cov, whitener = mean.new_empty((blocks, d, d)), mean.new_empty((blocks, d, d))
+    _whiten_sample[(blocks,)](
+        y,
+        *Strides.of(y, 0),
+        x,
+        *Strides.of(x, 0),
+        mean,
+        cov,
+        whitener,
+        mean.new_empty((blocks, SCRATCH, tiles.height, tiles.height)),
+        *channels.arguments(inner),
+        inner,
+        x.shape[1] * inner,
+        d,
+        plan.eps,
+        solver.iterations,
+        WIDTH=tiles.width,
+        SPREAD=SPREAD,
+        SAMPLES=precision(x.dtype),
+        **constants(tiles.height),
+    )
+    return y, Statistics(mean, cov, whitener)
+
+
+def _cross_moments(
+    samples: Samples, gradients: Samples, weight: Tensor | None, bias: Tensor | None, stats: Statistics
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """S and K of weight dy, and the gradients of weight and bias."""
+    x, dy = samples.x, gradients.x
+    blocks, _, d, _ = x.shape
+    tiles = Tiles.of(blocks, d, 1)
+    # a tile's columns are some positions of some channels, those that lie side by side first
+    side_by_side = samples.positions == 1 or samples.strides[2] < samples.strides[3]
+    tile_channels = min(triton.next_power_of_2(samples.channels), tiles.width) if side_by_side else 1
+    tile_positions = tiles.width // tile_channels
+    programs = triton.cdiv(PROGRAMS, blocks)
+    channel_chunk = _chunk(samples.channels, tile_channels, programs)
+    channel_parts = triton.cdiv(samples.channels, channel_chunk)
+    position_chunk = _chunk(samples.positions, tile_positions, triton.cdiv(programs, channel_parts))
+    position_parts = triton.cdiv(samples.positions, position_chunk)
+    sums = x.new_empty((blocks, channel_parts * position_parts, d), dtype=torch.float32)
+    products = sums.new_empty((*sums.shape, d))
+    of_weight, of_bias = (
+        None if parameter is None else sums.new_empty((blocks * position_parts, d * samples.channels))
+        for parameter in (weight, bias)
+    )
+    _sum_crossed_channels[(blocks, channel_parts, position_parts)](
+        dy,
+        *gradients.strides,
+        x,
+        *samples.strides,
+        stats.mean.contiguous(),
+        stats.whitener.contiguous(),
+        weight,
+        sums,
+        products,
+        of_weight,
+        of_bias,
+        samples.channels,
+        samples.positions,
+        d,
+        channel_chunk,
+        position_chunk,
+        HEIGHT=tiles.height,
+        CHANNELS=tile_channels,
+        POSITIONS=tile_positions,
+        PRECISION=precision(x.dtype),
+        num_warps=tiles.warps,
+        num_stages=2,
+    )
+    s, k = total(sums, products)
+    return s, k, _summed(of_weight, weight), _summed(of_bias, bias)
+
+
+def _chunk(size: int, tile: int, parts: int) -> int:
+    """Of about equal parts of an axis, each a number of tiles."""
+    return triton.cdiv(triton.cdiv(size, tile), parts) * tile
+
+
+def _summed(parts: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return None if parts is None or parameter is None else parts.sum(0).to(parameter.dtype)
+
+
+@triton.jit
+def _whiten_sample(
+    y,
+    y_stride_block,
+    y_stride_outer,
+    y_stride_row,
+    y_stride_inner,
+    x,
+    stride_block,
+    stride_outer,
+    stride_row,
+    stride_inner,
+    mean,
+    cov,
+    whitener,
+    scratch,
+    weight,
+    bias,
+    channels,
+    positions,
+    inner,
+    samples,
+    d,
+    eps,
+    iterations,
+    WIDTH: tl.constexpr,
+    SPREAD: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    block = tl.program_id(0)
+    rows = tl.arange(0, HEIGHT)
+    x += block * stride_block
+    y += block * y_stride_block
+    cov += block * d * d
+    near, total, square = shifted_sums(
+        x, stride_outer, stride_row, stride_inner, inner, samples, d, 0, samples, HEIGHT, WIDTH, SPREAD, SAMPLES
+    )
+    off = total / samples
+    centre = near + off
+    tl.store(mean + block * d + rows, centre, mask=rows < d)
+    store_matrix(cov, square / samples - off[:, None] * off[None, :], rows, d)
+    tl.debug_barrier()
+    scratch += block * 5 * HEIGHT * HEIGHT
+    w = newton(cov, scratch, d, eps, iterations, SMALLEST, HEIGHT, TILE, STEP, PRECISION)
+    store_matrix(whitener + block * d * d, w, rows, d)
+    for start in range(0, samples, WIDTH):
+        m = start + tl.arange(0, WIDTH)
+        valid = (rows < d)[:, None] & (m < samples)[None, :]
+        offsets = rows[:, None] * stride_row + columns(m, inner, stride_outer, stride_inner)[None, :]
+        result = mapped(w, x, centre, None, offsets, valid, tl.zeros((HEIGHT, WIDTH), tl.float32), SAMPLES)
+        channel = rows[:, None] * channels + ((m % inner) // positions)[None, :]
+        if weight is not None:
+            result *= load_channels(weight, channel, valid)
+        if bias is not None:
+            result += load_channels(bias, channel, valid)
+        offsets = rows[:, None] * y_stride_row + columns(m, inner, y_stride_outer, y_stride_inner)[None, :]
+        tl.store(y + offsets, result.to(y.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _sum_crossed_channels(
+    dy,
+    dy_stride_block,
+    dy_stride_row,
+    dy_stride_channel,
+    dy_stride_position,
+    x,
+    stride_block,
+    stride_row,
+    stride_channel,
+    stride_position,
+    mean,
+    whitener,
+    weight,
+    sums,
+    products,
+    of_weight,
+    of_bias,
+    channels,
+    positions,
+    d,
+    channel_chunk,
+    position_chunk,
+    HEIGHT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    block, channel_part, position_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    position_parts = tl.num_programs(2)
+    place = (block * tl.num_programs(1) + channel_part) * position_parts + position_part
+    parameter_place = (block * position_parts + position_part) * d * channels
+    rows = tl.arange(0, HEIGHT)
+    inside = rows < d
+    dy += block * dy_stride_block
+    x += block * stride_block
+    centre = tl.load(mean + block * d + rows, mask=inside, other=0.0)
+    if of_weight is not None:
+        w = load_matrix(whitener + block * d * d, rows, rows, d)
+    total = tl.zeros((HEIGHT,), tl.float32)
+    moment = tl.zeros((HEIGHT, HEIGHT), tl.float32)
+    column = tl.arange(0, CHANNELS * POSITIONS)
+    first_position = position_part * position_chunk
+    last_position = tl.minimum(positions, first_position + position_chunk)
+    last_channel = tl.minimum(channels, (channel_part + 1) * channel_chunk)
+    for first in range(channel_part * channel_chunk, last_channel, CHANNELS):
+        channel = first + column % CHANNELS
+        its_weight = tl.zeros((HEIGHT, CHANNELS), tl.float32)
+        its_bias = tl.zeros((HEIGHT, CHANNELS), tl.float32)
+        for start in range(first_position, last_position, POSITIONS):
+            position = start + column // CHANNELS
+            valid = inside[:, None] & ((channel < last_channel) & (position < last_position))[None, :]
+            offsets = rows[:, None] * stride_row + (channel * stride_channel + position * stride_position)[None, :]
+            centred = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32) - centre[:, None]
+            offsets = rows[:, None] * dy_stride_row
+            offsets += (channel * dy_stride_channel + position * dy_stride_position)[None, :]
+            gradient = tl.load(dy + offsets, mask=valid, other=0.0).to(tl.float32)  # 0 outside, so centred needn't be
+            if of_bias is not None:
+                its_bias += tl.sum(tl.reshape(gradient, (HEIGHT, POSITIONS, CHANNELS)), axis=1)
+            if of_weight is not None:
+                white = product(w, centred, tl.zeros((HEIGHT, CHANNELS * POSITIONS), tl.float32), PRECISION)
+                its_weight += tl.sum(tl.reshape(gradient * white, (HEIGHT, POSITIONS, CHANNELS)), axis=1)
+            if weight is not None:
+                gradient *= load_channels(weight, rows[:, None] * channels + channel[None, :], valid)
+            total += tl.sum(gradient, axis=1)
+            moment = product(gradient, tl.trans(centred), moment, PRECISION)
+        its_channel = first + tl.arange(0, CHANNELS)
+        offsets = parameter_place + rows[:, None] * channels + its_channel[None, :]
+        valid = inside[:, None] & (its_channel < last_channel)[None, :]
+        if of_weight is not None:
+            tl.store(of_weight + offsets, its_weight, mask=valid)
+        if of_bias is not None:
+            tl.store(of_bias + offsets, its_bias, mask=valid)
+    tl.store(sums + place * d + rows, total, mask=inside)
+    store_matrix(products + place * d * d, moment, rows, d)

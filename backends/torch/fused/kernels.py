@@ -1,0 +1,122 @@
+"""The kernels in Triton, for tensors on CUDA devices with tensor cores for TF32; the default ones for all others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from polywhiten.kernels import Term
+from polywhiten.solvers import Solver
+from polywhiten.solvers.newton import Newton
+from polywhiten.torch.fused import affine_map, group_whitening, moments, newton
+from polywhiten.torch.fused.tiles import LARGEST_GROUP, is_addressable
+from polywhiten.torch.kernels import TorchKernels
+from polywhiten.whitening import Plan, Statistics
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class FusedKernels(TorchKernels):
+    """A launch or two for each kernel; the default kernels where PyTorch has to look into them.
+
+    That is where it records operations for a derivative of theirs, and inside the transforms of `torch.func`.
+    """
+
+    def moments(self, x: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
+        """Mean and covariance, in one pass over x."""
+        if not self._serves(x):
+            return super().moments(x, block_axis)
+        with _on_its_device(x):
+            return moments.moments(x, block_axis)
+
+    def cross_moments(self, dy: Tensor, x: Tensor, mean: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
+        """S and K, in one pass over both."""
+        if not self._serves(dy, x, mean):
+            return super().cross_moments(dy, x, mean, block_axis)
+        with _on_its_device(x):
+            return moments.cross_moments(dy, x, mean, block_axis)
+
+    def affine_map(self, terms: Sequence[Term], bias: Tensor | None, block_axis: int, dtype: torch.dtype) -> Tensor:
+        """The sum of the terms in one pass, centred in registers."""
+        tensors = [tensor for matrix, array, centre in terms for tensor in (array, matrix, centre)]
+        if not self._serves(*tensors, bias):
+            return super().affine_map(terms, bias, block_axis, dtype)
+        with _on_its_device(tensors[0]):
+            return affine_map.affine_map(terms, bias, block_axis, dtype)
+
+    def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
+        """W, all iterations in one launch."""
+        if not (isinstance(solver, Newton) and self._serves(cov)):
+            return super().inverse_sqrt(solver, cov, eps)
+        with _on_its_device(cov):
+            return newton.inverse_sqrt(cov, eps, solver.iterations)
+
+    def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor:
+        """Gradient with respect to cov, all iterations in one launch."""
+        if not (isinstance(solver, Newton) and self._serves(cov, grad)):
+            return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
+        with _on_its_device(cov):
+            return newton.inverse_sqrt_adjoint(cov, grad, eps, solver.iterations)
+
+    def whiten(self, plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
+        """Forward; of group whitening with weight and bias on the way."""
+        samples = group_whitening.Samples.of(self, plan, x)
+        if samples is None or not self._serves(samples.x, weight, bias):
+            return super().whiten(plan, x, weight, bias)
+        with _on_its_device(x):
+            return group_whitening.forward(self, plan, samples, weight, bias)
+
+    def whiten_adjoint(
+        self,
+        plan: Plan,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        stats: Statistics,
+        dy: Tensor,
+        dstats: Statistics,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Backward; of group whitening with weight and bias on the way."""
+        samples, gradients = (group_whitening.Samples.of(self, plan, array) for array in (x, dy))
+        known = [tensor for tensor in dstats if tensor is not None]
+        if (
+            samples is None
+            or gradients is None
+            or not self._serves(samples.x, gradients.x, weight, bias, *stats, *known)
+        ):
+            return super().whiten_adjoint(plan, x, weight, bias, stats, dy, dstats)
+        with _on_its_device(x):
+            return group_whitening.backward(self, plan, samples, weight, bias, stats, gradients, dstats)
+
+    def _serves(self, x: Tensor, *others: Tensor | None) -> bool:
+        """Whether the fused kernels can do what is asked of them with x (..., d, l) and whatever else there is."""
+        tensors = [x, *(tensor for tensor in others if tensor is not None)]
+        return (
+            self._is_on_device(x)
+            and all(tensor.dtype in _DTYPES and is_addressable(tensor) for tensor in tensors)
+            and x.numel() > 0
+            and x.shape[-2] <= LARGEST_GROUP
+            and not torch._C._are_functorch_transforms_active()
+            and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        )
+
+    def _is_on_device(self, x: Tensor) -> bool:
+        return x.is_cuda and _has_tensor_cores(x.device.index)
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _has_tensor_cores(index: int) -> bool:
+    """For TF32; Triton has no other fast products of float32."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def _on_its_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device; compiled code sees to that itself."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.cuda.device_of(x)

@@ -1,0 +1,265 @@
+"""Mean, covariance and cross moments without a centred copy: sums of parts of the samples, then sums of these."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from polywhiten.torch.fused.tiles import Strides, Tiles, columns, precision, product, split, store_matrix
+
+SPREAD = 16  # samples all over the block whose mean is near enough to the block's
+_SUMMANDS = 32  # parts, and
+_ELEMENTS = 64  # elements of a matrix, that are read together for the last sum
+
+
+def moments(x: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
+    """As `polywhiten.kernels.Kernels.moments`."""
+    strides, tiles, inner, samples = _cut(x, block_axis)
+    sums, products = _partial_sums(x, tiles, x.shape[2])
+    shift = sums.new_empty((tiles.blocks, x.shape[2]))
+    _sum_shifted[(tiles.blocks, tiles.parts)](
+        x,
+        shift,
+        sums,
+        products,
+        *strides,
+        inner,
+        samples,
+        x.shape[2],
+        tiles.chunk,
+        HEIGHT=tiles.height,
+        WIDTH=tiles.width,
+        SPREAD=SPREAD,
+        PRECISION=precision(x.dtype),
+        num_warps=tiles.warps,
+    )
+    return total(sums, products, shift, samples)
+
+
+def cross_moments(dy: Tensor, x: Tensor, mean: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
+    """As `polywhiten.kernels.Kernels.cross_moments`."""
+    strides, tiles, inner, samples = _cut(x, block_axis)
+    sums, products = _partial_sums(x, tiles, x.shape[2])
+    _sum_crossed[(tiles.blocks, tiles.parts)](
+        dy,
+        x,
+        mean.contiguous(),
+        sums,
+        products,
+        *Strides.of(dy, block_axis),
+        *strides,
+        inner,
+        samples,
+        x.shape[2],
+        tiles.chunk,
+        HEIGHT=tiles.height,
+        WIDTH=tiles.width,
+        PRECISION=precision(x.dtype),
+        num_warps=tiles.warps,
+    )
+    return total(sums, products)
+
+
+def total(sums: Tensor, products: Tensor, shift: Tensor | None = None, samples: int = 1) -> tuple[Tensor, Tensor]:
+    """Sums over the parts; with the shift of the samples, their mean and covariance."""
+    blocks, parts, d = sums.shape
+    vector, matrix = sums.new_empty((blocks, d)), sums.new_empty((blocks, d, d))
+    _total[(blocks, triton.cdiv(d * d, _ELEMENTS))](
+        sums,
+        products,
+        vector if shift is None else shift,
+        vector,
+        matrix,
+        parts,
+        d,
+        samples,
+        MOMENTS=shift is not None,
+        ELEMENTS=_ELEMENTS,
+        SUMMANDS=_SUMMANDS,
+    )
+    return vector, matrix
+
+
+def _cut(x: Tensor, block_axis: int) -> tuple[Strides, Tiles, int, int]:
+    inner = x.shape[3]
+    samples = x.shape[1 - block_axis] * inner
+    return Strides.of(x, block_axis), Tiles.of(x.shape[block_axis], x.shape[2], samples), inner, samples
+
+
+def _partial_sums(x: Tensor, tiles: Tiles, d: int) -> tuple[Tensor, Tensor]:
+    sums = x.new_empty((tiles.blocks, tiles.parts, d), dtype=torch.float32)
+    return sums, sums.new_empty((tiles.blocks, tiles.parts, d, d))
+
+
+@triton.jit
+def spread_mean(x, rows, inside, inner, samples, stride_outer, stride_row, stride_inner, SPREAD: tl.constexpr):
+    # of samples all over the block: sums of what is left after it has been subtracted lose no digits
+    m = tl.arange(0, SPREAD) * tl.maximum(samples // SPREAD, 1)
+    offsets = rows[:, None] * stride_row + columns(m, inner, stride_outer, stride_inner)[None, :]
+    values = tl.load(x + offsets, mask=inside[:, None] & (m < samples)[None, :], other=0.0).to(tl.float32)
+    return tl.sum(values, axis=1) / tl.minimum(samples, SPREAD)
+
+
+@triton.jit
+def shifted_sums(
+    x,
+    stride_outer,
+    stride_row,
+    stride_inner,
+    inner,
+    samples,
+    d,
+    begin,
+    end,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPREAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # a point near the mean; sums and products, over the samples from begin to end, of x without it
+    rows = tl.arange(0, HEIGHT)
+    near = spread_mean(x, rows, rows < d, inner, samples, stride_outer, stride_row, stride_inner, SPREAD)
+    total = tl.zeros((HEIGHT,), tl.float32)
+    square = tl.zeros((HEIGHT, HEIGHT), tl.float32)
+    mixed = tl.zeros((HEIGHT, HEIGHT), tl.float32)
+    for start in range(begin, end, WIDTH):
+        m = start + tl.arange(0, WIDTH)
+        offsets = rows[:, None] * stride_row + columns(m, inner, stride_outer, stride_inner)[None, :]
+        valid = (rows < d)[:, None] & (m < end)[None, :]
+        shifted = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32) - near[:, None]
+        shifted = tl.where(valid, shifted, 0.0)
+        total += tl.sum(shifted, axis=1)
+        if PRECISION == "tf32x3":  # the products of high and low digits are each other's transposes
+            shifted, low = split(shifted)
+            mixed = tl.dot(shifted, tl.trans(low), mixed, input_precision="tf32")
+        square = tl.dot(shifted, tl.trans(shifted), square, input_precision="tf32")
+    return near, total, square + mixed + tl.trans(mixed)
+
+
+@triton.jit
+def _sum_shifted(
+    x,
+    shift,
+    sums,
+    products,
+    stride_block,
+    stride_outer,
+    stride_row,
+    stride_inner,
+    inner,
+    samples,
+    d,
+    chunk,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPREAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    block, part = tl.program_id(0), tl.program_id(1)
+    place = block * tl.num_programs(1) + part
+    near, total, square = shifted_sums(
+        x + block * stride_block,
+        stride_outer,
+        stride_row,
+        stride_inner,
+        inner,
+        samples,
+        d,
+        part * chunk,
+        tl.minimum(samples, (part + 1) * chunk),
+        HEIGHT,
+        WIDTH,
+        SPREAD,
+        PRECISION,
+    )
+    rows = tl.arange(0, HEIGHT)
+    if part == 0:
+        tl.store(shift + block * d + rows, near, mask=rows < d)
+    tl.store(sums + place * d + rows, total, mask=rows < d)
+    store_matrix(products + place * d * d, square, rows, d)
+
+
+@triton.jit
+def _sum_crossed(
+    dy,
+    x,
+    mean,
+    sums,
+    products,
+    dy_stride_block,
+    dy_stride_outer,
+    dy_stride_row,
+    dy_stride_inner,
+    stride_block,
+    stride_outer,
+    stride_row,
+    stride_inner,
+    inner,
+    samples,
+    d,
+    chunk,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    block, part = tl.program_id(0), tl.program_id(1)
+    place = block * tl.num_programs(1) + part
+    rows = tl.arange(0, HEIGHT)
+    inside = rows < d
+    dy += block * dy_stride_block
+    x += block * stride_block
+    centre = tl.load(mean + block * d + rows, mask=inside, other=0.0)
+    total = tl.zeros((HEIGHT,), tl.float32)
+    moment = tl.zeros((HEIGHT, HEIGHT), tl.float32)
+    end = tl.minimum(samples, (part + 1) * chunk)
+    for start in range(part * chunk, end, WIDTH):
+        m = start + tl.arange(0, WIDTH)
+        valid = inside[:, None] & (m < end)[None, :]
+        offsets = rows[:, None] * stride_row + columns(m, inner, stride_outer, stride_inner)[None, :]
+        # dy is 0 outside, so x needn't be
+        centred = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32) - centre[:, None]
+        offsets = rows[:, None] * dy_stride_row + columns(m, inner, dy_stride_outer, dy_stride_inner)[None, :]
+        gradient = tl.load(dy + offsets, mask=valid, other=0.0).to(tl.float32)
+        total += tl.sum(gradient, axis=1)
+        moment = product(gradient, tl.trans(centred), moment, PRECISION)
+    tl.store(sums + place * d + rows, total, mask=inside)
+    store_matrix(products + place * d * d, moment, rows, d)
+
+
+@triton.jit
+def _total(
+    sums,
+    products,
+    shift,
+    vector,
+    matrix,
+    parts,
+    d,
+    samples,
+    MOMENTS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    SUMMANDS: tl.constexpr,
+):
+    block = tl.program_id(0)
+    element = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
+    row, column = element // d, element % d
+    inside = element < d * d
+    product = tl.zeros((ELEMENTS,), tl.float32)
+    row_sum = tl.zeros((ELEMENTS,), tl.float32)
+    column_sum = tl.zeros((ELEMENTS,), tl.float32)
+    for start in range(0, parts, SUMMANDS):
+        part = start + tl.arange(0, SUMMANDS)
+        valid = (part < parts)[:, None] & inside[None, :]
+        place = (block * parts + part)[:, None]
+        product += tl.sum(tl.load(products + place * d * d + element[None, :], mask=valid, other=0.0), axis=0)
+        row_sum += tl.sum(tl.load(sums + place * d + row[None, :], mask=valid, other=0.0), axis=0)
+        if MOMENTS:
+            column_sum += tl.sum(tl.load(sums + place * d + column[None, :], mask=valid, other=0.0), axis=0)
+    if MOMENTS:
+        row_sum /= samples
+        product = product / samples - row_sum * (column_sum / samples)
+        row_sum += tl.load(shift + block * d + row, mask=inside, other=0.0)
+    tl.store(matrix + block * d * d + element, product, mask=inside)
+    tl.store(vector + block * d + row, row_sum, mask=inside & (column == 0))

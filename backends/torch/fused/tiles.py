@@ -1,0 +1,106 @@
+"""How the fused kernels cut an array (p, q, d, l) into tiles of all d variables and some of the samples."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LARGEST_GROUP = 128  # variables of a block; the products of more are large enough for the default kernels
+_LARGEST_SPAN = 2**31  # elements from the first to the last: offsets are 32 bits wide, which divide faster than 64
+_TILE = 2048  # elements of a tile: larger ones don't leave enough registers for products in float32
+PROGRAMS = 512  # that fill a large GPU a few times over
+_FEWEST_TILES = 4  # a program reads for each matrix that it loads or leaves behind
+
+
+class Strides(NamedTuple):
+    """Of an array (p, q, d, l), in elements: from block to block, and along the axes of a block."""
+
+    block: int
+    outer: int
+    row: int
+    inner: int
+
+    @classmethod
+    def of(cls, x: Tensor, block_axis: int) -> Strides:
+        p, q, d, l = x.stride()
+        return cls(p, q, d, l) if block_axis == 0 else cls(q, p, d, l)
+
+
+class Tiles(NamedTuple):
+    """Sizes of a launch: blocks, programs for each, and the samples that a program reads, tile by tile."""
+
+    blocks: int
+    parts: int
+    chunk: int
+    height: int
+    width: int
+    warps: int
+
+    @classmethod
+    def of(cls, blocks: int, d: int, samples: int) -> Tiles:
+        height = tile_height(d)
+        width = max(_TILE // height, 32)
+        parts = max(1, min(triton.cdiv(PROGRAMS, max(blocks, 1)), triton.cdiv(samples, _FEWEST_TILES * width)))
+        chunk = triton.cdiv(triton.cdiv(samples, parts), width) * width
+        return cls(blocks, triton.cdiv(samples, chunk), chunk, height, width, warps=8 if height > 64 else 4)
+
+
+def tile_height(d: int) -> int:
+    """The power of 2 that holds d variables; products of tiles need 16."""
+    return max(16, triton.next_power_of_2(d))
+
+
+def is_addressable(x: Tensor) -> bool:
+    """Whether 32-bit offsets reach every element."""
+    return sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) < _LARGEST_SPAN
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of arrays of `dtype` are computed on tensor cores.
+
+    TF32 holds half precision with all its digits. Three products of TF32 are one of float32, unless users of PyTorch
+    have allowed less.
+    """
+    allowed = dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if allowed else "tf32x3"
+
+
+@triton.jit
+def split(x):
+    # float32 as two TF32, which keep 10 of its 23 digits each
+    high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def product(a, b, accumulator, PRECISION: tl.constexpr):
+    # a b + accumulator; PRECISION "tf32x3" keeps the digits of float32
+    if PRECISION == "tf32x3":
+        a_high, a_low = split(a)
+        b_high, b_low = split(b)
+        accumulator = tl.dot(a_low, b_high, accumulator, input_precision="tf32")
+        accumulator = tl.dot(a_high, b_low, accumulator, input_precision="tf32")
+        a, b = a_high, b_high
+    return tl.dot(a, b, accumulator, input_precision="tf32")
+
+
+@triton.jit
+def load_matrix(matrix, rows, variables, d):
+    inside = (rows < d)[:, None] & (variables < d)[None, :]
+    return tl.load(matrix + rows[:, None] * d + variables[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_matrix(matrix, values, rows, d):
+    inside = (rows < d)[:, None] & (rows < d)[None, :]
+    tl.store(matrix + rows[:, None] * d + rows[None, :], values, mask=inside)
+
+
+@triton.jit
+def columns(m, inner, stride_outer, stride_inner):
+    # offsets of the samples m of a block
+    return (m // inner) * stride_outer + (m % inner) * stride_inner
