@@ -28,7 +28,7 @@ from polywhiten.torch.fused.tiles import (
 from polywhiten.whitening import Plan, Statistics
 
 _LARGEST_SAMPLE = 2**16  # elements that a program reads twice: those of all programs at work stay in the device's cache
-_LARGEST_MATRIX = 64  # of such a sample
+_LARGEST_MATRIX = 64  # that leaves registers for weight and bias
 
 
 class Samples(NamedTuple):
@@ -47,6 +47,8 @@ class Samples(NamedTuple):
             return None
         x4 = kernels.split(plan.blocks, x)
         _, lead, groups, inner = x4.shape
+        if groups > _LARGEST_MATRIX:
+            return None
         channels = x.shape[plan.blocks.axis] // groups
         block, outer, row, step = x4.stride()
         if lead == 1:
@@ -66,9 +68,8 @@ def forward(
 ) -> tuple[Tensor, Statistics]:
     """As `polywhiten.whitening.forward`."""
     x = samples.x
-    d = x.shape[2]
     channels = Channels(weight, bias, samples.positions_inside)
-    if isinstance(plan.solver, Newton) and d <= _LARGEST_MATRIX and x[0].numel() <= _LARGEST_SAMPLE:
+    if isinstance(plan.solver, Newton) and x[0].numel() <= _LARGEST_SAMPLE:
         y, stats = _forward_in_one(plan, plan.solver, x, channels)
     else:
         mean, cov = kernels.moments(x, 0)
@@ -141,8 +142,9 @@ def _cross_moments(
     tiles = Tiles.of(blocks, d, 1)
     # a tile's columns are some positions of some channels, those that lie side by side first
     side_by_side = samples.positions == 1 or samples.strides[2] < samples.strides[3]
-    tile_channels = min(triton.next_power_of_2(samples.channels), tiles.width) if side_by_side else 1
-    tile_positions = tiles.width // tile_channels
+    width = tiles.width // 2  # so much is kept at a time that more wouldn't leave enough registers
+    tile_channels = min(triton.next_power_of_2(samples.channels), width) if side_by_side else 1
+    tile_positions = width // tile_channels
     programs = triton.cdiv(PROGRAMS, blocks)
     channel_chunk = _chunk(samples.channels, tile_channels, programs)
     channel_parts = triton.cdiv(samples.channels, channel_chunk)

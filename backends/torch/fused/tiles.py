@@ -65,8 +65,12 @@ def precision(dtype: torch.dtype) -> str:
     TF32 holds half precision with all its digits. Three products of TF32 are one of float32, unless users of PyTorch
     have allowed less.
     """
-    allowed = dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if allowed else "tf32x3"
+    return "tf32" if dtype != torch.float32 or _users_allow_tf32() else "tf32x3"
+
+
+@torch.compiler.assume_constant_result  # PyTorch compiles anew when users change it
+def _users_allow_tf32() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 @triton.jit
