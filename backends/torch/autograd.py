@@ -25,9 +25,6 @@ def _kernels() -> TorchKernels:
     return FusedKernels(xp)
 
 
-KERNELS = _kernels()
-
-
 class _Whiten(torch.autograd.Function):
     """The core's forward and backward.
 
@@ -41,7 +38,7 @@ class _Whiten(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, stats = KERNELS.whiten(plan, x, weight, bias)
+        y, stats = BACKEND.kernels.whiten(plan, x, weight, bias)
         # as a tensor of its own: a view that a function returns beside others can't be changed in place, by ReLU say
         return torch.ops.aten._unsafe_view(y, y.shape), *stats
 
@@ -57,7 +54,9 @@ class _Whiten(torch.autograd.Function):
         x, weight, bias, *stats = ctx.saved_tensors
         if dy is None:  # the loss depends on the statistics alone
             dy = x.new_zeros(()).expand_as(x)
-        gradients = KERNELS.whiten_adjoint(ctx.plan, x, weight, bias, Statistics(*stats), dy, Statistics(*dstats))
+        gradients = BACKEND.kernels.whiten_adjoint(
+            ctx.plan, x, weight, bias, Statistics(*stats), dy, Statistics(*dstats)
+        )
         return *gradients, None
 
 
@@ -76,7 +75,7 @@ class TorchBackend(Backend):
         return x, axis, lambda y: y
 
 
-BACKEND = TorchBackend(KERNELS)
+BACKEND = TorchBackend(_kernels())
 
 # torch.compile need trace neither how a backend is found nor how coefficients are computed: its constants
 for _constant in (framework_module, minimax_steps):

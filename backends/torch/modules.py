@@ -11,7 +11,7 @@ from polywhiten import checks
 from polywhiten.functional import apply_frozen, whiten_channels, whiten_samples
 from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
 from polywhiten.solvers import solver_for
-from polywhiten.torch.autograd import BACKEND, KERNELS
+from polywhiten.torch.autograd import BACKEND
 
 ON_NONFINITE = ("skip", "raise")
 
@@ -167,8 +167,8 @@ class IterNorm(nn.Module):
     def _frozen(self, x: Tensor) -> Tensor:
         whitener = self.get_buffer(self._matrices)
         if self.track == "covariance":
-            full = KERNELS.for_statistics(whitener)
-            whitener = whitener_of(KERNELS, full, self.num_features, self._solver, self.eps)
+            full = BACKEND.kernels.for_statistics(whitener)
+            whitener = whitener_of(BACKEND.kernels, full, self.num_features, self._solver, self.eps)
         y: Tensor = apply_frozen(BACKEND, x, self.get_buffer("running_mean"), whitener, self.weight, self.bias, 1)
         return y
 
@@ -302,7 +302,7 @@ def _check_input(x: Tensor, channels: int, name: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x is a {type(x).__module__}.{type(x).__qualname__}: pass a tensor, as torch.as_tensor(x)")
     checks.check_channels(x, channels, name)
-    checks.check_array(KERNELS.xp, x)
+    checks.check_array(BACKEND.kernels.xp, x)
 
 
 def _register_affine(layer: IterNorm | GroupWhitening, channels: int, factory: dict[str, Any]) -> None:

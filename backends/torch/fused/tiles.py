@@ -55,8 +55,9 @@ def tile_height(d: int) -> int:
 
 
 def is_addressable(x: Tensor) -> bool:
-    """Whether 32-bit offsets reach every element."""
-    return sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) < _LARGEST_SPAN
+    """Whether 32 bits count its elements and reach every one."""
+    span = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return max(span, x.numel()) < _LARGEST_SPAN
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -1,0 +1,356 @@
+"""PyTorch's kernels in Triton: compiled without a device; with TRITON_INTERPRET=1, run on the CPU."""
+
+import os
+import re
+import subprocess
+import tempfile
+from itertools import product
+from pathlib import Path
+
+import array_api_compat.torch as xp
+import pytest
+
+torch = pytest.importorskip("torch")
+triton = pytest.importorskip("triton")
+
+import polywhiten as pw  # noqa: E402
+from polywhiten.blocks import ChannelGroups, SampleGroups  # noqa: E402
+from polywhiten.kernels import Kernels, Term  # noqa: E402
+from polywhiten.solvers import solver_for  # noqa: E402
+from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
+from polywhiten.torch.fused import group_whitening, tiles  # noqa: E402
+from polywhiten.torch.fused.kernels import FusedKernels  # noqa: E402
+from polywhiten.whitening import NO_STATISTICS, Plan, backward, forward  # noqa: E402
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="TRITON_INTERPRET isn't 1")
+compiled = pytest.mark.skipif(IS_INTERPRETED, reason="TRITON_INTERPRET is 1: nothing is compiled")
+
+
+class AnywhereKernels(FusedKernels):
+    """For tensors on the CPU too."""
+
+    def _is_on_device(self, x):
+        return True
+
+
+class OnlyFusedKernels(AnywhereKernels):
+    """That never hand over to the default ones."""
+
+    def _serves(self, *tensors):
+        assert super()._serves(*tensors), "the fused kernels serve all of these tests"
+        return True
+
+
+FUSED, EXACT = OnlyFusedKernels(xp), Kernels(xp)
+HALF = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def fused_backend(monkeypatch):
+    """The public functions and layers with fused kernels on the CPU."""
+    monkeypatch.setitem(vars(pw.torch.BACKEND), "kernels", AnywhereKernels(xp))
+
+
+def error(actual, exact):
+    """Largest difference relative to the largest value."""
+    return ((actual.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item()
+
+
+def in_float64(*tensors):
+    return [None if tensor is None else tensor.double() for tensor in tensors]
+
+
+def normal(*shape, dtype=torch.float32, seed=0, mean=3.0):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + mean).to(dtype)
+
+
+# (p, q, d, l) and the block axis: d in each class of sizes; samples that fill no tile, or several; each layout
+SHAPES = [
+    pytest.param((3, 2, 5, 49), 1, id="d=5 channels first"),
+    pytest.param((150, 2, 16, 1), 1, id="d=16 channels last"),
+    pytest.param((2, 1, 20, 300), 0, id="d=20 samples, channels first"),
+    pytest.param((2, 30, 32, 6), 0, id="d=32 samples, channels last"),
+    pytest.param((140, 1, 50, 1), 1, id="d=50 channels last"),
+    pytest.param((2, 1, 64, 70), 1, id="d=64 channels first"),
+    pytest.param((2, 1, 70, 40), 1, id="d=70 channels first"),
+    pytest.param((5, 1, 1, 7), 1, id="d=1"),
+]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(("shape", "block_axis"), SHAPES)
+def test_moments_and_maps_are_those_of_float64(shape, block_axis, dtype):
+    x, dy = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1, mean=0)
+    mean, cov = FUSED.moments(x, block_axis)
+    exact_mean, exact_cov = EXACT.moments(x.double(), block_axis)
+    assert error(mean, exact_mean) < 1e-6
+    assert error(cov, exact_cov) < 1e-5
+    for actual, exact in zip(
+        FUSED.cross_moments(dy, x, mean, block_axis),
+        EXACT.cross_moments(*in_float64(dy, x, mean), block_axis),
+        strict=True,
+    ):
+        assert error(actual, exact) < 1e-5
+    blocks, d = mean.shape
+    a, b, bias = normal(blocks, d, d, seed=2), normal(blocks, d, d, seed=3).mT, normal(blocks, d, seed=4)
+    one, two = [Term(a, x, mean)], [Term(b, dy, bias), Term(a, x, mean)]
+    for terms, shift in ((one, bias), (two, None)):
+        exact = EXACT.affine_map(
+            [Term(*in_float64(*term)) for term in terms], *in_float64(shift), block_axis, xp.float64
+        )
+        for result in (torch.float32, dtype):
+            actual = FUSED.affine_map(terms, shift, block_axis, result)
+            assert actual.dtype == result
+            assert error(actual, exact) < (1e-5 if result == torch.float32 else torch.finfo(result).eps)
+
+
+@interpreted
+@pytest.mark.parametrize(("d", "iterations"), [*product((1, 9, 32), (1, 2, 5)), (60, 3), (80, 2)])
+def test_newton_and_its_gradient_are_those_of_float64(d, iterations):
+    factor, grad = normal(2, d, 2 * d, mean=0), normal(2, d, d, seed=1, mean=0)
+    cov, solver = factor @ factor.mT / d, solver_for("newton", iterations)
+    for kernel, given in (("inverse_sqrt", (cov,)), ("inverse_sqrt_adjoint", (cov, grad))):
+        exact = getattr(EXACT, kernel)(solver, *in_float64(*given), 1e-2)
+        assert error(getattr(FUSED, kernel)(solver, *given, 1e-2), exact) < 1e-5
+
+
+@interpreted
+@pytest.mark.parametrize("limit", [2**16, 1], ids=["in one launch", "in several"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("parameters", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(
+    ("shape", "blocks"),
+    [
+        ((2, 12, 5, 7), SampleGroups(1, 4)),
+        ((2, 5, 7, 60), SampleGroups(3, 20)),
+        ((3, 24), SampleGroups(1, 4)),
+        ((2, 3, 12, 5), SampleGroups(2, 4)),
+    ],
+)
+def test_group_whitening_is_that_of_float64(monkeypatch, shape, blocks, parameters, dtype, limit):
+    monkeypatch.setattr(group_whitening, "_LARGEST_SAMPLE", limit)
+    channels = shape[blocks.axis]
+    x, dy = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1)
+    weight, bias = (
+        normal(channels, seed=seed) if there else None for there, seed in zip(parameters, (2, 3), strict=True)
+    )
+    plan = Plan(blocks, solver_for("newton", 3), 1e-3)
+    kernels = AnywhereKernels(xp) if shape == (2, 3, 12, 5) else FUSED  # positions before and after the channels
+    y, stats = kernels.whiten(plan, x, weight, bias)
+    gradients = kernels.whiten_adjoint(plan, x, weight, bias, stats, dy, NO_STATISTICS)
+    given = in_float64(x, weight, bias)
+    exact, exact_stats = forward(EXACT, plan, *given)
+    exact_gradients = backward(EXACT, plan, *given, exact_stats, dy.double())
+    for actual, wanted in zip((y, *stats, *gradients), (exact, *exact_stats, *exact_gradients), strict=True):
+        assert (actual is None) == (wanted is None)
+        if actual is not None:
+            assert error(actual, wanted) < (2e-5 if actual.dtype == torch.float32 else 2e-2)
+
+
+@interpreted
+def test_gradients_of_the_statistics_reach_the_input_of_group_whitening():
+    x = normal(2, 12, 5, 7)
+    plan = Plan(SampleGroups(1, 4), solver_for("newton", 3), 1e-3)
+    y, stats = FUSED.whiten(plan, x, None, None)
+    dstats = type(stats)(*(normal(*each.shape, seed=4) for each in stats))
+    dx, *_ = FUSED.whiten_adjoint(plan, x, None, None, stats, y, dstats)
+    exact_dstats = type(stats)(*in_float64(*dstats))
+    exact, *_ = backward(
+        EXACT, plan, x.double(), None, None, type(stats)(*in_float64(*stats)), y.double(), exact_dstats
+    )
+    assert error(dx, exact) < 1e-5
+
+
+@interpreted
+def test_a_mean_far_above_the_spread_costs_no_digits():
+    x = normal(40, 1, 16, 9, mean=1e3)
+    mean, cov = FUSED.moments(x, 1)
+    y = FUSED.affine_map([Term(torch.eye(16)[None], x, mean)], None, 1, torch.float32)
+    assert error(cov, EXACT.moments(x.double(), 1)[1]) < 1e-5
+    assert error(y, x.double() - x.double().mean((0, 3), keepdim=True)) < 1e-4
+
+
+@interpreted
+@pytest.mark.usefixtures("fused_backend")
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_layers_train_as_with_the_default_kernels(memory, monkeypatch):
+    """With a smaller last group, running averages, and a gradient that is expanded."""
+    x = normal(4, 10, 5, 5).to(memory_format=memory)
+    for layer in (IterNorm(10, group_size=4), GroupWhitening(5, 10)):
+        exact = type(layer)(*((10,) if isinstance(layer, IterNorm) else (5, 10)), dtype=torch.float64)
+        if isinstance(layer, IterNorm):
+            exact = IterNorm(10, group_size=4, dtype=torch.float64)
+        results = []
+        for each, given in ((layer, x.clone().requires_grad_()), (exact, x.double().requires_grad_())):
+            y = each(given)
+            assert y.is_contiguous(memory_format=memory)
+            (y * given).sum().backward()
+            results.append([y, given.grad, each.weight.grad, each.bias.grad, *each.buffers()])
+        for actual, wanted in zip(*results, strict=True):
+            assert error(actual, wanted.double()) < 1e-5
+
+
+@interpreted
+@pytest.mark.usefixtures("fused_backend")
+def test_nan_stays_in_its_group_and_constant_channels_are_finite():
+    x = normal(6, 8, 3, 3)
+    x[:, 5] = 2.0
+    x[0, 1, 2, 2] = float("nan")
+    y = pw.iter_norm(x, group_size=4)
+    assert y[:, :4].isnan().all()
+    assert y[:, 4:].isfinite().all()
+
+
+@interpreted
+@pytest.mark.usefixtures("fused_backend")
+@pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
+def test_second_derivatives_and_transforms_are_those_of_the_default_kernels(name):
+    x = normal(5, 4, 3)
+    function = getattr(pw, name)
+    options = {"group_size": 2} if name == "iter_norm" else {"num_groups": 2}
+
+    def penalty(x):
+        (slope,) = torch.autograd.grad((function(x, **options) ** 3).sum(), x, create_graph=True)
+        return torch.autograd.grad((slope**2).sum(), x)[0]
+
+    assert error(penalty(x.clone().requires_grad_()), penalty(x.double().requires_grad_())) < 1e-4
+    cubed = lambda x: (function(x, **options) ** 3).sum()
+    transformed = torch.func.vmap(torch.func.grad(cubed))(torch.stack([x, 2 * x]))
+    assert error(transformed[0], torch.func.grad(cubed)(x.double())) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        normal(4, 2, 8, 3, dtype=torch.float64),
+        normal(0, 2, 8, 3),
+        normal(2, 1, 129, 1),
+        torch.empty(1).expand(2**16, 1, 8, 2**16),
+        normal(4, 2, 8, 3).requires_grad_(),
+    ],
+    ids=["float64", "empty", "more variables than a tile has", "more elements than 32 bits count", "recorded"],
+)
+def test_the_default_kernels_serve_what_the_fused_ones_cannot(x):
+    assert not AnywhereKernels(xp)._serves(x)
+
+
+def test_the_default_kernels_serve_the_cpu():
+    assert not FusedKernels(xp)._serves(normal(4, 2, 8, 3))
+
+
+def test_tf32_is_used_for_float32_only_where_users_allow_it():
+    assert tiles.precision(torch.float32) == "tf32x3"
+    assert {tiles.precision(dtype) for dtype in HALF} == {"tf32"}
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert tiles.precision(torch.float32) == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+# ---------------------------------------------------------------- compiled, without a device
+
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}  # what a program may have: on every device from 8.0 to 8.9, and on 9.0
+LARGEST_SPILL = 512  # bytes a thread
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+
+def compile_offline(kernel, arguments, constants, capability):
+    """A launch's kernel, compiled as Triton would for such arguments; registers, spilled bytes and shared memory."""
+    from triton.backends import nvidia
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    given = dict(zip(kernel.arg_names, arguments, strict=False))
+    options = {name: value for name, value in constants.items() if name not in kernel.arg_names}
+    given |= {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature, fixed, multiples_of_16 = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], fixed[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+        else:
+            signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            multiples_of_16[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, fixed, multiples_of_16)
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(result.asm["cubin"])
+        cubin.flush()
+        tool = Path(nvidia.__file__).with_name("bin") / "cuobjdump"
+        usage = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True)
+    numbers = dict(re.findall(r"(REG|STACK):(\d+)", usage.stdout.rpartition("Function")[2]))
+    return int(numbers["REG"]), int(numbers["STACK"]), result.metadata.shared
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Kernels are not launched but noted, with their arguments."""
+    noted = []
+
+    def note(self, *arguments, grid, warmup, **constants):
+        assert all(0 < size < 2**16 for size in grid[1:])
+        noted.append((self, arguments, constants))
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", note)
+    return noted
+
+
+CASES = {
+    "IterNorm, 64 channels first, float32": ((16, 128, 28, 28), ChannelGroups(1, 64), torch.float32),
+    "IterNorm, 64 channels last, bfloat16": ((16, 28, 28, 128), ChannelGroups(3, 64), torch.bfloat16),
+    "IterNorm, 128 channels last, float32": ((16, 28, 28, 128), ChannelGroups(3, 128), torch.float32),
+    "group whitening, 32 channels first, float32": ((4, 256, 28, 28), SampleGroups(1, 32), torch.float32),
+    "group whitening, 32 channels last, small, float32": ((4, 7, 7, 64), SampleGroups(3, 32), torch.float32),
+    "group whitening, 64 channels first, small, bfloat16": ((4, 128, 7, 7), SampleGroups(1, 64), torch.bfloat16),
+}
+
+
+@compiled
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_compile_within_the_resources_of_devices(case, capability, launches, record_property):
+    shape, blocks, dtype = CASES[case]
+    x, plan = torch.empty(shape, dtype=dtype), Plan(blocks, solver_for("newton", 5), 1e-5)
+    weight = torch.empty(shape[blocks.axis])
+    y, stats = FUSED.whiten(plan, x, weight, weight)
+    FUSED.whiten_adjoint(plan, x, weight, weight, stats, y, NO_STATISTICS)
+    assert len(launches) >= 5
+    for kernel, arguments, constants in launches:
+        registers, spilled, shared = compile_offline(kernel, arguments, constants, capability)
+        record_property(
+            "resources",
+            f"{case}: {kernel.__name__.lstrip('_')}, sm_{capability}: {registers} registers, "
+            f"{spilled} bytes of stack, {shared} of shared memory",
+        )
+        assert shared <= SHARED_MEMORY[capability], kernel.__name__
+        assert spilled <= LARGEST_SPILL, kernel.__name__
+
+
+@compiled
+@pytest.mark.usefixtures("fused_backend")
+@pytest.mark.parametrize("layer", [IterNorm(8, group_size=4), GroupWhitening(4, 8)], ids=["IterNorm", "GroupWhitening"])
+def test_torch_compile_puts_the_fused_kernels_in_one_graph(layer, monkeypatch):
+    """Traced alone, as without a device nothing can run."""
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    called = []
+
+    class TracedError(Exception):
+        pass
+
+    def backend(module, inputs):
+        graphs = [part.graph for part in module.modules() if hasattr(part, "graph")]
+        called.extend(str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function")
+        raise TracedError
+
+    step = torch.compile(layer, fullgraph=True, backend=backend)
+    with pytest.raises(Exception, match="TracedError"):
+        step(normal(4, 8, 3, 3).requires_grad_())
+    assert sum("triton_kernel" in name for name in called) >= 5
+    assert not any("matmul" in name or "bmm" in name for name in called)
