@@ -275,7 +275,7 @@ def compile_offline(kernel, arguments, constants, capability):
             signature[parameter.name] = POINTERS[value.dtype]
         else:
             signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if signature[parameter.name] in POINTERS.values() or (signature[parameter.name] == "i32" and value % 16 == 0):
             multiples_of_16[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, fixed, multiples_of_16)
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -29,7 +29,7 @@ def inverse_sqrt(cov: Tensor, eps: float, iterations: int) -> Tensor:
 
 def inverse_sqrt_adjoint(cov: Tensor, grad: Tensor, eps: float, iterations: int) -> Tensor:
     """As `polywhiten.kernels.Kernels.inverse_sqrt_adjoint` with the solver `Newton(iterations)`."""
-    return _solve(_inverse_sqrt_adjoint, 11, cov, (grad.contiguous(),), eps, iterations)
+    return _solve(_inverse_sqrt_adjoint, 12, cov, (grad.contiguous(),), eps, iterations)
 
 
 def _solve(
@@ -54,12 +54,6 @@ def constants(height: int) -> dict[str, Any]:
         "PRECISION": _PRECISION,
         "num_warps": 4 if height < _LARGEST_TILE else 8,
     }
-
-
-@triton.jit
-def _square(HEIGHT: tl.constexpr):
-    rows = tl.arange(0, HEIGHT)
-    return rows[:, None] * HEIGHT + rows[None, :]
 
 
 @triton.jit
@@ -96,15 +90,19 @@ def _multiply(
 
 
 @triton.jit
-def _scaled(cov, d, eps, SMALLEST: tl.constexpr, HEIGHT: tl.constexpr):
-    # S / t, t, and Z after a step; what lies outside of the matrix is 0 in all of them
-    rows = tl.arange(0, HEIGHT)
-    inside = (rows < d)[:, None] & (rows < d)[None, :]
-    eye = tl.where((rows[:, None] == rows[None, :]) & inside, 1.0, 0.0)
-    t = tl.sum(tl.load(cov + rows * (d + 1), mask=rows < d, other=0.0), axis=0) + d * eps
+def _start(cov, start, z, d, eps, SMALLEST: tl.constexpr, HEIGHT: tl.constexpr, TILE: tl.constexpr):
+    # S / t and what a step makes of the identity, Z; returns t. What lies outside of the matrix is 0 in all of them.
+    columns = tl.arange(0, HEIGHT)
+    t = tl.sum(tl.load(cov + columns * (d + 1), mask=columns < d, other=0.0), axis=0) + d * eps
     t = tl.where(t < SMALLEST, SMALLEST, t)  # NaN stays NaN
-    s = (load_matrix(cov, rows, rows, d) + eps * eye) / t
-    return s, t, 1.5 * eye - 0.5 * s
+    for row in range(0, HEIGHT, TILE):
+        rows = row + tl.arange(0, TILE)
+        eye = tl.where((rows[:, None] == columns[None, :]) & (rows < d)[:, None], 1.0, 0.0)
+        s = (load_matrix(cov, rows, columns, d) + eps * eye) / t
+        place = rows[:, None] * HEIGHT + columns[None, :]
+        tl.store(start + place, s)
+        tl.store(z + place, 1.5 * eye - 0.5 * s)
+    return t
 
 
 @triton.jit
@@ -122,12 +120,9 @@ def newton(
 ):
     # W of the matrix at cov, with 5 matrices of scratch
     SIZE: tl.constexpr = HEIGHT * HEIGHT
-    square = _square(HEIGHT)
     y, z, e, y_next, z_next = scratch, scratch + SIZE, scratch + 2 * SIZE, scratch + 3 * SIZE, scratch + 4 * SIZE
-    s, t, first = _scaled(cov, d, eps, SMALLEST, HEIGHT)
     # the first Z Y is Y, and the first E Z is E; the last Y E isn't needed
-    tl.store(y + square, s)
-    tl.store(z + square, first)
+    t = _start(cov, y, z, d, eps, SMALLEST, HEIGHT, TILE)
     tl.debug_barrier()
     if iterations > 1:
         _multiply(y_next, y, z, y, z, d, 0.0, 1.0, False, HEIGHT, TILE, STEP, PRECISION)
@@ -139,7 +134,8 @@ def newton(
             _multiply(y_next, y, e, y, e, d, 0.0, 1.0, False, HEIGHT, TILE, STEP, PRECISION)
         y, y_next = y_next, y
         z, z_next = z_next, z
-    return tl.load(z + square) / tl.sqrt_rn(t)
+    rows = tl.arange(0, HEIGHT)
+    return tl.load(z + rows[:, None] * HEIGHT + rows[None, :]) / tl.sqrt_rn(t)
 
 
 @triton.jit
@@ -177,29 +173,23 @@ def _inverse_sqrt_adjoint(
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    program = tl.program_id(0)
     SIZE: tl.constexpr = HEIGHT * HEIGHT
-    square = _square(HEIGHT)
-    y = scratch + program * 11 * SIZE
-    z, e, y_next, z_next = y + SIZE, y + 2 * SIZE, y + 3 * SIZE, y + 4 * SIZE
-    dy, dz, de, dy_next, dz_next = y + 5 * SIZE, y + 6 * SIZE, y + 7 * SIZE, y + 8 * SIZE, y + 9 * SIZE
-    direction = y + 10 * SIZE
-    rows = tl.arange(0, HEIGHT)
-    place = program * d * d
-    s, t, first = _scaled(cov + place, d, eps, SMALLEST, HEIGHT)
-    g = load_matrix(grad + place, rows, rows, d)
-    g = 0.5 * (g + tl.trans(g))
-    tl.store(y + square, s)
-    tl.store(z + square, first)
-    tl.store(dy + square, g)
-    tl.store(direction + square, g)
-    tl.store(dz + square, -0.5 * g)
+    start = scratch + tl.program_id(0) * 12 * SIZE
+    direction, e, de = start + SIZE, start + 2 * SIZE, start + 3 * SIZE
+    z, z_next, dz, dz_next = start + 4 * SIZE, start + 5 * SIZE, start + 6 * SIZE, start + 7 * SIZE
+    y, y_next, dy, dy_next = start + 8 * SIZE, start + 9 * SIZE, start + 10 * SIZE, start + 11 * SIZE
+    place = tl.program_id(0) * d * d
+    columns = tl.arange(0, HEIGHT)
+    t = _start(cov + place, start, z, d, eps, SMALLEST, HEIGHT, TILE)
+    for row in range(0, HEIGHT, TILE):
+        rows = row + tl.arange(0, TILE)
+        g = load_matrix(grad + place, rows, columns, d) + tl.trans(load_matrix(grad + place, columns, rows, d))
+        tl.store(direction + rows[:, None] * HEIGHT + columns[None, :], 0.5 * g)
+        tl.store(dz + rows[:, None] * HEIGHT + columns[None, :], -0.25 * g)
     tl.debug_barrier()
     if iterations > 1:
-        _multiply(dy_next, dy, z, y, dz, d, 0.0, 1.0, True, HEIGHT, TILE, STEP, PRECISION)
-        _multiply(y_next, y, z, y, z, d, 0.0, 1.0, False, HEIGHT, TILE, STEP, PRECISION)
-        y, y_next = y_next, y
-        dy, dy_next = dy_next, dy
+        _multiply(dy, direction, z, start, dz, d, 0.0, 1.0, True, HEIGHT, TILE, STEP, PRECISION)
+        _multiply(y, start, z, start, z, d, 0.0, 1.0, False, HEIGHT, TILE, STEP, PRECISION)
     for k in range(1, iterations):
         _multiply(e, z, y, z, y, d, 1.5, -0.5, False, HEIGHT, TILE, STEP, PRECISION)
         _multiply(de, dz, y, z, dy, d, 0.0, -0.5, True, HEIGHT, TILE, STEP, PRECISION)
@@ -212,10 +202,16 @@ def _inverse_sqrt_adjoint(
         z, z_next = z_next, z
         dy, dy_next = dy_next, dy
         dz, dz_next = dz_next, dz
-    along = tl.load(dz + square)
-    s, t, first = _scaled(cov + place, d, eps, SMALLEST, HEIGHT)
-    along_scale = tl.sum(tl.sum(along * s, axis=1), axis=0)
-    along_scale += 0.5 * tl.sum(tl.sum(tl.load(direction + square) * tl.load(z + square), axis=1), axis=0)
-    eye = tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
-    result = (along - along_scale * eye) / t / tl.sqrt_rn(t)
-    store_matrix(ds + place, result, rows, d)
+    along_scale = 0.0
+    for row in range(0, HEIGHT, TILE):
+        offsets = (row + tl.arange(0, TILE))[:, None] * HEIGHT + columns[None, :]
+        terms = tl.load(dz + offsets) * tl.load(start + offsets) + 0.5 * tl.load(direction + offsets) * tl.load(
+            z + offsets
+        )
+        along_scale += tl.sum(tl.sum(terms, axis=1), axis=0)
+    for row in range(0, HEIGHT, TILE):
+        rows = row + tl.arange(0, TILE)
+        eye = tl.where(rows[:, None] == columns[None, :], 1.0, 0.0)
+        result = (tl.load(dz + rows[:, None] * HEIGHT + columns[None, :]) - along_scale * eye) / t / tl.sqrt_rn(t)
+        inside = (rows < d)[:, None] & (columns < d)[None, :]
+        tl.store(ds + place + rows[:, None] * d + columns[None, :], result, mask=inside)
