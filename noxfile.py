@@ -52,6 +52,8 @@ def tests(session: nox.Session, library: str) -> None:
     install(session, f".{extras}", "pytest", "pytest-xdist", "hypothesis", "array-api-strict")
     workers = ["--numprocesses=auto"] if library in ON_ONE_CORE else []
     session.run("pytest", *workers, *(f"--library={row}" for row in rows), *session.posargs)
+    if library == "torch":  # the Triton kernels on the CPU; those runs above compiled them
+        session.run("pytest", "--numprocesses=auto", "tests/test_fused.py", env={"TRITON_INTERPRET": "1"})
     environment = {"KERAS_BACKEND": library.removeprefix("keras-")} if library.startswith("keras-") else {}
     doctests = "--doctest-modules", "--doctest-ignore-import-errors", "--pyargs", "polywhiten"
     session.run("pytest", *doctests, env=environment)

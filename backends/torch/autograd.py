@@ -63,6 +63,8 @@ class _Whiten(torch.autograd.Function):
 class TorchBackend(Backend):
     """PyTorch's kernels, with whitening as an operation of its own."""
 
+    kernels: TorchKernels
+
     def whiten(self, plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
         """Y and the statistics, all differentiable."""
         y, *stats = _Whiten.apply(x, weight, bias, plan)

@@ -186,7 +186,8 @@ def _cross_moments(
 
 def _chunk(size: int, tile: int, parts: int) -> int:
     """Of about equal parts of an axis, each a number of tiles."""
-    return triton.cdiv(triton.cdiv(size, tile), parts) * tile
+    tiles: int = triton.cdiv(triton.cdiv(size, tile), parts)
+    return tiles * tile
 
 
 def _summed(parts: Tensor | None, parameter: Tensor | None) -> Tensor | None:

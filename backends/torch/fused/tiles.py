@@ -51,7 +51,8 @@ class Tiles(NamedTuple):
 
 def tile_height(d: int) -> int:
     """The power of 2 that holds d variables; products of tiles need 16."""
-    return max(16, triton.next_power_of_2(d))
+    power: int = triton.next_power_of_2(d)
+    return max(16, power)
 
 
 def is_addressable(x: Tensor) -> bool:
