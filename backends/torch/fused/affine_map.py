@@ -40,10 +40,12 @@ def affine_map(
     *,
     before: Channels = NO_CHANNELS,
     after: Channels = NO_CHANNELS,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """As `polywhiten.kernels.Kernels.affine_map`, of one or two terms.
 
-    The weight of the channels `before` multiplies the first array; weight and bias of those `after`, the result.
+    The weight of the channels `before` multiplies the first array; weight and bias of those `after`, the result; and
+    `scale` (blocks, d) the terms' sum before the bias.
     """
     x = terms[0].array
     inner = x.shape[3]
@@ -54,13 +56,13 @@ def affine_map(
     arguments = (
         argument
         for matrix, array, centre in (terms[0], terms[-1])
-        for argument in (matrix.contiguous(), array, centre.contiguous(), *Strides.of(array, block_axis))
+        for argument in (matrix, *matrix.stride(), array, centre.contiguous(), *Strides.of(array, block_axis))
     )
     _affine_map[(tiles.blocks, tiles.parts, tiles.height // rows)](
         y,
         *Strides.of(y, block_axis),
         *arguments,
-        None if bias is None else bias.contiguous(),
+        *(None if values is None else values.contiguous() for values in (scale, bias)),
         before.arguments(inner)[0],
         *after.arguments(inner)[:2],
         *(after if before.weight is None else before).arguments(inner)[2:],
@@ -103,6 +105,9 @@ def _affine_map(
     y_stride_row,
     y_stride_inner,
     matrix,
+    matrix_stride_block,
+    matrix_stride_row,
+    matrix_stride_column,
     x,
     centre,
     stride_block,
@@ -110,12 +115,16 @@ def _affine_map(
     stride_row,
     stride_inner,
     matrix2,
+    matrix2_stride_block,
+    matrix2_stride_row,
+    matrix2_stride_column,
     x2,
     centre2,
     stride_block2,
     stride_outer2,
     stride_row2,
     stride_inner2,
+    scale,
     bias,
     before,
     weight,
@@ -137,44 +146,48 @@ def _affine_map(
     y += block * y_stride_block
     x += block * stride_block
     x2 += block * stride_block2
-    matrix += block * d * d
-    matrix2 += block * d * d
+    matrix += block * matrix_stride_block
+    matrix2 += block * matrix2_stride_block
     centre += block * d
     centre2 += block * d
     if HEIGHT == ROWS:  # the whole matrices stay
-        a = load_matrix(matrix, rows, rows, d)
+        a = load_matrix(matrix, rows, rows, d, matrix_stride_row, matrix_stride_column)
         c = tl.load(centre + rows, mask=rows < d, other=0.0)
         if TWO:
-            a2 = load_matrix(matrix2, rows, rows, d)
+            a2 = load_matrix(matrix2, rows, rows, d, matrix2_stride_row, matrix2_stride_column)
             c2 = tl.load(centre2 + rows, mask=rows < d, other=0.0)
+    if scale is not None:
+        factor = tl.load(scale + block * d + rows, mask=rows < d, other=0.0).to(tl.float32)
     if bias is not None:
-        shift = tl.load(bias + block * d + rows, mask=rows < d, other=0.0)
+        shift = tl.load(bias + block * d + rows, mask=rows < d, other=0.0).to(tl.float32)
     end = tl.minimum(samples, (part + 1) * chunk)
     for start in range(part * chunk, end, WIDTH):
         m = start + tl.arange(0, WIDTH)
         its_channel = (m % inner) // positions
         result = tl.zeros((ROWS, WIDTH), tl.float32)
-        if bias is not None:
-            result += shift[:, None]
         for step in tl.static_range(0, HEIGHT, ROWS):
             variables = step + tl.arange(0, ROWS)
             valid = (variables < d)[:, None] & (m < end)[None, :]
             if HEIGHT != ROWS:
-                a = load_matrix(matrix, rows, variables, d)
+                a = load_matrix(matrix, rows, variables, d, matrix_stride_row, matrix_stride_column)
                 c = tl.load(centre + variables, mask=variables < d, other=0.0)
             offsets = variables[:, None] * stride_row + columns(m, inner, stride_outer, stride_inner)[None, :]
-            scale = None
+            its_weight = None
             if before is not None:
-                scale = load_channels(before, variables[:, None] * channels + its_channel[None, :], valid)
-            result = mapped(a, x, c, scale, offsets, valid, result, PRECISION)
+                its_weight = load_channels(before, variables[:, None] * channels + its_channel[None, :], valid)
+            result = mapped(a, x, c, its_weight, offsets, valid, result, PRECISION)
             if TWO:
                 if HEIGHT != ROWS:
-                    a2 = load_matrix(matrix2, rows, variables, d)
+                    a2 = load_matrix(matrix2, rows, variables, d, matrix2_stride_row, matrix2_stride_column)
                     c2 = tl.load(centre2 + variables, mask=variables < d, other=0.0)
                 offsets = variables[:, None] * stride_row2 + columns(m, inner, stride_outer2, stride_inner2)[None, :]
                 result = mapped(a2, x2, c2, None, offsets, valid, result, PRECISION)
         offsets = rows[:, None] * y_stride_row + columns(m, inner, y_stride_outer, y_stride_inner)[None, :]
         valid = (rows < d)[:, None] & (m < end)[None, :]
+        if scale is not None:
+            result *= factor[:, None]
+        if bias is not None:
+            result += shift[:, None]
         if weight is not None:
             result *= load_channels(weight, rows[:, None] * channels + its_channel[None, :], valid)
         if channel_bias is not None:

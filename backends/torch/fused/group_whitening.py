@@ -9,12 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from polywhiten.blocks import SampleGroups
-from polywhiten.kernels import Kernels, Term
-from polywhiten.solvers.newton import Newton
+from polywhiten.kernels import Term
 from polywhiten.torch.fused.affine_map import Channels, affine_map, load_channels, mapped
-from polywhiten.torch.fused.moments import SPREAD, shifted_sums, total
-from polywhiten.torch.fused.newton import SCRATCH, constants, newton
+from polywhiten.torch.fused.moments import SPREAD, Crossed, moments, shifted_sums, total_crossed
+from polywhiten.torch.fused.newton import SCRATCH, constants, inverse_sqrt, inverse_sqrt_adjoint, newton
 from polywhiten.torch.fused.tiles import (
     PROGRAMS,
     Strides,
@@ -25,163 +23,143 @@ from polywhiten.torch.fused.tiles import (
     product,
     store_matrix,
 )
-from polywhiten.whitening import Plan, Statistics
+from polywhiten.whitening import Statistics
 
 _LARGEST_SAMPLE = 2**16  # elements that a program reads twice: those of all programs at work stay in the device's cache
 _LARGEST_MATRIX = 64  # that leaves registers for weight and bias
 
 
-class Samples(NamedTuple):
-    """An array as blocks (N, q, g, l), and as samples (N, g, channels of a group, positions) by its strides."""
+class WholeGroupWhitening(NamedTuple):
+    """Forward and backward of (N, q, g, l), each sample a block.
+
+    Its `strides` are those of x as (N, g, channels of a group, positions of the picture).
+    """
 
     x: Tensor
-    shape: torch.Size
+    eps: float
+    iterations: int
     channels: int
     positions: int
     strides: tuple[int, int, int, int]
 
     @classmethod
-    def of(cls, kernels: Kernels, plan: Plan, x: Tensor) -> Samples | None:
-        """None where the samples can't be read so."""
-        if not isinstance(plan.blocks, SampleGroups) or plan.all_reduce is not None:
+    def of(cls, x: Tensor, eps: float, iterations: int, channels: int) -> WholeGroupWhitening | None:
+        """None where x has positions before and after the channels, or too many groups."""
+        _, lead, groups, inner = x.shape
+        channels //= groups
+        strides = _strides(x, channels)
+        if strides is None or groups > _LARGEST_MATRIX:
             return None
-        x4 = kernels.split(plan.blocks, x)
-        _, lead, groups, inner = x4.shape
-        if groups > _LARGEST_MATRIX:
-            return None
-        channels = x.shape[plan.blocks.axis] // groups
-        block, outer, row, step = x4.stride()
-        if lead == 1:
-            return cls(x4, x.shape, channels, inner // channels, (block, row, inner // channels * step, step))
-        if channels == inner:
-            return cls(x4, x.shape, channels, lead, (block, row, step, outer))
-        return None
+        return cls(x, eps, iterations, channels, lead * inner // channels, strides)
 
-    @property
-    def positions_inside(self) -> int:
-        """Of a channel, side by side on the last axis of x."""
-        return self.x.shape[3] // self.channels
+    def forward(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
+        """As `polywhiten.whitening.forward`."""
+        x = self.x
+        channels = Channels(weight, bias, x.shape[3] // self.channels)
+        if x[0].numel() <= _LARGEST_SAMPLE:
+            return self._forward_in_one(channels)
+        mean, cov = moments(x, 0)
+        stats = Statistics(mean, cov, inverse_sqrt(cov, self.eps, self.iterations))
+        return affine_map([Term(stats.whitener, x, mean)], None, 0, x.dtype, after=channels), stats
+
+    def backward(
+        self, weight: Tensor | None, bias: Tensor | None, stats: Statistics, dy: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As `polywhiten.whitening.backward`, of dy in the shape of x."""
+        x = self.x
+        crossed, dweight, dbias = self._cross_moments(weight, bias, stats, dy)
+        factor = 2 / (x.shape[1] * x.shape[3])  # dS + dS', per value
+        b = inverse_sqrt_adjoint(stats.covariance, crossed.k, self.eps, self.iterations, factor)
+        terms = [Term(stats.whitener.mT, dy, crossed.s_per_sample), Term(b, x, stats.mean)]
+        dx = affine_map(terms, None, 0, x.dtype, before=Channels(weight, None, x.shape[3] // self.channels))
+        return dx, dweight, dbias
+
+    def _forward_in_one(self, channels: Channels) -> tuple[Tensor, Statistics]:
+        x = self.x
+        blocks, _, d, inner = x.shape
+        tiles = Tiles.of(blocks, d, 1)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        mean = x.new_empty((blocks, d), dtype=torch.float32)
+        cov, whitener = mean.new_empty((blocks, d, d)), mean.new_empty((blocks, d, d))
+        _whiten_sample[(blocks,)](
+            y,
+            *Strides.of(y, 0),
+            x,
+            *Strides.of(x, 0),
+            mean,
+            cov,
+            whitener,
+            mean.new_empty((blocks, SCRATCH, tiles.height, tiles.height)),
+            *channels.arguments(inner),
+            inner,
+            x.shape[1] * inner,
+            d,
+            self.eps,
+            self.iterations,
+            WIDTH=tiles.width,
+            SPREAD=SPREAD,
+            SAMPLES=precision(x.dtype),
+            **constants(tiles.height),
+        )
+        return y, Statistics(mean, cov, whitener)
+
+    def _cross_moments(
+        self, weight: Tensor | None, bias: Tensor | None, stats: Statistics, dy: Tensor
+    ) -> tuple[Crossed, Tensor | None, Tensor | None]:
+        """Cross moments of weight dy and x, and the gradients of weight and bias."""
+        x = self.x
+        blocks, _, d, _ = x.shape
+        tiles = Tiles.of(blocks, d, 1)
+        # a tile's columns are some positions of some channels, those that lie side by side first
+        side_by_side = self.positions == 1 or self.strides[2] < self.strides[3]
+        width = tiles.width // 2  # so much is kept at a time that more wouldn't leave enough registers
+        tile_channels = min(triton.next_power_of_2(self.channels), width) if side_by_side else 1
+        tile_positions = width // tile_channels
+        programs = triton.cdiv(PROGRAMS, blocks)
+        channel_chunk = _chunk(self.channels, tile_channels, programs)
+        channel_parts = triton.cdiv(self.channels, channel_chunk)
+        position_chunk = _chunk(self.positions, tile_positions, triton.cdiv(programs, channel_parts))
+        position_parts = triton.cdiv(self.positions, position_chunk)
+        sums = x.new_empty((blocks, channel_parts * position_parts, d), dtype=torch.float32)
+        products = sums.new_empty((*sums.shape, d))
+        of_weight, of_bias = (
+            None if parameter is None else sums.new_empty((blocks * position_parts, d * self.channels))
+            for parameter in (weight, bias)
+        )
+        _sum_crossed_channels[(blocks, channel_parts, position_parts)](
+            dy,
+            *(_strides(dy, self.channels) or ()),
+            x,
+            *self.strides,
+            stats.mean.contiguous(),
+            stats.whitener.contiguous(),
+            None if weight is None else weight.contiguous(),
+            sums,
+            products,
+            of_weight,
+            of_bias,
+            self.channels,
+            self.positions,
+            d,
+            channel_chunk,
+            position_chunk,
+            HEIGHT=tiles.height,
+            CHANNELS=tile_channels,
+            POSITIONS=tile_positions,
+            PRECISION=precision(x.dtype),
+            num_warps=tiles.warps,
+            num_stages=2,
+        )
+        crossed = total_crossed(sums, products, self.channels * self.positions)
+        return crossed, _summed(of_weight, weight), _summed(of_bias, bias)
 
 
-def forward(
-    kernels: Kernels, plan: Plan, samples: Samples, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Statistics]:
-    """As `polywhiten.whitening.forward`."""
-    x = samples.x
-    channels = Channels(weight, bias, samples.positions_inside)
-    if isinstance(plan.solver, Newton) and x[0].numel() <= _LARGEST_SAMPLE:
-        y, stats = _forward_in_one(plan, plan.solver, x, channels)
-    else:
-        mean, cov = kernels.moments(x, 0)
-        stats = Statistics(mean, cov, kernels.inverse_sqrt(plan.solver, cov, plan.eps))
-        y = affine_map([Term(stats.whitener, x, mean)], None, 0, x.dtype, after=channels)
-    return y.reshape(samples.shape), stats
-
-
-def backward(
-    kernels: Kernels,
-    plan: Plan,
-    samples: Samples,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Statistics,
-    gradients: Samples,
-    dstats: Statistics,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `polywhiten.whitening.backward`."""
-    x, dy = samples.x, gradients.x
-    mean, cov, whitener = stats
-    s, g, dweight, dbias = _cross_moments(samples, gradients, weight, bias, stats)
-    if dstats.whitener is not None:
-        g = g + dstats.whitener
-    ds = kernels.inverse_sqrt_adjoint(plan.solver, cov, g, plan.eps)
-    if dstats.covariance is not None:
-        ds = ds + dstats.covariance
-    count = x.shape[1] * x.shape[3]
-    terms = [Term(whitener.mT, dy, s / count), Term((ds + ds.mT) / count, x, mean)]
-    shift = None if dstats.mean is None else dstats.mean / count
-    dx = affine_map(terms, shift, 0, x.dtype, before=Channels(weight, None, samples.positions_inside))
-    return dx.reshape(samples.shape), dweight, dbias
-
-
-def _forward_in_one(plan: Plan, solver: Newton, x: Tensor, channels: Channels) -> tuple[Tensor, Statistics]:
-    blocks, _, d, inner = x.shape
-    tiles = Tiles.of(blocks, d, 1)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mean = x.new_empty((blocks, d), dtype=torch.float32)
-    cov, whitener = mean.new_empty((blocks, d, d)), mean.new_empty((blocks, d, d))
-    _whiten_sample[(blocks,)](
-        y,
-        *Strides.of(y, 0),
-        x,
-        *Strides.of(x, 0),
-        mean,
-        cov,
-        whitener,
-        mean.new_empty((blocks, SCRATCH, tiles.height, tiles.height)),
-        *channels.arguments(inner),
-        inner,
-        x.shape[1] * inner,
-        d,
-        plan.eps,
-        solver.iterations,
-        WIDTH=tiles.width,
-        SPREAD=SPREAD,
-        SAMPLES=precision(x.dtype),
-        **constants(tiles.height),
-    )
-    return y, Statistics(mean, cov, whitener)
-
-
-def _cross_moments(
-    samples: Samples, gradients: Samples, weight: Tensor | None, bias: Tensor | None, stats: Statistics
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """S and K of weight dy, and the gradients of weight and bias."""
-    x, dy = samples.x, gradients.x
-    blocks, _, d, _ = x.shape
-    tiles = Tiles.of(blocks, d, 1)
-    # a tile's columns are some positions of some channels, those that lie side by side first
-    side_by_side = samples.positions == 1 or samples.strides[2] < samples.strides[3]
-    width = tiles.width // 2  # so much is kept at a time that more wouldn't leave enough registers
-    tile_channels = min(triton.next_power_of_2(samples.channels), width) if side_by_side else 1
-    tile_positions = width // tile_channels
-    programs = triton.cdiv(PROGRAMS, blocks)
-    channel_chunk = _chunk(samples.channels, tile_channels, programs)
-    channel_parts = triton.cdiv(samples.channels, channel_chunk)
-    position_chunk = _chunk(samples.positions, tile_positions, triton.cdiv(programs, channel_parts))
-    position_parts = triton.cdiv(samples.positions, position_chunk)
-    sums = x.new_empty((blocks, channel_parts * position_parts, d), dtype=torch.float32)
-    products = sums.new_empty((*sums.shape, d))
-    of_weight, of_bias = (
-        None if parameter is None else sums.new_empty((blocks * position_parts, d * samples.channels))
-        for parameter in (weight, bias)
-    )
-    _sum_crossed_channels[(blocks, channel_parts, position_parts)](
-        dy,
-        *gradients.strides,
-        x,
-        *samples.strides,
-        stats.mean.contiguous(),
-        stats.whitener.contiguous(),
-        weight,
-        sums,
-        products,
-        of_weight,
-        of_bias,
-        samples.channels,
-        samples.positions,
-        d,
-        channel_chunk,
-        position_chunk,
-        HEIGHT=tiles.height,
-        CHANNELS=tile_channels,
-        POSITIONS=tile_positions,
-        PRECISION=precision(x.dtype),
-        num_warps=tiles.warps,
-        num_stages=2,
-    )
-    s, k = total(sums, products)
-    return s, k, _summed(of_weight, weight), _summed(of_bias, bias)
+def _strides(x: Tensor, channels: int) -> tuple[int, int, int, int] | None:
+    """Of (N, q, g, l) as (N, g, channels, positions); None where the positions lie on both of q and l."""
+    block, outer, row, step = x.stride()
+    if x.shape[1] == 1:
+        return block, row, x.shape[3] // channels * step, step
+    return (block, row, step, outer) if x.shape[3] == channels else None
 
 
 def _chunk(size: int, tile: int, parts: int) -> int:
@@ -297,7 +275,7 @@ def _sum_crossed_channels(
     x += block * stride_block
     centre = tl.load(mean + block * d + rows, mask=inside, other=0.0)
     if of_weight is not None:
-        w = load_matrix(whitener + block * d * d, rows, rows, d)
+        w = load_matrix(whitener + block * d * d, rows, rows, d, d, 1)
     total = tl.zeros((HEIGHT,), tl.float32)
     moment = tl.zeros((HEIGHT, HEIGHT), tl.float32)
     column = tl.arange(0, CHANNELS * POSITIONS)

@@ -9,10 +9,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from polywhiten.blocks import ChannelGroups
 from polywhiten.kernels import Term
 from polywhiten.solvers import Solver
 from polywhiten.solvers.newton import Newton
-from polywhiten.torch.fused import affine_map, group_whitening, moments, newton
+from polywhiten.torch.fused import affine_map, moments, newton
+from polywhiten.torch.fused.group_whitening import WholeGroupWhitening
+from polywhiten.torch.fused.iter_norm import WholeIterNorm
 from polywhiten.torch.fused.tiles import LARGEST_GROUP, is_addressable
 from polywhiten.torch.kernels import TorchKernels
 from polywhiten.whitening import Plan, Statistics
@@ -38,7 +41,7 @@ class FusedKernels(TorchKernels):
         if not self._serves(dy, x, mean):
             return super().cross_moments(dy, x, mean, block_axis)
         with _on_its_device(x):
-            return moments.cross_moments(dy, x, mean, block_axis)
+            return moments.cross_moments(dy, x, mean, block_axis)[:2]
 
     def affine_map(self, terms: Sequence[Term], bias: Tensor | None, block_axis: int, dtype: torch.dtype) -> Tensor:
         """The sum of the terms in one pass, centred in registers."""
@@ -63,12 +66,13 @@ class FusedKernels(TorchKernels):
             return newton.inverse_sqrt_adjoint(cov, grad, eps, solver.iterations)
 
     def whiten(self, plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
-        """Forward; of group whitening with weight and bias on the way."""
-        samples = group_whitening.Samples.of(self, plan, x)
-        if samples is None or not self._serves(samples.x, weight, bias):
+        """Forward; of Newton's solver with weight and bias on the way."""
+        whole = self._whole(plan, x, weight, bias)
+        if whole is None:
             return super().whiten(plan, x, weight, bias)
         with _on_its_device(x):
-            return group_whitening.forward(self, plan, samples, weight, bias)
+            y, stats = whole.forward(weight, bias)
+        return y.reshape(x.shape), stats
 
     def whiten_adjoint(
         self,
@@ -80,17 +84,23 @@ class FusedKernels(TorchKernels):
         dy: Tensor,
         dstats: Statistics,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Backward; of group whitening with weight and bias on the way."""
-        samples, gradients = (group_whitening.Samples.of(self, plan, array) for array in (x, dy))
-        known = [tensor for tensor in dstats if tensor is not None]
-        if (
-            samples is None
-            or gradients is None
-            or not self._serves(samples.x, gradients.x, weight, bias, *stats, *known)
-        ):
+        """Backward; of Newton's solver with weight and bias on the way."""
+        no_dstats = all(each is None for each in dstats)
+        whole = self._whole(plan, x, weight, bias, dy, *stats) if no_dstats else None
+        if whole is None:
             return super().whiten_adjoint(plan, x, weight, bias, stats, dy, dstats)
         with _on_its_device(x):
-            return group_whitening.backward(self, plan, samples, weight, bias, stats, gradients, dstats)
+            dx, dweight, dbias = whole.backward(weight, bias, stats, self.split(plan.blocks, dy))
+        return dx.reshape(x.shape), dweight, dbias
+
+    def _whole(self, plan: Plan, x: Tensor, *others: Tensor | None) -> WholeIterNorm | WholeGroupWhitening | None:
+        """What does all of forward and backward, where there is that."""
+        x4 = self.split(plan.blocks, x)
+        if plan.all_reduce is not None or not isinstance(plan.solver, Newton) or not self._serves(x4, *others):
+            return None
+        if isinstance(plan.blocks, ChannelGroups):
+            return WholeIterNorm(x4, plan.eps, plan.solver.iterations)
+        return WholeGroupWhitening.of(x4, plan.eps, plan.solver.iterations, channels=x.shape[plan.blocks.axis])
 
     def _serves(self, x: Tensor, *others: Tensor | None) -> bool:
         """Whether the fused kernels can do what is asked of them with x (..., d, l) and whatever else there is."""

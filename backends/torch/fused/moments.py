@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from polywhiten.torch.fused.tiles import Strides, Tiles, columns, precision, product, split, store_matrix
+from polywhiten.torch.fused.tiles import Strides, Tiles, columns, precision, product, split, store_matrix, tile_height
 
 SPREAD = 16  # samples all over the block whose mean is near enough to the block's
-_SUMMANDS = 32  # parts, and
-_ELEMENTS = 64  # elements of a matrix, that are read together for the last sum
+_SUMMANDS = 32  # parts that are read together for the last sum
 
 
 def moments(x: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
@@ -38,8 +39,15 @@ def moments(x: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
     return total(sums, products, shift, samples)
 
 
-def cross_moments(dy: Tensor, x: Tensor, mean: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
-    """As `polywhiten.kernels.Kernels.cross_moments`."""
+def cross_moments(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    block_axis: int,
+    weight: Tensor | None = None,
+    whitener: Tensor | None = None,
+) -> Crossed:
+    """As `polywhiten.kernels.Kernels.cross_moments`, with what `total_crossed` adds."""
     strides, tiles, inner, samples = _cut(x, block_axis)
     sums, products = _partial_sums(x, tiles, x.shape[2])
     _sum_crossed[(tiles.blocks, tiles.parts)](
@@ -59,27 +67,53 @@ def cross_moments(dy: Tensor, x: Tensor, mean: Tensor, block_axis: int) -> tuple
         PRECISION=precision(x.dtype),
         num_warps=tiles.warps,
     )
-    return total(sums, products)
+    return total_crossed(sums, products, samples, weight, whitener)
 
 
-def total(sums: Tensor, products: Tensor, shift: Tensor | None = None, samples: int = 1) -> tuple[Tensor, Tensor]:
-    """Sums over the parts; with the shift of the samples, their mean and covariance."""
+def total(sums: Tensor, products: Tensor, shift: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """Mean and covariance, from the parts' sums of shifted samples."""
+    blocks, _, d = sums.shape
+    mean, cov = sums.new_empty((blocks, d)), sums.new_empty((blocks, d, d))
+    _total_shifted[(blocks, d)](
+        sums, products, shift, mean, cov, sums.shape[1], d, samples, HEIGHT=tile_height(d), SUMMANDS=_SUMMANDS
+    )
+    return mean, cov
+
+
+class Crossed(NamedTuple):
+    """S and K of every block, and what follows from them on the way."""
+
+    s: Tensor
+    k: Tensor  # diag(weight) K
+    s_per_sample: Tensor
+    matrix: Tensor | None  # diag(weight) W
+    weight_gradient: Tensor | None  # of y = diag(weight) W x
+
+
+def total_crossed(
+    sums: Tensor, products: Tensor, samples: int, weight: Tensor | None = None, whitener: Tensor | None = None
+) -> Crossed:
+    """Cross moments from the parts' sums; weight is (blocks, d)."""
     blocks, parts, d = sums.shape
-    vector, matrix = sums.new_empty((blocks, d)), sums.new_empty((blocks, d, d))
-    _total[(blocks, triton.cdiv(d * d, _ELEMENTS))](
+    s, s_per_sample, k = (sums.new_empty(shape) for shape in ((blocks, d), (blocks, d), (blocks, d, d)))
+    matrix, gradient = (None, None) if weight is None else (torch.empty_like(k), torch.empty_like(s))
+    _total_crossed[(blocks, d)](
         sums,
         products,
-        vector if shift is None else shift,
-        vector,
+        weight,
+        whitener,
+        s,
+        k,
+        s_per_sample,
         matrix,
+        gradient,
         parts,
         d,
         samples,
-        MOMENTS=shift is not None,
-        ELEMENTS=_ELEMENTS,
+        HEIGHT=tile_height(d),
         SUMMANDS=_SUMMANDS,
     )
-    return vector, matrix
+    return Crossed(s, k, s_per_sample, whitener if matrix is None else matrix, gradient)
 
 
 def _cut(x: Tensor, block_axis: int) -> tuple[Strides, Tiles, int, int]:
@@ -229,37 +263,60 @@ def _sum_crossed(
 
 
 @triton.jit
-def _total(
+def _total_shifted(sums, products, shift, mean, cov, parts, d, samples, HEIGHT: tl.constexpr, SUMMANDS: tl.constexpr):
+    block, row = tl.program_id(0), tl.program_id(1)
+    columns = tl.arange(0, HEIGHT)
+    sums += block * parts * d
+    product = tl.zeros((HEIGHT,), tl.float32)
+    total = tl.zeros((HEIGHT,), tl.float32)
+    for start in range(0, parts, SUMMANDS):
+        part = (start + tl.arange(0, SUMMANDS))[:, None]
+        valid = (part < parts) & (columns < d)[None, :]
+        offsets = ((block * parts + part) * d + row) * d + columns[None, :]
+        product += tl.sum(tl.load(products + offsets, mask=valid, other=0.0), axis=0)
+        total += tl.sum(tl.load(sums + part * d + columns[None, :], mask=valid, other=0.0), axis=0)
+    off = total / samples
+    its_off = tl.sum(tl.where(columns == row, off, 0.0), axis=0)
+    place = block * d + row
+    tl.store(cov + place * d + columns, product / samples - its_off * off, mask=columns < d)
+    tl.store(mean + place, tl.load(shift + place) + its_off)
+
+
+@triton.jit
+def _total_crossed(
     sums,
     products,
-    shift,
-    vector,
+    weight,
+    whitener,
+    s,
+    k,
+    s_per_sample,
     matrix,
+    weight_gradient,
     parts,
     d,
     samples,
-    MOMENTS: tl.constexpr,
-    ELEMENTS: tl.constexpr,
+    HEIGHT: tl.constexpr,
     SUMMANDS: tl.constexpr,
 ):
-    block = tl.program_id(0)
-    element = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
-    row, column = element // d, element % d
-    inside = element < d * d
-    product = tl.zeros((ELEMENTS,), tl.float32)
-    row_sum = tl.zeros((ELEMENTS,), tl.float32)
-    column_sum = tl.zeros((ELEMENTS,), tl.float32)
+    block, row = tl.program_id(0), tl.program_id(1)
+    columns = tl.arange(0, HEIGHT)
+    sums += block * parts * d + row
+    product = tl.zeros((HEIGHT,), tl.float32)
+    total = 0.0
     for start in range(0, parts, SUMMANDS):
         part = start + tl.arange(0, SUMMANDS)
-        valid = (part < parts)[:, None] & inside[None, :]
-        place = (block * parts + part)[:, None]
-        product += tl.sum(tl.load(products + place * d * d + element[None, :], mask=valid, other=0.0), axis=0)
-        row_sum += tl.sum(tl.load(sums + place * d + row[None, :], mask=valid, other=0.0), axis=0)
-        if MOMENTS:
-            column_sum += tl.sum(tl.load(sums + place * d + column[None, :], mask=valid, other=0.0), axis=0)
-    if MOMENTS:
-        row_sum /= samples
-        product = product / samples - row_sum * (column_sum / samples)
-        row_sum += tl.load(shift + block * d + row, mask=inside, other=0.0)
-    tl.store(matrix + block * d * d + element, product, mask=inside)
-    tl.store(vector + block * d + row, row_sum, mask=inside & (column == 0))
+        valid = (part < parts)[:, None] & (columns < d)[None, :]
+        offsets = ((block * parts + part) * d + row)[:, None] * d + columns[None, :]
+        product += tl.sum(tl.load(products + offsets, mask=valid, other=0.0), axis=0)
+        total += tl.sum(tl.load(sums + part * d, mask=part < parts, other=0.0), axis=0)
+    place = block * d + row
+    if weight is not None:
+        w = tl.load(whitener + place * d + columns, mask=columns < d, other=0.0)
+        tl.store(weight_gradient + place, tl.sum(product * w, axis=0))
+        its_weight = tl.load(weight + place).to(tl.float32)
+        tl.store(matrix + place * d + columns, its_weight * w, mask=columns < d)
+        product *= its_weight
+    tl.store(k + place * d + columns, product, mask=columns < d)
+    tl.store(s + place, total)
+    tl.store(s_per_sample + place, total / samples)

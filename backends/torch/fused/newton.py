@@ -24,24 +24,25 @@ _SMALLEST = torch.finfo(torch.float32).smallest_normal
 
 def inverse_sqrt(cov: Tensor, eps: float, iterations: int) -> Tensor:
     """As `polywhiten.kernels.Kernels.inverse_sqrt` with the solver `Newton(iterations)`."""
-    return _solve(_inverse_sqrt, SCRATCH, cov, (), eps, iterations)
-
-
-def inverse_sqrt_adjoint(cov: Tensor, grad: Tensor, eps: float, iterations: int) -> Tensor:
-    """As `polywhiten.kernels.Kernels.inverse_sqrt_adjoint` with the solver `Newton(iterations)`."""
-    return _solve(_inverse_sqrt_adjoint, 12, cov, (grad.contiguous(),), eps, iterations)
-
-
-def _solve(
-    kernel: triton.JITFunction, matrices: int, cov: Tensor, given: tuple[Tensor, ...], eps: float, iterations: int
-) -> Tensor:
     cov = cov.contiguous()
+    programs, d, height = _sizes(cov)
+    w, scratch = torch.empty_like(cov), cov.new_empty((programs, SCRATCH, height, height))
+    _inverse_sqrt[(programs,)](cov, w, scratch, d, eps, iterations, **constants(height))
+    return w
+
+
+def inverse_sqrt_adjoint(cov: Tensor, grad: Tensor, eps: float, iterations: int, factor: float = 1.0) -> Tensor:
+    """As `polywhiten.kernels.Kernels.inverse_sqrt_adjoint` with the solver `Newton(iterations)`; times a factor."""
+    cov, grad = cov.contiguous(), grad.contiguous()
+    programs, d, height = _sizes(cov)
+    ds, scratch = torch.empty_like(cov), cov.new_empty((programs, 12, height, height))
+    _inverse_sqrt_adjoint[(programs,)](cov, grad, ds, scratch, factor, d, eps, iterations, **constants(height))
+    return ds
+
+
+def _sizes(cov: Tensor) -> tuple[int, int, int]:
     d = cov.shape[-1]
-    programs, height = cov.numel() // (d * d), tile_height(d)
-    scratch = cov.new_empty((programs, matrices, height, height))
-    result = torch.empty_like(cov)
-    kernel[(programs,)](cov, *given, result, scratch, d, eps, iterations, **constants(height))
-    return result
+    return cov.numel() // (d * d), d, tile_height(d)
 
 
 def constants(height: int) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def _multiply(
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # result = diagonal I + factor (a b + c e), for all threads of the program to read
+    # result = diagonal I + factor (a b + c e); other threads may read it after a barrier
     i, k = tl.arange(0, TILE), tl.arange(0, STEP)
     for row in range(0, HEIGHT, TILE):
         for column in range(0, HEIGHT, TILE):
@@ -86,7 +87,6 @@ def _multiply(
             on_diagonal = ((row + i)[:, None] == (column + i)[None, :]) & (row + i < d)[:, None]
             total = factor * total + tl.where(on_diagonal, diagonal, 0.0)
             tl.store(result + (row + i)[:, None] * HEIGHT + (column + i)[None, :], total)
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def _start(cov, start, z, d, eps, SMALLEST: tl.constexpr, HEIGHT: tl.constexpr, 
     for row in range(0, HEIGHT, TILE):
         rows = row + tl.arange(0, TILE)
         eye = tl.where((rows[:, None] == columns[None, :]) & (rows < d)[:, None], 1.0, 0.0)
-        s = (load_matrix(cov, rows, columns, d) + eps * eye) / t
+        s = (load_matrix(cov, rows, columns, d, d, 1) + eps * eye) / t
         place = rows[:, None] * HEIGHT + columns[None, :]
         tl.store(start + place, s)
         tl.store(z + place, 1.5 * eye - 0.5 * s)
@@ -126,12 +126,15 @@ def newton(
     tl.debug_barrier()
     if iterations > 1:
         _multiply(y_next, y, z, y, z, d, 0.0, 1.0, False, HEIGHT, TILE, STEP, PRECISION)
+        tl.debug_barrier()
         y, y_next = y_next, y
     for k in range(1, iterations):
         _multiply(e, z, y, z, y, d, 1.5, -0.5, False, HEIGHT, TILE, STEP, PRECISION)
+        tl.debug_barrier()
         _multiply(z_next, e, z, e, z, d, 0.0, 1.0, False, HEIGHT, TILE, STEP, PRECISION)
         if k < iterations - 1:
             _multiply(y_next, y, e, y, e, d, 0.0, 1.0, False, HEIGHT, TILE, STEP, PRECISION)
+        tl.debug_barrier()
         y, y_next = y_next, y
         z, z_next = z_next, z
     rows = tl.arange(0, HEIGHT)
@@ -164,6 +167,7 @@ def _inverse_sqrt_adjoint(
     grad,
     ds,
     scratch,
+    factor,
     d,
     eps,
     iterations,
@@ -183,21 +187,24 @@ def _inverse_sqrt_adjoint(
     t = _start(cov + place, start, z, d, eps, SMALLEST, HEIGHT, TILE)
     for row in range(0, HEIGHT, TILE):
         rows = row + tl.arange(0, TILE)
-        g = load_matrix(grad + place, rows, columns, d) + tl.trans(load_matrix(grad + place, columns, rows, d))
+        g = load_matrix(grad + place, rows, columns, d, d, 1) + load_matrix(grad + place, rows, columns, d, 1, d)
         tl.store(direction + rows[:, None] * HEIGHT + columns[None, :], 0.5 * g)
         tl.store(dz + rows[:, None] * HEIGHT + columns[None, :], -0.25 * g)
     tl.debug_barrier()
     if iterations > 1:
         _multiply(dy, direction, z, start, dz, d, 0.0, 1.0, True, HEIGHT, TILE, STEP, PRECISION)
         _multiply(y, start, z, start, z, d, 0.0, 1.0, False, HEIGHT, TILE, STEP, PRECISION)
+        tl.debug_barrier()
     for k in range(1, iterations):
         _multiply(e, z, y, z, y, d, 1.5, -0.5, False, HEIGHT, TILE, STEP, PRECISION)
         _multiply(de, dz, y, z, dy, d, 0.0, -0.5, True, HEIGHT, TILE, STEP, PRECISION)
+        tl.debug_barrier()
         _multiply(dz_next, de, z, e, dz, d, 0.0, 1.0, True, HEIGHT, TILE, STEP, PRECISION)
         _multiply(z_next, e, z, e, z, d, 0.0, 1.0, False, HEIGHT, TILE, STEP, PRECISION)
         if k < iterations - 1:
             _multiply(dy_next, dy, e, y, de, d, 0.0, 1.0, True, HEIGHT, TILE, STEP, PRECISION)
             _multiply(y_next, y, e, y, e, d, 0.0, 1.0, False, HEIGHT, TILE, STEP, PRECISION)
+        tl.debug_barrier()
         y, y_next = y_next, y
         z, z_next = z_next, z
         dy, dy_next = dy_next, dy
@@ -212,6 +219,8 @@ def _inverse_sqrt_adjoint(
     for row in range(0, HEIGHT, TILE):
         rows = row + tl.arange(0, TILE)
         eye = tl.where(rows[:, None] == columns[None, :], 1.0, 0.0)
-        result = (tl.load(dz + rows[:, None] * HEIGHT + columns[None, :]) - along_scale * eye) / t / tl.sqrt_rn(t)
+        along = tl.load(dz + rows[:, None] * HEIGHT + columns[None, :])
+        along += tl.load(dz + columns[None, :] * HEIGHT + rows[:, None])
+        result = factor * (0.5 * along - along_scale * eye) / t / tl.sqrt_rn(t)
         inside = (rows < d)[:, None] & (columns < d)[None, :]
         tl.store(ds + place + rows[:, None] * d + columns[None, :], result, mask=inside)

@@ -95,9 +95,9 @@ def product(a, b, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_matrix(matrix, rows, variables, d):
+def load_matrix(matrix, rows, variables, d, stride_row, stride_column):
     inside = (rows < d)[:, None] & (variables < d)[None, :]
-    return tl.load(matrix + rows[:, None] * d + variables[None, :], mask=inside, other=0.0)
+    return tl.load(matrix + rows[:, None] * stride_row + variables[None, :] * stride_column, mask=inside, other=0.0)
 
 
 @triton.jit
