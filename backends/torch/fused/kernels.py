@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -119,7 +118,6 @@ class FusedKernels(TorchKernels):
 
 
 @torch.compiler.assume_constant_result
-@cache
 def _has_tensor_cores(index: int) -> bool:
     """For TF32; Triton has no other fast products of float32."""
     return torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (8, 0)
