@@ -141,7 +141,7 @@ def _affine_map(
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    block, part = tl.program_id(0), tl.program_id(1)
+    block, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     y += block * y_stride_block
     x += block * stride_block

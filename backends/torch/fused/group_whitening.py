@@ -12,7 +12,7 @@ from torch import Tensor
 from polywhiten.kernels import Term
 from polywhiten.torch.fused.affine_map import Channels, affine_map, load_channels, mapped
 from polywhiten.torch.fused.moments import SPREAD, Crossed, moments, shifted_sums, total_crossed
-from polywhiten.torch.fused.newton import SCRATCH, constants, inverse_sqrt, inverse_sqrt_adjoint, newton
+from polywhiten.torch.fused.newton import SCRATCH, constants, inverse_sqrt, inverse_sqrt_adjoint, newton, scratch
 from polywhiten.torch.fused.tiles import (
     PROGRAMS,
     Strides,
@@ -81,7 +81,8 @@ class WholeGroupWhitening(NamedTuple):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         mean = x.new_empty((blocks, d), dtype=torch.float32)
         cov, whitener = mean.new_empty((blocks, d, d)), mean.new_empty((blocks, d, d))
-        _whiten_sample[(blocks,)](
+        memory = scratch(mean, blocks, d)
+        _whiten_sample[memory.shape[:1]](
             y,
             *Strides.of(y, 0),
             x,
@@ -89,17 +90,19 @@ class WholeGroupWhitening(NamedTuple):
             mean,
             cov,
             whitener,
-            mean.new_empty((blocks, SCRATCH, tiles.height, tiles.height)),
+            memory,
             *channels.arguments(inner),
             inner,
             x.shape[1] * inner,
             d,
+            blocks,
             self.eps,
             self.iterations,
+            MATRICES=SCRATCH,
             WIDTH=tiles.width,
             SPREAD=SPREAD,
             SAMPLES=precision(x.dtype),
-            **constants(tiles.height),
+            **constants(d),
         )
         return y, Statistics(mean, cov, whitener)
 
@@ -195,8 +198,10 @@ def _whiten_sample(
     inner,
     samples,
     d,
+    count,
     eps,
     iterations,
+    MATRICES: tl.constexpr,
     WIDTH: tl.constexpr,
     SPREAD: tl.constexpr,
     SAMPLES: tl.constexpr,
@@ -206,34 +211,36 @@ def _whiten_sample(
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    block = tl.program_id(0)
     rows = tl.arange(0, HEIGHT)
-    x += block * stride_block
-    y += block * y_stride_block
-    cov += block * d * d
-    near, total, square = shifted_sums(
-        x, stride_outer, stride_row, stride_inner, inner, samples, d, 0, samples, HEIGHT, WIDTH, SPREAD, SAMPLES
-    )
-    off = total / samples
-    centre = near + off
-    tl.store(mean + block * d + rows, centre, mask=rows < d)
-    store_matrix(cov, square / samples - off[:, None] * off[None, :], rows, d)
-    tl.debug_barrier()
-    scratch += block * 5 * HEIGHT * HEIGHT
-    w = newton(cov, scratch, d, eps, iterations, SMALLEST, HEIGHT, TILE, STEP, PRECISION)
-    store_matrix(whitener + block * d * d, w, rows, d)
-    for start in range(0, samples, WIDTH):
-        m = start + tl.arange(0, WIDTH)
-        valid = (rows < d)[:, None] & (m < samples)[None, :]
-        offsets = rows[:, None] * stride_row + columns(m, inner, stride_outer, stride_inner)[None, :]
-        result = mapped(w, x, centre, None, offsets, valid, tl.zeros((HEIGHT, WIDTH), tl.float32), SAMPLES)
-        channel = rows[:, None] * channels + ((m % inner) // positions)[None, :]
-        if weight is not None:
-            result *= load_channels(weight, channel, valid)
-        if bias is not None:
-            result += load_channels(bias, channel, valid)
-        offsets = rows[:, None] * y_stride_row + columns(m, inner, y_stride_outer, y_stride_inner)[None, :]
-        tl.store(y + offsets, result.to(y.dtype.element_ty), mask=valid)
+    scratch += tl.program_id(0) * MATRICES * HEIGHT * HEIGHT
+    for sample in range(tl.program_id(0), count, tl.num_programs(0)):
+        block = tl.cast(sample, tl.int64)
+        its_x = x + block * stride_block
+        its_y = y + block * y_stride_block
+        its_cov = cov + block * d * d
+        near, total, square = shifted_sums(
+            its_x, stride_outer, stride_row, stride_inner, inner, samples, d, 0, samples, HEIGHT, WIDTH, SPREAD, SAMPLES
+        )
+        off = total / samples
+        centre = near + off
+        tl.store(mean + block * d + rows, centre, mask=rows < d)
+        store_matrix(its_cov, square / samples - off[:, None] * off[None, :], rows, d)
+        tl.debug_barrier()
+        w = newton(its_cov, scratch, d, eps, iterations, SMALLEST, HEIGHT, TILE, STEP, PRECISION)
+        store_matrix(whitener + block * d * d, w, rows, d)
+        for start in range(0, samples, WIDTH):
+            m = start + tl.arange(0, WIDTH)
+            valid = (rows < d)[:, None] & (m < samples)[None, :]
+            offsets = rows[:, None] * stride_row + columns(m, inner, stride_outer, stride_inner)[None, :]
+            result = mapped(w, its_x, centre, None, offsets, valid, tl.zeros((HEIGHT, WIDTH), tl.float32), SAMPLES)
+            channel = rows[:, None] * channels + ((m % inner) // positions)[None, :]
+            if weight is not None:
+                result *= load_channels(weight, channel, valid)
+            if bias is not None:
+                result += load_channels(bias, channel, valid)
+            offsets = rows[:, None] * y_stride_row + columns(m, inner, y_stride_outer, y_stride_inner)[None, :]
+            tl.store(its_y + offsets, result.to(y.dtype.element_ty), mask=valid)
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -265,7 +272,7 @@ def _sum_crossed_channels(
     POSITIONS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    block, channel_part, position_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, channel_part, position_part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     position_parts = tl.num_programs(2)
     place = (block * tl.num_programs(1) + channel_part) * position_parts + position_part
     parameter_place = (block * position_parts + position_part) * d * channels

@@ -36,7 +36,8 @@ class WholeIterNorm(NamedTuple):
         crossed = cross_moments(dy, x, mean, 1, scale, stats.whitener)
         factor = 2 / (x.shape[0] * x.shape[3])  # dS + dS', per sample
         b = inverse_sqrt_adjoint(stats.covariance, crossed.k, self.eps, self.iterations, factor)
-        terms = [Term(crossed.matrix.mT, dy, crossed.s_per_sample), Term(b, x, mean)]
+        matrix = stats.whitener if crossed.matrix is None else crossed.matrix
+        terms = [Term(matrix.mT, dy, crossed.s_per_sample), Term(b, x, mean)]
         dx = affine_map(terms, None, 1, x.dtype)
         return dx, _of_channels(crossed.weight_gradient, weight), _of_channels(crossed.s, bias)
 

@@ -113,7 +113,7 @@ def total_crossed(
         HEIGHT=tile_height(d),
         SUMMANDS=_SUMMANDS,
     )
-    return Crossed(s, k, s_per_sample, whitener if matrix is None else matrix, gradient)
+    return Crossed(s, k, s_per_sample, matrix, gradient)
 
 
 def _cut(x: Tensor, block_axis: int) -> tuple[Strides, Tiles, int, int]:
@@ -191,7 +191,7 @@ def _sum_shifted(
     SPREAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    block, part = tl.program_id(0), tl.program_id(1)
+    block, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = block * tl.num_programs(1) + part
     near, total, square = shifted_sums(
         x + block * stride_block,
@@ -238,7 +238,7 @@ def _sum_crossed(
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    block, part = tl.program_id(0), tl.program_id(1)
+    block, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = block * tl.num_programs(1) + part
     rows = tl.arange(0, HEIGHT)
     inside = rows < d
@@ -264,7 +264,7 @@ def _sum_crossed(
 
 @triton.jit
 def _total_shifted(sums, products, shift, mean, cov, parts, d, samples, HEIGHT: tl.constexpr, SUMMANDS: tl.constexpr):
-    block, row = tl.program_id(0), tl.program_id(1)
+    block, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tl.arange(0, HEIGHT)
     sums += block * parts * d
     product = tl.zeros((HEIGHT,), tl.float32)
@@ -299,7 +299,7 @@ def _total_crossed(
     HEIGHT: tl.constexpr,
     SUMMANDS: tl.constexpr,
 ):
-    block, row = tl.program_id(0), tl.program_id(1)
+    block, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tl.arange(0, HEIGHT)
     sums += block * parts * d + row
     product = tl.zeros((HEIGHT,), tl.float32)

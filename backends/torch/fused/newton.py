@@ -17,7 +17,9 @@ from polywhiten.torch.fused.tiles import load_matrix, product, store_matrix, til
 
 _LARGEST_TILE = 64  # rows and columns of a product that are computed at a time
 _STEP = 32  # columns of its left matrix that are read at a time
-SCRATCH = 5  # matrices that the iteration works in
+SCRATCH = 5  # matrices that the iteration works in,
+_ADJOINT_SCRATCH = 12  # and that with tangents
+_PROGRAMS = 256  # a large GPU runs about half of them at a time
 _PRECISION = "tf32x3"  # so few operations that less than float32 would gain nothing
 _SMALLEST = torch.finfo(torch.float32).smallest_normal
 
@@ -25,28 +27,37 @@ _SMALLEST = torch.finfo(torch.float32).smallest_normal
 def inverse_sqrt(cov: Tensor, eps: float, iterations: int) -> Tensor:
     """As `polywhiten.kernels.Kernels.inverse_sqrt` with the solver `Newton(iterations)`."""
     cov = cov.contiguous()
-    programs, d, height = _sizes(cov)
-    w, scratch = torch.empty_like(cov), cov.new_empty((programs, SCRATCH, height, height))
-    _inverse_sqrt[(programs,)](cov, w, scratch, d, eps, iterations, **constants(height))
+    count, d = _sizes(cov)
+    memory, w = scratch(cov, count, d), torch.empty_like(cov)
+    _inverse_sqrt[memory.shape[:1]](cov, w, memory, count, d, eps, iterations, MATRICES=SCRATCH, **constants(d))
     return w
 
 
 def inverse_sqrt_adjoint(cov: Tensor, grad: Tensor, eps: float, iterations: int, factor: float = 1.0) -> Tensor:
     """As `polywhiten.kernels.Kernels.inverse_sqrt_adjoint` with the solver `Newton(iterations)`; times a factor."""
     cov, grad = cov.contiguous(), grad.contiguous()
-    programs, d, height = _sizes(cov)
-    ds, scratch = torch.empty_like(cov), cov.new_empty((programs, 12, height, height))
-    _inverse_sqrt_adjoint[(programs,)](cov, grad, ds, scratch, factor, d, eps, iterations, **constants(height))
+    count, d = _sizes(cov)
+    memory, ds = scratch(cov, count, d, _ADJOINT_SCRATCH), torch.empty_like(cov)
+    _inverse_sqrt_adjoint[memory.shape[:1]](
+        cov, grad, ds, memory, factor, count, d, eps, iterations, MATRICES=_ADJOINT_SCRATCH, **constants(d)
+    )
     return ds
 
 
-def _sizes(cov: Tensor) -> tuple[int, int, int]:
+def scratch(like: Tensor, count: int, d: int, matrices: int = SCRATCH) -> Tensor:
+    """Memory for the programs that work on `count` matrices, each on one after the other."""
+    height = tile_height(d)
+    return like.new_empty((min(count, _PROGRAMS), matrices, height, height), dtype=torch.float32)
+
+
+def _sizes(cov: Tensor) -> tuple[int, int]:
     d = cov.shape[-1]
-    return cov.numel() // (d * d), d, tile_height(d)
+    return cov.numel() // (d * d), d
 
 
-def constants(height: int) -> dict[str, Any]:
+def constants(d: int) -> dict[str, Any]:
     """What the iteration is compiled for."""
+    height = tile_height(d)
     return {
         "SMALLEST": _SMALLEST,
         "HEIGHT": height,
@@ -118,7 +129,7 @@ def newton(
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # W of the matrix at cov, with 5 matrices of scratch
+    # W of the matrix at cov
     SIZE: tl.constexpr = HEIGHT * HEIGHT
     y, z, e, y_next, z_next = scratch, scratch + SIZE, scratch + 2 * SIZE, scratch + 3 * SIZE, scratch + 4 * SIZE
     # the first Z Y is Y, and the first E Z is E; the last Y E isn't needed
@@ -146,19 +157,23 @@ def _inverse_sqrt(
     cov,
     w,
     scratch,
+    count,
     d,
     eps,
     iterations,
+    MATRICES: tl.constexpr,
     SMALLEST: tl.constexpr,
     HEIGHT: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    scratch += program * 5 * HEIGHT * HEIGHT
-    result = newton(cov + program * d * d, scratch, d, eps, iterations, SMALLEST, HEIGHT, TILE, STEP, PRECISION)
-    store_matrix(w + program * d * d, result, tl.arange(0, HEIGHT), d)
+    scratch += tl.program_id(0) * MATRICES * HEIGHT * HEIGHT
+    for matrix in range(tl.program_id(0), count, tl.num_programs(0)):
+        place = tl.cast(matrix, tl.int64) * d * d
+        result = newton(cov + place, scratch, d, eps, iterations, SMALLEST, HEIGHT, TILE, STEP, PRECISION)
+        store_matrix(w + place, result, tl.arange(0, HEIGHT), d)
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -168,9 +183,11 @@ def _inverse_sqrt_adjoint(
     ds,
     scratch,
     factor,
+    count,
     d,
     eps,
     iterations,
+    MATRICES: tl.constexpr,
     SMALLEST: tl.constexpr,
     HEIGHT: tl.constexpr,
     TILE: tl.constexpr,
@@ -178,49 +195,51 @@ def _inverse_sqrt_adjoint(
     PRECISION: tl.constexpr,
 ):
     SIZE: tl.constexpr = HEIGHT * HEIGHT
-    start = scratch + tl.program_id(0) * 12 * SIZE
+    start = scratch + tl.program_id(0) * MATRICES * SIZE
     direction, e, de = start + SIZE, start + 2 * SIZE, start + 3 * SIZE
     z, z_next, dz, dz_next = start + 4 * SIZE, start + 5 * SIZE, start + 6 * SIZE, start + 7 * SIZE
     y, y_next, dy, dy_next = start + 8 * SIZE, start + 9 * SIZE, start + 10 * SIZE, start + 11 * SIZE
-    place = tl.program_id(0) * d * d
     columns = tl.arange(0, HEIGHT)
-    t = _start(cov + place, start, z, d, eps, SMALLEST, HEIGHT, TILE)
-    for row in range(0, HEIGHT, TILE):
-        rows = row + tl.arange(0, TILE)
-        g = load_matrix(grad + place, rows, columns, d, d, 1) + load_matrix(grad + place, rows, columns, d, 1, d)
-        tl.store(direction + rows[:, None] * HEIGHT + columns[None, :], 0.5 * g)
-        tl.store(dz + rows[:, None] * HEIGHT + columns[None, :], -0.25 * g)
-    tl.debug_barrier()
-    if iterations > 1:
-        _multiply(dy, direction, z, start, dz, d, 0.0, 1.0, True, HEIGHT, TILE, STEP, PRECISION)
-        _multiply(y, start, z, start, z, d, 0.0, 1.0, False, HEIGHT, TILE, STEP, PRECISION)
+    for matrix in range(tl.program_id(0), count, tl.num_programs(0)):
+        place = tl.cast(matrix, tl.int64) * d * d
+        t = _start(cov + place, start, z, d, eps, SMALLEST, HEIGHT, TILE)
+        for row in range(0, HEIGHT, TILE):
+            rows = row + tl.arange(0, TILE)
+            g = load_matrix(grad + place, rows, columns, d, d, 1) + load_matrix(grad + place, rows, columns, d, 1, d)
+            tl.store(direction + rows[:, None] * HEIGHT + columns[None, :], 0.5 * g)
+            tl.store(dz + rows[:, None] * HEIGHT + columns[None, :], -0.25 * g)
         tl.debug_barrier()
-    for k in range(1, iterations):
-        _multiply(e, z, y, z, y, d, 1.5, -0.5, False, HEIGHT, TILE, STEP, PRECISION)
-        _multiply(de, dz, y, z, dy, d, 0.0, -0.5, True, HEIGHT, TILE, STEP, PRECISION)
+        if iterations > 1:
+            _multiply(dy, direction, z, start, dz, d, 0.0, 1.0, True, HEIGHT, TILE, STEP, PRECISION)
+            _multiply(y, start, z, start, z, d, 0.0, 1.0, False, HEIGHT, TILE, STEP, PRECISION)
+            tl.debug_barrier()
+        for k in range(1, iterations):
+            _multiply(e, z, y, z, y, d, 1.5, -0.5, False, HEIGHT, TILE, STEP, PRECISION)
+            _multiply(de, dz, y, z, dy, d, 0.0, -0.5, True, HEIGHT, TILE, STEP, PRECISION)
+            tl.debug_barrier()
+            _multiply(dz_next, de, z, e, dz, d, 0.0, 1.0, True, HEIGHT, TILE, STEP, PRECISION)
+            _multiply(z_next, e, z, e, z, d, 0.0, 1.0, False, HEIGHT, TILE, STEP, PRECISION)
+            if k < iterations - 1:
+                _multiply(dy_next, dy, e, y, de, d, 0.0, 1.0, True, HEIGHT, TILE, STEP, PRECISION)
+                _multiply(y_next, y, e, y, e, d, 0.0, 1.0, False, HEIGHT, TILE, STEP, PRECISION)
+            tl.debug_barrier()
+            y, y_next = y_next, y
+            z, z_next = z_next, z
+            dy, dy_next = dy_next, dy
+            dz, dz_next = dz_next, dz
+        along_scale = 0.0
+        for row in range(0, HEIGHT, TILE):
+            offsets = (row + tl.arange(0, TILE))[:, None] * HEIGHT + columns[None, :]
+            terms = tl.load(dz + offsets) * tl.load(start + offsets) + 0.5 * tl.load(direction + offsets) * tl.load(
+                z + offsets
+            )
+            along_scale += tl.sum(tl.sum(terms, axis=1), axis=0)
+        for row in range(0, HEIGHT, TILE):
+            rows = row + tl.arange(0, TILE)
+            eye = tl.where(rows[:, None] == columns[None, :], 1.0, 0.0)
+            along = tl.load(dz + rows[:, None] * HEIGHT + columns[None, :])
+            along += tl.load(dz + columns[None, :] * HEIGHT + rows[:, None])
+            result = factor * (0.5 * along - along_scale * eye) / t / tl.sqrt_rn(t)
+            inside = (rows < d)[:, None] & (columns < d)[None, :]
+            tl.store(ds + place + rows[:, None] * d + columns[None, :], result, mask=inside)
         tl.debug_barrier()
-        _multiply(dz_next, de, z, e, dz, d, 0.0, 1.0, True, HEIGHT, TILE, STEP, PRECISION)
-        _multiply(z_next, e, z, e, z, d, 0.0, 1.0, False, HEIGHT, TILE, STEP, PRECISION)
-        if k < iterations - 1:
-            _multiply(dy_next, dy, e, y, de, d, 0.0, 1.0, True, HEIGHT, TILE, STEP, PRECISION)
-            _multiply(y_next, y, e, y, e, d, 0.0, 1.0, False, HEIGHT, TILE, STEP, PRECISION)
-        tl.debug_barrier()
-        y, y_next = y_next, y
-        z, z_next = z_next, z
-        dy, dy_next = dy_next, dy
-        dz, dz_next = dz_next, dz
-    along_scale = 0.0
-    for row in range(0, HEIGHT, TILE):
-        offsets = (row + tl.arange(0, TILE))[:, None] * HEIGHT + columns[None, :]
-        terms = tl.load(dz + offsets) * tl.load(start + offsets) + 0.5 * tl.load(direction + offsets) * tl.load(
-            z + offsets
-        )
-        along_scale += tl.sum(tl.sum(terms, axis=1), axis=0)
-    for row in range(0, HEIGHT, TILE):
-        rows = row + tl.arange(0, TILE)
-        eye = tl.where(rows[:, None] == columns[None, :], 1.0, 0.0)
-        along = tl.load(dz + rows[:, None] * HEIGHT + columns[None, :])
-        along += tl.load(dz + columns[None, :] * HEIGHT + rows[:, None])
-        result = factor * (0.5 * along - along_scale * eye) / t / tl.sqrt_rn(t)
-        inside = (rows < d)[:, None] & (columns < d)[None, :]
-        tl.store(ds + place + rows[:, None] * d + columns[None, :], result, mask=inside)
