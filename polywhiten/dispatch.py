@@ -16,6 +16,7 @@ from polywhiten.whitening import Plan, Statistics, forward
 # Top-level module of the array's class: the subpackage whose BACKEND serves it. The array API alone serves all others.
 BACKENDS = {
     "torch": "polywhiten.torch",
+    "cupy": "polywhiten.cupy",
     "tensorflow": "polywhiten.tensorflow",
     "dask": "polywhiten.dask",
     "jax": "polywhiten.jax",  # tracers
