@@ -183,7 +183,8 @@ class CupyKernels(Kernels):
 
     def _in_order(self, array: Array) -> Array:
         """The array itself, or where it is a view at other strides than those of its shape, a copy."""
-        return array if array.flags.c_contiguous else self.xp.asarray(array, copy=True, order="C")
+        ordered: Array = self.xp.ascontiguousarray(array)
+        return ordered
 
     def _are_statistics(self, values: Sequence[Array], arrays: Sequence[Array]) -> bool:
         """Whether `values` have the dtype that statistics of each of the arrays are computed in."""
@@ -195,9 +196,7 @@ class CupyKernels(Kernels):
 
 def _is_served(x: Array, block_axis: int) -> bool:
     blocks, count, d = _sizes(x, block_axis)
-    return (
-        x.dtype.name in TYPES and 0 < d <= SIZES[-1] and 0 < count < _LIMIT and 0 < blocks * max(d, count) < _LIMIT**2
-    )
+    return x.dtype.name in TYPES and 0 < d <= SIZES[-1] and 0 < count < _LIMIT and 0 < blocks * SIZES[-1] < _LIMIT
 
 
 def _sizes(x: Array, block_axis: int) -> tuple[int, int, int]:

@@ -1,0 +1,94 @@
+"""CUDA kernels on NumPy arrays, without a device: the sources compiled by g++, every launch checked for races."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import array_api_compat.numpy
+import numpy as np
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++")
+GUARD = 64  # elements
+
+
+class GuardedNumPy(ModuleType):
+    """NumPy, but `empty` arrays hold NaN, and lie between guards that show what is written beside them."""
+
+    def __init__(self) -> None:
+        super().__init__("guarded_numpy")
+        self.buffers: list[np.ndarray] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(array_api_compat.numpy, name)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        size = int(np.prod(shape))
+        self.buffers.append(np.full(size + 2 * GUARD, np.nan, dtype))
+        return self.buffers[-1][GUARD : GUARD + size].reshape(shape)
+
+    def check(self) -> None:
+        for buffer in self.buffers:
+            assert np.all(np.isnan(buffer[:GUARD]) & np.isnan(buffer[-GUARD:])), "a kernel wrote beside an array"
+
+
+class CpuLauncher:
+    """Runs the kernels `names`, by file, of a folder of CUDA sources."""
+
+    processors = 2
+    shared_memory = 227 * 1024
+
+    def __init__(self, xp: GuardedNumPy, sources: Path, names: dict[str, list[str]], build: Path) -> None:
+        self._xp, self._sources, self._build = xp, sources, build
+        self._kernels: dict[str, Any] = {}
+        self.launched: set[str] = set()
+        parts = [(file, some) for file, all_ in names.items() for some in (all_[::2], all_[1::2])]
+        with ThreadPoolExecutor(4) as pool:
+            for kernels in pool.map(lambda part: self._compile(*part), parts):
+                self._kernels |= kernels
+
+    def __call__(
+        self, file: str, name: str, programs: int, threads: int, arguments: tuple[Any, ...], shared: int = 0
+    ) -> None:
+        assert shared <= self.shared_memory
+        kernel = self._kernels[name]
+        values = [_argument(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        results = []
+        for reverse in (False, True):
+            assert kernel(programs, threads, reverse, pointers) == 0, "some threads end while others wait for them"
+            results.append([a.tobytes() for a in arguments if isinstance(a, np.ndarray)])
+        assert results[0] == results[1], f"{name} depends on the order of the threads"
+        self._xp.check()
+        self.launched.add(name)
+
+    def _compile(self, file: str, names: list[str]) -> dict[str, Any]:
+        exports = "\n".join(
+            f'extern "C" int kernel_{i}(unsigned blocks, unsigned threads, bool reverse, void** arguments) '
+            f"{{ return emulator::launch({name}, blocks, threads, reverse, arguments); }}"
+            for i, name in enumerate(names)
+        )
+        source = self._build / f"{file}.{abs(hash(tuple(names)))}.cpp"
+        source.write_text(f'#include "{HERE / "cuda.h"}"\n{self._text(file)}\n{exports}\n')
+        library = source.with_suffix(".so")
+        command = [COMPILER, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-extern-tls-init", source, "-o", library]
+        subprocess.run(command, check=True)
+        loaded = ctypes.CDLL(str(library))
+        return {name: loaded[f"kernel_{i}"] for i, name in enumerate(names)}
+
+    def _text(self, file: str) -> str:
+        path = HERE / file if (HERE / file).exists() else self._sources / file
+        return re.sub(r'^#include "(.+)"$', lambda match: self._text(match[1]), path.read_text(), flags=re.MULTILINE)
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return ctypes.c_void_p(value.ctypes.data)
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_longlong(value)

@@ -1,0 +1,103 @@
+// Enough of CUDA to run kernels on a CPU: blocks one after the other, a block's threads as fibers that take turns at
+// every __syncthreads, in one order or the reverse. What depends on the order is a race.
+
+#include <link.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__ thread_local  // the only variables that are: see poison
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define __launch_bounds__(...)
+
+using std::sqrt;
+
+struct Index {
+    unsigned x;
+};
+
+thread_local unsigned char shared_memory[256 * 1024] __align__(16);
+static Index threadIdx, blockIdx;
+
+namespace emulator {
+
+constexpr size_t STACK = 128 * 1024;
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(STACK);
+    bool done;
+};
+
+static std::vector<Fiber> fibers;
+static ucontext_t scheduler;
+static std::function<void()> body;
+
+static void run() {
+    body();
+    fibers[threadIdx.x].done = true;
+    swapcontext(&fibers[threadIdx.x].context, &scheduler);
+}
+
+// Makes NaN of shared memory, which holds anything when a block begins: this library's thread-local variables.
+static void poison() {
+    const auto fill = [](dl_phdr_info* info, size_t, void* own) {
+        for (int i = 0; i < info->dlpi_phnum; ++i) {
+            const auto& segment = info->dlpi_phdr[i];
+            char* start = static_cast<char*>(info->dlpi_tls_data);
+            if (segment.p_type == PT_TLS && start && own >= start && own < start + segment.p_memsz)
+                std::memset(start, 0xff, segment.p_memsz);
+        }
+        return 0;
+    };
+    dl_iterate_phdr(fill, shared_memory);
+}
+
+// 0, or 1 where some threads ended while others wait for them.
+static int run_block(unsigned threads, bool reverse) {
+    poison();
+    if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
+    for (unsigned i = 0; i < threads; ++i) {
+        Fiber& fiber = fibers[i];
+        fiber.done = false;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = STACK;
+        makecontext(&fiber.context, run, 0);
+    }
+    for (;;) {
+        unsigned done = 0;
+        for (unsigned i = 0; i < threads; ++i) {
+            threadIdx.x = reverse ? threads - 1 - i : i;
+            swapcontext(&scheduler, &fibers[threadIdx.x].context);
+            done += fibers[threadIdx.x].done;
+        }
+        if (done) return done < threads;
+    }
+}
+
+template <typename... P, size_t... I>
+int launch(void (*kernel)(P...), unsigned blocks, unsigned threads, bool reverse, void** arguments,
+           std::index_sequence<I...>) {
+    body = [=] { kernel(*static_cast<P*>(arguments[I])...); };
+    for (unsigned i = 0; i < blocks; ++i) {
+        blockIdx.x = reverse ? blocks - 1 - i : i;
+        if (run_block(threads, reverse)) return 1;
+    }
+    return 0;
+}
+
+template <typename... P>
+int launch(void (*kernel)(P...), unsigned blocks, unsigned threads, bool reverse, void** arguments) {
+    return launch(kernel, blocks, threads, reverse, arguments, std::index_sequence_for<P...>());
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() { swapcontext(&emulator::fibers[threadIdx.x].context, &emulator::scheduler); }
