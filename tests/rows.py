@@ -119,6 +119,7 @@ class Library(Enum):
     )
     JAX = Row("jax", _jax_array, _by_jax, dtypes=("bfloat16", "float16", "float32", "float64"))
     DASK = Row("dask.array", _dask_array)
+    CUPY = Row("cupy", None)
     KERAS_TENSORFLOW = Row("keras", layers=KerasLayers(), keras_backend="tensorflow")
     KERAS_JAX = Row("keras", layers=KerasLayers(), keras_backend="jax")
     KERAS_TORCH = Row("keras", layers=KerasLayers(), keras_backend="torch")

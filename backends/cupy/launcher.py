@@ -9,7 +9,7 @@ from typing import Any
 
 import cupy
 
-OPTIONS = ("--std=c++17",)
+OPTIONS = ("-std=c++17",)
 _SHARED_BY_DEFAULT = 48 * 1024  # bytes; a kernel has to ask for more
 
 

@@ -102,7 +102,7 @@ template <typename A, int THREADS> __device__ A scale(const A* matrix, int d, A 
 }
 
 template <typename A, int D>
-__global__ void __launch_bounds__(Matrix<A, D>::threads)
+__global__ void __launch_bounds__(Matrix<A, D>::threads, 1)
     newton(const A* matrices, double eps, double smallest, long long steps, long long size, A* roots) {
     using Shape = Matrix<A, D>;
     constexpr int threads = Shape::threads;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(Matrix<A, D>::threads)
 }
 
 template <typename A, int D>
-__global__ void __launch_bounds__(Matrix<A, D>::threads)
+__global__ void __launch_bounds__(Matrix<A, D>::threads, 1)
     newton_adjoint(const A* matrices, const A* gradients, double eps, double smallest, long long steps, long long size,
                    A* results) {
     using Shape = Matrix<A, D>;

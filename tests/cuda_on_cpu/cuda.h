@@ -2,6 +2,7 @@
 // every __syncthreads, in one order or the reverse. What depends on the order is a race.
 
 #include <link.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -30,19 +31,28 @@ namespace emulator {
 constexpr size_t STACK = 128 * 1024;
 
 struct Fiber {
-    ucontext_t context;
+    ucontext_t entry;
+    jmp_buf place;  // swapcontext would be simpler, but calls the kernel of the operating system
     std::vector<char> stack = std::vector<char>(STACK);
-    bool done;
+    bool begun, done;
 };
 
 static std::vector<Fiber> fibers;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static std::function<void()> body;
 
 static void run() {
     body();
     fibers[threadIdx.x].done = true;
-    swapcontext(&fibers[threadIdx.x].context, &scheduler);
+    _longjmp(scheduler, 1);
+}
+
+// Lets a thread run until it waits or ends.
+__attribute__((noinline)) static void resume(Fiber& fiber) {
+    if (_setjmp(scheduler)) return;
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    setcontext(&fiber.entry);
 }
 
 // Makes NaN of shared memory, which holds anything when a block begins: this library's thread-local variables.
@@ -65,17 +75,17 @@ static int run_block(unsigned threads, bool reverse) {
     if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
     for (unsigned i = 0; i < threads; ++i) {
         Fiber& fiber = fibers[i];
-        fiber.done = false;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = STACK;
-        makecontext(&fiber.context, run, 0);
+        fiber.begun = fiber.done = false;
+        getcontext(&fiber.entry);
+        fiber.entry.uc_stack.ss_sp = fiber.stack.data();
+        fiber.entry.uc_stack.ss_size = STACK;
+        makecontext(&fiber.entry, run, 0);
     }
     for (;;) {
         unsigned done = 0;
         for (unsigned i = 0; i < threads; ++i) {
             threadIdx.x = reverse ? threads - 1 - i : i;
-            swapcontext(&scheduler, &fibers[threadIdx.x].context);
+            resume(fibers[threadIdx.x]);
             done += fibers[threadIdx.x].done;
         }
         if (done) return done < threads;
@@ -100,4 +110,6 @@ int launch(void (*kernel)(P...), unsigned blocks, unsigned threads, bool reverse
 
 }  // namespace emulator
 
-inline void __syncthreads() { swapcontext(&emulator::fibers[threadIdx.x].context, &emulator::scheduler); }
+inline void __syncthreads() {
+    if (!_setjmp(emulator::fibers[threadIdx.x].place)) _longjmp(emulator::scheduler, 1);
+}

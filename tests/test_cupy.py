@@ -1,0 +1,286 @@
+"""What only CuPy has: kernels in CUDA. They compile without a device, and run, emulated, on a CPU."""
+
+import re
+import threading
+from dataclasses import dataclass
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import array_api_compat.numpy
+import numpy as np
+import pytest
+from cuda_on_cpu import COMPILER, CpuLauncher, GuardedNumPy
+
+import polywhiten as pw
+from polywhiten.blocks import ChannelGroups, SampleGroups
+from polywhiten.dispatch import backend_of
+from polywhiten.info import probe
+from polywhiten.kernels import Kernels, Term
+from polywhiten.solvers import solver_for
+from polywhiten.whitening import Plan, Statistics, backward, forward
+
+cupy = pytest.importorskip("cupy")
+
+import polywhiten.cupy  # noqa: E402
+from polywhiten.cupy import launcher  # noqa: E402
+from polywhiten.cupy.kernels import SIZES, CupyKernels  # noqa: E402
+
+HAS_DEVICE = cupy.cuda.is_available()
+needs_device = pytest.mark.skipif(not HAS_DEVICE, reason="cupy sees no CUDA device")
+
+ACCUMULATORS = ("float", "double")
+PAIRS = ("half, half", "float, half", "float, float", "double, double")  # of dy and x
+MAPS = ("half, half, half", "half, half, float", "float, half, half", "float, float, float", "double, double, double")
+KERNELS = {
+    "moments.cu": {"moments": ("half", *ACCUMULATORS), "finish_moments": ACCUMULATORS},
+    "cross_moments.cu": {"cross_moments": PAIRS, "finish_cross_moments": ACCUMULATORS},
+    "affine_map.cu": {"affine_map": MAPS},
+    "newton.cu": {"newton": ACCUMULATORS, "newton_adjoint": ACCUMULATORS},
+}
+VARIANTS = {
+    file: [f"{kernel}<{types}, {size}>" for kernel, all_types in kernels.items() for types in all_types for size in SIZES]
+    for file, kernels in KERNELS.items()
+}
+
+
+# ---------------------------------------------------------------- compiled, without a device
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("file", VARIANTS)
+def test_every_variant_compiles_and_keeps_to_its_registers_and_shared_memory(file, arch):
+    from cupy.cuda.compiler import _NVRTCProgram  # the public function asks for a device
+
+    log = StringIO()
+    program = _NVRTCProgram(launcher.source(file), file, name_expressions=VARIANTS[file], method="cubin")
+    _, mangled = program.compile((*launcher.OPTIONS, f"--gpu-architecture={arch}", "--ptxas-options=-v"), log)
+    kernels = {name: kernel for kernel, name in mangled.items()}
+    report = re.findall(
+        r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers(?:.*?(\d+) bytes smem)?",
+        log.getvalue().replace("\0", ""),
+        re.DOTALL,
+    )
+    assert {kernels[name] for name, *_ in report} == set(VARIANTS[file])
+    dynamic = file in ("affine_map.cu", "newton.cu")  # beside what their launches give them
+    for name, *numbers in report:
+        spilled, registers, shared = (int(number or 0) for number in numbers)
+        print(f"{arch} {kernels[name]:<45} {registers:>3} registers {shared:>6} bytes shared {spilled} spilled")
+        assert spilled == 0, kernels[name]
+        assert shared <= (4096 if dynamic else 48 * 1024), kernels[name]
+
+
+# ---------------------------------------------------------------- run, emulated or on a device
+
+
+@dataclass
+class Machine:
+    """CuPy's kernels over arrays of some library."""
+
+    kernels: CupyKernels
+    array: Any
+    numpy: Any
+
+
+@cache
+def emulated(build):
+    xp = GuardedNumPy()
+    launch = CpuLauncher(xp, Path(launcher.__file__).parent, VARIANTS, build)
+    return Machine(CupyKernels(xp, launch), lambda a: a, lambda a: a)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("emulated", marks=pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")),
+        pytest.param("device", marks=[pytest.mark.gpu, needs_device]),
+    ]
+)
+def machine(request, tmp_path_factory):
+    if request.param == "emulated":
+        return emulated(tmp_path_factory.getbasetemp())
+    return Machine(polywhiten.cupy.BACKEND.kernels, cupy.asarray, cupy.asnumpy)
+
+
+EXACT = Kernels(array_api_compat.numpy)
+TOLERANCE = {"float16": 2e-3, "float32": 1e-5, "float64": 1e-12}
+
+# Of (p, q, d, l) arrays: the block axis, the shape for d variables, and the order in which the axes lie in memory.
+LAYOUTS = {
+    "channels first": (1, lambda d: (5, 2, d, 37), (0, 1, 2, 3)),
+    "channels last": (1, lambda d: (600, 2, d, 1), (0, 1, 2, 3)),
+    "channels last in memory alone": (1, lambda d: (4, 2, d, 33), (0, 3, 1, 2)),
+    "samples, channels first": (0, lambda d: (3, 1, d, 130), (0, 1, 2, 3)),
+    "samples, channels last": (0, lambda d: (2, 40, d, 5), (0, 1, 2, 3)),
+    "two values a variable": (0, lambda d: (2, 1, d, 2), (2, 0, 3, 1)),
+}
+
+
+def draw(machine, shape, dtype, order=(0, 1, 2, 3), seed=0, mean=3.0):
+    """Random numbers, every second one of a larger array of NaN; and the same as float64 of NumPy."""
+    rng = np.random.default_rng(seed)
+    spread = [shape[i] for i in order]
+    values = rng.normal(mean, 1, [*spread[:-1], 2 * spread[-1]]).astype(dtype)
+    values[..., 1::2] = np.nan
+    back = np.argsort(order)
+    return machine.array(values)[..., ::2].transpose(back), np.float64(values[..., ::2].transpose(back))
+
+
+def check(machine, actual, expected, tolerance):
+    actual = machine.numpy(actual)
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * max(1, np.max(np.abs(expected))))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("d", [1, 4, 13, 32, 50, 64])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_kernels_are_the_plain_ones(machine, dtype, d, layout):
+    block_axis, shape, order = LAYOUTS[layout]
+    kernels, newton = machine.kernels, solver_for("newton", 5)
+    tolerance = TOLERANCE["float64" if dtype == "float64" else "float32"]
+    x, exact_x = draw(machine, shape(d), dtype, order)
+    dy, exact_dy = draw(machine, shape(d), dtype, order, seed=1, mean=0.5)
+    mean, cov = kernels.moments(x, block_axis)
+    exact_mean, exact_cov = EXACT.moments(exact_x, block_axis)
+    s, k = kernels.cross_moments(dy, x, mean, block_axis)
+    exact_s, exact_k = EXACT.cross_moments(exact_dy, exact_x, exact_mean, block_axis)
+    w = kernels.inverse_sqrt(newton, cov, 1e-3)
+    exact_w = EXACT.inverse_sqrt(newton, exact_cov, 1e-3)
+    ds = kernels.inverse_sqrt_adjoint(newton, cov, k, 1e-3)
+    exact_ds = EXACT.inverse_sqrt_adjoint(newton, exact_cov, exact_k, 1e-3)
+    for actual, expected in ((mean, exact_mean), (cov, exact_cov), (s, exact_s), (k, exact_k), (w, exact_w)):
+        check(machine, actual, expected, tolerance)
+    check(machine, ds, exact_ds, 10 * tolerance)
+    assert (machine.numpy(cov) == machine.numpy(cov).swapaxes(1, 2)).all()
+
+    terms = [Term(w.swapaxes(1, 2), x, mean), Term(ds, dy, s)]
+    exact_terms = [Term(exact_w.swapaxes(1, 2), exact_x, exact_mean), Term(exact_ds, exact_dy, exact_s)]
+    for count, bias, exact_bias in ((1, None, None), (1, mean, exact_mean), (2, s, exact_s)):
+        y = kernels.affine_map(terms[:count], bias, block_axis, x.dtype)
+        expected = EXACT.affine_map(exact_terms[:count], exact_bias, block_axis, np.float64)
+        assert y.dtype == dtype
+        check(machine, y, expected, max(TOLERANCE[dtype], 10 * tolerance))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize(
+    ("blocks", "shape"),
+    [
+        (ChannelGroups(1, 6), (9, 12, 5, 7)),
+        (ChannelGroups(2, 6), (9, 35, 12)),
+        (SampleGroups(1, 6), (3, 12, 5, 7)),
+        (SampleGroups(3, 6), (3, 5, 7, 12)),
+    ],
+    ids=["iter_norm", "iter_norm, channels last", "group_whiten", "group_whiten, channels last"],
+)
+def test_whitening_and_its_gradient_over_these_kernels(machine, blocks, shape, dtype):
+    """In half precision the gradient of y arrives in float32 where weights don't fold into the whitener."""
+    rng = np.random.default_rng(0)
+    given = [a.astype(dtype) for a in (rng.normal(2, 3, shape), rng.uniform(1, 2, 12), rng.normal(size=12))]
+    dy = rng.normal(size=shape).astype(dtype)
+    plan = Plan(blocks, solver_for("newton", 5), 1e-5)
+    x, weight, bias = (machine.array(a) for a in given)
+    y, stats = forward(machine.kernels, plan, x, weight, bias)
+    gradients = backward(machine.kernels, plan, x, weight, bias, stats, machine.array(dy))
+    exact = [np.float64(a) for a in given]
+    exact_y, exact_stats = forward(EXACT, plan, *exact)
+    exact_gradients = backward(EXACT, plan, *exact, exact_stats, np.float64(dy))
+    for actual, expected in zip((y, *gradients), (exact_y, *exact_gradients), strict=True):
+        assert actual.dtype == dtype
+        check(machine, actual, expected, 10 * TOLERANCE[dtype] if dtype != "float16" else 5e-3)
+
+
+@pytest.mark.parametrize("shape", [(16, 2, 8, 40), (640, 2, 8, 1)])
+def test_a_mean_far_above_the_spread_costs_float32_no_more_than_its_digits(machine, shape):
+    x, exact = draw(machine, shape, "float32", mean=1e3)
+    mean, cov = machine.kernels.moments(x, 1)
+    exact_mean, exact_cov = EXACT.moments(exact, 1)
+    np.testing.assert_allclose(machine.numpy(mean), exact_mean, rtol=2e-7)
+    check(machine, cov, exact_cov, 1e-5)
+    eye = machine.array(np.tile(np.eye(8, dtype="float32"), (2, 1, 1)))
+    y = machine.kernels.affine_map([Term(eye, x, machine.array(np.float32(exact_mean)))], None, 1, x.dtype)
+    np.testing.assert_allclose(machine.numpy(y).mean(axis=(0, 3)), 0, atol=1e-4)  # 1e3 in float32 is rounded by 3e-5
+    assert np.abs(machine.numpy(y)).max() < 10
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_constant_channels_have_exactly_no_variance_and_finite_roots(machine, dtype):
+    x = machine.array(np.full((7, 2, 9, 11), 0.1, dtype))
+    mean, cov = machine.kernels.moments(x, 1)
+    assert (machine.numpy(mean) == np.asarray(0.1, dtype)).all()
+    assert (machine.numpy(cov) == 0).all()
+    newton = solver_for("newton", 5)
+    w = machine.kernels.inverse_sqrt(newton, cov)
+    y = machine.kernels.affine_map([Term(w, x, mean)], None, 1, x.dtype)
+    assert (machine.numpy(y) == 0).all()
+    assert np.isfinite(machine.numpy(w)).all()
+    assert np.isfinite(machine.numpy(machine.kernels.inverse_sqrt_adjoint(newton, cov, cov, 1e-5))).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_spoils_its_own_block_alone(machine, bad):
+    values = np.random.default_rng(0).normal(size=(6, 2, 20, 30)).astype("float32")
+    values[2, 1, 5, 3] = bad
+    plan = Plan(ChannelGroups(1, 20), solver_for("newton", 5), 1e-5)
+    x = machine.array(values.reshape(6, 40, 30))
+    with np.errstate(invalid="ignore"):
+        y, stats = forward(machine.kernels, plan, x, None, None)
+        dx, _, _ = backward(machine.kernels, plan, x, None, None, stats, y)
+    for array in (machine.numpy(y), machine.numpy(dx)):
+        assert np.isfinite(array[:, :20]).all()
+        assert not np.isfinite(array[:, 20:]).any()
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 300])
+def test_any_number_of_steps(machine, iterations):
+    """Also so many that what a tile has beyond the matrix would have overflowed."""
+    a = np.random.default_rng(0).normal(size=(3, 5, 20))
+    cov, grad = a @ a.swapaxes(1, 2) / 20, a[..., :5]
+    solver = solver_for("newton", iterations)
+    w = machine.kernels.inverse_sqrt(solver, machine.array(cov))
+    check(machine, w, EXACT.inverse_sqrt(solver, cov), 1e-12)
+    ds = machine.kernels.inverse_sqrt_adjoint(solver, machine.array(cov), machine.array(grad))
+    check(machine, ds, EXACT.inverse_sqrt_adjoint(solver, cov, grad), 1e-10)
+
+
+def no_launch(*arguments):
+    raise AssertionError("a case that the kernels are not made for was launched")
+
+
+class Refusing:
+    """A launcher for a device that has hardly any shared memory."""
+
+    processors, shared_memory, __call__ = 2, 1024, staticmethod(no_launch)
+
+
+PLAIN = CupyKernels(array_api_compat.numpy, Refusing())
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 65, 5), (0, 2, 4, 5), (3, 0, 4, 5), (3, 2, 4, 0)], ids=str)
+@pytest.mark.parametrize("block_axis", [0, 1])
+def test_more_than_64_variables_and_nothing_have_the_plain_kernels(shape, block_axis):
+    x = np.random.default_rng(0).normal(size=shape)
+    mean, cov = PLAIN.moments(x, block_axis)
+    np.testing.assert_array_equal(cov, EXACT.moments(x, block_axis)[1])
+    s, _ = PLAIN.cross_moments(x, x, mean, block_axis)
+    np.testing.assert_array_equal(s, EXACT.cross_moments(x, x, mean, block_axis)[0])
+    terms = [Term(cov, x, mean)]
+    y = PLAIN.affine_map(terms, None, block_axis, x.dtype)
+    np.testing.assert_array_equal(y, EXACT.affine_map(terms, None, block_axis, x.dtype))
+
+
+@pytest.mark.parametrize("method", ["newton", "eigh", "minimax"])
+def test_other_solvers_and_small_devices_have_the_plain_kernels(method):
+    solver, cov = solver_for(method, None), np.eye(5)[None] + 0.1
+    np.testing.assert_array_equal(PLAIN.inverse_sqrt(solver, cov), EXACT.inverse_sqrt(solver, cov))
+    adjoint = PLAIN.inverse_sqrt_adjoint(solver, cov, cov)
+    np.testing.assert_array_equal(adjoint, EXACT.inverse_sqrt_adjoint(solver, cov, cov))
+
+
+def test_statistics_of_another_precision_have_the_plain_kernels():
+    x, matrix, mean = np.ones((3, 1, 2, 4), "float32"), np.eye(2)[None], np.zeros((1, 2))
+    y = PLAIN.affine_map([Term(matrix, x, mean)], None, 1, x.dtype)
+    np.testing.assert_array_equal(y, x)
+    s, _ = PLAIN.cross_moments(x, x, mean, 1)
+    np.testing.assert_array_equal(s, [[12, 12]])
