@@ -14,13 +14,14 @@ LIBRARIES = {
     "tensorflow": ("[tensorflow]", ["tensorflow"]),
     "jax": ("[jax]", ["jax"]),
     "dask": ("[dask]", ["dask"]),
+    "cupy": ("[cupy13]", ["cupy"]),  # without a GPU: its kernels are compiled, and run on the CPU
     "keras-tensorflow": ("[demo,keras,tensorflow]", ["keras-tensorflow"]),
     "keras-jax": ("[demo,keras,jax]", ["keras-jax"]),
     "keras-torch": ("[demo,keras,torch]", ["keras-torch"]),
 }
 
 # Those whose tests mostly compile or build graphs, on one core: as many at a time as there are cores.
-ON_ONE_CORE = {"tensorflow", "jax", "dask", "keras-tensorflow", "keras-jax"}
+ON_ONE_CORE = {"tensorflow", "jax", "dask", "cupy", "keras-tensorflow", "keras-jax"}
 
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
@@ -49,7 +50,8 @@ def typing(session: nox.Session) -> None:
 @nox.parametrize("library", list(LIBRARIES), ids=list(LIBRARIES))
 def tests(session: nox.Session, library: str) -> None:
     extras, rows = LIBRARIES[library]
-    install(session, f".{extras}", "pytest", "pytest-xdist", "hypothesis", "array-api-strict")
+    compiler = ["nvidia-cuda-nvrtc"] if library == "cupy" else []  # on a machine with a GPU it is part of CUDA
+    install(session, f".{extras}", *compiler, "pytest", "pytest-xdist", "hypothesis", "array-api-strict")
     workers = ["--numprocesses=auto"] if library in ON_ONE_CORE else []
     session.run("pytest", *workers, *(f"--library={row}" for row in rows), *session.posargs)
     if library == "torch":  # the Triton kernels on the CPU; those runs above compiled them
@@ -75,7 +77,7 @@ def package(session: nox.Session) -> None:
     every = (
         "import importlib, pkgutil, polywhiten; "
         "names = [m.name for m in pkgutil.walk_packages(polywhiten.__path__, 'polywhiten.', lambda name: None)]; "
-        "names = [name for name in names if name.split('.')[1] not in ('keras', 'tensorflow')]; "
+        "names = [name for name in names if name.split('.')[1] not in ('cupy', 'keras', 'tensorflow')]; "
         "print(*[importlib.import_module(name).__name__ for name in names])"
     )
     session.chdir(str(clean))

@@ -77,7 +77,10 @@ def _devices(name: str, module: Any) -> str:
         found = module.config.list_physical_devices()  # unlike the logical ones, these need not be taken hold of
         return _joined([device.name.removeprefix("/physical_device:").lower() for device in found])
     if name == "cupy":
-        return _joined([f"cuda:{i}" for i in range(module.cuda.runtime.getDeviceCount())])
+        try:
+            return _joined([f"cuda:{i}" for i in range(module.cuda.runtime.getDeviceCount())])
+        except module.cuda.runtime.CUDARuntimeError as error:  # no driver, or none that fits
+            return f"none: {str(error).partition(':')[0]}"
     return f"those of {module.backend.backend()}" if name == "keras" else "those of its chunks"
 
 

@@ -25,7 +25,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     chosen = config.getoption("library") or []
-    settings.load_profile("slow-library" if {"jax", "dask"} & set(chosen) else "default")
+    slow = {"jax", "jax-cuda", "dask"} & set(chosen) or config.getoption("markexpr") == "gpu"
+    settings.load_profile("slow-library" if slow else "default")
     for library in Library:
         if library.option in chosen and library.value.keras_backend:
             os.environ["KERAS_BACKEND"] = library.value.keras_backend  # Keras reads it once, when it is imported
@@ -33,7 +34,7 @@ def pytest_configure(config):
 
 def pytest_ignore_collect(collection_path, config):
     chosen, owner = config.getoption("library"), OWNERS.get(collection_path.name)
-    frameworks = {name.partition("-")[0] for name in chosen or []}
+    frameworks = {name.partition("-")[0] for name in chosen or [] if not name.endswith("-cuda")}
     return True if chosen and owner and owner not in frameworks else None
 
 
@@ -46,5 +47,8 @@ def pytest_generate_tests(metafunc):
 
 
 def _param(library, chosen):
-    missing = None if chosen else library.value.missing
-    return pytest.param(library, marks=pytest.mark.skip(reason=missing) if missing else ())
+    needs_gpu = library.value.no_device is not None
+    # what is chosen has to run, but for want of a device
+    missing = library.value.missing if needs_gpu or not chosen else None
+    marks = [pytest.mark.gpu] * needs_gpu + [pytest.mark.skip(reason=missing)] * bool(missing)
+    return pytest.param(library, marks=marks)

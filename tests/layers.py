@@ -11,27 +11,30 @@ Gradients = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class TorchLayers:
-    """The modules of `polywhiten.torch`."""
+    """The modules of `polywhiten.torch` on a device."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
 
     def iter_norm(self, channels: int, dtype: str = "float64", **arguments: Any) -> Any:
         import torch
 
         from polywhiten.torch import IterNorm
 
-        return IterNorm(channels, dtype=getattr(torch, dtype), **arguments)
+        return IterNorm(channels, device=self._device, dtype=getattr(torch, dtype), **arguments)
 
     def group_whitening(self, num_groups: int, channels: int, dtype: str = "float64", **arguments: Any) -> Any:
         import torch
 
         from polywhiten.torch import GroupWhitening
 
-        return GroupWhitening(num_groups, channels, dtype=getattr(torch, dtype), **arguments)
+        return GroupWhitening(num_groups, channels, device=self._device, dtype=getattr(torch, dtype), **arguments)
 
     def train(self, layer: Any, x: np.ndarray) -> np.ndarray:
-        return layer.train()(self._tensor(x)).detach().numpy()
+        return layer.train()(self._tensor(x)).detach().cpu().numpy()
 
     def evaluate(self, layer: Any, x: np.ndarray) -> np.ndarray:
-        return layer.eval()(self._tensor(x)).detach().numpy()
+        return layer.eval()(self._tensor(x)).detach().cpu().numpy()
 
     def gradients(self, layer: Any, x: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, Gradients]:
         """A training step's output and the gradients of x, weight and bias."""
@@ -40,15 +43,15 @@ class TorchLayers:
         leaf = self._tensor(x).requires_grad_()
         y = layer.train()(leaf)
         gradients = torch.autograd.grad(y, [leaf, layer.weight, layer.bias], self._tensor(dy))
-        return y.detach().numpy(), tuple(g.numpy() for g in gradients)
+        return y.detach().cpu().numpy(), tuple(g.cpu().numpy() for g in gradients)
 
     def running(self, layer: Any) -> dict[str, np.ndarray]:
-        return {k.removeprefix("running_"): v.numpy().copy() for k, v in layer.named_buffers() if "running" in k}
+        return {k.removeprefix("running_"): v.cpu().numpy().copy() for k, v in layer.named_buffers() if "running" in k}
 
     def _tensor(self, x: np.ndarray) -> Any:
         import torch
 
-        return torch.from_numpy(x)
+        return torch.from_numpy(x).to(self._device)
 
 
 class KerasLayers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ from layers import KerasLayers, TorchLayers
 import polywhiten as pw
 
 Gradients = tuple[Any, Any, Any]
+
+_HAS_ML_DTYPES = importlib.util.find_spec("ml_dtypes") is not None
 
 
 def _by_pullback(name: str, arguments: dict[str, Any], dy: Any) -> tuple[Any, Gradients]:
@@ -71,6 +73,61 @@ def _jax_array(a: np.ndarray) -> Any:
     return jax.numpy.asarray(a)
 
 
+def _cupy_array(a: np.ndarray) -> Any:
+    import cupy
+
+    return cupy.asarray(a)
+
+
+def _numpy_of_cupy(a: Any) -> np.ndarray:
+    return a.get()
+
+
+def _no_cupy_device() -> str | None:
+    import cupy
+
+    return None if cupy.cuda.is_available() else "CuPy sees no CUDA device"
+
+
+def _torch_cuda_array(a: np.ndarray) -> Any:
+    import torch
+
+    if _HAS_ML_DTYPES:
+        importlib.import_module("ml_dtypes")  # which NumPy learns of bfloat16 from
+    if a.dtype.name != "bfloat16":
+        return torch.from_numpy(a).cuda()
+    return torch.from_numpy(a.view("int16")).cuda().view(torch.bfloat16)
+
+
+def _numpy_of_torch(a: Any) -> np.ndarray:
+    import torch
+
+    a = a.cpu()
+    return a.numpy() if a.dtype is not torch.bfloat16 else a.view(torch.int16).numpy().view("bfloat16")
+
+
+def _no_torch_device() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "PyTorch sees no CUDA device"
+
+
+def _jax_cuda_array(a: np.ndarray) -> Any:
+    import jax
+
+    return jax.device_put(_jax_array(a), jax.devices("cuda")[0])
+
+
+def _no_jax_device() -> str | None:
+    import jax
+
+    try:
+        jax.devices("cuda")
+    except RuntimeError as error:
+        return f"JAX sees no CUDA device: {error}"
+    return None
+
+
 def _dask_array(a: np.ndarray) -> Any:
     """Chunked along every axis that has more than one element."""
     import dask.array as da
@@ -85,9 +142,11 @@ class Row:
     module: str
     array: Callable[[np.ndarray], Any] | None = None
     gradients: Callable[[str, dict[str, Any], Any], tuple[Any, Gradients]] = _by_pullback
+    numpy: Callable[[Any], np.ndarray] = np.asarray
     dtypes: tuple[str, ...] = ("float16", "float32", "float64")
     layers: TorchLayers | KerasLayers | None = None
     keras_backend: str | None = None  # the one that Keras has to be started with
+    no_device: Callable[[], str | None] | None = None  # of rows that need a GPU: why there is none
 
     @property
     def missing(self) -> str | None:
@@ -99,7 +158,7 @@ class Row:
                 importlib.import_module(module or "numpy")
             except ModuleNotFoundError:
                 return f"{module} is not installed"
-        return None
+        return None if self.no_device is None else self.no_device()
 
 
 def _strict_array(a: np.ndarray) -> Any:
@@ -119,7 +178,19 @@ class Library(Enum):
     )
     JAX = Row("jax", _jax_array, _by_jax, dtypes=("bfloat16", "float16", "float32", "float64"))
     DASK = Row("dask.array", _dask_array)
-    CUPY = Row("cupy", None)
+    CUPY = Row("cupy", _cupy_array, numpy=_numpy_of_cupy, no_device=_no_cupy_device)
+    TORCH_CUDA = Row(
+        "torch",
+        _torch_cuda_array,
+        _by_torch,
+        _numpy_of_torch,
+        ("bfloat16", *Row.dtypes) if _HAS_ML_DTYPES else Row.dtypes,
+        layers=TorchLayers("cuda"),
+        no_device=_no_torch_device,
+    )
+    JAX_CUDA = Row(
+        "jax", _jax_cuda_array, _by_jax, dtypes=("bfloat16", "float16", "float32", "float64"), no_device=_no_jax_device
+    )
     KERAS_TENSORFLOW = Row("keras", layers=KerasLayers(), keras_backend="tensorflow")
     KERAS_JAX = Row("keras", layers=KerasLayers(), keras_backend="jax")
     KERAS_TORCH = Row("keras", layers=KerasLayers(), keras_backend="torch")
@@ -132,16 +203,20 @@ class Library(Enum):
         """The library's array of a's values; None of None."""
         return None if a is None else self.value.array(a)
 
+    def numpy(self, a: Any) -> np.ndarray:
+        """The values of the library's array a."""
+        return self.value.numpy(a)
+
     def call(self, name: str, **arguments: Any) -> np.ndarray:
         """A function of `polywhiten` on this library's arrays, its result as a NumPy array."""
         result = getattr(pw, name)(**self._converted(arguments))
         assert type(result) is type(self.array(np.zeros(1))), "a function returns the library's own arrays"
-        return np.asarray(result)
+        return self.numpy(result)
 
     def vjp(self, name: str, dy: np.ndarray, **arguments: Any) -> tuple[np.ndarray, list[np.ndarray | None]]:
         """Value and gradients (x, weight, bias), the library's own way, as NumPy arrays."""
         y, gradients = self.value.gradients(name, self._converted(arguments), self.array(dy))
-        return np.asarray(y), [None if g is None else np.asarray(g) for g in gradients]
+        return self.numpy(y), [None if g is None else self.numpy(g) for g in gradients]
 
     def _converted(self, arguments: dict[str, Any]) -> dict[str, Any]:
         return {k: self.array(v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()}

@@ -1,7 +1,6 @@
 """What only CuPy has: kernels in CUDA. They compile without a device, and run, emulated, on a CPU."""
 
 import re
-import threading
 from dataclasses import dataclass
 from functools import cache
 from io import StringIO
@@ -19,7 +18,7 @@ from polywhiten.dispatch import backend_of
 from polywhiten.info import probe
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import solver_for
-from polywhiten.whitening import Plan, Statistics, backward, forward
+from polywhiten.whitening import Plan, backward, forward
 
 cupy = pytest.importorskip("cupy")
 
@@ -40,7 +39,9 @@ KERNELS = {
     "newton.cu": {"newton": ACCUMULATORS, "newton_adjoint": ACCUMULATORS},
 }
 VARIANTS = {
-    file: [f"{kernel}<{types}, {size}>" for kernel, all_types in kernels.items() for types in all_types for size in SIZES]
+    file: [
+        f"{kernel}<{types}, {size}>" for kernel, all_types in kernels.items() for types in all_types for size in SIZES
+    ]
     for file, kernels in KERNELS.items()
 }
 
@@ -284,3 +285,60 @@ def test_statistics_of_another_precision_have_the_plain_kernels():
     np.testing.assert_array_equal(y, x)
     s, _ = PLAIN.cross_moments(x, x, mean, 1)
     np.testing.assert_array_equal(s, [[12, 12]])
+
+
+# ---------------------------------------------------------------- users and their devices
+
+
+def test_cupy_arrays_are_served_by_this_backend():
+    class Mine(cupy.ndarray):
+        pass
+
+    for kind in (cupy.ndarray, Mine):
+        assert backend_of(kind.__new__(kind)) is polywhiten.cupy.BACKEND
+
+
+@pytest.mark.skipif(HAS_DEVICE, reason="there is a CUDA device")
+def test_without_a_device_info_says_why():
+    version, devices, kernels = probe("cupy")
+    assert version == cupy.__version__
+    assert re.fullmatch(r"none: cudaError\w+|none", devices)
+    assert kernels.startswith("polywhiten.cupy (moments, ")
+
+
+@pytest.mark.gpu
+@needs_device
+@pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
+def test_nothing_waits_for_the_device(name):
+    """A stream that is being captured in a graph refuses whatever would wait; the graph gives the same again."""
+    x = cupy.asarray(np.random.default_rng(0).normal(size=(32, 64, 14, 14)).astype("float32"))
+    function = getattr(pw, f"{name}_vjp")
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        for _ in range(2):  # kernels are compiled, and memory is taken from the pool
+            y, pullback = function(x)
+            expected = [a.copy() for a in (y, pullback(y)[0])]
+        stream.synchronize()
+        stream.begin_capture()
+        y, pullback = function(x)
+        dx = pullback(y)[0]
+        graph = stream.end_capture()
+        y.fill(0), dx.fill(0)
+        graph.launch(stream)
+        stream.synchronize()
+        for actual, wanted in zip((y, dx), expected, strict=True):
+            np.testing.assert_array_equal(actual.get(), wanted.get())
+
+
+@pytest.mark.gpu
+@needs_device
+def test_pytorch_lends_a_tensor_and_gets_the_result_without_copies():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no CUDA device")
+    x = torch.randn(8, 6, 5, 4, device="cuda")
+    lent = cupy.from_dlpack(x)
+    assert lent.data.ptr == x.data_ptr()
+    y = polywhiten.cupy.iter_norm(lent, group_size=3)
+    back = torch.from_dlpack(y)
+    assert back.data_ptr() == y.data.ptr
+    torch.testing.assert_close(back.cpu(), pw.iter_norm(x.cpu(), group_size=3), atol=1e-4, rtol=0)

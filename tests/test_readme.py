@@ -14,8 +14,10 @@ def test_example_runs(title):
     for framework in ("torch", "tensorflow", "jax", "keras"):
         if re.search(rf"^import {framework}|polywhiten\.{framework}", EXAMPLES[title], re.M):
             pytest.importorskip(framework)  # for Keras, its backend too
+    if re.search(r"^import cupy", EXAMPLES[title], re.M) and not pytest.importorskip("cupy").cuda.is_available():
+        pytest.skip("CuPy sees no CUDA device")
     exec(compile(EXAMPLES[title], f"README, {title}", "exec"), {})
 
 
 def test_there_are_examples():
-    assert set(EXAMPLES) >= {"PyTorch", "Keras", "TensorFlow", "JAX", "NumPy, and every other array library"}
+    assert set(EXAMPLES) >= {"PyTorch", "Keras", "TensorFlow", "JAX", "CuPy", "NumPy, and every other array library"}

@@ -217,9 +217,7 @@ def _view(x: Array, block_axis: int) -> tuple[Any, ...]:
 
     Lastly, whether neighbouring threads should take neighbouring samples rather than variables.
     """
-    block, outer, variable, inner = (
-        x.strides[axis] // x.itemsize for axis in (block_axis, 1 - block_axis, 2, 3)
-    )
+    block, outer, variable, inner = (x.strides[axis] // x.itemsize for axis in (block_axis, 1 - block_axis, 2, 3))
     between_samples = inner if x.shape[3] > 1 else outer
     return x, block, outer, variable, inner, int(x.shape[2] == 1 or abs(between_samples) < abs(variable))
 

@@ -27,8 +27,8 @@ def test_iter_norm(library, number):
         np.testing.assert_allclose(actual, expected.reshape(actual.shape), atol=EXACT)
     stats = pw.whitening_stats(library.array(c["x"]), **arguments)
     running = {
-        "mean": 0.1 * np.asarray(stats.mean),
-        "whitener": 0.9 * np.eye(stats.whitener.shape[-1]) + 0.1 * np.asarray(stats.whitener),
+        "mean": 0.1 * library.numpy(stats.mean),
+        "whitener": 0.9 * np.eye(stats.whitener.shape[-1]) + 0.1 * library.numpy(stats.whitener),
     }
     for name, value in running.items():
         np.testing.assert_allclose(value, c[f"running_{name}"].reshape(value.shape), atol=EXACT)

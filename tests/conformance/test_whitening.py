@@ -127,13 +127,13 @@ def test_statistics_applied_are_iter_norm(library, problem):
     stats = pw.whitening_stats(x, **arguments)
     given_affine = {k: library.array(v) for k, v in affine.items()}
     y = pw.apply_whitening(x, stats, axis=arguments["axis"], **given_affine)
-    assert relative_error(np.asarray(y), np.asarray(pw.iter_norm(x, **arguments, **given_affine))) < 1e-10
+    assert relative_error(library.numpy(y), library.numpy(pw.iter_norm(x, **arguments, **given_affine))) < 1e-10
 
 
 def test_statistics_are_mean_covariance_and_whitener(library):
     x = np.random.default_rng(0).normal(size=(50, 5)) + 3
     stats = pw.whitening_stats(library.array(x), group_size=3, method="eigh", eps=1e-3)
-    mean, covariance, whitener = (np.asarray(s) for s in stats)
+    mean, covariance, whitener = (library.numpy(s) for s in stats)
     full = np.cov(x.T, bias=True)
     np.testing.assert_allclose(mean, x.mean(axis=0), atol=1e-12)
     np.testing.assert_allclose(covariance[0], full[:3, :3], atol=1e-12)

@@ -78,7 +78,18 @@ class CpuLauncher:
         source = self._build / f"{file}.{abs(hash(tuple(names)))}.cpp"
         source.write_text(f'#include "{HERE / "cuda.h"}"\n{self._text(file)}\n{exports}\n')
         library = source.with_suffix(".so")
-        command = [COMPILER, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-extern-tls-init", source, "-o", library]
+        command = [
+            COMPILER,
+            "-std=c++17",
+            "-O1",
+            "-w",
+            "-shared",
+            "-fPIC",
+            "-fno-extern-tls-init",
+            source,
+            "-o",
+            library,
+        ]
         subprocess.run(command, check=True)
         loaded = ctypes.CDLL(str(library))
         return {name: loaded[f"kernel_{i}"] for i, name in enumerate(names)}
