@@ -48,7 +48,16 @@ def pytest_generate_tests(metafunc):
 
 def _param(library, chosen):
     needs_gpu = library.value.no_device is not None
-    # what is chosen has to run, but for want of a device
+    # what is chosen has to run, but for want of a GPU
     missing = library.value.missing if needs_gpu or not chosen else None
     marks = [pytest.mark.gpu] * needs_gpu + [pytest.mark.skip(reason=missing)] * bool(missing)
     return pytest.param(library, marks=marks)
+
+
+def pytest_runtest_setup(item):
+    """Looks for a device no earlier: JAX takes no configuration once it has looked."""
+    for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
+        if isinstance(value, Library) and value.value.no_device:
+            reason = value.value.no_device()
+            if reason:
+                pytest.skip(reason)

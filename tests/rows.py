@@ -158,7 +158,7 @@ class Row:
                 importlib.import_module(module or "numpy")
             except ModuleNotFoundError:
                 return f"{module} is not installed"
-        return None if self.no_device is None else self.no_device()
+        return None
 
 
 def _strict_array(a: np.ndarray) -> Any:
