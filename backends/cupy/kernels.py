@@ -57,14 +57,18 @@ class CupyKernels(Kernels):
         programs, stretch = self._stretches(blocks, count, min(2048 // size, 256))
         shifts, mean, cov = (self._empty(x, blocks, *shape) for shape in ((d,), (d,), (d, d)))
         products, sums = (self._empty(x, blocks * programs, *shape) for shape in ((d, d), (d,)))
-        self._launch_products(
+        self.launch(
+            "moments.cu",
             f"moments<{_type(x)}, {size}>",
             blocks * programs,
+            _PRODUCT_THREADS,
             (*_view(x, block_axis), d, x.shape[3], count, programs, stretch, shifts, products, sums),
         )
-        self._launch_products(
+        self.launch(
+            "moments.cu",
             f"finish_moments<{_type(mean)}, {size}>",
             blocks * d,
+            _PRODUCT_THREADS,
             (shifts, products, sums, programs, d, float(count), mean, cov),
         )
         return mean, cov
@@ -79,28 +83,35 @@ class CupyKernels(Kernels):
         products, sums = (self._empty(x, blocks * programs, *shape) for shape in ((d, d), (d,)))
         s, k = (self._empty(x, blocks, *shape) for shape in ((d,), (d, d)))
         views = *_view(dy, block_axis), *_view(x, block_axis)
-        self._launch_products(
+        self.launch(
+            "cross_moments.cu",
             f"cross_moments<{_type(dy)}, {_type(x)}, {size}>",
             blocks * programs,
+            _PRODUCT_THREADS,
             (*views, self._in_order(mean), d, x.shape[3], count, programs, stretch, products, sums),
         )
-        self._launch_products(
-            f"finish_cross_moments<{_type(s)}, {size}>", blocks * d, (products, sums, programs, d, s, k)
+        self.launch(
+            "cross_moments.cu",
+            f"finish_cross_moments<{_type(s)}, {size}>",
+            blocks * d,
+            _PRODUCT_THREADS,
+            (products, sums, programs, d, s, k),
         )
         return s, k
 
     def affine_map(self, terms: Sequence[Term], bias: Array | None, block_axis: int, dtype: Any) -> Array:
         """Sum of matrix (array - centre) over one or two terms, plus bias (blocks, d); (p, q, d, l) of `dtype`."""
         arrays = [term.array for term in terms]
-        values = [value for matrix, _, centre in terms for value in (matrix, centre)]
+        values = [value for matrix, _, centre in terms for value in (matrix, centre)] + [bias] * (bias is not None)
         x = arrays[0]
         blocks, count, d = _sizes(x, block_axis)
         size, itemsize = _variant(d), values[0].dtype.itemsize
         pack = _PACK // itemsize
         shared = itemsize * size * (_AFFINE_TILE + pack + len(terms) * (size + pack))
         if not (
-            all(_is_served(array, block_axis) for array in arrays)
-            and self._are_statistics(values if bias is None else [*values, bias], arrays)
+            len(terms) <= 2
+            and all(_is_served(array, block_axis) for array in arrays)
+            and self._are_statistics(values, arrays)
             and self._fits(shared)
         ):
             return super().affine_map(terms, bias, block_axis, dtype)
@@ -125,26 +136,26 @@ class CupyKernels(Kernels):
 
     def inverse_sqrt(self, solver: Solver, cov: Array, eps: float = 0.0) -> Array:
         """W = (cov + eps I)^(-1/2); of Newton's iteration in one launch."""
-        if not self._is_iterated(solver, cov, matrices=3):
+        if not (isinstance(solver, Newton) and self._is_iterated(cov, matrices=3)):
             return super().inverse_sqrt(solver, cov, eps)
-        return self._newton("newton", solver, (cov,), eps, matrices=3)
+        return self._newton("newton", solver, [cov], eps, matrices=3)
 
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array, eps: float = 0.0) -> Array:
         """Gradient of a loss with respect to cov; of Newton's iteration in one launch."""
-        if not (self._is_iterated(solver, cov, matrices=6) and grad.dtype == cov.dtype and grad.shape == cov.shape):
+        alike = grad.dtype == cov.dtype and grad.shape == cov.shape
+        if not (isinstance(solver, Newton) and alike and self._is_iterated(cov, matrices=6)):
             return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
-        return self._newton("newton_adjoint", solver, (cov, grad), eps, matrices=6)
+        return self._newton("newton_adjoint", solver, [cov, grad], eps, matrices=6)
 
-    def _is_iterated(self, solver: Solver, cov: Array, matrices: int) -> bool:
+    def _is_iterated(self, cov: Array, matrices: int) -> bool:
         return (
-            isinstance(solver, Newton)
-            and cov.dtype.name in ("float32", "float64")
+            cov.dtype.name in ("float32", "float64")
             and cov.shape[-1] <= SIZES[-1]
             and 0 < cov.size < _LIMIT
             and self._fits(_newton_memory(cov, matrices))
         )
 
-    def _newton(self, kernel: str, solver: Newton, given: tuple[Array, ...], eps: float, matrices: int) -> Array:
+    def _newton(self, kernel: str, solver: Newton, given: list[Array], eps: float, matrices: int) -> Array:
         cov, d = given[0], given[0].shape[-1]
         size = _variant(d)
         result = self.xp.empty(cov.shape, dtype=cov.dtype)
@@ -158,10 +169,6 @@ class CupyKernels(Kernels):
             _newton_memory(cov, matrices),
         )
         return result
-
-    def _launch_products(self, name: str, programs: int, arguments: tuple[Any, ...]) -> None:
-        file = "cross_moments.cu" if "cross_moments" in name else "moments.cu"
-        self.launch(file, name, programs, _PRODUCT_THREADS, arguments)
 
     def _stretches(self, blocks: int, count: int, tile: int) -> tuple[int, int]:
         """Programs for each block, and the samples that each adds up: 8 tiles or more, for what is left of them."""
@@ -223,5 +230,5 @@ def _view(x: Array, block_axis: int) -> tuple[Any, ...]:
 
 
 def _newton_memory(cov: Array, matrices: int) -> int:
-    size = _variant(cov.shape[-1])
-    return matrices * size * (size * cov.itemsize + _PACK)
+    size, itemsize = _variant(cov.shape[-1]), int(cov.itemsize)
+    return matrices * size * (size * itemsize + _PACK)
