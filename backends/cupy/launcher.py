@@ -10,7 +10,6 @@ from typing import Any
 import cupy
 
 OPTIONS = ("-std=c++17",)
-_SHARED_BY_DEFAULT = 48 * 1024  # bytes; a kernel has to ask for more
 
 
 def source(file: str) -> str:
@@ -34,7 +33,7 @@ class CudaLauncher:
                     f"use `with cupy.cuda.Device({argument.device.id}):`"
                 )
         kernel = _compiled(file, name)
-        if shared > _SHARED_BY_DEFAULT:
+        if shared:  # a kernel has to ask for more than 48 KiB in all
             kernel.max_dynamic_shared_size_bytes = shared
         kernel((programs,), (threads,), arguments, shared_mem=shared)
 

@@ -15,7 +15,7 @@ template <typename A, int D> struct Matrix {
     static constexpr int size = D * stride;
 };
 
-// to = diagonal I + factor a b; with TANGENT, the second matrix of `to` is its derivative by the product rule. `to` may
+// to = diagonal I + factor a b, both 0 beyond d; with TANGENT, the second matrix of `to` is its derivative by the product rule. `to` may
 // be one of the others.
 template <typename A, int D, bool TANGENT>
 __device__ void multiply(A* to, const A* a, const A* b, A diagonal, A factor, int d) {
@@ -23,7 +23,7 @@ __device__ void multiply(A* to, const A* a, const A* b, A diagonal, A factor, in
     constexpr int side = Shape::side, stride = Shape::stride, size = Shape::size, width = Pack<A>::size;
     const int row = threadIdx.x / Shape::sides, column = threadIdx.x % Shape::sides * side;
     A product[side][side] = {}, tangent[side][side] = {};
-    for (int first = 0; first < d; first += width) {  // beyond d all is 0
+    for (int first = 0; first < d; first += width) {
         A left[side][width], left_tangent[side][width];
 #pragma unroll
         for (int i = 0; i < side; ++i) {
