@@ -4,6 +4,7 @@
 
 constexpr int THREADS = 128;
 constexpr int SAMPLES = THREADS;  // of a tile: a thread looks after the place of one of them
+constexpr int BATCH = 16;         // numbers that a thread has on their way from memory at once
 
 template <typename A, int D> struct Tile {
     // A thread's share of the result: with 8 x 8, 64 multiplications for every 16 numbers read from shared memory, and
@@ -27,14 +28,6 @@ template <typename A, int D> struct Tile {
     }
 };
 
-// Calls f(variable, first sample) for packs of samples, such that neighbouring threads have neighbouring variables.
-template <typename A, int D, typename F> __device__ void for_packs(int d, F f) {
-    const int v = threadIdx.x % D;
-    if (v >= d) return;
-#pragma unroll 4
-    for (int m = threadIdx.x / D * Pack<A>::size; m < SAMPLES; m += THREADS / D * Pack<A>::size) f(v, m);
-}
-
 // An array's tile, less the centre, to shared memory, a row for every variable.
 template <typename T, int D, typename A>
 __device__ void load(A* tile, long long* offsets, const Block<const T>& block, const Cursor& sample, bool there,
@@ -42,22 +35,40 @@ __device__ void load(A* tile, long long* offsets, const Block<const T>& block, c
     using Shape = Tile<A, D>;
     const long long own = there ? block.offset(sample) : -1;
     if (along_samples) {
-#pragma unroll 16
-        for (int v = 0; v < d; ++v)
-            tile[v * Shape::stride + threadIdx.x] = there ? A(value(block.at(own, v))) - centre[v] : A(0);
+        constexpr int count = D < BATCH ? D : BATCH;
+        for (int first = 0; first < d; first += count) {  // beyond d are zeros, which nothing reads
+            A batch[count];
+#pragma unroll
+            for (int k = 0; k < count; ++k)
+                batch[k] = there && first + k < d ? A(value(block.at(own, first + k))) : centre[first + k];
+#pragma unroll
+            for (int k = 0; k < count; ++k)
+                tile[(first + k) * Shape::stride + threadIdx.x] = batch[k] - centre[first + k];
+        }
         return;
     }
     offsets[threadIdx.x] = own;
     __syncthreads();
-    for_packs<A, D>(d, [&](int v, int m) {
-        Pack<A> values;
+    constexpr int size = Pack<A>::size, step = THREADS / D * size;
+    constexpr int count = SAMPLES / step < BATCH / size ? SAMPLES / step : BATCH / size;
+    const int v = threadIdx.x % D;
+    const A middle = centre[v];
+    for (int first = threadIdx.x / D * size; first < SAMPLES; first += count * step) {
+        Pack<A> batch[count];
 #pragma unroll
-        for (int k = 0; k < Pack<A>::size; ++k) {
-            const long long offset = offsets[m + k];
-            values.at[k] = offset >= 0 ? A(value(block.at(offset, v))) - centre[v] : A(0);
+        for (int i = 0; i < count; ++i)
+#pragma unroll
+            for (int k = 0; k < size; ++k) {
+                const long long offset = offsets[first + i * step + k];
+                batch[i].at[k] = offset >= 0 && v < d ? A(value(block.at(offset, v))) : middle;
+            }
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+#pragma unroll
+            for (int k = 0; k < size; ++k) batch[i].at[k] -= middle;
+            pack(tile + v * Shape::stride + first + i * step) = batch[i];
         }
-        pack(tile + v * Shape::stride + m) = values;
-    });
+    }
 }
 
 // A matrix, transposed: threads that multiply have its rows in packs.
@@ -100,14 +111,17 @@ __device__ void store(const A* tile, long long* offsets, const Block<T>& block, 
     }
     offsets[threadIdx.x] = own;
     __syncthreads();
-    for_packs<A, D>(d, [&](int v, int m) {
+    const int v = threadIdx.x % D;
+    if (v >= d) return;
+#pragma unroll 4
+    for (int m = threadIdx.x / D * Pack<A>::size; m < SAMPLES; m += THREADS / D * Pack<A>::size) {
         const Pack<A> values = pack(tile + v * Shape::stride + m);
 #pragma unroll
         for (int k = 0; k < Pack<A>::size; ++k) {
             const long long offset = offsets[m + k];
             if (offset >= 0) assign(block.at(offset, v), values.at[k]);
         }
-    });
+    }
 }
 
 // A program takes every so many of a block's tiles, so that it loads the matrices once. `x2` and `bias` may be null.
