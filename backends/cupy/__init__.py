@@ -9,6 +9,7 @@ A tensor of another library on the same device comes and goes without a copy::
 """
 
 import array_api_compat.cupy as xp
+import cupy
 
 from polywhiten import (
     WhiteningStats,
@@ -23,8 +24,10 @@ from polywhiten import (
 from polywhiten.cupy.kernels import CupyKernels
 from polywhiten.cupy.launcher import CudaLauncher
 from polywhiten.dispatch import Backend
+from polywhiten.kernels import Kernels
 
-BACKEND = Backend(CupyKernels(xp, CudaLauncher()))
+# the sources have instructions that AMD's devices, which CuPy has too, don't know
+BACKEND = Backend(Kernels(xp) if cupy.cuda.runtime.is_hip else CupyKernels(xp, CudaLauncher()))
 
 __all__ = [
     "BACKEND",

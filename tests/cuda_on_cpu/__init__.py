@@ -48,7 +48,6 @@ class CpuLauncher:
     def __init__(self, xp: GuardedNumPy, sources: Path, names: dict[str, list[str]], build: Path) -> None:
         self._xp, self._sources, self._build = xp, sources, build
         self._kernels: dict[str, Any] = {}
-        self.launched: set[str] = set()
         parts = [(file, some) for file, all_ in names.items() for some in (all_[::2], all_[1::2])]
         with ThreadPoolExecutor(4) as pool:
             for kernels in pool.map(lambda part: self._compile(*part), parts):
@@ -67,7 +66,6 @@ class CpuLauncher:
             results.append([a.tobytes() for a in arguments if isinstance(a, np.ndarray)])
         assert results[0] == results[1], f"{name} depends on the order of the threads"
         self._xp.check()
-        self.launched.add(name)
 
     def _compile(self, file: str, names: list[str]) -> dict[str, Any]:
         exports = "\n".join(
