@@ -8,7 +8,7 @@ constexpr int BATCH = 16;         // numbers that a thread has on their way from
 
 template <typename A, int D> struct Tile {
     // A thread's share of the result: with 8 x 8, 64 multiplications for every 16 numbers read from shared memory, and
-    // four programs of 4 warps on a multiprocessor: while some wait for memory, others multiply.
+    // three programs of 4 warps on a multiprocessor: while some wait for memory, others multiply.
     static constexpr int rows = D > 16 ? 8 : 4;
     static constexpr int columns = D / rows;
     static constexpr int size = Pack<A>::size;
