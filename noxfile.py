@@ -7,21 +7,18 @@ from pathlib import Path
 import nox
 
 CONSTRAINTS, CONFIGURATION = (str(Path(__file__).with_name(name)) for name in ("constraints.txt", "pyproject.toml"))
-# Extras that a library's tests need, and the rows of the conformance suite that they run.
+# Extras that a library's tests need, and the rows of the conformance suite by the runs of pytest that they share: Keras
+# takes one backend a run.
 LIBRARIES = {
-    "numpy": ("", ["numpy", "strict"]),
-    "torch": ("[demo,torch]", ["torch"]),
-    "tensorflow": ("[tensorflow]", ["tensorflow"]),
-    "jax": ("[jax]", ["jax"]),
-    "dask": ("[dask]", ["dask"]),
-    "cupy": ("[cupy13]", ["cupy"]),  # without a GPU: its kernels are compiled, and run on the CPU
-    "keras-tensorflow": ("[demo,keras,tensorflow]", ["keras-tensorflow"]),
-    "keras-jax": ("[demo,keras,jax]", ["keras-jax"]),
-    "keras-torch": ("[demo,keras,torch]", ["keras-torch"]),
+    "numpy": ("", [["numpy", "strict"]]),
+    "torch": ("[demo,keras,torch]", [["torch"], ["keras-torch"]]),
+    "tensorflow": ("[demo,keras,tensorflow]", [["tensorflow"], ["keras-tensorflow"]]),
+    "jax": ("[demo,keras,jax]", [["jax"], ["keras-jax"]]),
+    "dask": ("[dask]", [["dask"]]),
+    "cupy": ("[cupy13]", [["cupy"]]),
 }
-
-# Those whose tests mostly compile or build graphs, on one core: as many at a time as there are cores.
-ON_ONE_CORE = {"tensorflow", "jax", "dask", "cupy", "keras-tensorflow", "keras-jax"}
+# What compiles GPU kernels where there is no GPU.
+COMPILERS = {"torch": "triton", "cupy": "nvidia-cuda-nvrtc"}
 
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
@@ -49,16 +46,17 @@ def typing(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("library", list(LIBRARIES), ids=list(LIBRARIES))
 def tests(session: nox.Session, library: str) -> None:
-    extras, rows = LIBRARIES[library]
-    compiler = ["nvidia-cuda-nvrtc"] if library == "cupy" else []  # on a machine with a GPU it is part of CUDA
+    extras, runs = LIBRARIES[library]
+    compiler = [COMPILERS[library]] if library in COMPILERS else []
     install(session, f".{extras}", *compiler, "pytest", "pytest-xdist", "hypothesis", "array-api-strict")
-    workers = ["--numprocesses=auto"] if library in ON_ONE_CORE else []
-    session.run("pytest", *workers, *(f"--library={row}" for row in rows), *session.posargs)
-    if library == "torch":  # the Triton kernels on the CPU; those runs above compiled them
-        session.run("pytest", "--numprocesses=auto", "tests/test_fused.py", env={"TRITON_INTERPRET": "1"})
-    environment = {"KERAS_BACKEND": library.removeprefix("keras-")} if library.startswith("keras-") else {}
+    # tests mostly compile, or build graphs, on one core: as many at a time as there are cores
+    workers, one_core = ["--numprocesses=auto"], {"OMP_NUM_THREADS": "1"}
+    for rows in runs:
+        session.run("pytest", *workers, *(f"--library={row}" for row in rows), *session.posargs, env=one_core)
+    if library == "torch":  # the Triton kernels, by its interpreter
+        session.run("pytest", *workers, "tests/test_fused.py", env=one_core | {"TRITON_INTERPRET": "1"})
     doctests = "--doctest-modules", "--doctest-ignore-import-errors", "--pyargs", "polywhiten"
-    session.run("pytest", *doctests, env=environment)
+    session.run("pytest", *doctests, env={"KERAS_BACKEND": library} if "[demo,keras" in extras else {})
 
 
 @nox.session
@@ -77,7 +75,7 @@ def package(session: nox.Session) -> None:
     every = (
         "import importlib, pkgutil, polywhiten; "
         "names = [m.name for m in pkgutil.walk_packages(polywhiten.__path__, 'polywhiten.', lambda name: None)]; "
-        "names = [name for name in names if name.split('.')[1] not in ('cupy', 'keras', 'tensorflow')]; "
+        "names = [name for name in names if not {'cupy', 'fused', 'keras', 'tensorflow'} & {*name.split('.')}]; "
         "print(*[importlib.import_module(name).__name__ for name in names])"
     )
     session.chdir(str(clean))

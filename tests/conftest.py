@@ -54,6 +54,16 @@ def _param(library, chosen):
     return pytest.param(library, marks=marks)
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What GPU kernels take, as their compilers report it."""
+    reports = [report for report in terminalreporter.getreports("passed") if report.when == "call"]
+    resources = [value for report in reports for name, value in report.user_properties if name == "resources"]
+    if resources:
+        terminalreporter.section("resources of GPU kernels")
+    for line in resources:
+        terminalreporter.line(line)
+
+
 def pytest_runtest_setup(item):
     """Looks for a device no earlier: JAX takes no configuration once it has looked."""
     for value in item.callspec.params.values() if hasattr(item, "callspec") else ():

@@ -51,7 +51,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("file", VARIANTS)
-def test_every_variant_compiles_and_keeps_to_its_registers_and_shared_memory(file, arch):
+def test_every_variant_compiles_and_keeps_to_its_registers_and_shared_memory(file, arch, record_property):
     from cupy.cuda.compiler import _NVRTCProgram  # the public function asks for a device
 
     log = StringIO()
@@ -67,7 +67,7 @@ def test_every_variant_compiles_and_keeps_to_its_registers_and_shared_memory(fil
     dynamic = file in ("affine_map.cu", "newton.cu")  # beside what their launches give them
     for name, *numbers in report:
         spilled, registers, shared = (int(number or 0) for number in numbers)
-        print(f"{arch} {kernels[name]:<45} {registers:>3} registers {shared:>6} bytes shared {spilled} spilled")
+        record_property("resources", f"{kernels[name]:<36} {arch} {registers:>3} registers, {shared:>6} bytes shared")
         assert spilled == 0, kernels[name]
         assert shared <= (4096 if dynamic else 48 * 1024), kernels[name]
 

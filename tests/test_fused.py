@@ -1,4 +1,4 @@
-"""PyTorch's kernels in Triton: compiled without a device; with TRITON_INTERPRET=1, run on the CPU."""
+"""PyTorch's kernels in Triton: compiled without a device, and run on one; with TRITON_INTERPRET=1, run on the CPU."""
 
 import os
 import re
@@ -23,7 +23,7 @@ from polywhiten.torch.fused.kernels import FusedKernels  # noqa: E402
 from polywhiten.whitening import NO_STATISTICS, Plan, backward, forward  # noqa: E402
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="TRITON_INTERPRET isn't 1")
+DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
 compiled = pytest.mark.skipif(IS_INTERPRETED, reason="TRITON_INTERPRET is 1: nothing is compiled")
 
 
@@ -40,6 +40,15 @@ class OnlyFusedKernels(AnywhereKernels):
     def _serves(self, *tensors):
         assert super()._serves(*tensors), "the fused kernels serve all of these tests"
         return True
+
+
+def needs_device(test):
+    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="PyTorch sees no CUDA device")(test))
+
+
+def runs(test):
+    """Where Triton interprets, or else on a device."""
+    return test if IS_INTERPRETED else needs_device(test)
 
 
 FUSED, EXACT = OnlyFusedKernels(xp), Kernels(xp)
@@ -62,7 +71,7 @@ def in_float64(*tensors):
 
 
 def normal(*shape, dtype=torch.float32, seed=0, mean=3.0):
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + mean).to(dtype)
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + mean).to(DEVICE, dtype)
 
 
 # (p, q, d, l) and the block axis: d in each class of sizes; samples that fill no tile, or several; each layout
@@ -78,21 +87,22 @@ SHAPES = [
 ]
 
 
-@interpreted
+@runs
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize(("shape", "block_axis"), SHAPES)
 def test_moments_and_maps_are_those_of_float64(shape, block_axis, dtype):
     x, dy = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1, mean=0)
+    limit = 1e-5 if dtype == torch.float32 else 1e-3  # half precision has products in TF32
     mean, cov = FUSED.moments(x, block_axis)
     exact_mean, exact_cov = EXACT.moments(x.double(), block_axis)
     assert error(mean, exact_mean) < 1e-6
-    assert error(cov, exact_cov) < 1e-5
+    assert error(cov, exact_cov) < limit
     for actual, exact in zip(
         FUSED.cross_moments(dy, x, mean, block_axis),
         EXACT.cross_moments(*in_float64(dy, x, mean), block_axis),
         strict=True,
     ):
-        assert error(actual, exact) < 1e-5
+        assert error(actual, exact) < limit
     blocks, d = mean.shape
     a, b, bias = normal(blocks, d, d, seed=2), normal(blocks, d, d, seed=3).mT, normal(blocks, d, seed=4)
     one, two = [Term(a, x, mean)], [Term(b, dy, bias), Term(a, x, mean)]
@@ -103,10 +113,10 @@ def test_moments_and_maps_are_those_of_float64(shape, block_axis, dtype):
         for result in (torch.float32, dtype):
             actual = FUSED.affine_map(terms, shift, block_axis, result)
             assert actual.dtype == result
-            assert error(actual, exact) < (1e-5 if result == torch.float32 else torch.finfo(result).eps)
+            assert error(actual, exact) < max(limit, torch.finfo(result).eps)
 
 
-@interpreted
+@runs
 @pytest.mark.parametrize(("d", "iterations"), [*product((1, 9, 32), (1, 2, 5)), (60, 3), (80, 2)])
 def test_newton_and_its_gradient_are_those_of_float64(d, iterations):
     factor, grad = normal(2, d, 2 * d, mean=0), normal(2, d, d, seed=1, mean=0)
@@ -116,7 +126,7 @@ def test_newton_and_its_gradient_are_those_of_float64(d, iterations):
         assert error(getattr(FUSED, kernel)(solver, *given, 1e-2), exact) < 1e-5
 
 
-@interpreted
+@runs
 @pytest.mark.parametrize("limit", [2**16, 1], ids=["in one launch", "in several"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("parameters", [(True, True), (True, False), (False, True), (False, False)])
@@ -145,10 +155,10 @@ def test_group_whitening_is_that_of_float64(monkeypatch, shape, blocks, paramete
     for actual, wanted in zip((y, *stats, *gradients), (exact, *exact_stats, *exact_gradients), strict=True):
         assert (actual is None) == (wanted is None)
         if actual is not None:
-            assert error(actual, wanted) < (2e-5 if actual.dtype == torch.float32 else 2e-2)
+            assert error(actual, wanted) < (1e-4 if dtype == torch.float32 else 2e-2)
 
 
-@interpreted
+@runs
 def test_gradients_of_the_statistics_reach_the_input_of_group_whitening():
     x = normal(2, 12, 5, 7)
     plan = Plan(SampleGroups(1, 4), solver_for("newton", 3), 1e-3)
@@ -162,16 +172,16 @@ def test_gradients_of_the_statistics_reach_the_input_of_group_whitening():
     assert error(dx, exact) < 1e-5
 
 
-@interpreted
+@runs
 def test_a_mean_far_above_the_spread_costs_no_digits():
     x = normal(40, 1, 16, 9, mean=1e3)
     mean, cov = FUSED.moments(x, 1)
-    y = FUSED.affine_map([Term(torch.eye(16)[None], x, mean)], None, 1, torch.float32)
+    y = FUSED.affine_map([Term(torch.eye(16, device=DEVICE)[None], x, mean)], None, 1, torch.float32)
     assert error(cov, EXACT.moments(x.double(), 1)[1]) < 1e-5
     assert error(y, x.double() - x.double().mean((0, 3), keepdim=True)) < 1e-4
 
 
-@interpreted
+@runs
 @pytest.mark.usefixtures("fused_backend")
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_layers_train_as_with_the_default_kernels(memory, monkeypatch):
@@ -181,6 +191,7 @@ def test_layers_train_as_with_the_default_kernels(memory, monkeypatch):
         exact = type(layer)(*((10,) if isinstance(layer, IterNorm) else (5, 10)), dtype=torch.float64)
         if isinstance(layer, IterNorm):
             exact = IterNorm(10, group_size=4, dtype=torch.float64)
+        layer.to(DEVICE), exact.to(DEVICE)
         results = []
         for each, given in ((layer, x.clone().requires_grad_()), (exact, x.double().requires_grad_())):
             y = each(given)
@@ -191,7 +202,7 @@ def test_layers_train_as_with_the_default_kernels(memory, monkeypatch):
             assert error(actual, wanted.double()) < 1e-5
 
 
-@interpreted
+@runs
 @pytest.mark.usefixtures("fused_backend")
 def test_nan_stays_in_its_group_and_constant_channels_are_finite():
     x = normal(6, 8, 3, 3)
@@ -202,7 +213,7 @@ def test_nan_stays_in_its_group_and_constant_channels_are_finite():
     assert y[:, 4:].isfinite().all()
 
 
-@interpreted
+@runs
 @pytest.mark.usefixtures("fused_backend")
 @pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
 def test_second_derivatives_and_transforms_are_those_of_the_default_kernels(name):
@@ -220,13 +231,48 @@ def test_second_derivatives_and_transforms_are_those_of_the_default_kernels(name
     assert error(transformed[0], torch.func.grad(cubed)(x.double())) < 1e-5
 
 
+LAYERS = [
+    lambda: IterNorm(10, group_size=4),
+    lambda: IterNorm(128, group_size=128),
+    lambda: GroupWhitening(5, 10),
+]
+
+
+@needs_device
+@pytest.mark.parametrize("layer", LAYERS, ids=["IterNorm", "IterNorm, one large group", "GroupWhitening"])
+@pytest.mark.parametrize("how", ["a CUDA graph", "torch.compile"])
+def test_captured_steps_are_those_of_eager_mode(layer, how):
+    layer = layer().to(DEVICE)
+    x = normal(8, layer.bias.numel(), 7, 7).requires_grad_()
+
+    def step():
+        y = layer(x)
+        return [y, *torch.autograd.grad(y, [x, layer.weight, layer.bias], 2 * y)]
+
+    expected = [each.detach().clone() for each in step()]
+    if how == "torch.compile":
+        captured = torch.compile(step)()
+    else:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        graph.replay()
+    for actual, wanted in zip(captured, expected, strict=True):
+        assert error(actual, wanted.double()) < 1e-5
+
+
 @pytest.mark.parametrize(
     "x",
     [
         normal(4, 2, 8, 3, dtype=torch.float64),
         normal(0, 2, 8, 3),
         normal(2, 1, 129, 1),
-        torch.empty(1).expand(2**16, 1, 8, 2**16),
+        torch.empty(1, device=DEVICE).expand(2**16, 1, 8, 2**16),
         normal(4, 2, 8, 3).requires_grad_(),
     ],
     ids=["float64", "empty", "more variables than a tile has", "more elements than 32 bits count", "recorded"],
@@ -236,7 +282,7 @@ def test_the_default_kernels_serve_what_the_fused_ones_cannot(x):
 
 
 def test_the_default_kernels_serve_the_cpu():
-    assert not FusedKernels(xp)._serves(normal(4, 2, 8, 3))
+    assert not FusedKernels(xp)._serves(normal(4, 2, 8, 3).cpu())
 
 
 def test_tf32_is_used_for_float32_only_where_users_allow_it():
@@ -305,8 +351,7 @@ CASES = {
     "IterNorm, 64 channels last, bfloat16": ((16, 28, 28, 128), ChannelGroups(3, 64), torch.bfloat16),
     "IterNorm, 128 channels last, float32": ((16, 28, 28, 128), ChannelGroups(3, 128), torch.float32),
     "group whitening, 32 channels first, float32": ((4, 256, 28, 28), SampleGroups(1, 32), torch.float32),
-    "group whitening, 32 channels last, small, float32": ((4, 7, 7, 64), SampleGroups(3, 32), torch.float32),
-    "group whitening, 64 channels first, small, bfloat16": ((4, 128, 7, 7), SampleGroups(1, 64), torch.bfloat16),
+    "group whitening, 64 channels last, small, bfloat16": ((4, 7, 7, 128), SampleGroups(3, 64), torch.bfloat16),
 }
 
 
@@ -325,8 +370,8 @@ def test_kernels_compile_within_the_resources_of_devices(case, capability, launc
         registers, spilled, shared = compile_offline(kernel, arguments, constants, capability)
         record_property(
             "resources",
-            f"{case}: {kernel.__name__.lstrip('_')}, sm_{capability}: {registers} registers, "
-            f"{spilled} bytes of stack, {shared} of shared memory",
+            f"{kernel.__name__.lstrip('_'):<22} sm_{capability} {registers:>3} registers, {shared:>6} bytes shared, "
+            f"{spilled:>3} of stack; {case}",
         )
         assert shared <= SHARED_MEMORY[capability], kernel.__name__
         assert spilled <= LARGEST_SPILL, kernel.__name__
@@ -349,7 +394,7 @@ def test_torch_compile_puts_the_fused_kernels_in_one_graph(layer, monkeypatch):
         raise TracedError
 
     step = torch.compile(layer, fullgraph=True, backend=backend)
-    x = normal(4, 8, 3, 3).requires_grad_()
+    x = normal(4, 8, 3, 3).cpu().requires_grad_()
     torch._dynamo.maybe_mark_dynamic(x, 0)
     with pytest.raises(Exception, match="TracedError"):
         step(x)

@@ -82,7 +82,7 @@ class WholeGroupWhitening(NamedTuple):
         mean = x.new_empty((blocks, d), dtype=torch.float32)
         cov, whitener = mean.new_empty((blocks, d, d)), mean.new_empty((blocks, d, d))
         memory = scratch(mean, blocks, d)
-        _whiten_sample[memory.shape[:1]](
+        _whiten_sample[(memory.shape[0],)](
             y,
             *Strides.of(y, 0),
             x,

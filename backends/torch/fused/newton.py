@@ -29,7 +29,7 @@ def inverse_sqrt(cov: Tensor, eps: float, iterations: int) -> Tensor:
     cov = cov.contiguous()
     count, d = _sizes(cov)
     memory, w = scratch(cov, count, d), torch.empty_like(cov)
-    _inverse_sqrt[memory.shape[:1]](cov, w, memory, count, d, eps, iterations, MATRICES=SCRATCH, **constants(d))
+    _inverse_sqrt[(memory.shape[0],)](cov, w, memory, count, d, eps, iterations, MATRICES=SCRATCH, **constants(d))
     return w
 
 
@@ -38,7 +38,7 @@ def inverse_sqrt_adjoint(cov: Tensor, grad: Tensor, eps: float, iterations: int,
     cov, grad = cov.contiguous(), grad.contiguous()
     count, d = _sizes(cov)
     memory, ds = scratch(cov, count, d, _ADJOINT_SCRATCH), torch.empty_like(cov)
-    _inverse_sqrt_adjoint[memory.shape[:1]](
+    _inverse_sqrt_adjoint[(memory.shape[0],)](
         cov, grad, ds, memory, factor, count, d, eps, iterations, MATRICES=_ADJOINT_SCRATCH, **constants(d)
     )
     return ds
