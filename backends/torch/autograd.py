@@ -13,12 +13,16 @@ from torch import Tensor
 from polywhiten.dispatch import Backend, framework_module
 from polywhiten.solvers.minimax import minimax_steps
 from polywhiten.torch.kernels import TorchKernels
-from polywhiten.whitening import Plan, Statistics
+from polywhiten.whitening import NO_STATISTICS, Plan, Statistics
 
 
 def _kernels() -> TorchKernels:
-    """Those in Triton where PyTorch is built for CUDA and Triton is there."""
+    """Those in Triton where PyTorch is built for CUDA and Triton is there; 3.2 ends the process on half precision."""
     if torch.version.cuda is None or find_spec("triton") is None:
+        return TorchKernels(xp)
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
         return TorchKernels(xp)
     from polywhiten.torch.fused.kernels import FusedKernels
 
@@ -48,12 +52,16 @@ class _Whiten(torch.autograd.Function):
         _, *stats = output
         ctx.save_for_backward(x, weight, bias, *stats)
         ctx.set_materialize_grads(False)
+        if torch.compiler.is_compiling():  # which takes no second derivatives, but has gradients of 0 for all outputs
+            ctx.mark_non_differentiable(*stats)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *dstats: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, *stats = ctx.saved_tensors
         if dy is None:  # the loss depends on the statistics alone
             dy = x.new_zeros(()).expand_as(x)
+        if torch.compiler.is_compiling():
+            dstats = NO_STATISTICS
         gradients = BACKEND.kernels.whiten_adjoint(
             ctx.plan, x, weight, bias, Statistics(*stats), dy, Statistics(*dstats)
         )

@@ -73,7 +73,7 @@ def affine_map(
         TWO=len(terms) == 2,
         HEIGHT=tiles.height,
         ROWS=rows,
-        WIDTH=tiles.width,
+        WIDTH=tiles.width if tiles.height == rows else 64,  # larger, where tiles of the matrices come and go for each
         PRECISION=precision(x.dtype),
         num_warps=tiles.warps,
         num_stages=2

@@ -14,6 +14,7 @@ from polywhiten.torch.fused.affine_map import Channels, affine_map, load_channel
 from polywhiten.torch.fused.moments import SPREAD, Crossed, moments, shifted_sums, total_crossed
 from polywhiten.torch.fused.newton import SCRATCH, constants, inverse_sqrt, inverse_sqrt_adjoint, newton, scratch
 from polywhiten.torch.fused.tiles import (
+    LONGEST,
     PROGRAMS,
     Strides,
     Tiles,
@@ -56,7 +57,7 @@ class WholeGroupWhitening(NamedTuple):
         """As `polywhiten.whitening.forward`."""
         x = self.x
         channels = Channels(weight, bias, x.shape[3] // self.channels)
-        if x[0].numel() <= _LARGEST_SAMPLE:
+        if x[0].numel() <= _LARGEST_SAMPLE and x.shape[1] * x.shape[3] <= LONGEST:
             return self._forward_in_one(channels)
         mean, cov = moments(x, 0)
         stats = Statistics(mean, cov, inverse_sqrt(cov, self.eps, self.iterations))
@@ -68,8 +69,8 @@ class WholeGroupWhitening(NamedTuple):
         """As `polywhiten.whitening.backward`, of dy in the shape of x."""
         x = self.x
         crossed, dweight, dbias = self._cross_moments(weight, bias, stats, dy)
-        factor = 2 / (x.shape[1] * x.shape[3])  # dS + dS', per value
-        b = inverse_sqrt_adjoint(stats.covariance, crossed.k, self.eps, self.iterations, factor)
+        samples = x.shape[1] * x.shape[3]
+        b = inverse_sqrt_adjoint(stats.covariance, crossed.k, self.eps, self.iterations, samples)
         terms = [Term(stats.whitener.mT, dy, crossed.s_per_sample), Term(b, x, stats.mean)]
         dx = affine_map(terms, None, 0, x.dtype, before=Channels(weight, None, x.shape[3] // self.channels))
         return dx, dweight, dbias
@@ -118,7 +119,7 @@ class WholeGroupWhitening(NamedTuple):
         width = tiles.width // 2  # so much is kept at a time that more wouldn't leave enough registers
         tile_channels = min(triton.next_power_of_2(self.channels), width) if side_by_side else 1
         tile_positions = width // tile_channels
-        programs = triton.cdiv(PROGRAMS, blocks)
+        programs = max(triton.cdiv(PROGRAMS, blocks), triton.cdiv(self.channels * self.positions, LONGEST))
         channel_chunk = _chunk(self.channels, tile_channels, programs)
         channel_parts = triton.cdiv(self.channels, channel_chunk)
         position_chunk = _chunk(self.positions, tile_positions, triton.cdiv(programs, channel_parts))

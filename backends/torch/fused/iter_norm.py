@@ -34,8 +34,8 @@ class WholeIterNorm(NamedTuple):
         x, mean = self.x, stats.mean
         scale = _by_block(weight, mean)
         crossed = cross_moments(dy, x, mean, 1, scale, stats.whitener)
-        factor = 2 / (x.shape[0] * x.shape[3])  # dS + dS', per sample
-        b = inverse_sqrt_adjoint(stats.covariance, crossed.k, self.eps, self.iterations, factor)
+        samples = x.shape[0] * x.shape[3]
+        b = inverse_sqrt_adjoint(stats.covariance, crossed.k, self.eps, self.iterations, samples)
         matrix = stats.whitener if crossed.matrix is None else crossed.matrix
         terms = [Term(matrix.mT, dy, crossed.s_per_sample), Term(b, x, mean)]
         dx = affine_map(terms, None, 1, x.dtype)

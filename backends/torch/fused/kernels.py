@@ -30,14 +30,14 @@ class FusedKernels(TorchKernels):
 
     def moments(self, x: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
         """Mean and covariance, in one pass over x."""
-        if not self._serves(x):
+        if not (self._serves(x) and self._serves_shape(x)):
             return super().moments(x, block_axis)
         with _on_its_device(x):
             return moments.moments(x, block_axis)
 
     def cross_moments(self, dy: Tensor, x: Tensor, mean: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
         """S and K, in one pass over both."""
-        if not self._serves(dy, x, mean):
+        if not (self._serves(dy, x, mean) and self._serves_shape(x)):
             return super().cross_moments(dy, x, mean, block_axis)
         with _on_its_device(x):
             return moments.cross_moments(dy, x, mean, block_axis)[:2]
@@ -45,21 +45,21 @@ class FusedKernels(TorchKernels):
     def affine_map(self, terms: Sequence[Term], bias: Tensor | None, block_axis: int, dtype: torch.dtype) -> Tensor:
         """The sum of the terms in one pass, centred in registers."""
         tensors = [tensor for matrix, array, centre in terms for tensor in (array, matrix, centre)]
-        if not self._serves(*tensors, bias):
+        if not (self._serves(*tensors, bias) and self._serves_shape(tensors[0])):
             return super().affine_map(terms, bias, block_axis, dtype)
         with _on_its_device(tensors[0]):
             return affine_map.affine_map(terms, bias, block_axis, dtype)
 
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
         """W, all iterations in one launch."""
-        if not (isinstance(solver, Newton) and self._serves(cov)):
+        if not (isinstance(solver, Newton) and self._serves(cov) and self._serves_shape(cov)):
             return super().inverse_sqrt(solver, cov, eps)
         with _on_its_device(cov):
             return newton.inverse_sqrt(cov, eps, solver.iterations)
 
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor:
         """Gradient with respect to cov, all iterations in one launch."""
-        if not (isinstance(solver, Newton) and self._serves(cov, grad)):
+        if not (isinstance(solver, Newton) and self._serves(cov, grad) and self._serves_shape(cov)):
             return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
         with _on_its_device(cov):
             return newton.inverse_sqrt_adjoint(cov, grad, eps, solver.iterations)
@@ -94,27 +94,38 @@ class FusedKernels(TorchKernels):
 
     def _whole(self, plan: Plan, x: Tensor, *others: Tensor | None) -> WholeIterNorm | WholeGroupWhitening | None:
         """What does all of forward and backward, where there is that."""
+        if plan.all_reduce is not None or not isinstance(plan.solver, Newton) or not self._serves(x, *others):
+            return None
         x4 = self.split(plan.blocks, x)
-        if plan.all_reduce is not None or not isinstance(plan.solver, Newton) or not self._serves(x4, *others):
+        if not self._serves_shape(x4):
             return None
         if isinstance(plan.blocks, ChannelGroups):
             return WholeIterNorm(x4, plan.eps, plan.solver.iterations)
         return WholeGroupWhitening.of(x4, plan.eps, plan.solver.iterations, channels=x.shape[plan.blocks.axis])
 
     def _serves(self, x: Tensor, *others: Tensor | None) -> bool:
-        """Whether the fused kernels can do what is asked of them with x (..., d, l) and whatever else there is."""
+        """Whether the fused kernels can read x and whatever else there is, and PyTorch needn't look into them."""
         tensors = [x, *(tensor for tensor in others if tensor is not None)]
         return (
             self._is_on_device(x)
             and all(tensor.dtype in _DTYPES and is_addressable(tensor) for tensor in tensors)
-            and x.numel() > 0
-            and x.shape[-2] <= LARGEST_GROUP
             and not torch._C._are_functorch_transforms_active()
             and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+            and (torch.compiler.is_dynamo_compiling() or _have_memory(tensors))
         )
+
+    def _serves_shape(self, x: Tensor) -> bool:
+        """Whether blocks (..., d, l) are there, and not too large."""
+        return x.numel() > 0 and x.shape[-2] <= LARGEST_GROUP
 
     def _is_on_device(self, x: Tensor) -> bool:
         return x.is_cuda and _has_tensor_cores(x.device.index)
+
+
+def _have_memory(tensors: Sequence[Tensor]) -> bool:
+    """Not those of subclasses, nor those that a tracer follows: a launch is nothing that it would see."""
+    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    return plain and not torch.jit.is_tracing() and not torch._C._len_torch_dispatch_stack()
 
 
 @torch.compiler.assume_constant_result

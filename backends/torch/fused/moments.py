@@ -9,7 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from polywhiten.torch.fused.tiles import Strides, Tiles, columns, precision, product, split, store_matrix, tile_height
+from polywhiten.torch.fused.tiles import (
+    Strides,
+    Tiles,
+    columns,
+    precision,
+    product,
+    rounded,
+    split,
+    store_matrix,
+    tile_height,
+)
 
 SPREAD = 16  # samples all over the block whose mean is near enough to the block's
 _SUMMANDS = 32  # parts that are read together for the last sum
@@ -130,10 +140,10 @@ def _partial_sums(x: Tensor, tiles: Tiles, d: int) -> tuple[Tensor, Tensor]:
 @triton.jit
 def spread_mean(x, rows, inside, inner, samples, stride_outer, stride_row, stride_inner, SPREAD: tl.constexpr):
     # of samples all over the block: sums of what is left after it has been subtracted lose no digits
-    m = tl.arange(0, SPREAD) * tl.maximum(samples // SPREAD, 1)
+    m = tl.arange(0, SPREAD) * (samples // SPREAD | 1)  # odd, or they would be the same corner of all pictures
     offsets = rows[:, None] * stride_row + columns(m, inner, stride_outer, stride_inner)[None, :]
     values = tl.load(x + offsets, mask=inside[:, None] & (m < samples)[None, :], other=0.0).to(tl.float32)
-    return tl.sum(values, axis=1) / tl.minimum(samples, SPREAD)
+    return tl.sum(values, axis=1) / tl.sum((m < samples).to(tl.float32), axis=0)
 
 
 @triton.jit
@@ -168,6 +178,8 @@ def shifted_sums(
         if PRECISION == "tf32x3":  # the products of high and low digits are each other's transposes
             shifted, low = split(shifted)
             mixed = tl.dot(shifted, tl.trans(low), mixed, input_precision="tf32")
+        else:
+            shifted = rounded(shifted)
         square = tl.dot(shifted, tl.trans(shifted), square, input_precision="tf32")
     return near, total, square + mixed + tl.trans(mixed)
 

@@ -33,13 +33,16 @@ def inverse_sqrt(cov: Tensor, eps: float, iterations: int) -> Tensor:
     return w
 
 
-def inverse_sqrt_adjoint(cov: Tensor, grad: Tensor, eps: float, iterations: int, factor: float = 1.0) -> Tensor:
-    """As `polywhiten.kernels.Kernels.inverse_sqrt_adjoint` with the solver `Newton(iterations)`; times a factor."""
+def inverse_sqrt_adjoint(cov: Tensor, grad: Tensor, eps: float, iterations: int, samples: int = 2) -> Tensor:
+    """As `polywhiten.kernels.Kernels.inverse_sqrt_adjoint` with the solver `Newton(iterations)`.
+
+    The gradient dS is symmetric: the result is (dS + dS') / samples.
+    """
     cov, grad = cov.contiguous(), grad.contiguous()
     count, d = _sizes(cov)
     memory, ds = scratch(cov, count, d, _ADJOINT_SCRATCH), torch.empty_like(cov)
     _inverse_sqrt_adjoint[(memory.shape[0],)](
-        cov, grad, ds, memory, factor, count, d, eps, iterations, MATRICES=_ADJOINT_SCRATCH, **constants(d)
+        cov, grad, ds, memory, samples, count, d, eps, iterations, MATRICES=_ADJOINT_SCRATCH, **constants(d)
     )
     return ds
 
@@ -65,6 +68,7 @@ def constants(d: int) -> dict[str, Any]:
         "STEP": min(height, _STEP),
         "PRECISION": _PRECISION,
         "num_warps": 4 if height < _LARGEST_TILE else 8,
+        "num_stages": 1,  # the next step's matrices, read ahead, would take more registers than there are
     }
 
 
@@ -182,7 +186,7 @@ def _inverse_sqrt_adjoint(
     grad,
     ds,
     scratch,
-    factor,
+    samples,
     count,
     d,
     eps,
@@ -239,7 +243,7 @@ def _inverse_sqrt_adjoint(
             eye = tl.where(rows[:, None] == columns[None, :], 1.0, 0.0)
             along = tl.load(dz + rows[:, None] * HEIGHT + columns[None, :])
             along += tl.load(dz + columns[None, :] * HEIGHT + rows[:, None])
-            result = factor * (0.5 * along - along_scale * eye) / t / tl.sqrt_rn(t)
+            result = (along - 2.0 * along_scale * eye) / samples / t / tl.sqrt_rn(t)
             inside = (rows < d)[:, None] & (columns < d)[None, :]
             tl.store(ds + place + rows[:, None] * d + columns[None, :], result, mask=inside)
         tl.debug_barrier()

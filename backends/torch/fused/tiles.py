@@ -12,8 +12,10 @@ from torch import Tensor
 LARGEST_GROUP = 128  # variables of a block; the products of more are large enough for the default kernels
 _LARGEST_SPAN = 2**31  # elements from the first to the last: offsets are 32 bits wide, which divide faster than 64
 _TILE = 2048  # elements of a tile: larger ones don't leave enough registers for products in float32
-PROGRAMS = 512  # that fill a large GPU a few times over
-_FEWEST_TILES = 4  # a program reads for each matrix that it loads or leaves behind
+PROGRAMS = 384  # that fill a large GPU
+_FEWEST_TILES = 8  # a program reads for each matrix that it loads or leaves behind
+LONGEST = 4096  # samples that are added up in one place: tensor cores cut off digits of sums too
+_MOST_PARTS = 2**16 - 1  # CUDA's limit
 
 
 class Strides(NamedTuple):
@@ -43,8 +45,9 @@ class Tiles(NamedTuple):
     @classmethod
     def of(cls, blocks: int, d: int, samples: int) -> Tiles:
         height = tile_height(d)
-        width = max(_TILE // height, 32)
-        parts = max(1, min(triton.cdiv(PROGRAMS, max(blocks, 1)), triton.cdiv(samples, _FEWEST_TILES * width)))
+        width = _TILE // height
+        parts = min(triton.cdiv(PROGRAMS, blocks), triton.cdiv(samples, _FEWEST_TILES * width))
+        parts = min(max(parts, triton.cdiv(samples, LONGEST)), _MOST_PARTS)
         chunk = triton.cdiv(triton.cdiv(samples, parts), width) * width
         return cls(blocks, triton.cdiv(samples, chunk), chunk, height, width, warps=8 if height > 64 else 4)
 
@@ -64,14 +67,16 @@ def is_addressable(x: Tensor) -> bool:
 def precision(dtype: torch.dtype) -> str:
     """How products of arrays of `dtype` are computed on tensor cores.
 
-    TF32 holds half precision with all its digits. Three products of TF32 are one of float32, unless users of PyTorch
-    have allowed less.
+    TF32 has the digits of half precision. Three products in it are one of float32, unless users have allowed less.
     """
     return "tf32" if dtype != torch.float32 or _users_allow_tf32() else "tf32x3"
 
 
 @torch.compiler.assume_constant_result  # PyTorch compiles anew when users change it
 def _users_allow_tf32() -> bool:
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9, and after that has been set nothing else may be asked
+        return bool(matmul.fp32_precision == "tf32")
     return torch.get_float32_matmul_precision() != "highest"
 
 
@@ -83,6 +88,13 @@ def split(x):
 
 
 @triton.jit
+def rounded(x):
+    # to TF32: tensor cores cut off digits, which would make all variances too small. NaN stays NaN.
+    near = ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+    return tl.where(x == x, near, x)
+
+
+@triton.jit
 def product(a, b, accumulator, PRECISION: tl.constexpr):
     # a b + accumulator; PRECISION "tf32x3" keeps the digits of float32
     if PRECISION == "tf32x3":
@@ -91,6 +103,8 @@ def product(a, b, accumulator, PRECISION: tl.constexpr):
         accumulator = tl.dot(a_low, b_high, accumulator, input_precision="tf32")
         accumulator = tl.dot(a_high, b_low, accumulator, input_precision="tf32")
         a, b = a_high, b_high
+    else:
+        a, b = rounded(a), rounded(b)
     return tl.dot(a, b, accumulator, input_precision="tf32")
 
 
