@@ -41,7 +41,7 @@ def tests(session: nox.Session, library: str) -> None:
     extras, runs = LIBRARIES[library]
     compiler = [COMPILERS[library]] if library in COMPILERS else []
     install(session, f".{extras}", *compiler, "pytest", "pytest-xdist", "hypothesis", "array-api-strict")
-    # tests mostly compile, or build graphs, on one core: as many at a time as there are cores
+    # tests mostly compile, or build graphs, on one core: as many at a time as there are cores, and quick compilation
     workers, one_core = ["--numprocesses=auto"], {"OMP_NUM_THREADS": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     for rows in runs:
         session.run("pytest", *workers, *(f"--library={row}" for row in rows), *session.posargs, env=one_core)

@@ -32,7 +32,7 @@ class CudaLauncher:
                     f"an array is on device {argument.device.id}, but device {device} is the current one: "
                     f"use `with cupy.cuda.Device({argument.device.id}):`"
                 )
-        kernel = _compiled(file, name)
+        kernel = _compiled(file, name, device)
         if shared:  # a kernel has to ask for more than 48 KiB in all
             kernel.max_dynamic_shared_size_bytes = shared
         kernel((programs,), (threads,), arguments, shared_mem=shared)
@@ -49,8 +49,8 @@ class CudaLauncher:
 
 
 @lru_cache(None)
-def _compiled(file: str, name: str) -> Any:
-    # each by itself: of some hundred variants, a program needs ten
+def _compiled(file: str, name: str, device: int) -> Any:
+    # for one device, as it belongs to it; and each by itself: of some hundred variants, a program needs ten
     return cupy.RawModule(code=source(file), options=OPTIONS, name_expressions=(name,)).get_function(name)
 
 
