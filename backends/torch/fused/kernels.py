@@ -125,7 +125,7 @@ class FusedKernels(TorchKernels):
 def _have_memory(tensors: Sequence[Tensor]) -> bool:
     """Not those of subclasses, nor those that a tracer follows: a launch is nothing that it would see."""
     plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
-    return plain and not torch.jit.is_tracing() and not torch._C._len_torch_dispatch_stack()
+    return plain and torch._C._get_tracing_state() is None and not torch._C._len_torch_dispatch_stack()
 
 
 @torch.compiler.assume_constant_result
