@@ -52,6 +52,7 @@ def affine_map(
     samples = x.shape[1 - block_axis] * inner
     tiles = Tiles.of(x.shape[block_axis], x.shape[2], samples)
     rows = min(tiles.height, _LARGEST_MATRIX)
+    kept = rows == tiles.height  # the matrices; else tiles of theirs come and go for each of the samples', a larger one
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     arguments = (
         argument
@@ -73,12 +74,10 @@ def affine_map(
         TWO=len(terms) == 2,
         HEIGHT=tiles.height,
         ROWS=rows,
-        WIDTH=tiles.width if tiles.height == rows else 64,  # larger, where tiles of the matrices come and go for each
+        WIDTH=tiles.width if kept else 64,
         PRECISION=precision(x.dtype),
         num_warps=tiles.warps,
-        num_stages=2
-        if tiles.height == rows
-        else 1,  # with more, two terms need more shared memory than many a device has
+        num_stages=2 if kept else 1,  # with more, two terms need more shared memory than many a device has
     )
     return y
 

@@ -17,12 +17,13 @@ from polywhiten.torch.fused.tiles import (
     LONGEST,
     PROGRAMS,
     Strides,
-    Tiles,
     columns,
     load_matrix,
     precision,
     product,
     store_matrix,
+    tile_height,
+    tile_width,
 )
 from polywhiten.whitening import Statistics
 
@@ -78,7 +79,6 @@ class WholeGroupWhitening(NamedTuple):
     def _forward_in_one(self, channels: Channels) -> tuple[Tensor, Statistics]:
         x = self.x
         blocks, _, d, inner = x.shape
-        tiles = Tiles.of(blocks, d, 1)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         mean = x.new_empty((blocks, d), dtype=torch.float32)
         cov, whitener = mean.new_empty((blocks, d, d)), mean.new_empty((blocks, d, d))
@@ -100,9 +100,9 @@ class WholeGroupWhitening(NamedTuple):
             self.eps,
             self.iterations,
             MATRICES=SCRATCH,
-            WIDTH=tiles.width,
+            WIDTH=tile_width(d),
             SPREAD=SPREAD,
-            SAMPLES=precision(x.dtype),
+            X_PRECISION=precision(x.dtype),
             **constants(d),
         )
         return y, Statistics(mean, cov, whitener)
@@ -113,10 +113,9 @@ class WholeGroupWhitening(NamedTuple):
         """Cross moments of weight dy and x, and the gradients of weight and bias."""
         x = self.x
         blocks, _, d, _ = x.shape
-        tiles = Tiles.of(blocks, d, 1)
         # a tile's columns are some positions of some channels, those that lie side by side first
         side_by_side = self.positions == 1 or self.strides[2] < self.strides[3]
-        width = tiles.width // 2  # so much is kept at a time that more wouldn't leave enough registers
+        width = tile_width(d) // 2  # so much is kept at a time that more wouldn't leave enough registers
         tile_channels = min(triton.next_power_of_2(self.channels), width) if side_by_side else 1
         tile_positions = width // tile_channels
         programs = max(triton.cdiv(PROGRAMS, blocks), triton.cdiv(self.channels * self.positions, LONGEST))
@@ -147,11 +146,10 @@ class WholeGroupWhitening(NamedTuple):
             d,
             channel_chunk,
             position_chunk,
-            HEIGHT=tiles.height,
+            HEIGHT=tile_height(d),
             CHANNELS=tile_channels,
             POSITIONS=tile_positions,
             PRECISION=precision(x.dtype),
-            num_warps=tiles.warps,
             num_stages=2,
         )
         crossed = total_crossed(sums, products, self.channels * self.positions)
@@ -205,7 +203,7 @@ def _whiten_sample(
     MATRICES: tl.constexpr,
     WIDTH: tl.constexpr,
     SPREAD: tl.constexpr,
-    SAMPLES: tl.constexpr,
+    X_PRECISION: tl.constexpr,
     SMALLEST: tl.constexpr,
     HEIGHT: tl.constexpr,
     TILE: tl.constexpr,
@@ -220,7 +218,19 @@ def _whiten_sample(
         its_y = y + block * y_stride_block
         its_cov = cov + block * d * d
         near, total, square = shifted_sums(
-            its_x, stride_outer, stride_row, stride_inner, inner, samples, d, 0, samples, HEIGHT, WIDTH, SPREAD, SAMPLES
+            its_x,
+            stride_outer,
+            stride_row,
+            stride_inner,
+            inner,
+            samples,
+            d,
+            0,
+            samples,
+            HEIGHT,
+            WIDTH,
+            SPREAD,
+            X_PRECISION,
         )
         off = total / samples
         centre = near + off
@@ -233,7 +243,7 @@ def _whiten_sample(
             m = start + tl.arange(0, WIDTH)
             valid = (rows < d)[:, None] & (m < samples)[None, :]
             offsets = rows[:, None] * stride_row + columns(m, inner, stride_outer, stride_inner)[None, :]
-            result = mapped(w, its_x, centre, None, offsets, valid, tl.zeros((HEIGHT, WIDTH), tl.float32), SAMPLES)
+            result = mapped(w, its_x, centre, None, offsets, valid, tl.zeros((HEIGHT, WIDTH), tl.float32), X_PRECISION)
             channel = rows[:, None] * channels + ((m % inner) // positions)[None, :]
             if weight is not None:
                 result *= load_channels(weight, channel, valid)

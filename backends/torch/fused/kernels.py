@@ -30,14 +30,14 @@ class FusedKernels(TorchKernels):
 
     def moments(self, x: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
         """Mean and covariance, in one pass over x."""
-        if not (self._serves(x) and self._serves_shape(x)):
+        if not self._serves(x):
             return super().moments(x, block_axis)
         with _on_its_device(x):
             return moments.moments(x, block_axis)
 
     def cross_moments(self, dy: Tensor, x: Tensor, mean: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
         """S and K, in one pass over both."""
-        if not (self._serves(dy, x, mean) and self._serves_shape(x)):
+        if not self._serves(dy, x, mean):
             return super().cross_moments(dy, x, mean, block_axis)
         with _on_its_device(x):
             return moments.cross_moments(dy, x, mean, block_axis)[:2]
@@ -45,21 +45,21 @@ class FusedKernels(TorchKernels):
     def affine_map(self, terms: Sequence[Term], bias: Tensor | None, block_axis: int, dtype: torch.dtype) -> Tensor:
         """The sum of the terms in one pass, centred in registers."""
         tensors = [tensor for matrix, array, centre in terms for tensor in (array, matrix, centre)]
-        if not (self._serves(*tensors, bias) and self._serves_shape(tensors[0])):
+        if not self._serves(*tensors, bias):
             return super().affine_map(terms, bias, block_axis, dtype)
         with _on_its_device(tensors[0]):
             return affine_map.affine_map(terms, bias, block_axis, dtype)
 
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
         """W, all iterations in one launch."""
-        if not (isinstance(solver, Newton) and self._serves(cov) and self._serves_shape(cov)):
+        if not (isinstance(solver, Newton) and self._serves(cov)):
             return super().inverse_sqrt(solver, cov, eps)
         with _on_its_device(cov):
             return newton.inverse_sqrt(cov, eps, solver.iterations)
 
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor:
         """Gradient with respect to cov, all iterations in one launch."""
-        if not (isinstance(solver, Newton) and self._serves(cov, grad) and self._serves_shape(cov)):
+        if not (isinstance(solver, Newton) and self._serves(cov, grad)):
             return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
         with _on_its_device(cov):
             return newton.inverse_sqrt_adjoint(cov, grad, eps, solver.iterations)
@@ -94,29 +94,30 @@ class FusedKernels(TorchKernels):
 
     def _whole(self, plan: Plan, x: Tensor, *others: Tensor | None) -> WholeIterNorm | WholeGroupWhitening | None:
         """What does all of forward and backward, where there is that."""
-        if plan.all_reduce is not None or not isinstance(plan.solver, Newton) or not self._serves(x, *others):
+        if plan.all_reduce is not None or not isinstance(plan.solver, Newton) or not self._is_on_device(x):
             return None
         x4 = self.split(plan.blocks, x)
-        if not self._serves_shape(x4):
+        if not self._serves(x4, *others):
             return None
         if isinstance(plan.blocks, ChannelGroups):
             return WholeIterNorm(x4, plan.eps, plan.solver.iterations)
         return WholeGroupWhitening.of(x4, plan.eps, plan.solver.iterations, channels=x.shape[plan.blocks.axis])
 
     def _serves(self, x: Tensor, *others: Tensor | None) -> bool:
-        """Whether the fused kernels can read x and whatever else there is, and PyTorch needn't look into them."""
+        """Whether the fused kernels can read x (..., d, l) and whatever else there is.
+
+        Not where there is nothing, nor where PyTorch has to look into what is done.
+        """
         tensors = [x, *(tensor for tensor in others if tensor is not None)]
         return (
             self._is_on_device(x)
+            and x.numel() > 0
+            and x.shape[-2] <= LARGEST_GROUP
             and all(tensor.dtype in _DTYPES and is_addressable(tensor) for tensor in tensors)
             and not torch._C._are_functorch_transforms_active()
             and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
             and (torch.compiler.is_dynamo_compiling() or _have_memory(tensors))
         )
-
-    def _serves_shape(self, x: Tensor) -> bool:
-        """Whether blocks (..., d, l) are there, and not too large."""
-        return x.numel() > 0 and x.shape[-2] <= LARGEST_GROUP
 
     def _is_on_device(self, x: Tensor) -> bool:
         return x.is_cuda and _has_tensor_cores(x.device.index)

@@ -46,7 +46,20 @@ def moments(x: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
         PRECISION=precision(x.dtype),
         num_warps=tiles.warps,
     )
-    return total(sums, products, shift, samples)
+    mean, cov = torch.empty_like(shift), sums.new_empty((*shift.shape, x.shape[2]))
+    _total_shifted[(tiles.blocks, x.shape[2])](
+        sums,
+        products,
+        shift,
+        mean,
+        cov,
+        tiles.parts,
+        x.shape[2],
+        samples,
+        HEIGHT=tiles.height,
+        SUMMANDS=_SUMMANDS,
+    )
+    return mean, cov
 
 
 def cross_moments(
@@ -78,16 +91,6 @@ def cross_moments(
         num_warps=tiles.warps,
     )
     return total_crossed(sums, products, samples, weight, whitener)
-
-
-def total(sums: Tensor, products: Tensor, shift: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """Mean and covariance, from the parts' sums of shifted samples."""
-    blocks, _, d = sums.shape
-    mean, cov = sums.new_empty((blocks, d)), sums.new_empty((blocks, d, d))
-    _total_shifted[(blocks, d)](
-        sums, products, shift, mean, cov, sums.shape[1], d, samples, HEIGHT=tile_height(d), SUMMANDS=_SUMMANDS
-    )
-    return mean, cov
 
 
 class Crossed(NamedTuple):

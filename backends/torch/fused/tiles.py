@@ -44,8 +44,7 @@ class Tiles(NamedTuple):
 
     @classmethod
     def of(cls, blocks: int, d: int, samples: int) -> Tiles:
-        height = tile_height(d)
-        width = _TILE // height
+        height, width = tile_height(d), tile_width(d)
         parts = min(triton.cdiv(PROGRAMS, blocks), triton.cdiv(samples, _FEWEST_TILES * width))
         parts = min(max(parts, triton.cdiv(samples, LONGEST)), _MOST_PARTS)
         chunk = triton.cdiv(triton.cdiv(samples, parts), width) * width
@@ -56,6 +55,11 @@ def tile_height(d: int) -> int:
     """The power of 2 that holds d variables; products of tiles need 16."""
     power: int = triton.next_power_of_2(d)
     return max(16, power)
+
+
+def tile_width(d: int) -> int:
+    """Samples of a tile of d variables."""
+    return _TILE // tile_height(d)
 
 
 def is_addressable(x: Tensor) -> bool:
