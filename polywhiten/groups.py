@@ -80,6 +80,6 @@ def _join_matrices(xp: Namespace, parts: list[Array]) -> Array:
     if len(parts) == 1:
         return parts[0]
     first, last = parts
-    d, eye = last.shape[-1], identity_like(xp, first[:1, ...])
+    d, eye = last.shape[-1], identity_like(xp, first)
     top = xp.concat([last, eye[:, :d, d:]], axis=2)
     return xp.concat([first, xp.concat([top, eye[:, d:, :]], axis=1)])

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
+import polywhiten.torch.namespace as xp
 from polywhiten.dispatch import Backend, framework_module
 from polywhiten.solvers.minimax import minimax_steps
 from polywhiten.torch.kernels import TorchKernels

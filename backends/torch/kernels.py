@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
+import polywhiten.torch.namespace as xp
 from polywhiten.kernels import Kernels, Term, regularized
 from polywhiten.solvers import Solver
 from polywhiten.solvers.eigh import Eigh

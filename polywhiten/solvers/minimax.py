@@ -1,13 +1,27 @@
-"""Minimax polynomials: exact whitening in a third of Newton's steps."""
+"""Minimax polynomials: exact whitening in a third of Newton's steps.
+
+With S scaled to S / t, eigenvalues in (0, 1], every step multiplies by a polynomial Q of R = Z Y::
+
+    Y = S / t    Z = I
+    R = Z Y      Q = a I + b R + c R R      Z = Q Z      Y = Y Q
+    W = Z / sqrt(t)
+
+The order of the products matters: Y Z and Z Q would be the same in exact arithmetic, and diverge in floating
+point (N. J. Higham, Functions of Matrices, 2008, eq. 6.35).
+"""
 
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from polywhiten._types import Array, Namespace
-from polywhiten.solvers.iteration import CoupledIteration, Step, inner, trace
+from polywhiten.solvers.iteration import ScaledIteration, identity_like, inner, symmetric_part, trace
+
+Step = tuple[float, float, float]  # a, b, c
+Pair = tuple[Array, Array]  # a matrix, and its directional derivative where that is wanted
 
 _TARGET = 1e-4  # the largest |1 - p| that the last step may leave
 _LOWEST = 1e-4  # lower end of the widest first interval: norm(S) / (smallest eigenvalue) = 1e8
@@ -15,7 +29,7 @@ _NARROW = 1e-3  # width of an interval below which the exchange is ill-condition
 
 
 @dataclass(frozen=True)
-class Minimax(CoupledIteration):
+class Minimax(ScaledIteration):
     """T steps, each the odd quintic that is closest to 1 where the scaled singular values then lie.
 
     The first interval is as wide as T steps can bring within 1e-4 of 1, so T sets the condition number that is whitened
@@ -29,11 +43,6 @@ class Minimax(CoupledIteration):
     """
 
     iterations: int = 5
-    symmetrize = True
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        return minimax_steps(self.iterations)
 
     def scale(self, xp: Namespace, cov: Array) -> Array:
         t = trace(xp, cov)  # divided out first: the squares of large variances overflow float32
@@ -42,6 +51,34 @@ class Minimax(CoupledIteration):
 
     def scale_gradient(self, xp: Namespace, cov: Array, scale: Array) -> Array:
         return cov / scale
+
+    def value(self, xp: Namespace, s: Array) -> Array:
+        return self._iterate(xp, s)[0]
+
+    def value_and_derivative(self, xp: Namespace, s: Array, ds: Array) -> Pair:
+        return self._iterate(xp, s, ds)
+
+    def _iterate(self, xp: Namespace, s: Array, ds: Array = None) -> Pair:
+        """Z, and its directional derivative along ds where that is given."""
+        eye = identity_like(xp, s)
+        y: Pair = s, ds
+        z: Any = None
+        steps = minimax_steps(self.iterations)
+        for k, (a, b, c) in enumerate(steps):
+            r, dr = y if z is None else _times(z, y)
+            r, dr = symmetric_part(xp, r), None if dr is None else symmetric_part(xp, dr)
+            square, dsquare = _times((r, dr), (r, dr))
+            q = a * eye + b * r + c * square, None if dr is None else b * dr + c * dsquare
+            z = q if z is None else _times(q, z)
+            if k < len(steps) - 1:
+                y = _times(y, q)
+        return z[0], z[1]
+
+
+def _times(m: Pair, n: Pair) -> Pair:
+    """A product by the product rule."""
+    (a, da), (b, db) = m, n
+    return a @ b, None if da is None else da @ b + a @ db
 
 
 def minimax_steps(iterations: int) -> tuple[Step, ...]:

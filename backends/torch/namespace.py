@@ -1,0 +1,13 @@
+"""PyTorch as a namespace of the array API, with what the core can use beyond that."""
+
+import torch
+from array_api_compat.torch import *  # noqa: F403  # the namespace is all of it
+from torch import Tensor
+
+
+def multiply_add(beta: float, c: Tensor, alpha: float, a: Tensor, b: Tensor) -> Tensor:
+    """Beta c + alpha a b of matrices (..., d, d), in one call."""
+    if a.ndim == 3:
+        return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
+    flat = (m.reshape(-1, *m.shape[-2:]) for m in (c, a, b))
+    return torch.baddbmm(*flat, beta=beta, alpha=alpha).reshape(c.shape)
