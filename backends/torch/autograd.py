@@ -12,6 +12,7 @@ from torch import Tensor
 import polywhiten.torch.namespace as xp
 from polywhiten.dispatch import Backend, framework_module
 from polywhiten.solvers.minimax import minimax_steps
+from polywhiten.torch.cpu.kernels import CPUKernels
 from polywhiten.torch.kernels import TorchKernels
 from polywhiten.whitening import NO_STATISTICS, Plan, Statistics
 
@@ -19,11 +20,11 @@ from polywhiten.whitening import NO_STATISTICS, Plan, Statistics
 def _kernels() -> TorchKernels:
     """Those in Triton where PyTorch is built for CUDA and Triton is there; 3.2 ends the process on half precision."""
     if torch.version.cuda is None or find_spec("triton") is None:
-        return TorchKernels(xp)
+        return CPUKernels(xp)
     import triton
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-        return TorchKernels(xp)
+        return CPUKernels(xp)
     from polywhiten.torch.fused.kernels import FusedKernels
 
     return FusedKernels(xp)

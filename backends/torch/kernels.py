@@ -63,7 +63,7 @@ class _EighAdjoint(torch.autograd.Function):
         return ctx.solver.second(xp, cov, grad, direction), _EighAdjoint.apply(cov, direction, ctx.solver), None
 
 
-def _full_precision(kernel: Callable[P, R]) -> Callable[P, R]:
+def full_precision(kernel: Callable[P, R]) -> Callable[P, R]:
     """Autocast would turn the kernels' products to half precision."""
 
     @wraps(kernel)
@@ -77,18 +77,16 @@ def _full_precision(kernel: Callable[P, R]) -> Callable[P, R]:
 class TorchKernels(Kernels):
     """Kernels whose every derivative PyTorch knows."""
 
-    moments = _full_precision(Kernels.moments)
-    cross_moments = _full_precision(Kernels.cross_moments)
+    moments = full_precision(Kernels.moments)
+    cross_moments = full_precision(Kernels.cross_moments)
 
-    @_full_precision
+    @full_precision
     def affine_map(self, terms: Sequence[Term], bias: Tensor | None, block_axis: int, dtype: torch.dtype) -> Tensor:
         """Centres folded into the bias, which starts the sum of the products: no centred copy.
 
         A mean of 1e4 deviations costs float32 three digits of y here, the plain kernel two.
         """
-        offset: Tensor = -sum(matrix @ centre.unsqueeze(-1) for matrix, _, centre in terms)
-        if bias is not None:
-            offset = offset + bias.unsqueeze(-1)
+        offset = folded(terms, bias)
         shape = terms[0].array.shape
         wide = self.is_wide(terms[0].array)
 
@@ -105,13 +103,13 @@ class TorchKernels(Kernels):
         result = result.reshape(shape) if wide else self._from_rows(result, shape, block_axis)
         return result.to(dtype)
 
-    @_full_precision
+    @full_precision
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
         """W = (cov + eps I)^(-1/2)."""
         result: Tensor = _InverseSqrt.apply(regularized(xp, cov, eps), solver)
         return result
 
-    @_full_precision
+    @full_precision
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor:
         """Gradient with respect to cov."""
         cov = regularized(xp, cov, eps)
@@ -135,3 +133,28 @@ class TorchKernels(Kernels):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Backward."""
         return backward(self, plan, x, weight, bias, stats, dy, dstats)
+
+
+def folded(terms: Sequence[Term], bias: Tensor | None) -> Tensor:
+    """What the terms' centres and the bias (blocks, d) add to every sample, (blocks, d, 1)."""
+    offset: Tensor = -sum(matrix @ centre.unsqueeze(-1) for matrix, _, centre in terms)
+    return offset if bias is None else offset + bias.unsqueeze(-1)
+
+
+def is_unobserved(tensors: Sequence[Tensor]) -> bool:
+    """Whether nobody but the caller sees how a result comes about.
+
+    PyTorch does where it records operations for a derivative of theirs, in the transforms of `torch.func`, while it
+    traces, and where tensors are of subclasses.
+    """
+    return (
+        not torch._C._are_functorch_transforms_active()
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and (torch.compiler.is_dynamo_compiling() or _have_memory(tensors))
+    )
+
+
+def _have_memory(tensors: Sequence[Tensor]) -> bool:
+    """Not those of subclasses, nor those that a tracer follows: a kernel's launch is nothing that it would see."""
+    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    return plain and torch._C._get_tracing_state() is None and not torch._C._len_torch_dispatch_stack()

@@ -1,4 +1,4 @@
-"""The kernels in Triton, for tensors on CUDA devices with tensor cores for TF32; the default ones for all others."""
+"""The kernels in Triton, for tensors on CUDA devices with tensor cores for TF32; other kernels for all others."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from polywhiten.blocks import ChannelGroups
 from polywhiten.kernels import Term
 from polywhiten.solvers import Solver
 from polywhiten.solvers.newton import Newton
+from polywhiten.torch.cpu.kernels import CPUKernels
 from polywhiten.torch.fused import affine_map, moments, newton
 from polywhiten.torch.fused.group_whitening import WholeGroupWhitening
 from polywhiten.torch.fused.iter_norm import WholeIterNorm
 from polywhiten.torch.fused.tiles import LARGEST_GROUP, is_addressable
-from polywhiten.torch.kernels import TorchKernels
+from polywhiten.torch.kernels import is_unobserved
 from polywhiten.whitening import Plan, Statistics
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class FusedKernels(TorchKernels):
+class FusedKernels(CPUKernels):
     """A launch or two for each kernel; the default kernels where PyTorch has to look into them.
 
     That is where it records operations for a derivative of theirs, and inside the transforms of `torch.func`.
@@ -114,19 +115,11 @@ class FusedKernels(TorchKernels):
             and x.numel() > 0
             and x.shape[-2] <= LARGEST_GROUP
             and all(tensor.dtype in _DTYPES and is_addressable(tensor) for tensor in tensors)
-            and not torch._C._are_functorch_transforms_active()
-            and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-            and (torch.compiler.is_dynamo_compiling() or _have_memory(tensors))
+            and is_unobserved(tensors)
         )
 
     def _is_on_device(self, x: Tensor) -> bool:
         return x.is_cuda and _has_tensor_cores(x.device.index)
-
-
-def _have_memory(tensors: Sequence[Tensor]) -> bool:
-    """Not those of subclasses, nor those that a tracer follows: a launch is nothing that it would see."""
-    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
-    return plain and torch._C._get_tracing_state() is None and not torch._C._len_torch_dispatch_stack()
 
 
 @torch.compiler.assume_constant_result
