@@ -93,5 +93,7 @@ def read(path: Path) -> list[Record]:
 
 
 def _parsed(kind: object, text: str) -> object:
+    if kind is str:
+        return text
     number = next((t for t in (int, float) if t is kind or t in get_args(kind)), str)
     return number(text) if text else None
