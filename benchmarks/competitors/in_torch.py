@@ -98,12 +98,13 @@ class Torch(Framework):
             raise ValueError("PyTorch finds no CUDA device")
 
     def training(self, problem: Problem, mode: str) -> dict[str, Step]:
-        x, dy, _, _ = self._tensors(problem)
-        return {name: partial(train, layer, x.requires_grad_(), dy) for name, layer in self._layers(problem).items()}
+        x, dy, weight, bias = self._tensors(problem)
+        layers = self._layers(problem, weight, bias)
+        return {name: partial(train, layer, x.requires_grad_(), dy) for name, layer in layers.items()}
 
     def evaluation(self, problem: Problem, mode: str) -> dict[str, Step]:
         x, _, weight, bias = self._tensors(problem)
-        layers = self._layers(problem)
+        layers = self._layers(problem, weight, bias)
         for name in (TEXTBOOK, DBN):  # the one has a function for it, the other is no different from it
             del layers[name]
         subject = layers[SUBJECT]
@@ -152,8 +153,9 @@ class Torch(Framework):
         return torch.cuda.max_memory_allocated() - before
 
     def kept_bytes(self, problem: Problem) -> dict[str, int]:
-        x, _, _, _ = self._tensors(problem)
-        return {name: _kept(layer, x.requires_grad_()) for name, layer in self._layers(problem).items()}
+        x, _, weight, bias = self._tensors(problem)
+        layers = self._layers(problem, weight, bias)
+        return {name: _kept(layer, x.requires_grad_()) for name, layer in layers.items()}
 
     def device_name(self) -> str:
         return torch.cuda.get_device_name()
@@ -168,7 +170,7 @@ class Torch(Framework):
             tensors[:2] = [a.permute(0, 3, 1, 2) for a in tensors[:2]]  # the shape that PyTorch gives such memory
         return tensors
 
-    def _layers(self, problem: Problem) -> dict[str, Any]:
+    def _layers(self, problem: Problem, weight: Tensor, bias: Tensor) -> dict[str, Any]:
         channels, group, iterations = problem.channels, problem.group, problem.iterations
         device: dict[str, Any] = {"device": self.device}
         blocks = problem_blocks(problem)
@@ -186,7 +188,6 @@ class Torch(Framework):
                 GROUP_NORM: nn.GroupNorm(group, channels, EPS, **device),
             }
         layers[TEXTBOOK] = Textbook(channels, blocks, iterations, EPS, **device)
-        _, _, weight, bias = self._tensors(problem)
         set_affine(layers, weight, bias)
         if problem.what == ITER_NORM and problem.is_picture:
             conv = nn.Conv2d(channels, channels, 3, padding=1, **device)
