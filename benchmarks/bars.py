@@ -7,7 +7,7 @@ from statistics import geometric_mean
 
 from records import SUBJECT, Record
 
-INPUT = "input"
+INPUT, FLOOR = "input", "floor"
 MEAN, WORST = "geometric mean", "worst"
 ALLOWANCE = 1.3  # the guard's: machines and their neighbours differ
 
@@ -71,7 +71,7 @@ class Verdict:
 BARS = [
     Bar("torch", "iter_norm", "textbook", MEAN, 1 / 2.5),
     Bar("torch", "iter_norm", "textbook", WORST, 1),
-    Bar("torch", "iter_norm", "floor", MEAN, 2, goal=1.5),
+    Bar("torch", "iter_norm", FLOOR, MEAN, 2, goal=1.5),
     Bar("torch", "iter_norm", "3x3 convolution", WORST, 0.25, channels=(128, inf)),
     Bar("torch", "iter_norm", "3x3 convolution", WORST, 0.4, channels=(1, 128)),
     Bar("torch", "iter_norm", "grouped 1x1 convolution", WORST, 1.3, "evaluation"),
@@ -83,6 +83,11 @@ BARS = [
     Bar("jax", "iter_norm", "textbook", MEAN, 1 / 1.5),
     Bar("numpy", "iter_norm", "textbook", MEAN, 1 / 2),
 ]
+
+
+def barred(backend: str, what: str, measure: str) -> set[str]:
+    """The competitors for which there is a bar."""
+    return {bar.competitor for bar in BARS if (bar.backend, bar.what, bar.measure) == (backend, what, measure)}
 
 
 def verdicts(records: Iterable[Record], bars: Sequence[Bar] = BARS) -> list[Verdict]:

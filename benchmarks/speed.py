@@ -17,7 +17,7 @@ import click
 import machine
 import numpy as np
 from alternating import Failures, host_timer, in_turns, told
-from bars import Verdict, verdicts
+from bars import FLOOR, Verdict, barred, verdicts
 from competitors import BACKENDS, SAME_TRAFFIC, TEXTBOOK, Framework, Step, framework
 from problems import GROUP_WHITEN, ITER_NORM, LAYOUTS, MEMORY_SHAPES, SHAPES, Problem, problems
 from records import SUBJECT, Record, written
@@ -37,20 +37,24 @@ GUARD_GROUPS = 32
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure; `blank` is a row with what is known before."""
+    """One thing to measure; `blank` is a row with what is known before, `only` the competitors that are wanted."""
 
     framework: Framework
     problem: Problem
     mode: str
     measure: str
     blank: Record
+    only: frozenset[str] | None = None
+
+    def wants(self, name: str) -> bool:
+        return self.only is None or name in self.only
 
     def __str__(self) -> str:
         return f"{self.blank.backend} {self.mode} {self.measure}, {self.problem}"
 
 
-def cases_of(backend: str, device: str, found: list[Problem], measures: list[str]) -> Iterator[Case]:
-    """In the order in which a run that is cut short gives most."""
+def cases_of(backend: str, device: str, found: list[Problem], measures: list[str], guard: bool) -> Iterator[Case]:
+    """In the order in which a run that is cut short gives most; the guard's are those that have a bar."""
     given = framework(backend, device)
     about = machine.description() + (f"; {given.device_name()}" if device == "cuda" else "")
     for measure, mode, problem in product(measures, given.MODES, found):
@@ -61,7 +65,16 @@ def cases_of(backend: str, device: str, found: list[Problem], measures: list[str
         shape = "x".join(map(str, problem.shape))
         layer = problem.what, problem.group, mode, measure, shape, problem.layout, "float32"
         blank = Record(about, given.versions(), backend, device, *layer, competitor=SUBJECT)
-        yield Case(given, problem, mode, measure, blank)
+        if not guard:
+            yield Case(given, problem, mode, measure, blank)
+        elif only := needed(backend, problem.what, measure):
+            yield Case(given, problem, mode, measure, blank, only)
+
+
+def needed(backend: str, what: str, measure: str) -> frozenset[str]:
+    """The competitors that have a bar, and what these are derived from; empty where there is none."""
+    found = barred(backend, what, measure)
+    return frozenset(found | {SUBJECT} | ({SAME_TRAFFIC[what]} if FLOOR in found else set())) if found else frozenset()
 
 
 def measured(case: Case, seconds: float, rate: tuple[int, int, int]) -> list[Record]:
@@ -82,9 +95,9 @@ def times(case: Case, seconds: float, rate: tuple[int, int, int], failures: Fail
         compare(given, steps[SUBJECT], steps[TEXTBOOK])
     channels, batch, size = rate
     flops = {"convolution": 2 * channels**2 * batch * size**2, "matrices": 2 * (4 * channels) ** 3}
-    products = given.products(case.mode, channels, batch, size) if training else {}
+    products = given.products(case.mode, channels, batch, size) if training and case.wants(FLOOR) else {}
     timers: dict[str, Callable[[], float]] = {}
-    for name, step in (steps | products).items():
+    for name, step in ({name: steps[name] for name in steps if case.wants(name)} | products).items():
         if name not in failures:
             with failures.kept(name):
                 timers[name] = host_timer(partial(awaited, given, step))
@@ -92,10 +105,10 @@ def times(case: Case, seconds: float, rate: tuple[int, int, int], failures: Fail
     found = {name: timed(case.blank, name, values) for name, values in taken.items() if name in steps}
     alike = found.get(SAME_TRAFFIC[case.problem.what])
     rates = [flops[name] / (1e6 * median(taken[name])) for name in products if name in taken]
-    if training and alike is not None and alike.median_ms is not None and rates:
+    if alike is not None and alike.median_ms is not None and rates:
         least = product_flops(case.problem.shape, case.problem.group) / (1e6 * max(rates))
         floor = max(least, alike.median_ms)
-        found["floor"] = replace(case.blank, competitor="floor", median_ms=round(floor, 6), gflops=round(max(rates), 2))
+        found[FLOOR] = replace(case.blank, competitor=FLOOR, median_ms=round(floor, 6), gflops=round(max(rates), 2))
     return found
 
 
@@ -122,6 +135,8 @@ def memory(case: Case, failures: Failures) -> dict[str, Record]:
     found: dict[str, Record] = {}
     kept = case.framework.kept_bytes(case.problem)
     for name, step in case.framework.training(case.problem, case.mode).items():
+        if not case.wants(name):
+            continue
         with failures.kept(name):
             awaited(case.framework, step)  # what is allocated once isn't the step's
             peak = case.framework.peak_bytes(step)
@@ -251,10 +266,12 @@ def main(
             for problem in found
             if backend != "numpy" or large or not problem.is_picture or prod(problem.shape) <= NUMPY_ELEMENTS
         ]
-        cases = list(cases_of(backend, device, kept, list(dict.fromkeys(measures)) or list(MEASURES)))
+        cases = list(cases_of(backend, device, kept, list(dict.fromkeys(measures)) or list(MEASURES), guard))
         path = None if folder is None else folder / f"speed-{backend}-{device}.csv"
         records += run(cases, path, seconds, rate, console)
     judged = verdicts(records)
+    if not records:
+        raise click.UsageError("none of these shapes, backends and measures go together: nothing was measured")
     console.print(summary(judged))
     console.print(f"{records[0].machine}; {'; '.join(dict.fromkeys(r.versions for r in records))}", markup=False)
     conclude(records, judged if guard else [])

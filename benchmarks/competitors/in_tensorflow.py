@@ -142,22 +142,33 @@ class TensorFlow(Framework):
         return [part.numpy() for part in result]
 
     def peak_bytes(self, step: Step) -> int:
-        if self.device != "cuda":
-            return super().peak_bytes(step)
+        """By TensorFlow's allocator; on a CPU with what goes past it, XLA's temporary arrays above all."""
         self.wait(None)
-        tf.config.experimental.reset_memory_stats("GPU:0")
-        before = tf.config.experimental.get_memory_info("GPU:0")["current"]
-        result = step()
-        self.wait(result)
-        return int(tf.config.experimental.get_memory_info("GPU:0")["peak"] - before)
+        name, statistics = "GPU:0" if self.device == "cuda" else "CPU:0", tf.config.experimental
+        try:
+            statistics.reset_memory_stats(name)
+        except ValueError:  # no pool, as on CPUs without oneDNN: all goes past it
+            return super().peak_bytes(step)
+        before = statistics.get_memory_info(name)["current"]
+        if self.device == "cuda":
+            self.wait(step())
+            outside = 0
+        else:
+            outside = super().peak_bytes(step)
+        return int(statistics.get_memory_info(name)["peak"] - before) + outside
 
     def device_name(self) -> str:
         return str(tf.config.experimental.get_device_details(self._devices[0])["device_name"])
 
     def _compiled(self, mode: str, function: Callable[..., Any], *tensors: Any) -> Step:
-        with tf.device(self._place):
-            compiled = tf.function(function, autograph=False, jit_compile=mode == "XLA").get_concrete_function(*tensors)
-        return partial(compiled, *tensors)
+        """Traced, and compiled by XLA, when it is first called."""
+        compiled = tf.function(function, autograph=False, jit_compile=mode == "XLA")
+
+        def step() -> Any:
+            with tf.device(self._place):
+                return compiled(*tensors)
+
+        return step
 
     def _tensors(self, problem: Problem) -> list[Any]:
         drawn = problem.draw()
