@@ -100,7 +100,7 @@ def times(case: Case, seconds: float, rate: tuple[int, int, int], failures: Fail
     for name, step in ({name: steps[name] for name in steps if case.wants(name)} | products).items():
         if name not in failures:
             with failures.kept(name):
-                timers[name] = host_timer(partial(awaited, given, step))
+                timers[name] = host_timer(partial(given.run, step))
     taken = {name: values for name, values in in_turns(timers, seconds, failures).items() if name not in failures}
     found = {name: timed(case.blank, name, values) for name, values in taken.items() if name in steps}
     alike = found.get(SAME_TRAFFIC[case.problem.what])
@@ -110,10 +110,6 @@ def times(case: Case, seconds: float, rate: tuple[int, int, int], failures: Fail
         floor = max(least, alike.median_ms)
         found[FLOOR] = replace(case.blank, competitor=FLOOR, median_ms=round(floor, 6), gflops=round(max(rates), 2))
     return found
-
-
-def awaited(given: Framework, step: Step) -> None:
-    given.wait(step())
 
 
 def compare(given: Framework, subject: Step, textbook: Step) -> None:
@@ -138,7 +134,7 @@ def memory(case: Case, failures: Failures) -> dict[str, Record]:
         if not case.wants(name):
             continue
         with failures.kept(name):
-            awaited(case.framework, step)  # what is allocated once isn't the step's
+            case.framework.run(step)  # what is allocated once isn't the step's
             peak = case.framework.peak_bytes(step)
             found[name] = replace(case.blank, competitor=name, rounds=1, peak_bytes=peak, kept_bytes=kept.get(name))
     return found
@@ -267,6 +263,8 @@ def main(
             if backend != "numpy" or large or not problem.is_picture or prod(problem.shape) <= NUMPY_ELEMENTS
         ]
         cases = list(cases_of(backend, device, kept, list(dict.fromkeys(measures)) or list(MEASURES), guard))
+        if not cases:
+            continue  # and a former run's file stays
         path = None if folder is None else folder / f"speed-{backend}-{device}.csv"
         records += run(cases, path, seconds, rate, console)
     judged = verdicts(records)

@@ -7,6 +7,7 @@ backward: the output and the gradients of x, weight and bias.
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -56,13 +57,17 @@ class Framework(ABC):
     def wait(self, result: Any) -> None:  # noqa: B027  # most have nothing to wait for on a CPU
         """Return when the result is there."""
 
+    def run(self, step: Step) -> None:
+        """From its beginning to its end."""
+        self.wait(step())
+
     def values(self, result: Any) -> list[np.ndarray]:
         """As NumPy arrays, channels where the problem's arrays have them."""
         return [np.asarray(part) for part in result]
 
     def peak_bytes(self, step: Step) -> int:
         """What a warm step holds at most, above what is there before it."""
-        return peak_of_host(lambda: self.wait(step()))
+        return peak_of_host(partial(self.run, step))
 
     def kept_bytes(self, problem: Problem) -> dict[str, int]:
         """Alive between forward and backward beside input, output and parameters; empty where that can't be seen."""

@@ -151,7 +151,7 @@ class TensorFlow(Framework):
             return super().peak_bytes(step)
         before = statistics.get_memory_info(name)["current"]
         if self.device == "cuda":
-            self.wait(step())
+            self.run(step)
             outside = 0
         else:
             outside = super().peak_bytes(step)
