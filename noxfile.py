@@ -74,3 +74,12 @@ def package(session: nox.Session) -> None:
     session.run("python", "-c", every)
     session.run("python", "-m", "polywhiten", "info")
     session.run("mypy", "--strict", "--config-file", CONFIGURATION, "-p", "polywhiten")
+
+
+@nox.session(default=False)
+def speed(session: nox.Session) -> None:
+    """No slower than the bars of benchmarks/bars.py allow; `nox -s speed -- torch jax` for more than PyTorch."""
+    backends = session.posargs or ["torch"]
+    extras = ",".join(["benchmarks", *(name for name in backends if name != "numpy")])
+    install(session, f".[{extras}]")
+    session.run("python", "benchmarks/speed.py", "--guard", *(f"--backend={name}" for name in backends))

@@ -14,23 +14,28 @@ import csv
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import geometric_mean, median, quantiles
+from timeit import Timer
 from types import ModuleType
 from typing import Any
 
 import click
 import gpu_floors as floors
 import torch
+from alternating import Failures, in_turns, repeats
+from competitors.in_torch import Textbook, set_affine, train
 from gpu_floors import BATCH, GROUP_SIZE, NUM_GROUPS, Work
+from records import SUBJECT
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from textbook import Blocks
 from torch import Tensor, nn
 
 import polywhiten as pw
@@ -41,7 +46,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 COMBINATIONS = [(dtype, layout) for dtype in DTYPES for layout in LAYOUTS]
 MODES = ("eager", "graph")
-SUBJECT = "polywhiten"
 
 # What polywhiten's time may be, as a share of a competitor's: geometric means over shapes.
 BARS = {
@@ -56,8 +60,6 @@ GOALS = {("IterNorm", "BatchNorm2d"): 1.2}
 INVERSE_SQRT_MS = 0.06
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative, between competitors that compute the same
-BATCH_MS = 5  # between two events at least: the first launch of a batch is some hundredths of that
-LEAST_ROUNDS = 5
 
 FIELDS = [
     *("device", "versions", "what", "mode", "competitor", "shape", "dtype", "layout"),
@@ -90,47 +92,6 @@ class Case:
         return " ".join([self.what, self.mode, "x".join(map(str, self.shape)), self.dtype, self.layout]).strip()
 
 
-class Textbook(nn.Module):
-    """Algorithm 1 of the papers, line by line, in float32 as the recurrence needs it; PyTorch differentiates it."""
-
-    def __init__(self, channels: int, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight, self.bias = (nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.rows(x.float())
-        centred = rows - rows.mean(2, keepdim=True)
-        eye = torch.eye(rows.shape[1], device=x.device)
-        cov = centred @ centred.mT / rows.shape[2] + EPS * eye
-        trace = cov.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-        normalized, p = cov / trace, eye.expand_as(cov)
-        for _ in range(T):
-            p = 1.5 * p - 0.5 * p @ p @ p @ normalized
-        white = self.restored(p / trace.sqrt() @ centred, x.shape)
-        return (white * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
-
-
-class TextbookIterNorm(Textbook):
-    """Of groups of channels over the batch, permuted there and back as the authors' code does."""
-
-    def rows(self, x: Tensor) -> Tensor:
-        return x.transpose(0, 1).reshape(x.shape[1] // GROUP_SIZE, GROUP_SIZE, -1)
-
-    def restored(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        n, c, h, w = shape
-        return rows.reshape(c, n, h, w).transpose(0, 1).contiguous()
-
-
-class TextbookGroupWhitening(Textbook):
-    """Of a sample's groups of channels."""
-
-    def rows(self, x: Tensor) -> Tensor:
-        return x.reshape(len(x), NUM_GROUPS, -1)
-
-    def restored(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        return rows.reshape(shape)
-
-
 def on_cuda(device: torch.device) -> bool:
     return device.type == "cuda"
 
@@ -144,27 +105,17 @@ def layers(what: str, channels: int, device: torch.device, dtype: torch.dtype) -
         found = {
             SUBJECT: IterNorm(channels, EPS, group_size=GROUP_SIZE, iterations=T, **given),
             "BatchNorm2d": nn.BatchNorm2d(channels, EPS, **given),
-            "textbook": TextbookIterNorm(channels, **given),
+            "textbook": Textbook(channels, Blocks(per_sample=False, size=GROUP_SIZE), T, EPS, **given),
         }
     else:
         given = {"device": device, "dtype": dtype}  # PyTorch's group norm wants them of the input's dtype on CUDA
         found = {
             SUBJECT: GroupWhitening(NUM_GROUPS, channels, EPS, iterations=T, **given),
             "GroupNorm": nn.GroupNorm(NUM_GROUPS, channels, EPS, **given),
-            "textbook": TextbookGroupWhitening(channels, **given),
+            "textbook": Textbook(channels, Blocks(per_sample=True, size=NUM_GROUPS), T, EPS, **given),
         }
-    weight, bias = torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device)
-    with torch.no_grad():
-        for layer in found.values():
-            layer.weight.copy_(weight)
-            layer.bias.copy_(bias)
+    set_affine(found, torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device))
     return found
-
-
-def train(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    """Forward and backward."""
-    y = layer(x)
-    return y.detach(), *torch.autograd.grad(y, (x, layer.weight, layer.bias), dy)
 
 
 def input_sets(device: torch.device, shape: Shape, dtype: str, layout: str, arrays: int) -> list[Inputs]:
@@ -277,24 +228,6 @@ def all_cases(device: torch.device, library: ModuleType | None) -> list[Case]:
     return sorted(cases, key=lambda case: MODES.index(case.mode))  # graphs last: a capture that fails can harm others
 
 
-class Failures(dict[str, str]):
-    """Why competitors have no times."""
-
-    @contextmanager
-    def kept(self, name: str) -> Iterator[None]:
-        """Keep the first line of what is raised, and go on with the others."""
-        try:
-            yield
-        except Exception as error:
-            self[name] = told(error)
-
-
-def told(error: BaseException) -> str:
-    """The first line of an error, and of those before it: the end of a broken capture doesn't say what broke it."""
-    line = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
-    return line if error.__context__ is None else f"{line}, after {told(error.__context__)}"
-
-
 def measure(case: Case, device: torch.device, seconds: float) -> tuple[dict[str, list[float]], Failures]:
     """Milliseconds a call of every competitor, and which of them failed."""
     times: dict[str, list[float]] = {}
@@ -304,19 +237,11 @@ def measure(case: Case, device: torch.device, seconds: float) -> tuple[dict[str,
         times = {name: [] for name in steps}
         if case.same is not None:
             compare(steps, sets[0], case.same, case.dtype, failures)
-        runs: dict[str, tuple[Callable[[], None], int]] = {}
+        runs: dict[str, Callable[[], float]] = {}
         for name in [name for name in steps if name not in failures]:
             with failures.kept(name):
-                run = prepared(steps[name], sets, case.mode, device)
-                runs[name] = run, max(1, math.ceil(BATCH_MS / milliseconds(run, 1, device)))
-        start, rounds = time.perf_counter(), 0
-        while runs and (rounds < LEAST_ROUNDS or time.perf_counter() - start < seconds):
-            rounds += 1
-            for name, (run, passes) in list(runs.items()):
-                with failures.kept(name):
-                    times[name].append(milliseconds(run, passes, device) / (passes * len(sets)))
-                if name in failures:
-                    del runs[name]
+                runs[name] = timer(prepared(steps[name], sets, case.mode, device), len(sets), device)
+        times |= in_turns(runs, seconds, failures)
     return times, failures
 
 
@@ -359,13 +284,16 @@ def prepared(step: Step, sets: list[Inputs], mode: str, device: torch.device) ->
     return replay
 
 
+def timer(run: Callable[[], None], calls: int, device: torch.device) -> Callable[[], float]:
+    """Milliseconds of one of a pass' calls, measured over a batch of passes."""
+    passes = repeats(milliseconds(run, 1, device))
+    return lambda: milliseconds(run, passes, device) / (passes * calls)
+
+
 def milliseconds(run: Callable[[], None], passes: int, device: torch.device) -> float:
     """Of so many passes, on a device that was idle."""
     if not on_cuda(device):
-        start = time.perf_counter()
-        for _ in range(passes):
-            run()
-        return 1000 * (time.perf_counter() - start)
+        return 1000 * Timer(run).timeit(passes)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     first.record()

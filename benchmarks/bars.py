@@ -1,0 +1,107 @@
+"""How fast polywhiten has to be: every bar, and what was measured against it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
+from statistics import geometric_mean
+
+from records import SUBJECT, Record
+
+INPUT, FLOOR = "input", "floor"
+MEAN, WORST = "geometric mean", "worst"
+ALLOWANCE = 1.3  # the guard's: machines and their neighbours differ
+
+
+@dataclass(frozen=True)
+class Bar:
+    """At most `limit` times the competitor's; competitor "input": bytes kept for backward as a share of the input's."""
+
+    backend: str
+    what: str
+    competitor: str
+    statistic: str
+    limit: float
+    measure: str = "training"
+    goal: float | None = None
+    channels: tuple[float, float] = (1, inf)  # from, and below
+
+    def __str__(self) -> str:
+        low, high = self.channels
+        some = f", {low:g} channels and more" if low > 1 else f", below {high:g} channels" if high < inf else ""
+        measure = "" if self.measure == "training" else f", {self.measure}"
+        return f"{self.what} / {self.competitor}{measure}{some} ({self.statistic})"
+
+    def ratio(self, record: Record) -> float | None:
+        """Of a record that the bar is about, else None."""
+        low, high = self.channels
+        mine = self.backend, self.what, self.measure
+        if (record.backend, record.what, record.measure) != mine or not low <= record.sizes[1] < high:
+            return None
+        if self.competitor == INPUT:
+            kept = record.kept_bytes if record.competitor == SUBJECT else None
+            return None if kept is None else kept / (4 * record.elements)
+        return record.ratio if record.competitor == self.competitor else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A bar and what was measured, in one mode on one device."""
+
+    bar: Bar
+    device: str
+    mode: str
+    value: float
+    cases: int
+    worst: str  # the case with the largest ratio
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.bar.limit
+
+    @property
+    def allowed(self) -> bool:
+        """Whether the guard lets it pass."""
+        return self.value <= ALLOWANCE * self.bar.limit
+
+    def __str__(self) -> str:
+        b = self.bar
+        return f"{b.backend} {self.mode}, {b}: {self.value:.3g}, bar {b.limit:.3g}, worst at {self.worst}"
+
+
+BARS = [
+    Bar("torch", "iter_norm", "textbook", MEAN, 1 / 2.5),
+    Bar("torch", "iter_norm", "textbook", WORST, 1),
+    Bar("torch", "iter_norm", FLOOR, MEAN, 2, goal=1.5),
+    Bar("torch", "iter_norm", "3x3 convolution", WORST, 0.25, channels=(128, inf)),
+    Bar("torch", "iter_norm", "3x3 convolution", WORST, 0.4, channels=(1, 128)),
+    Bar("torch", "iter_norm", "grouped 1x1 convolution", WORST, 1.3, "evaluation"),
+    Bar("torch", "iter_norm", INPUT, WORST, 0.01, "memory"),
+    Bar("torch", "group_whiten", "textbook", MEAN, 1 / 2.5),
+    Bar("torch", "group_whiten", "textbook", WORST, 1),
+    Bar("torch", "group_whiten", INPUT, WORST, 0.01, "memory"),
+    Bar("tensorflow", "iter_norm", "textbook", MEAN, 1 / 1.5),
+    Bar("jax", "iter_norm", "textbook", MEAN, 1 / 1.5),
+    Bar("numpy", "iter_norm", "textbook", MEAN, 1 / 2),
+]
+
+
+def barred(backend: str, what: str, measure: str) -> set[str]:
+    """The competitors for which there is a bar."""
+    return {bar.competitor for bar in BARS if (bar.backend, bar.what, bar.measure) == (backend, what, measure)}
+
+
+def verdicts(records: Iterable[Record], bars: Sequence[Bar] = BARS) -> list[Verdict]:
+    """Of the bars that something was measured for, by device and mode."""
+    records = list(records)
+    found = []
+    for bar in bars:
+        ratios: dict[tuple[str, str], list[tuple[float, str]]] = {}
+        for record in records:
+            ratio = bar.ratio(record)
+            if ratio is not None:
+                ratios.setdefault((record.device, record.mode), []).append((ratio, record.case))
+        for (device, mode), pairs in ratios.items():
+            worst, case = max(pairs)
+            value = worst if bar.statistic == WORST else geometric_mean(ratio for ratio, _ in pairs)
+            found.append(Verdict(bar, device, mode, value, len(pairs), case))
+    return found

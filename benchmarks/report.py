@@ -1,0 +1,146 @@
+"""Pictures of what speed.py measured, and its table in the README: `python benchmarks/report.py`."""
+
+import re
+from itertools import product
+from pathlib import Path
+
+import click
+from bars import verdicts
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from problems import GROUP_WHITEN
+from records import SUBJECT, Record, read
+
+HERE = Path(__file__).parent
+START, END = "<!-- speed -->", "<!-- /speed -->"
+NAMES = {"iter_norm": "IterNorm", "group_whiten": "group whitening", "input": "the input's bytes, kept for backward"}
+FRAMEWORKS = {"torch": "PyTorch", "tensorflow": "TensorFlow", "jax": "JAX", "numpy": "NumPy"}
+SHOWN_GROUPS = 32  # one number of groups is enough of a picture
+# a look for each competitor, the same in all pictures: colours that the colour-blind can tell apart, and shapes
+LOOKS = {
+    SUBJECT: ("o", "#d55e00"),
+    "textbook": ("s", "#0072b2"),
+    "dbn (eigh)": ("D", "#cc79a7"),
+    "3x3 convolution": ("^", "#009e73"),
+    "batch norm": ("v", "#56b4e9"),
+    "group norm": ("v", "#56b4e9"),
+    "floor": ("|", "black"),
+}
+
+
+def figure(records: list[Record]) -> Figure:
+    """Milliseconds of a training step by shape: a panel for each kind of whitening and mode."""
+    kept = [r for r in records if r.measure == "training" and r.median_ms is not None]
+    kept = [r for r in kept if r.what != GROUP_WHITEN or r.group == SHOWN_GROUPS]
+    modes, kinds = (list(dict.fromkeys(values)) for values in ((r.mode for r in kept), (r.what for r in kept)))
+    height = 1.2 + 0.22 * len({(r.shape, r.layout) for r in kept})
+    found = Figure(figsize=(7 * len(kinds), 1.6 + height * len(modes)), layout="constrained")
+    grid = found.subplots(len(modes), len(kinds), squeeze=False)
+    for (mode, what), axes in zip(product(modes, kinds), grid.flat, strict=True):
+        panel(axes, [r for r in kept if (r.mode, r.what) == (mode, what)])
+        size = f", {SHOWN_GROUPS} groups" if what == GROUP_WHITEN else ""
+        axes.set_title(f"{NAMES[what]}{size}, {mode}")
+    entries = {name: entry for axes in grid.flat for entry, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    found.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=len(entries))
+    first = kept[0]
+    found.suptitle(f"{FRAMEWORKS[first.backend]}: forward and backward, float32\n{first.machine}; {first.versions}")
+    return found
+
+
+def panel(axes: Axes, records: list[Record]) -> None:
+    cases = sorted({(r.elements, r.sizes, r.layout, r.group) for r in records}, reverse=True)
+    places = {case: place for place, case in enumerate(cases)}
+    for name, (marker, colour) in LOOKS.items():
+        mine = [r for r in records if r.competitor == name]
+        if mine:
+            rows = [places[r.elements, r.sizes, r.layout, r.group] for r in mine]
+            front = name == SUBJECT
+            axes.scatter(
+                [r.median_ms for r in mine], rows, marker=marker, color=colour, label=name, zorder=3 if front else 2
+            )
+    is_iter_norm = records[0].what != GROUP_WHITEN
+    labels = [
+        f"{'x'.join(map(str, sizes))} {layout}" + (f" d={group}" if is_iter_norm and group != 64 else "")
+        for _, sizes, layout, group in cases
+    ]
+    axes.set_yticks(range(len(cases)), labels, fontsize=8)
+    axes.set_ylim(-0.7, len(cases) - 0.3)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("milliseconds")
+    axes.grid(alpha=0.3)
+
+
+def table(records: list[Record]) -> str:
+    """The bars and what was measured, as Markdown."""
+    by_run = {r.backend: (r.machine, r.versions) for r in records}
+    machines = list(dict.fromkeys(machine for machine, _ in by_run.values()))
+    versions = list(dict.fromkeys(part for _, given in by_run.values() for part in given.split(", ")))
+    lines = [
+        "Time of polywhiten over that of others in the same run, float32; training is forward and backward.",
+        "",
+        "| | over that of | over shapes | bar | measured |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for found in verdicts(records):
+        bar = found.bar
+        low, high = bar.channels
+        of = NAMES.get(bar.competitor, bar.competitor)
+        of += f", {low:g} channels and more" if low > 1 else f", below {high:g} channels" if high < float("inf") else ""
+        mode = "" if found.mode == "eager" else f" ({found.mode})"
+        mode += "" if found.device == "cpu" else f", {found.device}"
+        value = f"{found.value:.3g}" + ("" if found.met else ", missed")
+        goal = f" (goal {bar.goal:g})" if bar.goal else ""
+        about = f"{NAMES[bar.what]}, {bar.measure}"
+        lines.append(
+            f"| {FRAMEWORKS[bar.backend]}{mode}: {about} | {of} | {bar.statistic} | {bar.limit:.3g}{goal} | {value} |"
+        )
+    return "\n".join([*lines, "", f"On {'; '.join(machines)}, with {', '.join(versions)}."])
+
+
+def inserted(text: str, block: str) -> str:
+    """The text with the block between its markers; ValueError where these aren't there, once each and in order."""
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise ValueError(f"it needs one {START}, and one {END} after it")
+    return re.sub(f"{START}.*{END}", lambda _: f"{START}\n{block}\n{END}", text, flags=re.S)
+
+
+@click.command()
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=HERE / "results",
+    help="Folder of speed-*.csv, and for the pictures.  [default: results, beside this script]",
+)
+@click.option(
+    "--readme",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    default=HERE.parent / "README.md",
+    help="Where the table goes.  [default: the project's]",
+)
+def main(results: Path, readme: Path) -> None:
+    """Draw speed-BACKEND-DEVICE.png and write the table of the bars between two comments of the README."""
+    paths = sorted(results.glob("speed-*.csv"))
+    if not paths:
+        raise click.ClickException(f"no speed-*.csv in {results}: run benchmarks/speed.py first")
+    try:
+        records = {path: read(path) for path in paths}
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    try:
+        text = inserted(readme.read_text(encoding="utf-8"), table([r for found in records.values() for r in found]))
+    except ValueError as error:
+        raise click.ClickException(f"{readme}: {error}") from error
+    readme.write_text(text, encoding="utf-8")
+    click.echo(readme)
+    for path, found in records.items():
+        if any(r.measure == "training" and r.median_ms is not None for r in found):
+            picture = path.with_suffix(".png")
+            figure(found).savefig(picture, dpi=110)
+            click.echo(picture)
+
+
+if __name__ == "__main__":
+    main()
