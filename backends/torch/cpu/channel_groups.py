@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from polywhiten.kernels import Term, outer_square
-from polywhiten.torch.cpu.pieces import PARTS, pieces
+from polywhiten.torch.cpu.pieces import PARTS, pieces, workspace
 from polywhiten.torch.kernels import folded
 
 _COLUMNS = 16  # of the picture that rows are to a convolution
@@ -24,11 +24,11 @@ def moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     About the mean of the first piece: the mean square about it is at most as many times the variance as there are
     pieces.
     """
-    count = x.shape[0] * x.shape[3]
+    order, count = _Order(x), x.shape[0] * x.shape[3]
     about = x[next(pieces(x))].mean((0, 3), dtype=dtype)
     sums, products = _Sum(x.shape[1]), _Sum(x.shape[1])
     for part in pieces(x):
-        centred = _matrices(x[part], about)
+        centred = order.centred(x[part], about)
         sums.add(centred.sum(2))
         products.add_product(centred, centred)
     off = sums.of_blocks() / count
@@ -37,11 +37,12 @@ def moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def cross_moments(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """S (q, d) and K (q, d, d), in one pass over both."""
+    order = _Order(x)
     sums, products = _Sum(x.shape[1]), _Sum(x.shape[1])
     for part in pieces(x):
-        gradient = _matrices(dy[part].to(mean.dtype))
+        gradient = order.matrices(dy[part], mean.dtype)
         sums.add(gradient.sum(2))
-        products.add_product(gradient, _matrices(x[part], mean))
+        products.add_product(gradient, order.centred(x[part], mean))
     return sums.of_blocks(), products.of_blocks()
 
 
@@ -56,30 +57,31 @@ def affine_map(terms: Sequence[Term], bias: Tensor | None, dtype: torch.dtype) -
 def _products(terms: Sequence[Term], offset: Tensor, dtype: torch.dtype) -> Tensor:
     x = terms[0].array
     y = x.new_empty(x.shape, dtype=dtype)
-    first = next(pieces(x))
-    many = first.stop if _is_long(x) else 1
-    offset, *matrices = (_repeated(each, many) for each in (offset, *(term.matrix for term in terms)))
+    order = _Order(x)
+    times = order.stacks(next(pieces(x)).stop)
+    offset, *factors = (_repeated(each, times) for each in (offset, *(term.matrix for term in terms)))
     for part in pieces(x):
-        result = offset
-        for matrix, term in zip(matrices, terms, strict=True):
-            arrays = _matrices(term.array[part].to(offset.dtype))
-            result = torch.baddbmm(result[: len(arrays)], matrix[: len(arrays)], arrays)
-        y[part] = _as_piece(result, y[part].shape)
+        target = order.ordered(y[part])
+        written = target
+        if not target.is_contiguous() or dtype != offset.dtype:
+            written = workspace("result", target.shape, offset.dtype)
+        result = order.flat(written)
+        result.copy_(offset[: len(result)])
+        for factor, term in zip(factors, terms, strict=True):
+            result.baddbmm_(factor[: len(result)], order.matrices(term.array[part], offset.dtype))
+        if written is not target:
+            target.copy_(written)
     return y
 
 
 def _convolutions(terms: Sequence[Term], bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Of rows, 1 x 1 and in as many groups as there are blocks."""
     first, *others = terms
-    if not others:
-        return _convolution(first, bias, slice(None)).to(dtype)
-    y = first.array.new_empty(first.array.shape, dtype=dtype)
-    for part in pieces(y):
-        result = _convolution(first, bias, part)
-        for term in others:
-            result += _convolution(term, None, part)
-        y[part] = result
-    return y
+    result = _convolution(first, bias, slice(None))
+    for term in others:
+        for part in pieces(result):
+            result[part] += _convolution(term, None, part)
+    return result.to(dtype)
 
 
 def _convolution(term: Term, bias: Tensor | None, part: slice) -> Tensor:
@@ -94,23 +96,40 @@ def _convolutions_are_fast(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
 
-def _is_long(x: Tensor) -> bool:
-    """Whether a product for each of (p, q) is efficient."""
-    return x.shape[3] >= 2 * x.shape[2]
+class _Order:
+    """How the pieces (n, q, d, l) of a tensor are matrices of d rows: one for each block, or more where l is long."""
 
+    def __init__(self, x: Tensor) -> None:
+        _, _, d, self._l = x.shape
+        self._long = self._l >= 2 * d  # products for each of (n, q) are efficient then
+        self._short = 1 < self._l < 2 * d  # and here samples are to lie side by side
 
-def _matrices(piece: Tensor, centre: Tensor | None = None) -> Tensor:
-    """A piece, less its centre (q, d), as matrices (., d, samples): one for every block, or several."""
-    matrices = piece.flatten(0, 1) if _is_long(piece) else piece.permute(1, 2, 0, 3).flatten(2)
-    return matrices if centre is None else matrices - _repeated(centre.unsqueeze(-1), len(matrices) // len(centre))
+    def ordered(self, piece: Tensor) -> Tensor:
+        """The axes as they have to lie in memory."""
+        return piece.permute(1, 2, 0, 3) if self._short else piece
 
+    def flat(self, ordered: Tensor) -> Tensor:
+        """A view as matrices (., d, samples)."""
+        if self._long:
+            return ordered.flatten(0, 1)
+        return ordered.flatten(2) if self._short else ordered.squeeze(3).permute(1, 2, 0)
 
-def _as_piece(matrices: Tensor, shape: torch.Size) -> Tensor:
-    """`_matrices` back as a piece of `shape`."""
-    samples, blocks, _, l = shape
-    if len(matrices) == samples * blocks:
-        return matrices.view(shape)
-    return matrices.unflatten(2, (samples, l)).permute(2, 0, 1, 3)
+    def stacks(self, samples: int) -> int:
+        """Matrices of a block in a piece."""
+        return samples if self._long else 1
+
+    def matrices(self, piece: Tensor, dtype: torch.dtype) -> Tensor:
+        """A piece as matrices of that dtype."""
+        ordered = self.ordered(piece)
+        if self._short or piece.dtype != dtype:
+            ordered = workspace("matrices", ordered.shape, dtype).copy_(ordered)
+        return self.flat(ordered)
+
+    def centred(self, piece: Tensor, centre: Tensor) -> Tensor:
+        """A piece less its centre (q, d), as matrices of the centre's dtype."""
+        ordered, centre = self.ordered(piece), centre.unsqueeze(-1)
+        buffer = workspace("centred", ordered.shape, centre.dtype)
+        return self.flat(torch.sub(ordered, centre.unsqueeze(-1) if self._short else centre, out=buffer))
 
 
 def _repeated(values: Tensor, times: int) -> Tensor:

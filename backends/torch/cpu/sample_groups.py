@@ -9,7 +9,7 @@ from torch import Tensor
 
 from polywhiten.blocks import SampleGroups
 from polywhiten.kernels import Term, outer_square
-from polywhiten.torch.cpu.pieces import pieces
+from polywhiten.torch.cpu.pieces import pieces, workspace
 from polywhiten.torch.kernels import TorchKernels, folded
 from polywhiten.whitening import Plan, Statistics
 
@@ -34,19 +34,18 @@ class WholeGroupWhitening:
         n, g = self._x.shape[0], self._x.shape[2]
         mean = self._x.mean((1, 3, 4), dtype=self._dtype)
         cov = mean.new_empty(n, g, g)
-        buffer = self._buffer()
         for part in self._parts:
-            centred = self._centred(part, mean, buffer)
+            centred = self._centred(part, mean)
             lost = centred.mean(2)  # by the sum over many samples
             mean[part] += lost
             torch.baddbmm(outer_square(lost), centred, centred.mT, beta=-1, alpha=1 / centred.shape[2], out=cov[part])
         whitener = self._kernels.inverse_sqrt(self._plan.solver, cov, self._plan.eps)
         offset = folded([Term(whitener, self._x, mean)], None)
         scale, shift = self._per_channel(weight), self._per_channel(bias)
-        y, white = torch.empty_like(self._x), self._buffer()
+        y = torch.empty_like(self._x)
         for part in self._parts:
-            result = white[: part.stop - part.start]
-            torch.baddbmm(offset[part], whitener[part], self._matrices(self._x[part], buffer), out=result.flatten(2))
+            result = self._buffer("result", part)
+            torch.baddbmm(offset[part], whitener[part], self._matrices(self._x, part), out=result.flatten(2))
             target = y[part].transpose(1, 2)
             if scale is None:
                 torch.add(result, 0 if shift is None else shift, out=target)
@@ -65,13 +64,12 @@ class WholeGroupWhitening:
         dy, scale = dy.reshape(self._x.shape), self._per_channel(weight)
         sums, products = torch.empty_like(mean), torch.empty_like(cov)
         dweight, dbias = mean.new_zeros(g, c), mean.new_zeros(g, c)
-        given, centres, white = self._buffer(), self._buffer(), self._buffer()
         for part in self._parts:
-            gradient, centred = self._matrices(dy[part], given), self._centred(part, mean, centres)
+            gradient, centred = self._matrices(dy, part), self._centred(part, mean)
             per_channel = gradient.unflatten(2, (q, c, l)).sum((2, 4))
             dbias += per_channel.sum(0)
             if scale is not None:
-                result = white[: part.stop - part.start]
+                result = self._buffer("result", part)
                 torch.bmm(whitener[part], centred, out=result.flatten(2))
                 result *= dy[part].transpose(1, 2)
                 dweight += result.sum((0, 2, 4))
@@ -85,31 +83,34 @@ class WholeGroupWhitening:
         offset = folded([Term(a, dy, sums / count), Term(b, self._x, mean)], None)
         dx = torch.empty_like(self._x)
         for part in self._parts:
-            gradient = self._matrices(dy[part], given) if scale is None else self._scaled(dy[part], scale, given)
-            result = white[: part.stop - part.start]
+            gradient = self._matrices(dy, part) if scale is None else self._scaled(dy, part, scale)
+            target = dx[part].transpose(1, 2)
+            result = target if q == 1 and target.dtype == self._dtype else self._buffer("result", part)
             both = torch.baddbmm(offset[part], a[part], gradient, out=result.flatten(2))
-            both.baddbmm_(b[part], self._matrices(self._x[part], centres))
-            dx[part] = result.transpose(1, 2)
+            both.baddbmm_(b[part], self._matrices(self._x, part))
+            if result is not target:
+                target.copy_(result)
         return dx, _like(dweight, weight), _like(dbias, bias)
 
-    def _buffer(self) -> Tensor:
+    def _buffer(self, name: str, part: slice) -> Tensor:
         """For a piece as (n, g, q, c, l)."""
         _, q, g, c, l = self._x.shape
-        return self._x.new_empty((self._parts[0].stop, g, q, c, l), dtype=self._dtype)
+        return workspace(name, (part.stop - part.start, g, q, c, l), self._dtype)
 
-    def _matrices(self, piece: Tensor, buffer: Tensor) -> Tensor:
-        """A piece (n, q, g, c, l) as matrices."""
-        if piece.shape[1] == 1 and piece.dtype == self._dtype:
-            return piece.squeeze(1).flatten(2)
-        return buffer[: len(piece)].copy_(piece.transpose(1, 2)).flatten(2)
+    def _matrices(self, array: Tensor, part: slice) -> Tensor:
+        """A piece as matrices."""
+        piece = array[part].transpose(1, 2)
+        if piece.shape[2] > 1 or piece.dtype != self._dtype:
+            piece = self._buffer("matrices", part).copy_(piece)
+        return piece.flatten(2)
 
-    def _centred(self, part: slice, mean: Tensor, buffer: Tensor) -> Tensor:
+    def _centred(self, part: slice, mean: Tensor) -> Tensor:
         """X of a piece less its mean, as matrices."""
-        piece = self._x[part].transpose(1, 2)
-        return torch.sub(piece, mean[part][:, :, None, None, None], out=buffer[: len(piece)]).flatten(2)
+        centre = mean[part][:, :, None, None, None]
+        return torch.sub(self._x[part].transpose(1, 2), centre, out=self._buffer("centred", part)).flatten(2)
 
-    def _scaled(self, piece: Tensor, scale: Tensor, buffer: Tensor) -> Tensor:
-        return torch.mul(piece.transpose(1, 2), scale, out=buffer[: len(piece)]).flatten(2)
+    def _scaled(self, array: Tensor, part: slice, scale: Tensor) -> Tensor:
+        return torch.mul(array[part].transpose(1, 2), scale, out=self._buffer("centred", part)).flatten(2)
 
     def _per_channel(self, values: Tensor | None) -> Tensor | None:
         """(C,) to broadcast with (n, g, q, c, l)."""
