@@ -68,6 +68,8 @@ def full_precision(kernel: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(kernel)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled(_ACCELERATOR)):
+            return kernel(*args, **kwargs)  # entering and leaving costs as much as a small kernel
         with torch.autocast("cpu", enabled=False), torch.autocast(_ACCELERATOR, enabled=False):
             return kernel(*args, **kwargs)
 
@@ -106,7 +108,9 @@ class TorchKernels(Kernels):
     @full_precision
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
         """W = (cov + eps I)^(-1/2)."""
-        result: Tensor = _InverseSqrt.apply(regularized(xp, cov, eps), solver)
+        cov = regularized(xp, cov, eps)
+        # an operation of its own costs as much as some of the solver's products: only where its derivative is asked for
+        result: Tensor = _InverseSqrt.apply(cov, solver) if torch.is_grad_enabled() else solver.inverse_sqrt(xp, cov)
         return result
 
     @full_precision

@@ -174,7 +174,8 @@ class IterNorm(nn.Module):
 
     @torch.no_grad()
     def _update(self, stats: WhiteningStats) -> None:
-        finite = torch.isfinite(stats.mean).all() & torch.isfinite(stats.whitener).all()
+        # what isn't finite makes a sum so; a whitener's elements are too small for theirs to overflow
+        finite = torch.isfinite(stats.mean).all() & torch.isfinite(stats.whitener.sum())
         if self.on_nonfinite == "raise" and not finite:
             raise ValueError("x has NaN or infinity, or values too large for its dtype (on_nonfinite='raise')")
         count = self.get_buffer("num_batches_tracked")

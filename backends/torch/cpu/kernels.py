@@ -43,9 +43,10 @@ class CPUKernels(TorchKernels):
     @full_precision
     def whiten(self, plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
         """Forward; of group whitening with weight and bias on the way."""
-        if not isinstance(plan.blocks, SampleGroups) or not _serves(x, weight, bias):
+        whole = self._whole(plan, x, weight, bias)
+        if whole is None:
             return super().whiten(plan, x, weight, bias)
-        y, stats = WholeGroupWhitening(self, plan, plan.blocks, x).forward(weight, bias)
+        y, stats = whole.forward(weight, bias)
         return y.reshape(x.shape), stats
 
     @full_precision
@@ -61,10 +62,17 @@ class CPUKernels(TorchKernels):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Backward; of group whitening with weight and bias on the way."""
         unused = all(each is None for each in dstats)
-        if not (unused and isinstance(plan.blocks, SampleGroups) and _serves(x, weight, bias, dy, *stats)):
+        whole = self._whole(plan, x, weight, bias, dy, *stats) if unused else None
+        if whole is None:
             return super().whiten_adjoint(plan, x, weight, bias, stats, dy, dstats)
-        dx, dweight, dbias = WholeGroupWhitening(self, plan, plan.blocks, x).backward(weight, bias, stats, dy)
+        dx, dweight, dbias = whole.backward(weight, bias, stats, dy)
         return dx.reshape(x.shape), dweight, dbias
+
+    def _whole(self, plan: Plan, x: Tensor, *others: Tensor | None) -> WholeGroupWhitening | None:
+        """What does all of forward and backward, where there is that."""
+        if not isinstance(plan.blocks, SampleGroups) or not _serves(x, *others):
+            return None
+        return WholeGroupWhitening.of(self, plan, plan.blocks, x)
 
 
 def _serves(x: Tensor, *others: Tensor | None) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_BYTES = 2**21
+_BYTES = 2**22
 PARTS = 8  # of a piece's rows
 
 

@@ -13,46 +13,52 @@ from polywhiten.torch.cpu.pieces import pieces, workspace
 from polywhiten.torch.kernels import TorchKernels, folded
 from polywhiten.whitening import Plan, Statistics
 
+_FEWEST, _FEWEST_LAST = 32, 128  # positions, with channels first and with channels last
+
 
 class WholeGroupWhitening:
     """Of a tensor x, seen as (N, q, g, c, l): q positions before the channels, l after them.
 
-    A piece's samples are matrices (n, g, q c l): a view where q is 1, channels first, else written in that order into
-    a buffer, by an operation that had to read and write them anyway.
+    Each of a group's c channels has a product of its own, (g, g) times (g, positions): a size that products are fast
+    for, and weight and bias are then parts of the matrices. Pieces are copied to (n, c, g, positions) for that.
     """
 
-    def __init__(self, kernels: TorchKernels, plan: Plan, blocks: SampleGroups, x: Tensor) -> None:
+    @classmethod
+    def of(cls, kernels: TorchKernels, plan: Plan, blocks: SampleGroups, x: Tensor) -> WholeGroupWhitening | None:
+        """None where the positions are too few for it."""
+        before, after = math.prod(x.shape[1 : blocks.axis]), math.prod(x.shape[blocks.axis + 1 :])
+        fewest = max(blocks.num_groups, _FEWEST if before == 1 else _FEWEST_LAST)
+        return cls(kernels, plan, blocks.num_groups, x, before, after) if before * after >= fewest else None
+
+    def __init__(self, kernels: TorchKernels, plan: Plan, groups: int, x: Tensor, before: int, after: int) -> None:
         self._kernels, self._plan = kernels, plan
-        axis, groups = blocks.axis, blocks.num_groups
-        before, after = math.prod(x.shape[1:axis]), math.prod(x.shape[axis + 1 :])
-        self._x = x.reshape(len(x), before, groups, x.shape[axis] // groups, after)
+        self._x = x.reshape(len(x), before, groups, -1, after)
         self._parts = list(pieces(self._x))
+        self._count = self._x.numel() // (len(x) * groups)
         self._dtype = kernels.statistics_dtype(x.dtype)
 
     def forward(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
         """Y as (N, q, g, c, l), and the statistics."""
-        n, g = self._x.shape[0], self._x.shape[2]
-        mean = self._x.mean((1, 3, 4), dtype=self._dtype)
+        n, _, g, _, _ = self._x.shape
+        mean = self._x.new_empty(n, g, dtype=self._dtype)
         cov = mean.new_empty(n, g, g)
         for part in self._parts:
-            centred = self._centred(part, mean)
-            lost = centred.mean(2)  # by the sum over many samples
+            x = self._copied(self._x, part, "x")
+            torch.mean(x, (1, 3), out=mean[part])
+            x -= mean[part][:, None, :, None]
+            lost = x.mean((1, 3))  # by the sum over many samples
             mean[part] += lost
-            torch.baddbmm(outer_square(lost), centred, centred.mT, beta=-1, alpha=1 / centred.shape[2], out=cov[part])
+            torch.div(_products(x, x).sum(1), self._count, out=cov[part]).sub_(outer_square(lost))
         whitener = self._kernels.inverse_sqrt(self._plan.solver, cov, self._plan.eps)
-        offset = folded([Term(whitener, self._x, mean)], None)
         scale, shift = self._per_channel(weight), self._per_channel(bias)
         y = torch.empty_like(self._x)
         for part in self._parts:
-            result = self._buffer("result", part)
-            torch.baddbmm(offset[part], whitener[part], self._matrices(self._x, part), out=result.flatten(2))
-            target = y[part].transpose(1, 2)
-            if scale is None:
-                torch.add(result, 0 if shift is None else shift, out=target)
-            elif shift is None:
-                torch.mul(result, scale, out=target)
-            else:
-                torch.addcmul(shift, result, scale, out=target)
+            x = self._copied(self._x, part, "x")
+            x -= mean[part][:, None, :, None]
+            result = workspace("result", x.shape, self._dtype)
+            result.copy_(mean.new_zeros(()) if shift is None else shift)
+            _add_products(result, self._scaled(whitener[part], scale), x)
+            self._put(y, part, result)
         return y, Statistics(mean, cov, whitener)
 
     def backward(
@@ -60,64 +66,63 @@ class WholeGroupWhitening:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Gradients of x as (N, q, g, c, l), of weight and of bias."""
         mean, cov, whitener = stats
-        _, q, g, c, l = self._x.shape
         dy, scale = dy.reshape(self._x.shape), self._per_channel(weight)
         sums, products = torch.empty_like(mean), torch.empty_like(cov)
-        dweight, dbias = mean.new_zeros(g, c), mean.new_zeros(g, c)
+        dweight, dbias = mean.new_zeros(()), mean.new_zeros(())
         for part in self._parts:
-            gradient, centred = self._matrices(dy, part), self._centred(part, mean)
-            per_channel = gradient.unflatten(2, (q, c, l)).sum((2, 4))
-            dbias += per_channel.sum(0)
+            gradient, x = self._copied(dy, part, "dy"), self._copied(self._x, part, "x")
+            x -= mean[part][:, None, :, None]
+            s, k = gradient.sum(3, keepdim=True), _products(gradient, x)  # of every channel
+            dbias = dbias + s.sum(0)
+            dweight = dweight + (k * whitener[part].unsqueeze(1)).sum((0, 3))
             if scale is not None:
-                result = self._buffer("result", part)
-                torch.bmm(whitener[part], centred, out=result.flatten(2))
-                result *= dy[part].transpose(1, 2)
-                dweight += result.sum((0, 2, 4))
-                gradient = torch.mul(gradient.unflatten(2, (q, c, l)), scale, out=result).flatten(2)
-                per_channel = per_channel * scale[:, 0, :, 0]
-            torch.sum(per_channel, 2, out=sums[part])
-            torch.bmm(gradient, centred.mT, out=products[part])
+                s, k = s * scale, k * scale
+            torch.sum(s.squeeze(3), 1, out=sums[part])
+            torch.sum(k, 1, out=products[part])
         ds = self._kernels.inverse_sqrt_adjoint(self._plan.solver, cov, products, self._plan.eps)
-        count = q * c * l
-        a, b = whitener.mT, (ds + ds.mT) / count
-        offset = folded([Term(a, dy, sums / count), Term(b, self._x, mean)], None)
+        b = (ds + ds.mT) / self._count
+        offset = folded([Term(whitener.mT, dy, sums / self._count), Term(b, self._x, mean)], None)
         dx = torch.empty_like(self._x)
         for part in self._parts:
-            gradient = self._matrices(dy, part) if scale is None else self._scaled(dy, part, scale)
-            target = dx[part].transpose(1, 2)
-            result = target if q == 1 and target.dtype == self._dtype else self._buffer("result", part)
-            both = torch.baddbmm(offset[part], a[part], gradient, out=result.flatten(2))
-            both.baddbmm_(b[part], self._matrices(self._x, part))
-            if result is not target:
-                target.copy_(result)
+            gradient, x = self._copied(dy, part, "dy"), self._copied(self._x, part, "x")
+            result = workspace("result", x.shape, self._dtype)
+            result.copy_(offset[part].unsqueeze(1))
+            _add_products(result, self._scaled(whitener[part], scale).mT, gradient)
+            _add_products(result, self._scaled(b[part], None), x)
+            self._put(dx, part, result)
         return dx, _like(dweight, weight), _like(dbias, bias)
 
-    def _buffer(self, name: str, part: slice) -> Tensor:
-        """For a piece as (n, g, q, c, l)."""
-        _, q, g, c, l = self._x.shape
-        return workspace(name, (part.stop - part.start, g, q, c, l), self._dtype)
+    def _copied(self, array: Tensor, part: slice, name: str) -> Tensor:
+        """A piece as (n, c, g, positions), in the workspace of that name."""
+        piece = array[part].permute(0, 3, 2, 1, 4)
+        return workspace(name, piece.shape, self._dtype).copy_(piece).flatten(3)
 
-    def _matrices(self, array: Tensor, part: slice) -> Tensor:
-        """A piece as matrices."""
-        piece = array[part].transpose(1, 2)
-        if piece.shape[2] > 1 or piece.dtype != self._dtype:
-            piece = self._buffer("matrices", part).copy_(piece)
-        return piece.flatten(2)
-
-    def _centred(self, part: slice, mean: Tensor) -> Tensor:
-        """X of a piece less its mean, as matrices."""
-        centre = mean[part][:, :, None, None, None]
-        return torch.sub(self._x[part].transpose(1, 2), centre, out=self._buffer("centred", part)).flatten(2)
-
-    def _scaled(self, array: Tensor, part: slice, scale: Tensor) -> Tensor:
-        return torch.mul(array[part].transpose(1, 2), scale, out=self._buffer("centred", part)).flatten(2)
+    def _put(self, array: Tensor, part: slice, result: Tensor) -> None:
+        piece = array[part].permute(0, 3, 2, 1, 4)
+        piece.copy_(result.view(piece.shape))
 
     def _per_channel(self, values: Tensor | None) -> Tensor | None:
-        """(C,) to broadcast with (n, g, q, c, l)."""
+        """(C,) as (c, g, 1)."""
         _, _, g, c, _ = self._x.shape
-        return None if values is None else values.to(self._dtype).reshape(g, 1, c, 1)
+        return None if values is None else values.to(self._dtype).reshape(g, c).T.unsqueeze(2)
+
+    def _scaled(self, matrices: Tensor, scale: Tensor | None) -> Tensor:
+        """Diag(scale) matrices, (n, c, g, g)."""
+        n, g, _ = matrices.shape
+        matrices = matrices.unsqueeze(1)
+        return matrices.expand(n, self._x.shape[3], g, g) if scale is None else matrices * scale
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """A B' of every channel."""
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1).mT).view(*a.shape[:3], -1)
+
+
+def _add_products(result: Tensor, matrices: Tensor, array: Tensor) -> None:
+    """Add matrices array, of every channel."""
+    result.flatten(0, 1).baddbmm_(matrices.flatten(0, 1), array.flatten(0, 1))
 
 
 def _like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
-    """(g, c) in shape and dtype of the parameter."""
-    return None if parameter is None else gradient.flatten().to(parameter.dtype)
+    """(c, g) or (c, g, 1) as (C,), in the parameter's dtype."""
+    return None if parameter is None else gradient.reshape(*gradient.shape[:2]).T.flatten().to(parameter.dtype)
