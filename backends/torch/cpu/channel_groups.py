@@ -14,17 +14,18 @@ from polywhiten.kernels import Term, outer_square
 from polywhiten.torch.cpu.pieces import PARTS, pieces, workspace
 from polywhiten.torch.kernels import folded
 
+_SHARE = 8  # of a piece, that the first samples are
 _COLUMNS = 16  # of the picture that rows are to a convolution
 
 
 def moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Mean (q, d) and covariance (q, d, d), in one pass.
 
-    About the mean of the first piece: the mean square about it is at most as many times the variance as there are
-    pieces.
+    About the mean of the first samples: if these are one in k, the mean square about it is at most k times the
+    variance, and about the variance where samples come in no order.
     """
     order, count = _Order(x), x.shape[0] * x.shape[3]
-    about = x[next(pieces(x))].mean((0, 3), dtype=dtype)
+    about = x[: -(-next(pieces(x)).stop // _SHARE)].mean((0, 3), dtype=dtype)
     sums, products = _Sum(x.shape[1]), _Sum(x.shape[1])
     for part in pieces(x):
         centred = order.centred(x[part], about)
@@ -128,9 +129,13 @@ class _Order:
 
     def centred(self, piece: Tensor, centre: Tensor) -> Tensor:
         """A piece less its centre (q, d), as matrices of the centre's dtype."""
-        ordered, centre = self.ordered(piece), centre.unsqueeze(-1)
+        ordered = self.ordered(piece)
         buffer = workspace("centred", ordered.shape, centre.dtype)
-        return self.flat(torch.sub(ordered, centre.unsqueeze(-1) if self._short else centre, out=buffer))
+        if self._l == 1:  # without the axis of one: it would be the innermost loop
+            torch.sub(piece.squeeze(3), centre, out=buffer.squeeze(3))
+        else:
+            torch.sub(ordered, centre[..., None, None] if self._short else centre[..., None], out=buffer)
+        return self.flat(buffer)
 
 
 def _repeated(values: Tensor, times: int) -> Tensor:
