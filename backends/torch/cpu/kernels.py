@@ -43,7 +43,7 @@ class CPUKernels(TorchKernels):
     @full_precision
     def whiten(self, plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
         """Forward; of group whitening with weight and bias on the way."""
-        whole = self._whole(plan, x, weight, bias)
+        whole = self._group_whitening(plan, x, weight, bias)
         if whole is None:
             return super().whiten(plan, x, weight, bias)
         y, stats = whole.forward(weight, bias)
@@ -62,13 +62,13 @@ class CPUKernels(TorchKernels):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Backward; of group whitening with weight and bias on the way."""
         unused = all(each is None for each in dstats)
-        whole = self._whole(plan, x, weight, bias, dy, *stats) if unused else None
+        whole = self._group_whitening(plan, x, weight, bias, dy, *stats) if unused else None
         if whole is None:
             return super().whiten_adjoint(plan, x, weight, bias, stats, dy, dstats)
         dx, dweight, dbias = whole.backward(weight, bias, stats, dy)
         return dx.reshape(x.shape), dweight, dbias
 
-    def _whole(self, plan: Plan, x: Tensor, *others: Tensor | None) -> WholeGroupWhitening | None:
+    def _group_whitening(self, plan: Plan, x: Tensor, *others: Tensor | None) -> WholeGroupWhitening | None:
         """What does all of forward and backward, where there is that."""
         if not isinstance(plan.blocks, SampleGroups) or not _serves(x, *others):
             return None
