@@ -14,6 +14,7 @@ from polywhiten.kernels import Term, outer_square
 from polywhiten.torch.cpu.pieces import PARTS, pieces, workspace
 from polywhiten.torch.kernels import folded
 
+_LONG = 128  # positions that are enough for a product
 _SHARE = 8  # of a piece, that the first samples are
 _COLUMNS = 16  # of the picture that rows are to a convolution
 
@@ -58,19 +59,16 @@ def _products(terms: Sequence[Term], offset: Tensor, dtype: torch.dtype) -> Tens
     x = terms[0].array
     y = x.new_empty(x.shape, dtype=dtype)
     order = _Order(x)
-    times = order.stacks(next(pieces(x)).stop)
-    offset, *factors = (_repeated(each, times) for each in (offset, *(term.matrix for term in terms)))
+    factors = [_repeated(term.matrix, order.stacks(next(pieces(x)).stop)) for term in terms]
     for part in pieces(x):
         target = order.ordered(y[part])
-        written = target
-        if not target.is_contiguous() or dtype != offset.dtype:
-            written = workspace("result", target.shape, offset.dtype)
+        in_place = target.is_contiguous() and dtype == offset.dtype
+        written = target if in_place else workspace("result", target.shape, offset.dtype)
         result = order.flat(written)
-        result.copy_(offset[: len(result)])
-        for factor, term in zip(factors, terms, strict=True):
-            result.baddbmm_(factor[: len(result)], order.matrices(term.array[part], offset.dtype))
-        if written is not target:
-            target.copy_(written)
+        for k, (factor, term) in enumerate(zip(factors, terms, strict=True)):
+            factor, array = factor[: len(result)], order.matrices(term.array[part], offset.dtype)
+            result.baddbmm_(factor, array, beta=0 if k == 0 else 1)
+        torch.add(written, order.along(offset), out=target)
     return y
 
 
@@ -103,8 +101,8 @@ class _Order:
 
     def __init__(self, x: Tensor) -> None:
         _, _, d, self._l = x.shape
-        self._long = self._l >= 2 * d  # products for each of (n, q) are efficient then
-        self._short = 1 < self._l < 2 * d  # and here samples are to lie side by side
+        self._long = self._l >= min(2 * d, _LONG)  # products for each of (n, q) are efficient then
+        self._short = not self._long and self._l > 1  # and here samples are to lie side by side
 
     def ordered(self, piece: Tensor) -> Tensor:
         """The axes as they have to lie in memory."""
@@ -134,8 +132,12 @@ class _Order:
         if self._l == 1:  # without the axis of one: it would be the innermost loop
             torch.sub(piece.squeeze(3), centre, out=buffer.squeeze(3))
         else:
-            torch.sub(ordered, centre[..., None, None] if self._short else centre[..., None], out=buffer)
+            torch.sub(ordered, self.along(centre.unsqueeze(2)), out=buffer)
         return self.flat(buffer)
+
+    def along(self, values: Tensor) -> Tensor:
+        """(q, d, 1) to broadcast with an ordered piece."""
+        return values.unsqueeze(3) if self._short else values
 
 
 def _repeated(values: Tensor, times: int) -> Tensor:

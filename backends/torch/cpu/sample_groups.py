@@ -74,8 +74,8 @@ class WholeGroupWhitening:
             x -= mean[part][:, None, :, None]
             s, k = gradient.sum(3, keepdim=True), _products(gradient, x)  # of every channel
             dbias = dbias + s.sum(0)
-            dweight = dweight + (k * whitener[part].unsqueeze(1)).sum((0, 3))
             if scale is not None:
+                dweight = dweight + (k * whitener[part].unsqueeze(1)).sum((0, 3))
                 s, k = s * scale, k * scale
             torch.sum(s.squeeze(3), 1, out=sums[part])
             torch.sum(k, 1, out=products[part])
