@@ -15,7 +15,7 @@ from polywhiten.whitening import NO_STATISTICS, Plan, backward, forward  # noqa:
 
 EXACT = Kernels(xp)
 # (p, q, d, l): rows of one block and of several, with a last piece that is smaller; channels of few and many positions
-SHAPES = [(48, 1, 8, 1), (50, 3, 4, 1), (7, 3, 4, 5), (7, 2, 4, 9), (9, 1, 3, 20)]
+SHAPES = [(48, 1, 8, 1), (50, 3, 4, 1), (7, 3, 4, 5), (7, 2, 4, 9), (9, 1, 3, 20), (7, 1, 4, 8)]
 
 
 @pytest.fixture(autouse=True)

@@ -167,11 +167,12 @@ class _Sum:
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
         """A B'."""
-        a, b = _side_by_side(a), _side_by_side(b).mT
+        if self._total is None or len(self._total) >= PARTS:
+            a, b = _side_by_side(a), _side_by_side(b)
         if self._total is None:
-            self._total = torch.bmm(a, b)
+            self._total = torch.bmm(a, b.mT)
         else:
-            self._total[: len(a)].baddbmm_(a, b)
+            self._total[: len(a)].baddbmm_(a, b.mT)
 
     def of_blocks(self) -> Tensor:
         assert self._total is not None
