@@ -13,7 +13,7 @@ def symmetric_part(xp: Namespace, m: Array) -> Array:
 
 def identity_like(xp: Namespace, matrices: Array) -> Array:
     """The identity, to broadcast with matrices (..., d, d)."""
-    one = matrices[(slice(0, 1),) * (matrices.ndim - 2)]
+    one = matrices[(*(slice(0, 0 if n == 0 else 1) for n in matrices.shape[:-2]), ...)]
     # not xp.eye: the device of an array that is being traced can be asked for in no way that all libraries share
     return xp.tril(xp.triu(xp.ones_like(one)))
 

@@ -75,7 +75,7 @@ def _products(terms: Sequence[Term], offset: Tensor, dtype: torch.dtype) -> Tens
 def _convolutions(terms: Sequence[Term], bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Of rows, 1 x 1 and in as many groups as there are blocks."""
     first, *others = terms
-    result = _convolution(first, bias, slice(None))
+    result: Tensor = _convolution(first, bias, slice(None))
     for term in others:
         for part in pieces(result):
             result[part] += _convolution(term, None, part)
@@ -93,7 +93,7 @@ def _convolution(term: Term, bias: Tensor | None, part: slice) -> Tensor:
 
 
 def _convolutions_are_fast(dtype: torch.dtype) -> bool:
-    return dtype == torch.float32 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return dtype == torch.float32 and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 class _Order:
@@ -176,4 +176,4 @@ class _Sum:
 
     def of_blocks(self) -> Tensor:
         assert self._total is not None
-        return self._total.unflatten(0, (-1, self._blocks)).sum(0)
+        return self._total.view(-1, self._blocks, *self._total.shape[1:]).sum(0)
