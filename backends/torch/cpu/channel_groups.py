@@ -57,7 +57,7 @@ def affine_map(terms: Sequence[Term], bias: Tensor | None, dtype: torch.dtype) -
 
 def _products(terms: Sequence[Term], offset: Tensor, dtype: torch.dtype) -> Tensor:
     x = terms[0].array
-    y = x.new_empty(x.shape, dtype=dtype)
+    y: Tensor = x.new_empty(x.shape, dtype=dtype)
     order = _Order(x)
     factors = [_repeated(term.matrix, order.stacks(next(pieces(x)).stop)) for term in terms]
     for part in pieces(x):
@@ -75,7 +75,7 @@ def _products(terms: Sequence[Term], offset: Tensor, dtype: torch.dtype) -> Tens
 def _convolutions(terms: Sequence[Term], bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Of rows, 1 x 1 and in as many groups as there are blocks."""
     first, *others = terms
-    result: Tensor = _convolution(first, bias, slice(None))
+    result = _convolution(first, bias, slice(None))
     for term in others:
         for part in pieces(result):
             result[part] += _convolution(term, None, part)
