@@ -11,3 +11,6 @@ def multiply_add(beta: float, c: Tensor, alpha: float, a: Tensor, b: Tensor) -> 
         return torch.baddbmm(c, a, b, beta=beta, alpha=alpha)
     flat = (m.reshape(-1, *m.shape[-2:]) for m in (c, a, b))
     return torch.baddbmm(*flat, beta=beta, alpha=alpha).reshape(c.shape)
+
+
+globals().pop("classes", None)  # it claims to have every attribute; tools that look for doctests ask for some
