@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from problems import Problem
+from problems import EPS, ITER_NORM, Problem
+
+import polywhiten as pw
 
 Step = Callable[[], Any]
 
@@ -79,6 +81,14 @@ class Framework(ABC):
 
     def versions(self) -> str:
         return ", ".join(f"{name} {version(name)}" for name in ("polywhiten", *self.PACKAGES))
+
+
+def subject(problem: Problem) -> Callable[[Any, Any, Any], Any]:
+    """polywhiten's function of x, weight and bias, for frameworks that differentiate it."""
+    options: dict[str, Any] = {"axis": problem.axis, "iterations": problem.iterations, "eps": EPS}
+    if problem.what == ITER_NORM:
+        return lambda x, w, b: pw.iter_norm(x, weight=w, bias=b, group_size=problem.group, **options)
+    return lambda x, w, b: pw.group_whiten(x, weight=w, bias=b, num_groups=problem.group, **options)
 
 
 def framework(backend: str, device: str) -> Framework:

@@ -14,7 +14,7 @@ from problems import EPS, ITER_NORM, Problem
 from records import SUBJECT
 
 import polywhiten as pw
-from competitors import CONV, DBN, SAME_TRAFFIC, TEXTBOOK, Framework, Step
+from competitors import CONV, DBN, SAME_TRAFFIC, TEXTBOOK, Framework, Step, subject
 
 Array = jax.Array
 Layer = Callable[[Array, Array, Array], Array]
@@ -33,13 +33,6 @@ def textbook_layer(problem: Problem) -> Layer:
 
     layer.defvjp(forward, partial(textbook.backward, jnp, blocks))
     return layer
-
-
-def subject(problem: Problem) -> Layer:
-    options: dict[str, Any] = {"axis": problem.axis, "iterations": problem.iterations, "eps": EPS}
-    if problem.what == ITER_NORM:
-        return lambda x, w, b: pw.iter_norm(x, weight=w, bias=b, group_size=problem.group, **options)
-    return lambda x, w, b: pw.group_whiten(x, weight=w, bias=b, num_groups=problem.group, **options)
 
 
 def normalization(problem: Problem) -> Layer:

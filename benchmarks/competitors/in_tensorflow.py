@@ -15,7 +15,7 @@ from problems import EPS, ITER_NORM, Problem
 from records import SUBJECT
 
 import polywhiten as pw
-from competitors import CONV, DBN, SAME_TRAFFIC, TEXTBOOK, Framework, Step
+from competitors import CONV, DBN, SAME_TRAFFIC, TEXTBOOK, Framework, Step, subject
 
 Layer = Callable[[Any, Any, Any], Any]
 
@@ -40,13 +40,6 @@ def textbook_layer(problem: Problem) -> Layer:
         return y, partial(textbook.backward, NAMESPACE, problem.blocks, saved)
 
     return layer
-
-
-def subject(problem: Problem) -> Layer:
-    options: dict[str, Any] = {"axis": problem.axis, "iterations": problem.iterations, "eps": EPS}
-    if problem.what == ITER_NORM:
-        return lambda x, w, b: pw.iter_norm(x, weight=w, bias=b, group_size=problem.group, **options)
-    return lambda x, w, b: pw.group_whiten(x, weight=w, bias=b, num_groups=problem.group, **options)
 
 
 def batch_norm(problem: Problem) -> Layer:
