@@ -173,7 +173,8 @@ def test_frozen_layers_whiten_by_their_averages():
     layer(x, training=True)
     before, expected = api.running(layer), api.evaluate(layer, x)
     layer.trainable = False
-    np.testing.assert_allclose(api.train(layer, x), expected, rtol=1e-6, atol=1e-6)
+    rounding = 1e-6 if keras.backend.backend() == "torch" else 0  # PyTorch has other kernels where it records
+    np.testing.assert_allclose(api.train(layer, x), expected, rtol=rounding, atol=rounding)
     for name, value in api.running(layer).items():
         np.testing.assert_array_equal(value, before[name])
     assert not layer.trainable_weights
