@@ -10,7 +10,7 @@ from polywhiten.blocks import SampleGroups  # noqa: E402
 from polywhiten.kernels import Kernels, Term  # noqa: E402
 from polywhiten.solvers import solver_for  # noqa: E402
 from polywhiten.torch.cpu import kernels as cpu  # noqa: E402
-from polywhiten.torch.cpu import pieces, sample_groups  # noqa: E402
+from polywhiten.torch.cpu import pieces  # noqa: E402
 from polywhiten.whitening import NO_STATISTICS, Plan, backward, forward  # noqa: E402
 
 EXACT = Kernels(xp)
@@ -22,8 +22,6 @@ SHAPES = [(48, 1, 8, 1), (50, 3, 4, 1), (7, 3, 4, 5), (7, 2, 4, 9), (9, 1, 3, 20
 def _small_pieces(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(pieces, "_BYTES", 1000)
-    monkeypatch.setattr(sample_groups, "_FEWEST", 1)
-    monkeypatch.setattr(sample_groups, "_FEWEST_LAST", 1)
 
 
 @pytest.fixture

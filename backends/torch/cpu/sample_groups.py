@@ -13,116 +13,153 @@ from polywhiten.torch.cpu.pieces import pieces, workspace
 from polywhiten.torch.kernels import TorchKernels, folded
 from polywhiten.whitening import Plan, Statistics
 
-_FEWEST, _FEWEST_LAST = 32, 128  # positions, with channels first and with channels last
+_UNITS = {16: torch.complex128, 8: torch.int64}  # bytes of what is copied as one number
 
 
 class WholeGroupWhitening:
-    """Of a tensor x, seen as (N, q, g, c, l): q positions before the channels, l after them.
+    """Of a tensor x, seen as (N, q, g, r): q positions before the channels; a group's channels and what follows them.
 
-    Each of a group's c channels has a product of its own, (g, g) times (g, positions): a size that products are fast
-    for, and weight and bias are then parts of the matrices. Pieces are copied to (n, c, g, positions) for that.
+    A sample is a matrix (g, q r): as it lies in memory where q is 1, else copied so that the r neighbours stay together.
     """
 
     @classmethod
     def of(cls, kernels: TorchKernels, plan: Plan, blocks: SampleGroups, x: Tensor) -> WholeGroupWhitening | None:
-        """None where the positions are too few for it."""
-        before, after = math.prod(x.shape[1 : blocks.axis]), math.prod(x.shape[blocks.axis + 1 :])
-        fewest = max(blocks.num_groups, _FEWEST if before == 1 else _FEWEST_LAST)
-        return cls(kernels, plan, blocks.num_groups, x, before, after) if before * after >= fewest else None
+        """None where a sample has fewer columns than rows."""
+        _, q, g, r = blocks.split(x.shape)
+        return cls(kernels, plan, blocks, x) if q * r >= g else None
 
-    def __init__(self, kernels: TorchKernels, plan: Plan, groups: int, x: Tensor, before: int, after: int) -> None:
+    def __init__(self, kernels: TorchKernels, plan: Plan, blocks: SampleGroups, x: Tensor) -> None:
         self._kernels, self._plan = kernels, plan
-        self._x = x.reshape(len(x), before, groups, -1, after)
+        self._x = x.reshape(blocks.split(x.shape))
         self._parts = list(pieces(self._x))
-        self._count = self._x.numel() // (len(x) * groups)
         self._dtype = kernels.statistics_dtype(x.dtype)
+        _, self._q, self._g, r = self._x.shape
+        self._columns = self._q * r
+        self._positions = math.prod(x.shape[blocks.axis + 1 :])  # after the channels
 
     def forward(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
-        """Y as (N, q, g, c, l), and the statistics."""
-        n, _, g, _, _ = self._x.shape
-        mean = self._x.new_empty(n, g, dtype=self._dtype)
-        cov = mean.new_empty(n, g, g)
+        """Y as (N, q, g, r), and the statistics."""
+        mean = self._x.new_empty(len(self._x), self._g, 1, dtype=self._dtype)
+        cov = mean.new_empty(len(mean), self._g, self._g)
         for part in self._parts:
-            x = self._copied(self._x, part, "x")
-            torch.mean(x, (1, 3), out=mean[part])
-            x -= mean[part][:, None, :, None]
-            lost = x.mean((1, 3))  # by the sum over many samples
+            x = self._read(self._x, part, "x")
+            torch.mean(x, 2, keepdim=True, out=mean[part])
+            x = self._centred(x, mean[part])
+            lost = x.mean(2, keepdim=True)  # by the sum over many samples
             mean[part] += lost
-            torch.div(_products(x, x).sum(1), self._count, out=cov[part]).sub_(outer_square(lost))
+            torch.div(torch.bmm(x, x.mT), self._columns, out=cov[part]).sub_(outer_square(lost.squeeze(2)))
         whitener = self._kernels.inverse_sqrt(self._plan.solver, cov, self._plan.eps)
-        scale, shift = self._per_channel(weight), self._per_channel(bias)
-        y = torch.empty_like(self._x)
+        scale, shift = self._along_columns(weight), self._along_columns(bias)
+        y = self._x.new_empty(self._x.shape)
         for part in self._parts:
-            x = self._copied(self._x, part, "x")
-            x -= mean[part][:, None, :, None]
-            result = workspace("result", x.shape, self._dtype)
-            result.copy_(mean.new_zeros(()) if shift is None else shift)
-            _add_products(result, self._scaled(whitener[part], scale), x)
-            self._put(y, part, result)
-        return y, Statistics(mean, cov, whitener)
+            x = self._centred(self._read(self._x, part, "x"), mean[part])
+            result = self._target(y, part)
+            torch.bmm(whitener[part], x, out=result)
+            if scale is not None:
+                self._by_channel(result).mul_(scale)
+            if shift is not None:
+                self._by_channel(result).add_(shift)
+            self._write(y, part, result)
+        return y, Statistics(mean.squeeze(2), cov, whitener)
 
     def backward(
         self, weight: Tensor | None, bias: Tensor | None, stats: Statistics, dy: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients of x as (N, q, g, c, l), of weight and of bias."""
-        mean, cov, whitener = stats
-        dy, scale = dy.reshape(self._x.shape), self._per_channel(weight)
+        """Gradients of x as (N, q, g, r), of weight and of bias."""
+        (mean, cov, whitener), centre = stats, stats.mean.unsqueeze(2)
+        dy, scale = dy.reshape(self._x.shape), self._along_columns(weight)
         sums, products = torch.empty_like(mean), torch.empty_like(cov)
-        dweight, dbias = mean.new_zeros(()), mean.new_zeros(())
+        dweight = dbias = mean.new_zeros(())
         for part in self._parts:
-            gradient, x = self._copied(dy, part, "dy"), self._copied(self._x, part, "x")
-            x -= mean[part][:, None, :, None]
-            s, k = gradient.sum(3, keepdim=True), _products(gradient, x)  # of every channel
-            dbias = dbias + s.sum(0)
+            gradient, x = self._read(dy, part, "dy"), self._centred(self._read(self._x, part, "x"), centre[part])
+            if bias is not None:
+                dbias = dbias + self._per_channel(gradient)
             if scale is not None:
-                dweight = dweight + (k * whitener[part].unsqueeze(1)).sum((0, 3))
-                s, k = s * scale, k * scale
-            torch.sum(s.squeeze(3), 1, out=sums[part])
-            torch.sum(k, 1, out=products[part])
+                white = torch.bmm(whitener[part], x, out=workspace("result", x.shape, self._dtype))
+                dweight = dweight + self._per_channel(white.mul_(gradient))
+            gradient = self._scaled(gradient, scale)
+            torch.sum(gradient, 2, out=sums[part])
+            torch.bmm(gradient, x.mT, out=products[part])
         ds = self._kernels.inverse_sqrt_adjoint(self._plan.solver, cov, products, self._plan.eps)
-        b = (ds + ds.mT) / self._count
-        offset = folded([Term(whitener.mT, dy, sums / self._count), Term(b, self._x, mean)], None)
-        dx = torch.empty_like(self._x)
+        b = (ds + ds.mT) / self._columns
+        offset = folded([Term(whitener.mT, dy, sums / self._columns), Term(b, self._x, mean)], None)
+        dx = self._x.new_empty(self._x.shape)
         for part in self._parts:
-            gradient, x = self._copied(dy, part, "dy"), self._copied(self._x, part, "x")
-            result = workspace("result", x.shape, self._dtype)
-            result.copy_(offset[part].unsqueeze(1))
-            _add_products(result, self._scaled(whitener[part], scale).mT, gradient)
-            _add_products(result, self._scaled(b[part], None), x)
-            self._put(dx, part, result)
+            gradient, x = self._scaled(self._read(dy, part, "dy"), scale), self._read(self._x, part, "x")
+            result = self._target(dx, part)
+            torch.baddbmm(offset[part], whitener[part].mT, gradient, out=result)
+            self._write(dx, part, result.baddbmm_(b[part], x))
         return dx, _like(dweight, weight), _like(dbias, bias)
 
-    def _copied(self, array: Tensor, part: slice, name: str) -> Tensor:
-        """A piece as (n, c, g, positions), in the workspace of that name."""
-        piece = array[part].permute(0, 3, 2, 1, 4)
-        return workspace(name, piece.shape, self._dtype).copy_(piece).flatten(3)
+    def _lies_ready(self, array: Tensor) -> bool:
+        """Whether its samples are matrices without a copy."""
+        return self._q == 1 and array.dtype == self._dtype
 
-    def _put(self, array: Tensor, part: slice, result: Tensor) -> None:
-        piece = array[part].permute(0, 3, 2, 1, 4)
-        piece.copy_(result.view(piece.shape))
+    def _read(self, array: Tensor, part: slice, name: str) -> Tensor:
+        """A piece as (n, g, columns): not to be written to, or in the workspace of that name."""
+        piece = array[part].transpose(1, 2)
+        if not self._lies_ready(array):
+            piece = _copy(workspace(name, piece.shape, self._dtype), piece)
+        return piece.flatten(2)
 
-    def _per_channel(self, values: Tensor | None) -> Tensor | None:
-        """(C,) as (c, g, 1)."""
-        _, _, g, c, _ = self._x.shape
-        return None if values is None else values.to(self._dtype).reshape(g, c).T.unsqueeze(2)
+    def _target(self, array: Tensor, part: slice) -> Tensor:
+        """(n, g, columns) to compute what is then to be given to `_write`."""
+        piece = array[part].transpose(1, 2)
+        return (piece if self._lies_ready(array) else workspace("result", piece.shape, self._dtype)).flatten(2)
 
-    def _scaled(self, matrices: Tensor, scale: Tensor | None) -> Tensor:
-        """Diag(scale) matrices, (n, c, g, g)."""
-        n, g, _ = matrices.shape
-        matrices = matrices.unsqueeze(1)
-        return matrices.expand(n, self._x.shape[3], g, g) if scale is None else matrices * scale
+    def _write(self, array: Tensor, part: slice, result: Tensor) -> None:
+        if not self._lies_ready(array):
+            piece = array[part].transpose(1, 2)
+            _copy(piece, result.view(piece.shape))
 
+    def _centred(self, x: Tensor, mean: Tensor) -> Tensor:
+        return torch.sub(x, mean, out=workspace("x", x.shape, self._dtype))
 
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """A B' of every channel."""
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1).mT).view(*a.shape[:3], -1)
+    def _scaled(self, gradient: Tensor, scale: Tensor | None) -> Tensor:
+        if scale is not None:
+            product = self._by_channel(workspace("dy", gradient.shape, self._dtype))
+            gradient = torch.mul(self._by_channel(gradient), scale, out=product).view(gradient.shape)
+        return gradient
 
+    def _by_channel(self, matrices: Tensor) -> Tensor:
+        """(n, g, columns) as what `_along_columns` broadcasts to."""
+        return matrices.unflatten(2, (-1, self._positions)) if self._q == 1 else matrices
 
-def _add_products(result: Tensor, matrices: Tensor, array: Tensor) -> None:
-    """Add matrices array, of every channel."""
-    result.flatten(0, 1).baddbmm_(matrices.flatten(0, 1), array.flatten(0, 1))
+    def _along_columns(self, values: Tensor | None) -> Tensor | None:
+        """(C,) of every channel, to be broadcast."""
+        if values is None:
+            return None
+        values = values.to(self._dtype).reshape(self._g, 1, -1, 1)
+        if self._q == 1:
+            return values.squeeze(1)
+        return values.expand(-1, self._q, -1, self._positions).reshape(self._g, -1)  # a long inner loop
+
+    def _per_channel(self, matrices: Tensor) -> Tensor:
+        """(n, g, columns) summed to (C,)."""
+        grid = matrices.unflatten(2, (self._q, -1, self._positions))
+        first = 0 if self._positions == 1 else 4  # one axis at a time is fast
+        return grid.sum(first, keepdim=True).sum((0, 2, 4)).flatten()
 
 
 def _like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
-    """(c, g) or (c, g, 1) as (C,), in the parameter's dtype."""
-    return None if parameter is None else gradient.reshape(*gradient.shape[:2]).T.flatten().to(parameter.dtype)
+    return None if parameter is None else gradient.to(parameter.dtype)
+
+
+def _copy(to: Tensor, array: Tensor) -> Tensor:
+    """To, filled; neighbours as one number where that is possible: a copy's time is that of its inner loops."""
+    if to.dtype == array.dtype:
+        for size, dtype in _UNITS.items():
+            unit = size // to.element_size()
+            if all(_is_made_of(unit, tensor) for tensor in (to, array)):
+                to.view(dtype).copy_(array.view(dtype))
+                return to
+    return to.copy_(array)
+
+
+def _is_made_of(unit: int, tensor: Tensor) -> bool:
+    """Whether a tensor's last axis can be seen as such of `unit` numbers."""
+    return (
+        unit > 1
+        and tensor.stride(-1) == 1
+        and not any(number % unit for number in (tensor.shape[-1], tensor.storage_offset(), *tensor.stride()[:-1]))
+    )
