@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from polywhiten._types import Array, Namespace, Shape
 from polywhiten.blocks import Blocks
@@ -29,6 +29,8 @@ class Kernels:
     """The kernels over an array API namespace `xp`."""
 
     xp: Namespace
+    # whether both q and l may be long without a cost: else samples are whitened with their channels first
+    reads_any_order: ClassVar[bool] = False
 
     def moments(self, x: Array, block_axis: int) -> tuple[Array, Array]:
         """Mean and covariance (divided by M) of every block, in the statistics' dtype."""
@@ -56,9 +58,12 @@ class Kernels:
         for matrix, array, centre in terms:
             centred = self.for_statistics(array) - _along(centre, block_axis)
             product = self._apply(matrix, centred, block_axis)
-            result = product if result is None else result + product
+            if result is None:
+                result = product
+            else:
+                result += product
         if bias is not None:
-            result = result + _along(bias, block_axis)
+            result += _along(bias, block_axis)
         return self.xp.astype(result, dtype, copy=False)
 
     def cross_moments(self, dy: Array, x: Array, mean: Array, block_axis: int) -> tuple[Array, Array]:

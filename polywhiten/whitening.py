@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from polywhiten._types import AllReduce, Array
-from polywhiten.blocks import Blocks, ChannelGroups, channel_shape
+from polywhiten._types import AllReduce, Array, Shape
+from polywhiten.blocks import Blocks, ChannelGroups, SampleGroups, channel_shape
 from polywhiten.kernels import Kernels, Term, outer_square
 from polywhiten.solvers import Solver
 
@@ -52,6 +52,10 @@ def forward(
     kernels: Kernels, plan: Plan, x: Array, weight: Array | None, bias: Array | None
 ) -> tuple[Array, Statistics]:
     """Y = W (X - mean) of every block, then weight and bias (C,) of every channel."""
+    order = _ChannelsFirst.of(kernels, plan, x)
+    if order is not None:
+        y, stats = forward(kernels, order.plan, order.arranged(x), weight, bias)
+        return order.restored(y), stats
     stats = statistics(kernels, plan, x)
     return affine(kernels, plan.blocks, x, stats.mean, stats.whitener, weight, bias), stats
 
@@ -93,6 +97,11 @@ def backward(
 
         dX = A' (dY - s / M) + (dS + dS') / M (X - mean),    A = diag(weight) W
     """
+    order = _ChannelsFirst.of(kernels, plan, x)
+    if order is not None:
+        given = order.arranged(x), weight, bias, stats, order.arranged(dy)
+        dx, dweight, dbias = backward(kernels, order.plan, *given, dstats)
+        return order.restored(dx), dweight, dbias
     xp, block_axis = kernels.xp, plan.blocks.block_axis
     mean, cov, whitener = stats
     folded = isinstance(plan.blocks, ChannelGroups)
@@ -120,6 +129,38 @@ def backward(
     shift = None if dmean is None else dmean / count
     dx = xp.reshape(kernels.affine_map(terms, shift, block_axis, x.dtype), kernels.shape(x))
     return dx, _as_dtype_of(kernels, dweight, weight), _as_dtype_of(kernels, dbias, bias)
+
+
+@dataclass(frozen=True)
+class _ChannelsFirst:
+    """An array whose samples have positions before and after a group's channels, with all of them after."""
+
+    kernels: Kernels
+    plan: Plan
+    shape: Shape
+    axes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, kernels: Kernels, plan: Plan, x: Array) -> _ChannelsFirst | None:
+        """None where that is no gain."""
+        blocks, shape = plan.blocks, kernels.shape(x)
+        if kernels.reads_any_order or not isinstance(blocks, SampleGroups) or blocks.axis == 1:
+            return None
+        if blocks.split(shape)[3] == 1:  # rows of variables: matrices as they are
+            return None
+        axes = (0, blocks.axis, *(i for i in range(1, x.ndim) if i != blocks.axis))
+        return cls(kernels, replace(plan, blocks=replace(blocks, axis=1)), tuple(shape[i] for i in axes), axes)
+
+    def arranged(self, x: Array) -> Array:
+        """(N, C, positions); a copy."""
+        batch, channels, *positions = self.shape
+        xp = self.kernels.xp
+        return xp.reshape(xp.permute_dims(x, self.axes), (batch, channels, math.prod(positions)))
+
+    def restored(self, y: Array) -> Array:
+        """Of the former shape; a view where the library has views."""
+        inverse = tuple(map(self.axes.index, range(len(self.axes))))
+        return self.kernels.xp.permute_dims(self.kernels.xp.reshape(y, self.shape), inverse)
 
 
 def _undo_channel_affine(

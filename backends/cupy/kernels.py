@@ -46,6 +46,8 @@ class Launcher(Protocol):
 class CupyKernels(Kernels):
     """Kernels on CuPy's arrays, on their stream: nothing waits for the device, and nothing leaves it."""
 
+    reads_any_order = True
+
     launch: Launcher
 
     def moments(self, x: Array, block_axis: int) -> tuple[Array, Array]:

@@ -104,6 +104,8 @@ _eigh_adjoint.defvjp(_eigh_adjoint_forward, _eigh_adjoint_backward)
 class JaxKernels(Kernels):
     """The plain kernels, whose every derivative JAX knows, with the solvers' own."""
 
+    reads_any_order = True  # the compiler chooses how arrays lie
+
     moments = full_precision(Kernels.moments)
     affine_map = full_precision(Kernels.affine_map)
     cross_moments = full_precision(Kernels.cross_moments)

@@ -79,6 +79,8 @@ def full_precision(kernel: Callable[P, R]) -> Callable[P, R]:
 class TorchKernels(Kernels):
     """Kernels whose every derivative PyTorch knows."""
 
+    reads_any_order = True  # of the kernels that subclasses have
+
     moments = full_precision(Kernels.moments)
     cross_moments = full_precision(Kernels.cross_moments)
 
