@@ -11,8 +11,8 @@ from polywhiten.blocks import SampleGroups
 from polywhiten.kernels import Term
 from polywhiten.torch.cpu import channel_groups
 from polywhiten.torch.cpu.sample_groups import WholeGroupWhitening
-from polywhiten.torch.kernels import TorchKernels, full_precision, is_unobserved
-from polywhiten.whitening import Plan, Statistics
+from polywhiten.torch.kernels import TorchKernels, Whole, full_precision, is_unobserved
+from polywhiten.whitening import Plan
 
 
 class CPUKernels(TorchKernels):
@@ -40,36 +40,8 @@ class CPUKernels(TorchKernels):
             return super().affine_map(terms, bias, block_axis, dtype)
         return channel_groups.affine_map(terms, bias, dtype)
 
-    @full_precision
-    def whiten(self, plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
-        """Forward; of group whitening with weight and bias on the way."""
-        whole = self._group_whitening(plan, x, weight, bias)
-        if whole is None:
-            return super().whiten(plan, x, weight, bias)
-        y, stats = whole.forward(weight, bias)
-        return y.reshape(x.shape), stats
-
-    @full_precision
-    def whiten_adjoint(
-        self,
-        plan: Plan,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        stats: Statistics,
-        dy: Tensor,
-        dstats: Statistics,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Backward; of group whitening with weight and bias on the way."""
-        unused = all(each is None for each in dstats)
-        whole = self._group_whitening(plan, x, weight, bias, dy, *stats) if unused else None
-        if whole is None:
-            return super().whiten_adjoint(plan, x, weight, bias, stats, dy, dstats)
-        dx, dweight, dbias = whole.backward(weight, bias, stats, dy)
-        return dx.reshape(x.shape), dweight, dbias
-
-    def _group_whitening(self, plan: Plan, x: Tensor, *others: Tensor | None) -> WholeGroupWhitening | None:
-        """What does all of forward and backward, where there is that."""
+    def whole(self, plan: Plan, x: Tensor, *others: Tensor | None) -> Whole | None:
+        """Of group whitening."""
         if not isinstance(plan.blocks, SampleGroups) or not _serves(x, *others):
             return None
         return WholeGroupWhitening.of(self, plan, plan.blocks, x)

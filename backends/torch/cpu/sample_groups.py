@@ -19,7 +19,7 @@ _UNITS = {16: torch.complex128, 8: torch.int64}  # bytes of what is copied as on
 class WholeGroupWhitening:
     """Of a tensor x, seen as (N, q, g, r): q positions before the channels; a group's channels and what follows them.
 
-    A sample is a matrix (g, q r): as it lies in memory where q is 1, else copied so that the r neighbours stay together.
+    A sample is a matrix (g, q r): as it lies in memory where q is 1, else a copy that keeps the r neighbours together.
     """
 
     @classmethod
@@ -67,7 +67,7 @@ class WholeGroupWhitening:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Gradients of x as (N, q, g, r), of weight and of bias."""
         (mean, cov, whitener), centre = stats, stats.mean.unsqueeze(2)
-        dy, scale = dy.reshape(self._x.shape), self._along_columns(weight)
+        scale = self._along_columns(weight)
         sums, products = torch.empty_like(mean), torch.empty_like(cov)
         dweight = dbias = mean.new_zeros(())
         for part in self._parts:

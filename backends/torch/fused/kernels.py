@@ -17,8 +17,8 @@ from polywhiten.torch.fused import affine_map, moments, newton
 from polywhiten.torch.fused.group_whitening import WholeGroupWhitening
 from polywhiten.torch.fused.iter_norm import WholeIterNorm
 from polywhiten.torch.fused.tiles import LARGEST_GROUP, is_addressable
-from polywhiten.torch.kernels import is_unobserved
-from polywhiten.whitening import Plan, Statistics
+from polywhiten.torch.kernels import Whole, is_unobserved
+from polywhiten.whitening import Plan
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -33,14 +33,14 @@ class FusedKernels(CPUKernels):
         """Mean and covariance, in one pass over x."""
         if not self._serves(x):
             return super().moments(x, block_axis)
-        with _on_its_device(x):
+        with self.on_its_device(x):
             return moments.moments(x, block_axis)
 
     def cross_moments(self, dy: Tensor, x: Tensor, mean: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
         """S and K, in one pass over both."""
         if not self._serves(dy, x, mean):
             return super().cross_moments(dy, x, mean, block_axis)
-        with _on_its_device(x):
+        with self.on_its_device(x):
             return moments.cross_moments(dy, x, mean, block_axis)[:2]
 
     def affine_map(self, terms: Sequence[Term], bias: Tensor | None, block_axis: int, dtype: torch.dtype) -> Tensor:
@@ -48,54 +48,28 @@ class FusedKernels(CPUKernels):
         tensors = [tensor for matrix, array, centre in terms for tensor in (array, matrix, centre)]
         if not self._serves(*tensors, bias):
             return super().affine_map(terms, bias, block_axis, dtype)
-        with _on_its_device(tensors[0]):
+        with self.on_its_device(tensors[0]):
             return affine_map.affine_map(terms, bias, block_axis, dtype)
 
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
         """W, all iterations in one launch."""
         if not (isinstance(solver, Newton) and self._serves(cov)):
             return super().inverse_sqrt(solver, cov, eps)
-        with _on_its_device(cov):
+        with self.on_its_device(cov):
             return newton.inverse_sqrt(cov, eps, solver.iterations)
 
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor:
         """Gradient with respect to cov, all iterations in one launch."""
         if not (isinstance(solver, Newton) and self._serves(cov, grad)):
             return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
-        with _on_its_device(cov):
+        with self.on_its_device(cov):
             return newton.inverse_sqrt_adjoint(cov, grad, eps, solver.iterations)
 
-    def whiten(self, plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
-        """Forward; of Newton's solver with weight and bias on the way."""
-        whole = self._whole(plan, x, weight, bias)
-        if whole is None:
-            return super().whiten(plan, x, weight, bias)
-        with _on_its_device(x):
-            y, stats = whole.forward(weight, bias)
-        return y.reshape(x.shape), stats
-
-    def whiten_adjoint(
-        self,
-        plan: Plan,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        stats: Statistics,
-        dy: Tensor,
-        dstats: Statistics,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Backward; of Newton's solver with weight and bias on the way."""
-        no_dstats = all(each is None for each in dstats)
-        whole = self._whole(plan, x, weight, bias, dy, *stats) if no_dstats else None
-        if whole is None:
-            return super().whiten_adjoint(plan, x, weight, bias, stats, dy, dstats)
-        with _on_its_device(x):
-            dx, dweight, dbias = whole.backward(weight, bias, stats, self.split(plan.blocks, dy))
-        return dx.reshape(x.shape), dweight, dbias
-
-    def _whole(self, plan: Plan, x: Tensor, *others: Tensor | None) -> WholeIterNorm | WholeGroupWhitening | None:
-        """What does all of forward and backward, where there is that."""
-        if plan.all_reduce is not None or not isinstance(plan.solver, Newton) or not self._is_on_device(x):
+    def whole(self, plan: Plan, x: Tensor, *others: Tensor | None) -> Whole | None:
+        """Of Newton's solver."""
+        if not self._is_on_device(x):
+            return super().whole(plan, x, *others)
+        if plan.all_reduce is not None or not isinstance(plan.solver, Newton):
             return None
         x4 = self.split(plan.blocks, x)
         if not self._serves(x4, *others):
@@ -103,6 +77,10 @@ class FusedKernels(CPUKernels):
         if isinstance(plan.blocks, ChannelGroups):
             return WholeIterNorm(x4, plan.eps, plan.solver.iterations)
         return WholeGroupWhitening.of(x4, plan.eps, plan.solver.iterations, channels=x.shape[plan.blocks.axis])
+
+    def on_its_device(self, x: Tensor) -> AbstractContextManager[object]:
+        """Triton launches on the current device; compiled code sees to that itself."""
+        return torch.cuda.device_of(x) if x.is_cuda and not torch.compiler.is_compiling() else nullcontext()
 
     def _serves(self, x: Tensor, *others: Tensor | None) -> bool:
         """Whether the fused kernels can read x (..., d, l) and whatever else there is.
@@ -126,10 +104,3 @@ class FusedKernels(CPUKernels):
 def _has_tensor_cores(index: int) -> bool:
     """For TF32; Triton has no other fast products of float32."""
     return torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (8, 0)
-
-
-def _on_its_device(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device; compiled code sees to that itself."""
-    if torch.compiler.is_compiling():
-        return nullcontext()
-    return torch.cuda.device_of(x)
