@@ -123,6 +123,7 @@ def test_measured_every_so_often_also_in_a_second_fit(every, steps):
     assert [row.step for row in tracker.rows] == sorted({*steps, 6})  # where the second fit begins
 
 
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras has none with PyTorch")
 def test_several_batches_an_execution_are_counted():
     model = small()
     model.compile("sgd", "mse", steps_per_execution=2)
@@ -196,5 +197,5 @@ def test_wrong_use():
         fit(
             compiled(keras.Sequential([keras.Input((5, 5, 6)), layers.Flatten(), layers.Dense(2)])), WhiteningTracker(X)
         )
-    with pytest.raises(ValueError, match="layers has 'dense', which can't be tracked: use names of 'groups'"):
+    with pytest.raises(ValueError, match=r"layers has 'dense', which can't be tracked: use names of '.*groups'"):
         fit(small(), WhiteningTracker(X, layers=["dense"]))

@@ -98,12 +98,13 @@ def test_a_row_has_the_medians_over_the_blocks():
 def test_values_that_are_not_finite_make_a_row_of_nan():
     model = nn.Sequential(IterNorm(6))
     with warnings.catch_warnings(action="error"), track(model) as tracking:
-        model(torch.where(X == X.max(), torch.inf, X).float())
+        model(torch.where(X > 3, torch.inf, X).float())
     assert all(map(math.isnan, [tracking.rows[0].input_condition_number, tracking.rows[0].output_correlation]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_and_autocast_are_measured_in_float32(dtype):
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(6, 6, 1), IterNorm(6))
     with track(model) as tracking, torch.autocast("cpu", dtype):
         y = model[0](X.float())

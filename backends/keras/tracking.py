@@ -67,7 +67,8 @@ class WhiteningTracker(Record, keras.callbacks.Callback):  # type: ignore[misc] 
         ValueError: `every` is below 1; the model has no such layers.
 
     A measurement costs a forward pass of `data`, outside of compiled code, and
-    two covariances a layer. Covariances are in float32 for half precision, else
+    two covariances a layer; with JAX, the first one takes about as long as
+    compiling the model does. Covariances are in float32 for half precision, else
     in the activations' dtype: in float32, condition numbers above some 1e6 are
     rounding. Masked positions are left out for the layers that leave them out.
 
@@ -87,7 +88,10 @@ class WhiteningTracker(Record, keras.callbacks.Callback):  # type: ignore[misc] 
     def __init__(self, data: Any, every: str | int = "epoch", layers: Sequence[str] | None = None) -> None:
         super().__init__()
         self.data = data
-        self.every = every if every == "epoch" else checks.check_positive("every", every)
+        self.every = every
+        self._batches: int | None = None
+        if every != "epoch":
+            self._batches = checks.check_positive("every", every)  # type: ignore[arg-type]  # another string is found out
         self.layers = layers
         self._step = self._begun = 0
 
@@ -104,12 +108,12 @@ class WhiteningTracker(Record, keras.callbacks.Callback):  # type: ignore[misc] 
         # with `steps_per_execution`, Keras has done several, and counts the last ones of an epoch as if all were there
         done = min(batch + 1, self.params["steps"] or batch + 1)
         before, self._step = self._step, self._begun + done
-        if self.every != "epoch" and self._step // self.every > before // self.every:
+        if self._batches is not None and self._step // self._batches > before // self._batches:
             self._measure()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Measure, where that is every epoch."""
-        if self.every == "epoch":
+        if self._batches is None:
             self._measure()
 
     def _measure(self) -> None:
@@ -118,9 +122,12 @@ class WhiteningTracker(Record, keras.callbacks.Callback):  # type: ignore[misc] 
         model = self.model
         if not model.built:  # a subclassed one, before its first step
             model(self.data)
-        found = {layer.path: layer for layer in model._flatten_layers() if isinstance(layer, tuple(_BLOCKS))}
+        found: dict[str, Any] = {
+            layer.path: layer for layer in model._flatten_layers() if isinstance(layer, tuple(_BLOCKS))
+        }
         options = {"training": True} if "training" in inspect.signature(model.call).parameters else {}
         with ExitStack() as watches:
+            watches.enter_context(_random_numbers_kept())
             for name, layer in checks.check_layers(self.layers, found).items():
                 watches.enter_context(_watched(layer, self._recorder(name, layer)))
             variables = (
@@ -134,6 +141,18 @@ class WhiteningTracker(Record, keras.callbacks.Callback):  # type: ignore[misc] 
             self._add(self._step, name, type(layer).__name__, *covariances)
 
         return record
+
+
+@contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """PyTorch has random numbers of its own, which Keras' dropout takes, beside Keras' seeds, which are variables."""
+    if keras.backend.backend() != "torch":
+        yield
+        return
+    import torch
+
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        yield
 
 
 @contextmanager

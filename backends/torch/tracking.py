@@ -26,6 +26,12 @@ _BLOCKS: dict[type[nn.Module], Callable[[Any], Blocks]] = {
 }
 
 
+def _never_compiled(hook: Callable[..., None]) -> Callable[..., None]:
+    """Compiled, it would run once, while it is traced, and count no more."""
+    plain: Callable[..., None] = torch.compiler.disable(hook)
+    return plain
+
+
 class Tracking(Record):
     """What `track` returns: rows of measures, and the hooks that take them. A context manager that removes the hooks.
 
@@ -61,7 +67,7 @@ class Tracking(Record):
         self.remove()
 
     def _pass_begins(self, model: nn.Module) -> Callable[..., None]:
-        @torch.compiler.disable  # it would be traced once, and count no more
+        @_never_compiled
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if module is not model:  # a deep copy of the model, an average of its weights say, has its hooks too
                 return
@@ -73,7 +79,7 @@ class Tracking(Record):
         return hook
 
     def _pass_ends(self, model: nn.Module) -> Callable[..., None]:
-        @torch.compiler.disable
+        @_never_compiled
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if module is not model:
                 return
@@ -90,7 +96,7 @@ class Tracking(Record):
     def _layer_done(self, name: str, layer: nn.Module) -> Callable[..., None]:
         blocks = blocks_of(layer)
 
-        @torch.compiler.disable
+        @_never_compiled
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if self._measuring:
                 x = args[0] if args else next(iter(kwargs.values()))
@@ -161,7 +167,9 @@ def track(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__module__}.{type(model).__qualname__}: pass a torch.nn.Module")
     every = checks.check_positive("every", every)
-    found = {name: module for name, module in model.named_modules() if isinstance(module, tuple(_BLOCKS))}
+    found: dict[str, nn.Module] = {
+        name: module for name, module in model.named_modules() if isinstance(module, tuple(_BLOCKS))
+    }
     return Tracking(model, every, checks.check_layers(layers, found), evaluation)
 
 
