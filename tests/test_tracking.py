@@ -302,10 +302,16 @@ def test_the_plot_has_a_line_a_layer_in_every_panel(tmp_path, count):
     with warnings.catch_warnings(action="error"):
         figure = record(count).plot(tmp_path / "plot.png", title="$title")
     assert (tmp_path / "plot.png").stat().st_size > 0
-    assert [len(panel.lines) for panel in figure.axes] == [count] * 6
-    panel = next(panel for panel in figure.axes if panel.get_title() == "output: whitening error")
-    np.testing.assert_allclose(panel.lines[-1].get_ydata(), [abs(count - 2) / math.sqrt(3)] * 5)
-    assert list(panel.lines[0].get_xdata()) == [0, 1, 2, 3, 4]
+    panels = {panel.get_title(): panel.get_lines() for panel in figure.axes}
+    lines = {title: [line for line in lines if line.get_marker() == "."] for title, lines in panels.items()}
+    assert [len(own) for own in lines.values()] == [count] * 6
+    np.testing.assert_allclose(lines["output: whitening error"][-1].get_ydata(), [abs(count - 2) / math.sqrt(3)] * 5)
+    assert list(lines["output: whitening error"][0].get_xdata()) == [0, 1, 2, 3, 4]
+    triangles = {
+        title: sum(len(line.get_xdata()) for line in lines if line.get_marker() == "^")
+        for title, lines in panels.items()
+    }
+    assert {title: number for title, number in triangles.items() if number} == {"output: condition number": 5}
 
 
 def test_there_has_to_be_something_to_plot():

@@ -33,6 +33,7 @@ _BLOCKS: dict[type, Callable[[Any, int, int], Blocks]] = {
     keras_layers.BatchNormalization: lambda layer, axis, channels: ChannelGroups(axis, BATCH_NORM_BLOCK),
     keras_layers.GroupNormalization: _sample_groups,
 }
+_KINDS: Any = tuple(_BLOCKS)
 
 
 class WhiteningTracker(Record, keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
@@ -122,9 +123,7 @@ class WhiteningTracker(Record, keras.callbacks.Callback):  # type: ignore[misc] 
         model = self.model
         if not model.built:  # a subclassed one, before its first step
             model(self.data)
-        found: dict[str, Any] = {
-            layer.path: layer for layer in model._flatten_layers() if isinstance(layer, tuple(_BLOCKS))
-        }
+        found = {layer.path: layer for layer in model._flatten_layers() if isinstance(layer, _KINDS)}
         options = {"training": True} if "training" in inspect.signature(model.call).parameters else {}
         with ExitStack() as watches:
             watches.enter_context(_random_numbers_kept())

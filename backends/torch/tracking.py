@@ -24,6 +24,7 @@ _BLOCKS: dict[type[nn.Module], Callable[[Any], Blocks]] = {
     nn.modules.batchnorm._BatchNorm: lambda layer: ChannelGroups(1, BATCH_NORM_BLOCK),
     nn.GroupNorm: lambda layer: SampleGroups(1, layer.num_groups),
 }
+_KINDS: Any = tuple(_BLOCKS)
 
 
 def _never_compiled(hook: Callable[..., None]) -> Callable[..., None]:
@@ -167,9 +168,7 @@ def track(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__module__}.{type(model).__qualname__}: pass a torch.nn.Module")
     every = checks.check_positive("every", every)
-    found: dict[str, nn.Module] = {
-        name: module for name, module in model.named_modules() if isinstance(module, tuple(_BLOCKS))
-    }
+    found = {name: module for name, module in model.named_modules() if isinstance(module, _KINDS)}
     return Tracking(model, every, checks.check_layers(layers, found), evaluation)
 
 

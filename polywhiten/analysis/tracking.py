@@ -89,7 +89,7 @@ class Record:
         self._calls: Counter[tuple[int, str]] = Counter()
 
     def plot(self, path: str | os.PathLike[str] | None = None, title: str = "") -> Figure:
-        """Draw every measure of inputs and outputs over the steps, a line a layer.
+        """Draw every measure of inputs and outputs over the steps, a line a layer, with triangles for what is infinite.
 
         Parameters
         ----------
@@ -173,7 +173,7 @@ def _curves(rows: Sequence[Row], title: str) -> Figure:
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
     except ImportError as error:
         raise ImportError(f'a plot needs matplotlib ({error}): pip install "polywhiten[plot]"') from error
     lines = {layer: [row for row in rows if row.layer == layer] for layer in dict.fromkeys(row.layer for row in rows)}
@@ -186,12 +186,20 @@ def _curves(rows: Sequence[Row], title: str) -> Figure:
                 steps, values = [row.step for row in own], [getattr(row, f"{place}_{measure}") for row in own]
                 drawn = np.where(np.isfinite(values), values, np.nan)
                 panel.plot(steps, drawn, color=colour, marker=".", label=f"{layer}, {own[0].kind}")
+                endless = [step for step, value in zip(steps, values, strict=True) if value == np.inf]
+                top = panel.get_xaxis_transform()
+                panel.plot(endless, [0.98] * len(endless), color=colour, marker="^", linestyle="", transform=top)
             panel.set(
                 title=f"{place}: {words}", **({"ylim": (0, 1)} if measure == "correlation" else {"yscale": "log"})
             )
             panel.grid(color="0.9")
             panel.set_axisbelow(True)
             panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[0, :2]:  # which share their scales with those below
+        bottom, top = panel.get_ylim()
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < 1000 * bottom else (1,)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter(NullFormatter())
     for panel in panels[-1]:
         panel.set(xlabel="step")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
