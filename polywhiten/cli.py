@@ -90,6 +90,23 @@ def info() -> None:
 
 
 @commands.command()
+@click.argument("shape", type=_whole(1), nargs=-1, required=True, metavar="SIZE...")
+@click.option("--axis", type=int, metavar="INTEGER", default=1, show_default=True, help="The channel axis.")
+def recommend(shape: tuple[int, ...], axis: int) -> None:
+    """Recommend group sizes for layers by their input's shape.
+
+    SIZE... is the shape in training, batch size first: 32 256 14 14 for 32 samples of 256 channels of 14 x 14.
+    """
+    from polywhiten import analysis
+
+    for layer, kind in (("IterNorm", "batch_whitening"), ("GroupWhitening", "group_whitening")):
+        try:
+            click.echo(f"{layer}: {analysis.recommend(shape, kind, axis=axis)}")
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+
+
+@commands.command()
 @click.option(
     "--norm",
     "norms",

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -302,6 +304,20 @@ WRONG = {
         ValueError,
         "a sample has 1 batches in sample_batches: at least 2",
     ),
+    "no steps": (lambda: analysis.convergence(np.eye(2), 0), ValueError, "iterations=0 must be 1 or more"),
+    "no error": (lambda: analysis.required_iterations(np.eye(2), 0), ValueError, "error=0 must be above 0"),
+    "never": (
+        lambda: analysis.required_iterations(np.diag([1.0, 0.0]), 0.1),
+        ValueError,
+        r"error=0.1 isn't reached in 64 steps, which leave 0\.71: add eps",
+    ),
+    "never, for NaN": (lambda: analysis.required_iterations(np.full((2, 2), np.nan), 0.1), ValueError, "leave nan"),
+    "no shape": (lambda: analysis.recommend((8,)), ValueError, r"axis=1 holds no channels in shape=\(8,\)"),
+    "sample axis": (lambda: analysis.recommend((8, 4), axis=-2), ValueError, "axis=-2 holds no channels"),
+    "no size": (lambda: analysis.recommend((8, 0)), ValueError, r"shape\[1\]=0 must be 1 or more"),
+    "batch norm": (lambda: analysis.recommend((8, 4), "batch_norm"), ValueError, "kind='batch_norm' is unknown"),
+    "one sample a channel": (lambda: analysis.recommend((1, 4)), ValueError, r"shape=\(1, 4\) gives 1 sample"),
+    "one value a sample": (lambda: analysis.recommend((4, 1), "group_whitening"), ValueError, "gives 1 value a sample"),
     "another shape": (
         lambda: analysis.stochastic_normalization_disturbance(lambda x: x[:, :2], [[X, X]]),
         ValueError,
@@ -314,3 +330,165 @@ WRONG = {
 def test_wrong_use(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# ---------------------------------------------------------------- convergence
+
+
+def newton_errors(values, iterations):
+    """The paper's recurrence on each eigenvalue, scaled by the trace."""
+    values = np.asarray(values) / np.sum(values)
+    p, errors = np.ones_like(values), []
+    for _ in range(iterations):
+        p = (3 * p - p**3 * values) / 2
+        errors.append(np.sqrt(np.mean((p * p * values - 1) ** 2)))
+    return errors
+
+
+def test_convergence_is_that_of_the_papers_recurrence(library):
+    spectra = [[4.0, 1.0, 0.5, 0.01], [1.0, 1.0, 1.0, 1.0]]
+    cov = library.array(np.stack([rotated(values) for values in spectra]))
+    errors = library.numpy(analysis.convergence(cov, 9))
+    np.testing.assert_allclose(errors, [newton_errors(values, 9) for values in spectra], atol=1e-9)
+
+
+def test_convergence_is_what_the_layers_leave():
+    x = np.random.default_rng(0).normal(size=(200, 5)) * [5, 2, 1, 1, 0.5]
+    errors = analysis.convergence(analysis.covariance(x), 6)
+    for iterations, error in enumerate(errors, start=1):
+        y = pw.iter_norm(x, iterations=iterations, eps=0)
+        np.testing.assert_allclose(analysis.whitening_error(analysis.covariance(y)), error, atol=1e-9)
+
+
+def test_required_iterations_are_the_first_that_do(library):
+    spectra = [[4.0, 1.0, 0.5, 0.01], [1.0, 1.0, 1.0, 1.0]]
+    cov = library.array(np.stack([rotated(values) for values in spectra]))
+    worst = np.max([newton_errors(values, 20) for values in spectra], axis=0)
+    for wanted in (0.9, 0.5, 0.1, 1e-3, 1e-6):
+        assert analysis.required_iterations(cov, wanted) == 1 + np.flatnonzero(worst <= wanted)[0]
+
+
+# ---------------------------------------------------------------- recommendations
+
+SHAPES = [(32, 256, 14, 14), (32, 256), (2, 64, 4, 4), (256, 67, 7, 7), (16, 97), (2, 2), (9, 1, 3), (64, 80, 28, 28)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_recommended_groups_are_feasible_and_fit_the_layers(shape):
+    channels, samples, values = shape[1], math.prod(shape) // shape[1], math.prod(shape[1:])
+    advice = analysis.recommend(shape)
+    assert analysis.feasible("batch_whitening", channels, samples, group_size=advice.value)
+    assert advice.value <= 64
+    assert advice.value == 1 or samples >= 8 * advice.value
+    assert advice.share == analysis.constraint_number("batch_whitening", channels, samples, group_size=advice.value) / (
+        channels * samples
+    )
+    assert pw.iter_norm(np.random.default_rng(0).normal(size=shape), group_size=advice.value).shape == shape
+    assert str(advice).startswith(f"group_size={advice.value}: ")
+    if values > 1:
+        advice = analysis.recommend(shape, "group_whitening")
+        assert channels % advice.value == 0
+        assert advice.value <= 32
+        assert analysis.feasible("group_whitening", values, num_groups=advice.value)
+        assert advice.share <= 0.5 or values < 4
+        assert advice == analysis.recommend((*shape[:1], *shape[2:], channels), "group_whitening", axis=-1)
+
+
+RECOMMENDED = {
+    "the paper's": ((32, 256, 14, 14), "batch_whitening", 64, "the paper's size"),
+    "all channels": ((32, 3, 14, 14), "batch_whitening", 3, "all channels"),
+    "few samples": ((32, 256), "batch_whitening", 4, "an eighth of the 32 samples"),
+    "too few samples": ((4, 256), "batch_whitening", 1, "no more than 4 samples.* batch normalization"),
+    "a divisor": ((256, 80, 7, 7), "batch_whitening", 40, "largest divisor of 80 channels up to 64"),
+    "no divisor": ((256, 67, 7, 7), "batch_whitening", 64, "power of two up to 64.* last group is smaller"),
+    "the default": ((1, 256, 14, 14), "group_whitening", 32, "default"),
+    "few values": ((1, 256), "group_whitening", 8, "up to 14, .* half of a sample's 256 values"),
+    "too few values": ((1, 3), "group_whitening", 1, "but 3 values.* layer normalization"),
+}
+
+
+@pytest.mark.parametrize(("shape", "kind", "value", "reason"), RECOMMENDED.values(), ids=RECOMMENDED)
+def test_recommendation_and_its_reason(shape, kind, value, reason):
+    advice = analysis.recommend(shape, kind)
+    assert advice.value == value
+    assert re.search(reason, advice.reason)
+
+
+# ---------------------------------------------------------------- what the layers say
+
+
+def messages(caught):
+    return [str(warning.message) for warning in caught if warning.category is analysis.InfeasibleWarning]
+
+
+@pytest.fixture
+def said():
+    """Messages of the layers in a call."""
+
+    def run(layer, *args, **kwargs):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            layer(*args, **kwargs)
+        return messages(caught)
+
+    return run
+
+
+def test_pytorch_layers_say_once_what_is_infeasible_and_what_is_not(said):
+    torch = pytest.importorskip("torch")
+    from polywhiten.torch import GroupWhitening, IterNorm
+
+    layer = IterNorm(64, group_size=48)
+    assert said(layer.eval(), torch.randn(20, 64)) == []
+    (text,) = said(layer.train(), torch.randn(20, 64))
+    assert text.startswith("IterNorm: group_size=48 is infeasible")
+    assert "(d + 3) / 2 = 25.5 samples" in text
+    assert "there are 20; use group_size=37 or less, or a larger batch" in text
+    assert said(layer, torch.randn(20, 64)) == []
+    assert said(IterNorm(64, group_size=37), torch.randn(20, 64)) == []
+    assert len(said(IterNorm(64, group_size=38), torch.randn(20, 64))) == 1
+    assert said(IterNorm(64), torch.randn(20, 64, 2)) == []  # positions count
+    assert said(IterNorm(8), torch.randn(6, 8)) == []  # no group is larger than the channels are
+
+    layer = GroupWhitening(32, 64)
+    (text,) = said(layer, torch.randn(3, 64))
+    assert text.startswith("GroupWhitening: num_groups=32 is infeasible: samples of d = 64 values")
+    assert "= 9.9 groups; use num_groups=8" in text
+    assert said(layer, torch.randn(3, 64)) == []
+    assert said(GroupWhitening(8, 64), torch.randn(3, 64)) == []
+    assert said(GroupWhitening(32, 64), torch.randn(3, 64, 3, 3)) == []
+
+
+def test_pytorch_compiles_layers_whole_without_a_word(said):
+    torch = pytest.importorskip("torch")
+    from polywhiten.torch import GroupWhitening, IterNorm
+
+    for layer, x in ((IterNorm(16), torch.randn(5, 16)), (GroupWhitening(8, 16), torch.randn(5, 16))):
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
+        assert said(compiled, x) == []
+        assert len(said(layer, x)) == 1  # it still may, where it isn't compiled
+
+
+def test_keras_layers_say_once_what_is_infeasible_and_what_is_not(said):
+    keras = pytest.importorskip("keras")
+    from polywhiten.keras import GroupWhitening, IterNorm
+
+    x = np.random.default_rng(0).normal(size=(20, 64)).astype("float32")
+    layer = IterNorm(group_size=48, name="first")
+    assert said(layer, x) == []
+    (text,) = said(layer, x, training=True)
+    assert text.startswith("first: group_size=48 is infeasible")
+    assert "there are 20; use group_size=37 or less, or a larger batch" in text
+    assert said(layer, x, training=True) == []
+    assert said(IterNorm(group_size=37), x, training=True) == []
+    assert said(IterNorm(), keras.Input((64,)), training=True) == []
+    assert said(IterNorm(), x, training=True, mask=np.ones(20, dtype=bool)) == []  # how many are left isn't known
+
+    layer = GroupWhitening(groups=32, axis=1, name="second")
+    (text,) = said(layer, x)
+    assert text.startswith("second: groups=32 is infeasible")
+    assert "= 9.9 groups; use groups=8" in text
+    assert said(layer, x) == []
+    assert said(GroupWhitening(groups=8), x) == []
+    assert said(GroupWhitening(), keras.Input((64,))) == []

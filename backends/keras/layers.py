@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import keras
 from keras import KerasTensor, constraints, initializers, ops, regularizers
 
 from polywhiten import checks
+from polywhiten.analysis.constraints import InfeasibleWarning, batch_objection, sample_objection
 from polywhiten.dispatch import Backend, backend_of
 from polywhiten.functional import apply_frozen, whiten_channels, whiten_samples
 from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
@@ -55,6 +57,7 @@ class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no
         self.gamma = None
         self.beta = None
         self.supports_masking = True
+        self._warned = False  # that the group size or the number of groups is infeasible
 
     def _build_affine(self, input_shape: tuple[int | None, ...], first_axis: int) -> int:
         """Add gamma and beta; the number of channels."""
@@ -81,6 +84,15 @@ class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no
         backend = backend_of(x, "inputs")
         gamma, beta = (None if weight is None else backend.tensor(weight.value) for weight in (self.gamma, self.beta))
         return backend, x, self.axis % len(x.shape), gamma, beta
+
+    def _warn(self, objection: str | None) -> None:
+        if objection is not None:
+            self._warned = True
+            warnings.warn(f"{self.name}: {objection}", InfeasibleWarning, stacklevel=2)
+
+    def _may_warn(self, sizes: tuple[int | None, ...]) -> bool:
+        """Once, where all sizes are known, and not in what PyTorch compiles."""
+        return not (self._warned or _torch_compiles()) and all(isinstance(size, int) for size in sizes)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return input_shape
@@ -169,6 +181,11 @@ class IterNorm(_WhiteningLayer):
     Raises:
         ValueError: An argument or an input doesn't fit.
 
+    Warns:
+        polywhiten.analysis.InfeasibleWarning: Once, in training, where the
+            samples, batch size times positions, are fewer than whitening the
+            group size takes, and their number is known while graphs are traced.
+
     With `layer.trainable = False` the layer runs in inference mode, as
     `BatchNormalization` does. A batch whose statistics aren't finite never enters
     the moving averages; its outputs aren't finite either, and
@@ -255,6 +272,9 @@ class IterNorm(_WhiteningLayer):
             return self._frozen(backend, x, axis, gamma, beta)
         options = self.group_size, axis, self._solver, self.epsilon, self._all_reduce
         if mask is None:
+            sizes = (*x.shape[:axis], *x.shape[axis + 1 :])
+            if not self.synchronized and self._may_warn(sizes):  # else the replicas' joined batch counts
+                self._warn(batch_objection(self.group_size, x.shape[axis], math.prod(sizes)))
             y, stats = whiten_channels(backend, x, gamma, beta, *options)
             shape = backend.kernels.shape(x)
             count = math.prod(shape[:axis]) * math.prod(shape[axis + 1 :])
@@ -359,6 +379,10 @@ class GroupWhitening(_WhiteningLayer):
         ValueError: An argument or an input doesn't fit; a group has one value a
             sample.
 
+    Warns:
+        polywhiten.analysis.InfeasibleWarning: Once, where samples have fewer
+            values, channels times positions, than whitening so many groups takes.
+
     Statistics are computed in float32 for half precision. A mask is handed on to
     the next layer and not used, as by `GroupNormalization`.
 
@@ -417,10 +441,22 @@ class GroupWhitening(_WhiteningLayer):
 
     def call(self, inputs: Tensor) -> Tensor:
         backend, x, axis, gamma, beta = self._given(inputs)
-        return whiten_samples(backend, x, gamma, beta, self._groups, axis, self._solver, self.epsilon)
+        y = whiten_samples(backend, x, gamma, beta, self._groups, axis, self._solver, self.epsilon)
+        sizes = tuple(x.shape[1:])
+        if self._may_warn(sizes):
+            self._warn(sample_objection(self._groups, x.shape[axis], math.prod(sizes), "groups"))
+        return y
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "groups": self.groups}
+
+
+def _torch_compiles() -> bool:
+    if keras.backend.backend() != "torch":
+        return False
+    import torch
+
+    return bool(torch.compiler.is_compiling())
 
 
 def _identities(shape: tuple[int, int, int], dtype: str | None = None) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from polywhiten import checks
+from polywhiten.analysis.constraints import InfeasibleWarning, batch_objection, sample_objection
 from polywhiten.functional import apply_frozen, whiten_channels, whiten_samples
 from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
 from polywhiten.solvers import solver_for
@@ -68,6 +72,12 @@ class IterNorm(nn.Module):
     TypeError
         An input that isn't floating point.
 
+    Warns
+    -----
+    polywhiten.analysis.InfeasibleWarning
+        Once, in training, where a batch has fewer samples, batch size times positions, than whitening the group size
+        takes. Not in compiled code.
+
     Notes
     -----
     Statistics are computed in float32 for half precision, under autocast too; the output has the input's dtype and
@@ -89,6 +99,7 @@ class IterNorm(nn.Module):
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+    _warned = False  # that the group size or the number of groups is infeasible
 
     def __init__(
         self,
@@ -158,6 +169,7 @@ class IterNorm(nn.Module):
         if self.track_running_stats and not self.training:
             return self._frozen(x)
         checks.check_batch(x, 1)
+        _warn_once(self, batch_objection, self.group_size, self.num_features, x.numel() // self.num_features)
         y, stats = whiten_channels(BACKEND, x, self.weight, self.bias, self.group_size, 1, self._solver, self.eps)
         if self.track_running_stats:
             self._update(stats)
@@ -233,6 +245,12 @@ class GroupWhitening(nn.Module):
     TypeError
         An input that isn't floating point.
 
+    Warns
+    -----
+    polywhiten.analysis.InfeasibleWarning
+        Once, in training, where a sample has fewer values, channels times positions, than whitening so many groups
+        takes. Not in compiled code.
+
     Notes
     -----
     Statistics are computed in float32 for half precision, under autocast too; the output has the input's dtype and
@@ -253,6 +271,7 @@ class GroupWhitening(nn.Module):
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+    _warned = False  # that the group size or the number of groups is infeasible
 
     def __init__(
         self,
@@ -289,6 +308,7 @@ class GroupWhitening(nn.Module):
         """Whiten every sample of x, shape (N, num_channels, ...)."""
         _check_input(x, self.num_channels, "num_channels")
         y: Tensor = whiten_samples(BACKEND, x, self.weight, self.bias, self.num_groups, 1, self._solver, self.eps)
+        _warn_once(self, sample_objection, self.num_groups, self.num_channels, math.prod(x.shape[1:]))
         return y
 
     def extra_repr(self) -> str:
@@ -304,6 +324,16 @@ def _check_input(x: Tensor, channels: int, name: str) -> None:
         raise TypeError(f"x is a {type(x).__module__}.{type(x).__qualname__}: pass a tensor, as torch.as_tensor(x)")
     checks.check_channels(x, channels, name)
     checks.check_array(BACKEND.kernels.xp, x)
+
+
+def _warn_once(layer: IterNorm | GroupWhitening, objection: Callable[..., str | None], *sizes: Any) -> None:
+    """In training; compiled code has no place for it, nor tracers' symbols."""
+    if not layer.training or torch.compiler.is_compiling() or layer._warned or type(sizes[-1]) is not int:
+        return
+    text = objection(*sizes)
+    if text is not None:
+        layer._warned = True
+        warnings.warn(f"{type(layer).__name__}: {text}", InfeasibleWarning, stacklevel=5)  # at the layer's call
 
 
 def _register_affine(layer: IterNorm | GroupWhitening, channels: int, factory: dict[str, Any]) -> None:

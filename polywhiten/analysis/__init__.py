@@ -9,18 +9,24 @@ from polywhiten.analysis.conditioning import (
     whitening_error,
 )
 from polywhiten.analysis.constraints import (
+    InfeasibleWarning,
     constraint_number,
     feasible,
     largest_group_size,
     least_batch_size,
     most_groups,
 )
+from polywhiten.analysis.convergence import convergence, required_iterations
 from polywhiten.analysis.disturbance import Disturbance, sample_batches, stochastic_normalization_disturbance
+from polywhiten.analysis.recommendation import Recommendation, recommend
 
 __all__ = [
     "Disturbance",
+    "InfeasibleWarning",
+    "Recommendation",
     "condition_number",
     "constraint_number",
+    "convergence",
     "correlation",
     "covariance",
     "feasible",
@@ -28,6 +34,8 @@ __all__ = [
     "least_batch_size",
     "mean_correlation",
     "most_groups",
+    "recommend",
+    "required_iterations",
     "sample_batches",
     "spectrum",
     "stochastic_normalization_disturbance",

@@ -88,7 +88,7 @@ def spectrum(cov: Array) -> Array:
     >>> spectrum(np.array([[2.0, 1.0], [1.0, 2.0]])).round(6)
     array([3., 1.])
     """
-    backend, cov = _checked(cov)
+    backend, cov = checked_covariance(cov)
     xp = backend.kernels.xp
     values, _, poison = eigenpairs(xp, cov)
     return xp.flip(values + poison[..., 0], axis=-1)
@@ -164,7 +164,7 @@ def whitening_error(cov: Array) -> Array:
     0.281
     0.01
     """
-    backend, cov = _checked(cov)
+    backend, cov = checked_covariance(cov)
     xp = backend.kernels.xp
     off = cov - identity_like(xp, cov)
     return xp.sqrt(xp.sum(off * off, axis=(-2, -1)) / cov.shape[-1])
@@ -196,7 +196,7 @@ def correlation(cov: Array) -> Array:
     array([[1. , 0.5],
            [0.5, 1. ]])
     """
-    backend, cov = _checked(cov)
+    backend, cov = checked_covariance(cov)
     xp = backend.kernels.xp
     eye = identity_like(xp, cov)
     deviation = xp.sqrt(xp.sum(cov * eye, axis=-1))
@@ -235,7 +235,8 @@ def mean_correlation(cov: Array) -> Array:
     return xp.sum(xp.abs(off), axis=(-2, -1)) / max(d * (d - 1), 1)
 
 
-def _checked(cov: Array) -> tuple[Backend, Array]:
+def checked_covariance(cov: Array) -> tuple[Backend, Array]:
+    """The backend of cov, and cov as a tensor in the dtype of statistics."""
     backend = backend_of(cov, "cov")
     cov = backend.tensor(cov)
     check_array(backend.kernels.xp, cov, "cov")

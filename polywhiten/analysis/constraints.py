@@ -9,12 +9,17 @@ they can't all hold, and what the network can represent is lost first.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from polywhiten.checks import check_choice, check_positive
 
 OVER_BATCHES = ("batch_norm", "batch_whitening")
 WITHIN_SAMPLES = ("group_norm", "group_whitening")
 KINDS = (*OVER_BATCHES, *WITHIN_SAMPLES)
+
+
+class InfeasibleWarning(UserWarning):
+    """A layer's configuration demands more equations than it has outputs; every layer says so once."""
 
 
 def constraint_number(
@@ -228,6 +233,37 @@ def most_groups(kind: str, num_features: int) -> int:
     if d < 2:
         raise ValueError("num_features=1 has no variance within a sample: at least 2 are needed")
     return d // 2 if kind == "group_norm" else (math.isqrt(8 * d + 9) - 3) // 2
+
+
+def divisors(number: int) -> list[int]:
+    """Of a number of channels, the smallest first."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+@lru_cache  # layers ask in every step
+def batch_objection(group_size: int, channels: int, samples: int) -> str | None:
+    """What is infeasible in whitening groups of channels over so many samples and positions; None where nothing is."""
+    d = min(group_size, channels)
+    if samples == 0 or feasible("batch_whitening", d, samples):
+        return None
+    fewer = f"group_size={largest_group_size(samples)} or less, or " if samples > 1 else ""
+    return (
+        f"group_size={group_size} is infeasible: whitening {d} channels together takes m >= (d + 3) / 2 = "
+        f"{(d + 3) / 2:g} samples, batch size times positions, and there are {samples}; use {fewer}a larger batch"
+    )
+
+
+@lru_cache
+def sample_objection(num_groups: int, channels: int, values: int, name: str = "num_groups") -> str | None:
+    """What is infeasible in whitening groups of so many values a sample; None where nothing is."""
+    most = most_groups("group_whitening", values)
+    if num_groups <= most:
+        return None
+    return (
+        f"{name}={num_groups} is infeasible: samples of d = {values} values, channels times positions, have room for "
+        f"g <= (sqrt(8 d + 9) - 3) / 2 = {(math.sqrt(8 * values + 9) - 3) / 2:.1f} groups; "
+        f"use {name}={max(g for g in divisors(channels) if g <= most)}"
+    )
 
 
 def _equations(kind: str, variables: int) -> int:

@@ -106,9 +106,10 @@ def _distance(normalize: Callable[[Array], Array], batches: Iterable[Array]) -> 
     xp = kernels.xp
     # about the first of them, so that equal outputs are exactly at their mean
     off = xp.concat([output - outputs[0] for output in outputs])
-    count, size = off.shape
+    count, size = map(int, off.shape)
     off = off - xp.sum(off, axis=0) / count
-    return float(xp.sum(xp.sqrt(xp.sum(off * off, axis=1)))) / count / size
+    total = float(xp.sum(xp.sqrt(xp.sum(off * off, axis=1))))
+    return total / (count * size)
 
 
 @dataclass(frozen=True)
