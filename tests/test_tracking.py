@@ -314,6 +314,15 @@ def test_the_plot_has_a_line_a_layer_in_every_panel(tmp_path, count):
     assert {title: number for title, number in triangles.items() if number} == {"output: condition number": 5}
 
 
+@pytest.mark.parametrize("cov", [np.full((2, 2), np.nan), np.zeros((2, 2)), np.eye(2)], ids=["nan", "zero", "white"])
+def test_a_plot_of_hardly_anything(cov, tmp_path):
+    pytest.importorskip("matplotlib")
+    made = Record()
+    made._add(0, "layer", "IterNorm", [cov[None]], [np.eye(2)[None]])
+    with warnings.catch_warnings(action="error"):
+        made.plot(tmp_path / "plot.png")
+
+
 def test_there_has_to_be_something_to_plot():
     with pytest.raises(ValueError, match="nothing was measured yet"):
         Record().plot()

@@ -70,7 +70,7 @@ class WhiteningTracker(Record, keras.callbacks.Callback):  # type: ignore[misc] 
     A measurement costs a forward pass of `data`, outside of compiled code, and
     two covariances a layer; with JAX, the first one takes about as long as
     compiling the model does. Covariances are in float32 for half precision, else
-    in the activations' dtype: in float32, condition numbers above some 1e6 are
+    in the activations' dtype: in float32, condition numbers above some 1e7 are
     rounding. Masked positions are left out for the layers that leave them out.
 
     Example:

@@ -149,7 +149,7 @@ def track(
     Outputs, gradients, running averages and random numbers are those of a model that isn't tracked, and after
     `remove` none of the hooks is left. A step that isn't measured costs a hook's call a layer. One that is costs two
     covariances a layer and waits for the device. Covariances are those of the whole batch, in float32 for half
-    precision, else in the activations' dtype: in float32, condition numbers above some 1e6 are rounding.
+    precision, else in the activations' dtype: in float32, condition numbers above some 1e7 are rounding.
 
     Track a model before `torch.compile` compiles it, which is in its first pass: graphs are broken at the tracked
     layers. Hooks on a model that is compiled already are not called for its layers, which is what the warning is for.

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # Batch normalization has blocks of one channel, where there is nothing to measure: those of IterNorm's default instead.
 BATCH_NORM_BLOCK = 64
 
+_PLACES = "input", "output"
 _MEASURES = {
     "condition_number": "condition number",
     "whitening_error": "whitening error",
@@ -180,7 +181,7 @@ def _curves(rows: Sequence[Row], title: str) -> Figure:
     colours = colormaps["viridis"](np.linspace(0, 0.9, len(lines)))  # from the first layer to the last
     figure = Figure(figsize=(12, 7), layout="constrained")
     panels = figure.subplots(2, len(_MEASURES), sharex=True, sharey="col")
-    for line_of_panels, place in zip(panels, ("input", "output"), strict=True):
+    for line_of_panels, place in zip(panels, _PLACES, strict=True):
         for panel, (measure, words) in zip(line_of_panels, _MEASURES.items(), strict=True):
             for colour, (layer, own) in zip(colours, lines.items(), strict=True):
                 steps, values = [row.step for row in own], [getattr(row, f"{place}_{measure}") for row in own]
@@ -189,17 +190,19 @@ def _curves(rows: Sequence[Row], title: str) -> Figure:
                 endless = [step for step, value in zip(steps, values, strict=True) if value == np.inf]
                 top = panel.get_xaxis_transform()
                 panel.plot(endless, [0.98] * len(endless), color=colour, marker="^", linestyle="", transform=top)
-            panel.set(
-                title=f"{place}: {words}", **({"ylim": (0, 1)} if measure == "correlation" else {"yscale": "log"})
-            )
+            panel.set_title(f"{place}: {words}")
             panel.grid(color="0.9")
             panel.set_axisbelow(True)
             panel.spines[["top", "right"]].set_visible(False)
-    for panel in panels[0, :2]:  # which share their scales with those below
-        bottom, top = panel.get_ylim()
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < 1000 * bottom else (1,)))
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter(NullFormatter())
+    for panel, measure in zip(panels[0], _MEASURES, strict=True):  # which share their scales with those below
+        if measure == "correlation":
+            panel.set_ylim(0, 1)
+        elif any(0 < getattr(row, f"{place}_{measure}") < np.inf for row in rows for place in _PLACES):
+            panel.set_yscale("log")
+            bottom, top = panel.get_ylim()
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < 1000 * bottom else (1,)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter(NullFormatter())
     for panel in panels[-1]:
         panel.set(xlabel="step")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
