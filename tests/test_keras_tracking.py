@@ -89,6 +89,25 @@ def test_known_inputs_give_their_measures():
     assert row.output_whitening_error == pytest.approx(0, abs=1e-2)
 
 
+def test_every_kind_of_layer_is_measured_in_its_blocks():
+    norms = IterNorm(group_size=4), layers.BatchNormalization(axis=1), GroupWhitening(3), layers.GroupNormalization(2)
+    inputs = keras.Input((5, 5, 6))
+    outputs = layers.Dense(2)(layers.GlobalAveragePooling2D()(layers.Add()([norm(inputs) for norm in norms])))
+    tracker = WhiteningTracker(X)
+    fit(compiled(keras.Model(inputs, outputs)), tracker, epochs=1)
+    expected = {
+        "IterNorm": [covariance(X[..., :4]), covariance(X[..., 4:])],
+        "BatchNormalization": [covariance(np.moveaxis(X, 1, -1))],
+        "GroupWhitening": [covariance(sample.reshape(25, 3, 2).swapaxes(1, 2)) for sample in X],
+        "GroupNormalization": [covariance(sample.reshape(25, 2, 3).swapaxes(1, 2)) for sample in X],
+    }
+    measured = {row.kind: row.input_condition_number for row in tracker.rows}
+    assert measured == {
+        kind: pytest.approx(np.median([np.linalg.cond(cov) for cov in blocks]), rel=1e-3)
+        for kind, blocks in expected.items()
+    }
+
+
 def test_nested_and_shared_layers_have_rows():
     tracker = WhiteningTracker(X)
     model = fit(functional(), tracker)

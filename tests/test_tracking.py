@@ -87,6 +87,29 @@ def test_blocks_are_those_of_the_layers(memory):
     np.testing.assert_allclose(samples, [np.cov(sample.reshape(3, -1), bias=True) for sample in X])
 
 
+def covariances_of(*blocks):
+    return [np.cov(block, bias=True) for block in blocks]
+
+
+CHANNELS, SAMPLES = X.transpose(0, 1).flatten(1).numpy(), X.numpy()
+BLOCKS = {
+    "IterNorm": (lambda: IterNorm(6, group_size=4), covariances_of(CHANNELS[:4], CHANNELS[4:])),
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(6), covariances_of(CHANNELS)),
+    "GroupWhitening": (lambda: GroupWhitening(3, 6), covariances_of(*SAMPLES.reshape(8, 3, 50))),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 6), covariances_of(*SAMPLES.reshape(8, 2, 75))),
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_every_kind_of_layer_is_measured_in_its_blocks(kind):
+    make, covariances = BLOCKS[kind]
+    model = nn.Sequential(make().double())
+    with track(model) as tracking:
+        model(X)
+    assert tracking.rows[0].kind == kind
+    assert tracking.rows[0].input_condition_number == pytest.approx(np.median([np.linalg.cond(c) for c in covariances]))
+
+
 def test_a_row_has_the_medians_over_the_blocks():
     record = Record()
     covariances = [np.stack([np.diag([1.0, value]) for value in (9, 4, 1)])]
