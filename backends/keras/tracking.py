@@ -177,6 +177,7 @@ def _covariances(x: Tensor, layer: Any, mask: Tensor | None) -> Covariances:
     blocks = next(blocks(layer, axis, channels) for kind, blocks in _BLOCKS.items() if isinstance(layer, kind))
     if mask is not None and isinstance(blocks, ChannelGroups):
         keep = ops.convert_to_numpy(mask).astype(bool)
-        x = np.moveaxis(ops.convert_to_numpy(ops.cast(x, "float32")), axis, -1)[keep]
+        full = keras.backend.result_type(x.dtype, "float32")  # NumPy has no bfloat16
+        x = np.moveaxis(ops.convert_to_numpy(ops.cast(x, full)), axis, -1)[keep]
         blocks = ChannelGroups(1, blocks.group_size)
     return [np.asarray(ops.convert_to_numpy(cov)) for cov in block_covariances(x, blocks)]

@@ -47,6 +47,7 @@ class Tracking(Record):
         self._evaluation = evaluation
         self._step = -1
         self._measuring = False
+        self._rows_before = 0
         self._handles = [model.register_forward_pre_hook(self._pass_begins(model))]
         for name, layer in layers.items():
             self._handles.append(
@@ -95,7 +96,7 @@ class Tracking(Record):
         return hook
 
     def _layer_done(self, name: str, layer: nn.Module) -> Callable[..., None]:
-        blocks = blocks_of(layer)
+        blocks = _blocks_of(layer)
 
         @_never_compiled
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -172,7 +173,7 @@ def track(
     return Tracking(model, every, checks.check_layers(layers, found), evaluation)
 
 
-def blocks_of(layer: nn.Module) -> Blocks:
+def _blocks_of(layer: nn.Module) -> Blocks:
     """The blocks that a normalization layer's input is measured in."""
     return next(blocks(layer) for kind, blocks in _BLOCKS.items() if isinstance(layer, kind))
 
