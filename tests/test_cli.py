@@ -510,6 +510,33 @@ def test_info_names_versions_devices_and_kernels(capsys):
     assert line.endswith("array API")
 
 
+# ---------------------------------------------------------------- recommendations
+
+
+def test_recommend_says_what_both_layers_can_do_with_a_shape(capsys):
+    for args in (["32", "80", "2", "2"], ["32", "2", "2", "80", "--axis", "-1"]):
+        assert cli.run(["recommend", *args]) == 0
+        batch, group = capsys.readouterr().out.splitlines()
+        assert batch.startswith("IterNorm: group_size=16: an eighth of the 128 samples")
+        assert group.startswith(
+            "GroupWhitening: num_groups=16: for no more equations than half of a sample's 320 values"
+        )
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["32"], ["axis=1 holds no channels in shape=(32,)", "polywhiten recommend --help"]),
+        (["32", "x"], ["x is not an integer of 1 or more"]),
+        (["1", "8"], ["shape=(1, 8) gives 1 sample a channel"]),
+        ([], ["SIZE"]),
+    ],
+)
+def test_a_shape_that_has_no_groups_is_one_line(args, words, capsys):
+    assert cli.run(["recommend", *args]) == 2
+    check_one_line(capsys, words)
+
+
 # ---------------------------------------------------------------- data and report
 
 

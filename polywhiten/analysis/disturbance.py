@@ -43,7 +43,8 @@ def stochastic_normalization_disturbance(
     Parameters
     ----------
     normalize : callable
-        F: of a batch (m, ...), an array of the same shape.
+        F: of a batch (m, ...), an array of the same shape. Modules of PyTorch are best measured under
+        `torch.no_grad()`: their outputs keep what a gradient would need.
     sample_batches : iterable of iterables of arrays
         For every sample its batches, which all hold the sample at index 0; as `sample_batches` draws them.
 

@@ -129,7 +129,9 @@ def _num_groups(channels: int, values: int, shape: tuple[int, ...]) -> Recommend
     limit, why = min(
         (channels, "all channels"),
         (NUM_GROUPS, "the layer's default, as the cost grows with it"),
-        (room, f"whose equations leave half of a sample's {given}") if room else (1, f"as a sample has but {given}"),
+        (room, f"for no more equations than half of a sample's {given}")
+        if room
+        else (1, f"as a sample has but {given}"),
         key=lambda pair: pair[0],
     )
     value = _largest_divisor(channels, limit)
