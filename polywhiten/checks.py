@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 from polywhiten._types import Array, Namespace, Shape
+
+Layer = TypeVar("Layer")
 
 
 def check_array(xp: Namespace, x: Array, name: str = "x") -> None:
@@ -124,6 +126,20 @@ def check_statistics(xp: Namespace, channels: int, mean: Array, whitener: Array)
             f"stats.whitener has shape {tuple(whitener.shape)}: (groups, d, d) is needed, "
             f"d channels a group for x's {channels} channels"
         )
+
+
+def check_layers(names: Sequence[str] | None, found: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Those of a model's layers `found` that are wanted by their names; all of them for None."""
+    if not found:
+        raise ValueError("model has no layer to track: an IterNorm, GroupWhitening, batch or group normalization")
+    if names is None:
+        return dict(found)
+    if isinstance(names, str):
+        raise TypeError(f"layers={names!r} must be a sequence of names, such as [{names!r}]")
+    for name in names:
+        if name not in found:
+            raise ValueError(f"layers has {name!r}, which can't be tracked: use names of {', '.join(map(repr, found))}")
+    return {name: found[name] for name in names}
 
 
 def check_square(cov: Array) -> None:

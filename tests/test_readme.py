@@ -10,7 +10,10 @@ EXAMPLES = {m[1]: m[2] for m in re.finditer(r"^### ([^\n]+)\n(?:(?!^#).)*?^```py
 
 
 @pytest.mark.parametrize("title", EXAMPLES)
-def test_example_runs(title):
+def test_example_runs(title, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where it may leave files
+    if ".plot(" in EXAMPLES[title]:
+        pytest.importorskip("matplotlib")
     for framework in ("torch", "tensorflow", "jax", "keras"):
         if re.search(rf"^import {framework}|polywhiten\.{framework}", EXAMPLES[title], re.M):
             pytest.importorskip(framework)  # for Keras, its backend too

@@ -1,4 +1,4 @@
-"""PyTorch: modules, and the functions of `polywhiten` as differentiable operations."""
+"""PyTorch: modules, their tracking, and the functions of `polywhiten` as differentiable operations."""
 
 from polywhiten import (
     WhiteningStats,
@@ -12,6 +12,7 @@ from polywhiten import (
 )
 from polywhiten.torch.autograd import BACKEND
 from polywhiten.torch.modules import GroupWhitening, IterNorm
+from polywhiten.torch.tracking import track
 
 __all__ = [
     "BACKEND",
@@ -24,5 +25,6 @@ __all__ = [
     "inverse_sqrt",
     "iter_norm",
     "iter_norm_vjp",
+    "track",
     "whitening_stats",
 ]

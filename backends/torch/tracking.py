@@ -1,0 +1,183 @@
+"""Tracking: what a model's normalization layers do to their inputs while it is trained."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from polywhiten import checks
+from polywhiten.analysis.tracking import BATCH_NORM_BLOCK, Record, block_covariances
+from polywhiten.blocks import Blocks, ChannelGroups, SampleGroups
+from polywhiten.torch.modules import GroupWhitening, IterNorm
+
+# How each kind of layer cuts its input; the first that fits.
+_BLOCKS: dict[type[nn.Module], Callable[[Any], Blocks]] = {
+    IterNorm: lambda layer: ChannelGroups(1, layer.group_size),
+    GroupWhitening: lambda layer: SampleGroups(1, layer.num_groups),
+    nn.modules.batchnorm._BatchNorm: lambda layer: ChannelGroups(1, BATCH_NORM_BLOCK),
+    nn.GroupNorm: lambda layer: SampleGroups(1, layer.num_groups),
+}
+_KINDS: Any = tuple(_BLOCKS)
+
+
+def _never_compiled(hook: Callable[..., None]) -> Callable[..., None]:
+    """Compiled, it would run once, while it is traced, and count no more."""
+    plain: Callable[..., None] = torch.compiler.disable(hook)
+    return plain
+
+
+class Tracking(Record):
+    """What `track` returns: rows of measures, and the hooks that take them. A context manager that removes the hooks.
+
+    Attributes
+    ----------
+    rows : list of polywhiten.analysis.tracking.Row
+    """
+
+    def __init__(self, model: nn.Module, every: int, layers: dict[str, nn.Module], evaluation: bool) -> None:
+        super().__init__()
+        self._every = every
+        self._evaluation = evaluation
+        self._step = -1
+        self._measuring = False
+        self._rows_before = 0
+        self._handles = [model.register_forward_pre_hook(self._pass_begins(model))]
+        for name, layer in layers.items():
+            self._handles.append(
+                layer.register_forward_hook(self._layer_done(name or type(layer).__name__, layer), with_kwargs=True)
+            )
+        self._handles.append(model.register_forward_hook(self._pass_ends(model)))
+
+    def remove(self) -> None:
+        """Take the hooks off the model; the rows stay."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __enter__(self) -> Tracking:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _pass_begins(self, model: nn.Module) -> Callable[..., None]:
+        @_never_compiled
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if module is not model:  # a deep copy of the model, an average of its weights say, has its hooks too
+                return
+            counts = module.training or self._evaluation
+            self._step += counts
+            self._measuring = counts and self._step % self._every == 0
+            self._rows_before = len(self.rows)
+
+        return hook
+
+    def _pass_ends(self, model: nn.Module) -> Callable[..., None]:
+        @_never_compiled
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if module is not model:
+                return
+            if self._measuring and len(self.rows) == self._rows_before:
+                warnings.warn(
+                    "none of the layers to track was called in the model's forward pass: "
+                    "call track before the first pass of a compiled model",
+                    stacklevel=2,
+                )
+            self._measuring = False  # what backward computes once more, for checkpoints, is no step
+
+        return hook
+
+    def _layer_done(self, name: str, layer: nn.Module) -> Callable[..., None]:
+        blocks = _blocks_of(layer)
+
+        @_never_compiled
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            if self._measuring:
+                x = args[0] if args else next(iter(kwargs.values()))
+                covariances = (_covariances(values, blocks) for values in (x, output))
+                self._add(self._step, name, type(layer).__name__, *covariances)
+
+        return hook
+
+
+def track(
+    model: nn.Module, every: int = 10, layers: Sequence[str] | None = None, *, evaluation: bool = False
+) -> Tracking:
+    """Measure what a model's normalization layers do to their inputs, while it is trained.
+
+    Layers are `IterNorm`, `GroupWhitening`, and PyTorch's `BatchNorm1d`, `2d` and `3d` (`SyncBatchNorm` too) and
+    `GroupNorm`. Of the covariance of each one's input and output, in the layer's own blocks, the condition number, the
+    distance from the identity and the mean absolute correlation are taken: see `polywhiten.analysis.tracking.Row`.
+
+    Parameters
+    ----------
+    model : Module
+        Its forward passes in training mode are the steps.
+    every : int
+        Steps from one measurement to the next. The first pass is step 0, and measured.
+    layers : sequence of str, optional
+        Names of the layers to track, as `model.named_modules()` has them; all by default.
+    evaluation : bool
+        Whether passes in evaluation mode are steps too.
+
+    Returns
+    -------
+    Tracking
+        With `rows`, `plot(path)`, `write_csv(path)`, and `remove()`, which a `with` statement calls at its end.
+
+    Raises
+    ------
+    TypeError
+        An argument is of a wrong type.
+    ValueError
+        `every` is below 1; the model has no such layers.
+
+    Warns
+    -----
+    UserWarning
+        A pass went by none of the layers.
+
+    Notes
+    -----
+    Outputs, gradients, running averages and random numbers are those of a model that isn't tracked, and after
+    `remove` none of the hooks is left. A step that isn't measured costs a hook's call a layer. One that is costs two
+    covariances a layer and waits for the device. Covariances are those of the whole batch, in float32 for half
+    precision, else in the activations' dtype: in float32, condition numbers above some 1e7 are rounding.
+
+    Track a model before `torch.compile` compiles it, which is in its first pass: graphs are broken at the tracked
+    layers. Hooks on a model that is compiled already are not called for its layers, which is what the warning is for.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from polywhiten.torch import IterNorm, track
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), IterNorm(8))
+    >>> with track(model, every=2) as tracking:
+    ...     for _ in range(3):
+    ...         y = model(torch.randn(64, 8))
+    >>> [(row.step, row.layer, row.output_condition_number < row.input_condition_number) for row in tracking.rows]
+    [(0, '1', True), (2, '1', True)]
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__module__}.{type(model).__qualname__}: pass a torch.nn.Module")
+    every = checks.check_positive("every", every)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, _KINDS)}
+    return Tracking(model, every, checks.check_layers(layers, found), evaluation)
+
+
+def _blocks_of(layer: nn.Module) -> Blocks:
+    """The blocks that a normalization layer's input is measured in."""
+    return next(blocks(layer) for kind, blocks in _BLOCKS.items() if isinstance(layer, kind))
+
+
+@torch.no_grad()
+def _covariances(x: Tensor, blocks: Blocks) -> list[NDArray[np.floating]]:
+    return [cov.cpu().numpy() for cov in block_covariances(x, blocks)]
