@@ -95,7 +95,7 @@ def iter_norm(
     >>> bool(np.allclose(y.T @ y / 256, np.eye(8), atol=1e-3))
     True
     """
-    backend, x, axis = _checked(x, weight, bias, axis)
+    backend, x, axis = checked_input(x, weight, bias, axis)
     solver, eps = solver_for(method, iterations), checks.check_eps(eps)
     if all_reduce is None:  # else the workers' samples together count
         checks.check_batch(x, axis)
@@ -158,7 +158,7 @@ def group_whiten(
     >>> bool(np.allclose(rows @ rows.T / 50, np.eye(4), atol=1e-3))
     True
     """
-    backend, x, axis = _checked(x, weight, bias, axis, first_axis=1)
+    backend, x, axis = checked_input(x, weight, bias, axis, first_axis=1)
     solver, eps = solver_for(method, iterations), checks.check_eps(eps)
     return whiten_samples(backend, x, weight, bias, num_groups, axis, solver, eps)
 
@@ -206,7 +206,7 @@ def iter_norm_vjp(
     >>> dx.shape, dweight.shape, dbias is None
     ((32, 8), (8,), True)
     """
-    backend, x, axis = _checked(x, weight, bias, axis)
+    backend, x, axis = checked_input(x, weight, bias, axis)
     solver, eps = solver_for(method, iterations), checks.check_eps(eps)
     if all_reduce is None:
         checks.check_batch(x, axis)
@@ -255,7 +255,7 @@ def group_whiten_vjp(
     >>> dx.shape
     (2, 8, 5, 5)
     """
-    backend, x, axis = _checked(x, weight, bias, axis, first_axis=1)
+    backend, x, axis = checked_input(x, weight, bias, axis, first_axis=1)
     solver, eps = solver_for(method, iterations), checks.check_eps(eps)
     plan = _sample_plan(x, num_groups, axis, solver, eps)
     return _vjp(backend.kernels, [(slice(0, x.shape[axis]), plan)], axis, x, weight, bias)
@@ -299,7 +299,7 @@ def whitening_stats(
     >>> pw.apply_whitening(new, stats).shape
     (100, 80)
     """
-    backend, x, axis = _checked(x, None, None, axis)
+    backend, x, axis = checked_input(x, None, None, axis)
     solver, eps = solver_for(method, iterations), checks.check_eps(eps)
     if all_reduce is None:
         checks.check_batch(x, axis)
@@ -352,7 +352,7 @@ def apply_whitening(
     >>> bool(np.allclose(y, pw.iter_norm(x)))
     True
     """
-    backend, x, axis = _checked(x, weight, bias, axis)
+    backend, x, axis = checked_input(x, weight, bias, axis)
     mean, whitener = backend.tensor(stats.mean), backend.tensor(stats.whitener)
     checks.check_statistics(backend.kernels.xp, x.shape[axis], mean, whitener)
     return apply_frozen(backend, x, mean, whitener, weight, bias, axis)
@@ -455,7 +455,7 @@ def apply_frozen(
     return restore(join_channels(kernels.xp, outputs, axis))
 
 
-def _checked(
+def checked_input(
     x: Array, weight: Array | None, bias: Array | None, axis: int, first_axis: int = 0
 ) -> tuple[Backend, Array, int]:
     """The backend of x, x as a tensor, and its channel axis counted from the front."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from itertools import accumulate, pairwise
 from operator import mul
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import array_api_compat.dask.array
 import array_api_extra as xpx
@@ -33,7 +33,11 @@ compat: Namespace = array_api_compat.dask.array
 
 
 class _Namespace(ModuleType):
-    """Dask's namespace, with a `reshape` that may split one dimension and merge its parts with others."""
+    """Dask's namespace, with a `reshape` that may split one dimension and merge its parts with others, and `eigh`."""
+
+    @property
+    def linalg(self) -> SimpleNamespace:
+        return SimpleNamespace(eigh=_eigh)
 
     def __getattr__(self, name: str) -> object:
         return getattr(compat, name)
@@ -48,6 +52,18 @@ class _Namespace(ModuleType):
         strides = {n for s in (x.shape, shape) for n in accumulate(reversed(s), mul)} | {1}
         split = tuple(outer // inner for inner, outer in pairwise(sorted(strides)))[::-1]
         return compat.reshape(compat.reshape(x, split or (1,)), shape)
+
+
+def _eigh(cov: Array) -> tuple[Array, Array]:
+    """Eigenvalues and eigenvectors, in one task on the chunks' own library."""
+
+    def solve(cov: Array) -> tuple[Array, Array]:
+        values, vectors = array_namespace(cov).linalg.eigh(cov)
+        return values, vectors
+
+    shapes, dtypes = [cov.shape[:-1], cov.shape], [cov.dtype, cov.dtype]
+    values, vectors = xpx.lazy_apply(solve, cov, shape=shapes, dtype=dtypes, xp=compat)
+    return values, vectors
 
 
 xp = _Namespace("polywhiten.dask")

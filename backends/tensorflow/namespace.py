@@ -16,6 +16,7 @@ class _Namespace(ModuleType):
     """A namespace of the array API, as far as whitening goes."""
 
     float32 = tf.float32
+    abs = staticmethod(tf.abs)
     all = staticmethod(tf.reduce_all)
     expand_dims = staticmethod(tf.expand_dims)
     isfinite = staticmethod(tf.math.is_finite)
@@ -30,6 +31,11 @@ class _Namespace(ModuleType):
     sum = staticmethod(tf.reduce_sum)
     where = staticmethod(tf.where)
     zeros_like = staticmethod(tf.zeros_like)
+
+    @staticmethod
+    def asarray(values: Any, *, device: str) -> Tensor:
+        with tf.device(device):
+            return tf.convert_to_tensor(values)
 
     @staticmethod
     def astype(x: Tensor, dtype: tf.DType, *, copy: bool = True) -> Tensor:
@@ -50,12 +56,20 @@ class _Namespace(ModuleType):
         return ml_dtypes.finfo(dtype.as_numpy_dtype)
 
     @staticmethod
+    def flip(x: Tensor, *, axis: int) -> Tensor:
+        return tf.reverse(x, [axis])
+
+    @staticmethod
     def full_like(x: Tensor, value: Any) -> Tensor:
         return tf.fill(tf.shape(x), tf.cast(value, x.dtype))
 
     @staticmethod
     def isdtype(dtype: tf.DType, kind: str) -> bool:
         return {"real floating": bool(dtype.is_floating)}[kind]
+
+    @staticmethod
+    def take(x: Tensor, indices: Tensor, *, axis: int) -> Tensor:
+        return tf.gather(x, indices, axis=axis)
 
     @staticmethod
     def tril(x: Tensor) -> Tensor:

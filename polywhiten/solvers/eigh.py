@@ -42,16 +42,22 @@ class Eigh:
         return _in_basis(xp, vectors, products / (1 / rows + 1 / columns)) + poison
 
 
-def _decompose(xp: Namespace, cov: Array) -> tuple[Array, Array, Array]:
-    """Square roots of the eigenvalues, eigenvectors, and NaN for the matrices that aren't finite, else 0."""
+def eigenpairs(xp: Namespace, cov: Array) -> tuple[Array, Array, Array]:
+    """Eigenvalues, ascending, eigenvectors, and NaN for the matrices that aren't finite, else 0."""
     # LAPACK fails on NaN, or may not return
     finite = xp.all(xp.isfinite(cov), axis=(-2, -1), keepdims=True)
     values, vectors = xp.linalg.eigh(xp.where(finite, cov, identity_like(xp, cov)))
+    return values, vectors, xp.sum(0 * cov, axis=(-2, -1), keepdims=True)
+
+
+def _decompose(xp: Namespace, cov: Array) -> tuple[Array, Array, Array]:
+    """`eigenpairs` with the square roots of the eigenvalues."""
+    values, vectors, poison = eigenpairs(xp, cov)
     # rounding can turn the smallest eigenvalues negative where the largest are much larger
     info = xp.finfo(cov.dtype)
     floor = xp.clip(xp.max(values, axis=-1, keepdims=True) * float(info.eps), min=float(info.smallest_normal))
     root = xp.sqrt(xp.maximum(values, floor))
-    return root, vectors, xp.sum(0 * cov, axis=(-2, -1), keepdims=True)
+    return root, vectors, poison
 
 
 def _in_basis(xp: Namespace, vectors: Array, matrix: Array) -> Array:
