@@ -21,9 +21,7 @@ class Writer:
             self._file.flush()
 
     def add(self, rows: list[Any]) -> None:
-        self._rows.writerows(
-            {name: _text(getattr(row, name)) for name in self._rows.fieldnames} for row in rows
-        )
+        self._rows.writerows({name: _text(getattr(row, name)) for name in self._rows.fieldnames} for row in rows)
         self._file.flush()
 
     def close(self) -> None:

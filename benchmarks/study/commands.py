@@ -66,3 +66,26 @@ def add_command(experiment: Experiment) -> None:
 
 for experiment in EXPERIMENTS:
     add_command(experiment)
+
+
+@main.command()
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=HERE / "results",
+    help="Folder of the CSV files, and for the pictures.  [default: results, beside this script]",
+)
+@click.option(
+    "--page",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    default=HERE / "README.md",
+    help="Where the tables go.  [default: README.md, beside this script]",
+)
+@click.option("--size", "sizes", type=click.Choice(SIZES), multiple=True, default=("small", "large"), show_default=True)
+def report(results: Path, page: Path, sizes: tuple[str, ...]) -> None:
+    """Draw the pictures, and write the page's tables between their comments."""
+    try:
+        for path in write(EXPERIMENTS, sizes, results.resolve(), page.resolve()):
+            click.echo(path)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def perform(
 ) -> dict[str, Any]:
     """One value; the batches depend on the data, their size and the seed, and not on the norm."""
     batches = sample_batches(
-        features(settings, source, device),
+        features(settings.data, settings.dimension, settings.data_size, settings.seed, source, device),
         settings.batch_size,
         num_samples=settings.samples,
         num_batches=settings.batches,
@@ -78,14 +79,15 @@ def perform(
     return {"value": found.value, "standard_error": found.standard_error}
 
 
-def features(settings: DisturbanceSettings, source: Source, device: str) -> Tensor:
-    """Data (data_size, dimension)."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    if settings.data == GAUSSIAN:
-        return torch.randn(settings.data_size, settings.dimension, generator=generator).to(device)
-    pictures = source.pictures(SIDE, settings.data_size, 1).x_train.flatten(1)
+@lru_cache(maxsize=1)
+def features(data: str, dimension: int, data_size: int, seed: int, source: Source, device: str) -> Tensor:
+    """Samples (data_size, dimension), which the runs of a plan share that follow one another."""
+    generator = torch.Generator().manual_seed(seed)
+    if data == GAUSSIAN:
+        return torch.randn(data_size, dimension, generator=generator).to(device)
+    pictures = source.pictures(SIDE, data_size, 1).x_train.flatten(1)
     inputs = pictures.shape[1]
-    weight = torch.randn(inputs, settings.dimension, generator=generator) / inputs**0.5
+    weight = torch.randn(inputs, dimension, generator=generator) / inputs**0.5
     return pictures @ weight.to(device)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from polywhiten.demo.training import MOMENTUM, Settings, batches, learning_rate
-
 from study.networks import mlp, resnet, vgg
 from study.norms import Norm, layer
 from study.pictures import Pictures, Source

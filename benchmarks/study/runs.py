@@ -74,13 +74,16 @@ def resume(
     done = {experiment.settings_of(row) for row in rows_of(experiment, path)}
     left = [settings for settings in wanted if settings not in done]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    varied = [field.name for field in fields(experiment.settings) if len({getattr(s, field.name) for s in wanted}) > 1]
     writer = Writer(path, experiment.row, append=True)
     try:
         with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
             total = progress.add_task(experiment.name, total=len(wanted), completed=len(wanted) - len(left))
             one = progress.add_task("", total=1)
             for settings in left:
-                progress.reset(one, total=1, description=str(settings))
+                progress.reset(
+                    one, total=1, description=", ".join(f"{name} {getattr(settings, name)}" for name in varied)
+                )
                 start = _now(device)
                 results = perform(settings, lambda share: progress.update(one, completed=share))
                 common = {"seconds": round(_now(device) - start, 3), "device": device, "about": about(device)}

@@ -5,7 +5,7 @@ from study.norms import Norm, bn, dbn, iter_norm
 from study.runs import Experiment
 
 SIZES = {
-    "tiny": {"width": 16, "side": 8, "pictures": 128, "test_pictures": 64, "epochs": 2},  # tries it
+    "tiny": {"width": 16, "side": 8, "pictures": 256, "test_pictures": 64, "epochs": 2},  # tries it
     "small": {"width": 32, "side": 16, "pictures": 5000, "test_pictures": 2000, "epochs": 8},
     "large": {"width": 64, "side": 32, "pictures": 20_000, "test_pictures": 10_000, "epochs": 10},
 }
