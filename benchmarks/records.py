@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import rows
-from rows import Writer
+import csv_rows
+from csv_rows import Writer
 
 SUBJECT = "polywhiten"  # the competitor that all others are compared with
 
@@ -64,4 +64,4 @@ def written(path: Path | None) -> Iterator[Writer | None]:
 
 def read(path: Path) -> list[Record]:
     """The rows of a file; ValueError where it isn't one of `written`."""
-    return rows.read(path, Record)
+    return csv_rows.read(path, Record)

@@ -71,7 +71,12 @@ def test_a_killed_study_goes_on_where_it_was(study, tmp_path):
         started.append(settings)
         if len(started) == stop_at:
             raise KeyboardInterrupt
-        return {"train_losses": (2.0, 1.5), "train_accuracies": (0.1, 0.2), "test_accuracies": (0.1, 0.3), "ms_per_step": 1.0}
+        return {
+            "train_losses": (2.0, 1.5),
+            "train_accuracies": (0.1, 0.2),
+            "test_accuracies": (0.1, 0.3),
+            "ms_per_step": 1.0,
+        }
 
     with pytest.raises(KeyboardInterrupt):
         runs.resume(groups, wanted, path, lambda *given: perform(*given, stop_at=3), "cpu", QUIET)

@@ -9,9 +9,9 @@ from typing import Any
 
 import machine
 import torch
+from csv_rows import Writer, read
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rows import Writer, read
 
 
 @dataclass(frozen=True, kw_only=True)
