@@ -45,6 +45,11 @@ def train_loss(run: Fit) -> float:
     return -math.log(CHANCE) if run.diverged else run.train_losses[-1]
 
 
+def times(mean: float, error: float) -> str:
+    """Of the difference of two logarithms."""
+    return f"{math.exp(mean):.3g} times, from {math.exp(mean - error):.3g} to {math.exp(mean + error):.3g}"
+
+
 def runs(rows: Sequence[Any], norm: Norm, **settings: Any) -> dict[int, Any]:
     """Rows of a norm and these settings, by seed."""
     wanted = vars(norm) | settings
@@ -74,22 +79,23 @@ def of_disturbance(rows: list[Disturbance]) -> Iterator[Finding]:
     """SND's order over batch and group sizes, and that of norms within a sample."""
     for data, name in ((GAUSSIAN, "Gaussian data"), (PICTURES, "pictures")):
         found = [row for row in rows if row.data == data and row.norm == "iternorm"]
-        yield from ordered(
-            f"IterNorm's disturbance grows with the group size, {name}", found, "batch_size", "group_size", 1
-        )
-        yield from ordered(f"It falls with the batch size, {name}", found, "group_size", "batch_size", -1)
-        yield from full_is_worst(
-            f"Full whitening by DBN is disturbed most, {name}", [r for r in rows if r.data == data]
-        )
+        enough = [row for row in found if row.batch_size >= 2 * row.group_size]
+        fewer = [row for row in found if row.batch_size <= 2 * row.group_size]
+        for part, where in ((enough, "batches of twice the group size and more"), (fewer, "smaller batches")):
+            yield from ordered(f"IterNorm's disturbance grows with group size: {where}, {name}", part, "group_size", 1)
+            yield from ordered(f"It falls with batch size: {where}, {name}", part, "batch_size", -1)
+        everything = [row for row in rows if row.data == data]
+        yield from full_is_worst(f"Full whitening by DBN is disturbed most, {name}", everything)
     within = [row.value for row in rows if row.norm in ("gn", "gw")]
     if within:
         verdict = HELD if max(within) == 0 else NOT_HELD
         yield Finding("GN and GW avoid batch statistics: no disturbance", f"{max(within):.2g} at most", verdict)
 
 
-def ordered(claim: str, rows: list[Disturbance], fixed: str, varied: str, sign: int) -> Iterator[Finding]:
+def ordered(claim: str, rows: list[Disturbance], varied: str, sign: int) -> Iterator[Finding]:
     """Neighbours in one setting, all others equal, that the sign orders by more than twice their standard error."""
     right = wrong = unclear = 0
+    fixed = "batch_size" if varied == "group_size" else "group_size"
     lines: dict[tuple[int, int], list[Disturbance]] = {}
     for row in rows:
         lines.setdefault((getattr(row, fixed), row.seed), []).append(row)
@@ -125,10 +131,8 @@ def of_conditioning(rows: list[conditioning.Conditioning]) -> Iterator[Finding]:
     def log_condition(name: str) -> Callable[[Any], float]:
         return lambda row: -fmean(math.log(value) for value in getattr(row, name)[1:])
 
-    def times(mean: float, error: float) -> str:
-        return f"{math.exp(mean):.3g} times, from {math.exp(mean - error):.3g} to {math.exp(mean + error):.3g}"
-
-    pairs = [(iter_norm(0), bn()), (dbn(0), bn()), (gw(conditioning.NUM_GROUPS), gn(conditioning.NUM_GROUPS))]
+    num_groups = rows[0].width // conditioning.GROUP_WIDTH
+    pairs = [(iter_norm(0), bn()), (dbn(0), bn()), (gw(num_groups), gn(num_groups))]
     names = {
         "outputs_partial": "normalized outputs",
         "inputs_partial": "layer inputs",
@@ -171,7 +175,7 @@ def of_training(rows: list[Fit]) -> Iterator[Finding]:
     mine, others = runs(rows, iter_norm(0), **usual), full
 
     def speed(mean: float, error: float) -> str:
-        return f"a step {math.exp(mean):.2f} times as fast"
+        return f"{times(mean, error)}, as fast a step"
 
     claim = "IterNorm is more efficient than DBN, full whitening"
     yield from compared(claim, mine, others, lambda run: -math.log(run.ms_per_step), speed)
@@ -191,24 +195,17 @@ def of_groups(rows: list[Fit]) -> Iterator[Finding]:
     small, usual = (runs(rows, bn(), batch_size=size) for size in (groups.BATCH_SIZES[0], groups.BATCH_SIZE))
     claim = f"BN's accuracy degenerates with small batches: {groups.BATCH_SIZE} against {groups.BATCH_SIZES[0]}"
     yield from compared(claim, usual, small, accuracy)
-    if rows:
-        bound = most_groups("group_whitening", rows[0].width)
-        inside = max(g for g in groups.GROUPS if g <= bound)
-        outside = groups.GROUPS[-1]
-        few, many = (runs(rows, gw(g), batch_size=groups.BATCH_SIZE) for g in (inside, outside))
-        claim = (
-            f"Too many groups (feasible: {bound}) cost capacity, GW with {inside} against {outside}: training accuracy"
-        )
-        yield from compared(claim, few, many, train_accuracy)
+    bound = most_groups("group_whitening", rows[0].width)
+    inside, outside = max(g for g in groups.GROUPS if g <= bound), groups.GROUPS[-1]
+    few, many = (runs(rows, gw(g), batch_size=groups.BATCH_SIZE) for g in (inside, outside))
+    claim = f"Too many groups (feasible: {bound}) cost capacity, GW with {inside} against {outside}: training accuracy"
+    yield from compared(claim, few, many, train_accuracy)
 
 
 def of_resnet(rows: list[Fit]) -> Iterator[Finding]:
     """GW in every block against all BN."""
-    if rows:
-        mine, others = ({row.seed: row for row in rows if row.norm == norm} for norm in ("gw", "bn"))
-        yield from compared(
-            "A residual network with GW in the middle of its blocks improves over BN's", mine, others, accuracy
-        )
+    mine, others = ({row.seed: row for row in rows if row.norm == norm} for norm in ("gw", "bn"))
+    yield from compared("A residual network with GW in its blocks improves over BN's", mine, others, accuracy)
 
 
 FINDINGS: dict[str, Callable[[list[Any]], Iterator[Finding]]] = {

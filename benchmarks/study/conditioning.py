@@ -27,7 +27,7 @@ SIZES = {
     "large": {"width": 32, "inputs": 64, "probe": 512, "steps": 1000},
 }
 HIDDEN, BATCH_SIZE = 3, 64
-NUM_GROUPS = 4  # feasible for both widths
+GROUP_WIDTH = 8  # of GN and GW: means of 0 take an eighth of the dimensions, and FRACTION leaves out more
 MEASURED_AT = (0, 10, 30, 100, 300, 1000)
 FRACTION = 0.8  # of the eigenvalues: a dead unit, or a weight's scale that a norm takes out, has an eigenvalue of 0
 FISHER_FRACTION = 0.5
@@ -62,7 +62,8 @@ class Conditioning(ConditioningSettings, Run):
 def plan(size: str, seeds: int) -> list[ConditioningSettings]:
     """All of one seed before the next."""
     fixed = SIZES[size] | {"batch_size": BATCH_SIZE, "lr": scaled_lr(BATCH_SIZE)}
-    norms = (bn(), dbn(0), iter_norm(0), gw(NUM_GROUPS), gn(NUM_GROUPS))
+    num_groups = fixed["width"] // GROUP_WIDTH
+    norms = (bn(), dbn(0), iter_norm(0), gw(num_groups), gn(num_groups))
     return [ConditioningSettings(**vars(norm), **fixed, seed=seed) for seed in range(seeds) for norm in norms]
 
 

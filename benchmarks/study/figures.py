@@ -55,7 +55,7 @@ def of_disturbance(rows: list[Disturbance]) -> Figure:
     sizes = sorted({row.batch_size for row in rows})
     for (by_batch, by_group), data in zip(grid, (GAUSSIAN, PICTURES), strict=True):
         mine = [row for row in rows if row.data == data]
-        shown = [bn(), *(kind(d) for kind in (iter_norm, dbn) for d in (16, 64, dimension))]
+        shown = [bn(), *(kind(d) for kind in (iter_norm, dbn) for d in sorted({16, 64, dimension}))]
         for number, norm in enumerate(shown):
             snd_line(
                 by_batch, [r for r in mine if same(r, norm)], "batch_size", norm.label, look(norm, (number + 2) % 3)
@@ -71,10 +71,12 @@ def of_disturbance(rows: list[Disturbance]) -> Figure:
 
 
 def snd_line(axes: Axes, rows: list[Disturbance], x: str, label: str, style: dict[str, Any]) -> None:
-    if rows:
-        rows = sorted(rows, key=lambda row: getattr(row, x))
-        values, errors = [row.value for row in rows], [row.standard_error for row in rows]
-        axes.errorbar([getattr(row, x) for row in rows], values, errors, label=label, **style)
+    """Mean over seeds, with the standard error over samples."""
+    numbers = sorted({getattr(row, x) for row in rows})
+    points = [[(row.value, row.standard_error) for row in rows if getattr(row, x) == number] for number in numbers]
+    if points:
+        means = np.array([np.mean(point, 0) for point in points])
+        axes.errorbar(numbers, means[:, 0], means[:, 1], label=label, **style)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
 
@@ -116,7 +118,7 @@ def curves(axes: Axes, rows: Sequence[Fit], shown: list[Norm], name: str, **sett
     for number, norm in enumerate(shown):
         mine = list(runs(rows, norm, **settings).values())
         label = norm.label + (", diverged" if any(run.diverged for run in mine) else "")
-        values = [np.array(getattr(run, name)) for run in mine]
+        values = [np.array(getattr(run, name)) * (1 if name == "train_losses" else 100) for run in mine]
         epochs = range(1, 1 + max((len(value) for value in values), default=0))
         alike = sum(other.norm == norm.norm for other in shown[:number])
         with_spread(axes, epochs, values, label=label, **look(norm, alike))
@@ -144,7 +146,7 @@ def of_training(rows: list[Fit]) -> Figure:
     usual = {"batch_size": batch_size, "lr": lr}
     main = [*training.COMPARED, dbn(0), iter_norm(0)]
     for line, (name, value, y) in enumerate(
-        [("train_losses", train_loss, "training loss"), ("test_accuracies", accuracy, "test accuracy")]
+        [("train_losses", train_loss, "training loss"), ("test_accuracies", accuracy, "test accuracy, %")]
     ):
         curve, iterations, sizes, batches = grid[line]
         curves(curve, rows, main, name, **usual)
@@ -165,7 +167,7 @@ def of_training(rows: list[Fit]) -> Figure:
         for norm in training.COMPARED:
             found_high = runs(rows, norm, batch_size=batch_size, lr=high_lr)
             values = [value(run) for run in found_high.values()]
-            axes_label = f"{norm.label}, learning rate x {high}"
+            axes_label = f"{norm.label}, lr x {high}"
             batches.plot([batch_size] * len(values), values, "x", color=COLOURS[norm.norm], label=axes_label)
         batches.set_xscale("log", base=2)
         finish(batches, "batch size", "pictures", y)
@@ -195,7 +197,7 @@ def of_groups(rows: list[Fit]) -> Figure:
 def of_resnet(rows: list[Fit]) -> Figure:
     found, grid = figure(f"Residual network on {rows[0].pictures} pictures of CIFAR-10: mean, and range over seeds", 2)
     for axes, (name, y) in zip(
-        grid[0], {"train_losses": "training loss", "test_accuracies": "test accuracy"}.items(), strict=True
+        grid[0], {"train_losses": "training loss", "test_accuracies": "test accuracy, %"}.items(), strict=True
     ):
         curves(axes, rows, norms_of(rows), name)
         finish(axes, y, "epoch", y)

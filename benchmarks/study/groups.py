@@ -6,7 +6,7 @@ from study.runs import Experiment
 
 SIZES = {
     "tiny": {"width": 128, "side": 8, "pictures": 256, "test_pictures": 64, "epochs": 1},  # tries it
-    "small": {"width": 128, "side": 16, "pictures": 2000, "test_pictures": 2000, "epochs": 5},
+    "small": {"width": 128, "side": 16, "pictures": 2000, "test_pictures": 2000, "epochs": 8},
     "large": {"width": 256, "side": 32, "pictures": 10_000, "test_pictures": 10_000, "epochs": 10},
 }
 HIDDEN = 4
