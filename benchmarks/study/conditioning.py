@@ -22,7 +22,7 @@ from study.pictures import Source
 from study.runs import Experiment, Run
 
 SIZES = {
-    "tiny": {"width": 16, "inputs": 16, "probe": 16, "steps": 3},  # tries it
+    "tiny": {"width": 16, "inputs": 16, "probe": 16, "steps": 10},  # tries it
     "small": {"width": 16, "inputs": 16, "probe": 128, "steps": 300},
     "large": {"width": 32, "inputs": 64, "probe": 512, "steps": 1000},
 }
