@@ -15,7 +15,7 @@ settings.register_profile(
 
 # Files for what one framework alone has; the command line's demo is trained in PyTorch.
 OWNERS = {f"test_{name}.py": name for name in ("cupy", "dask", "jax", "keras", "tensorflow", "torch")}
-OWNERS |= {"test_cli.py": "torch", "test_fused.py": "torch", "test_keras_demo.py": "keras"}
+OWNERS |= {"test_cli.py": "torch", "test_fused.py": "torch", "test_keras_demo.py": "keras", "test_study.py": "torch"}
 
 
 def pytest_addoption(parser):

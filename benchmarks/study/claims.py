@@ -72,7 +72,7 @@ def compared(
         return
     mean, error = float(np.mean(differences)), float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
     verdict = HELD if mean > ERRORS * error else NOT_HELD if mean < -ERRORS * error else UNCLEAR
-    yield Finding(claim, text(mean, error), verdict)
+    yield Finding(claim, text(mean, error) if math.isfinite(mean) else "infinite condition numbers", verdict)
 
 
 def of_disturbance(rows: list[Disturbance]) -> Iterator[Finding]:

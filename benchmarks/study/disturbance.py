@@ -16,7 +16,7 @@ from study.runs import Experiment, Run
 GAUSSIAN, PICTURES = "gaussian", "pictures"
 SIZES = {
     "tiny": {"dimension": 64, "data_size": 128, "samples": 2, "batches": 2},  # tries it
-    "small": {"dimension": 512, "data_size": 10_000, "samples": 8, "batches": 8},
+    "small": {"dimension": 512, "data_size": 10_000, "samples": 10, "batches": 10},
     "large": {"dimension": 512, "data_size": 10_000, "samples": 50, "batches": 50},
 }
 BATCH_SIZES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -6,7 +6,7 @@ from study.runs import Experiment
 
 SIZES = {
     "tiny": {"width": 16, "depth": 1, "side": 8, "pictures": 128, "test_pictures": 64, "epochs": 2},  # tries it
-    "small": {"width": 16, "depth": 2, "side": 16, "pictures": 5000, "test_pictures": 2000, "epochs": 8},
+    "small": {"width": 16, "depth": 2, "side": 16, "pictures": 5000, "test_pictures": 2000, "epochs": 12},
     "large": {"width": 64, "depth": 2, "side": 32, "pictures": 50_000, "test_pictures": 10_000, "epochs": 10},
 }
 BATCH_SIZE, NUM_GROUPS = 64, 16
