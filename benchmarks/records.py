@@ -1,12 +1,13 @@
 """What a measurement gave, as a row of results/speed-BACKEND-DEVICE.csv."""
 
-import csv
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import get_args
+
+import csv_rows
+from csv_rows import Writer
 
 SUBJECT = "polywhiten"  # the competitor that all others are compared with
 
@@ -50,30 +51,10 @@ class Record:
         return f"{self.shape} {self.layout} {self.group}"
 
 
-FIELDS = [field.name for field in fields(Record)]
-
-
-class Writer:
-    """Rows as they come; an interrupted run keeps what it has."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", newline="", encoding="utf-8")
-        self._rows = csv.DictWriter(self._file, FIELDS)
-        self._rows.writeheader()
-
-    def add(self, records: list[Record]) -> None:
-        self._rows.writerows(asdict(record) for record in records)
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
 @contextmanager
 def written(path: Path | None) -> Iterator[Writer | None]:
     """A writer that is closed in the end; None for no path."""
-    writer = None if path is None else Writer(path)
+    writer = None if path is None else Writer(path, Record)
     try:
         yield writer
     finally:
@@ -82,18 +63,5 @@ def written(path: Path | None) -> Iterator[Writer | None]:
 
 
 def read(path: Path) -> list[Record]:
-    """The rows of a file; ValueError where it isn't one of `Writer`."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        if rows.fieldnames != FIELDS:
-            raise ValueError(f"{path} has other columns than benchmarks/speed.py writes: measure again")
-        return [
-            Record(**{field.name: _parsed(field.type, row[field.name]) for field in fields(Record)}) for row in rows
-        ]
-
-
-def _parsed(kind: object, text: str) -> object:
-    if kind is str:
-        return text
-    number = next((t for t in (int, float) if t is kind or t in get_args(kind)), str)
-    return number(text) if text else None
+    """The rows of a file; ValueError where it isn't one of `written`."""
+    return csv_rows.read(path, Record)

@@ -1,11 +1,11 @@
 """Pictures of what speed.py measured, and its table in the README: `python benchmarks/report.py`."""
 
-import re
 from itertools import product
 from pathlib import Path
 
 import click
 from bars import verdicts
+from marked import inserted
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
@@ -13,7 +13,7 @@ from problems import GROUP_WHITEN
 from records import SUBJECT, Record, read
 
 HERE = Path(__file__).parent
-START, END = "<!-- speed -->", "<!-- /speed -->"
+MARK = "speed"
 NAMES = {"iter_norm": "IterNorm", "group_whiten": "group whitening", "input": "the input's bytes, kept for backward"}
 FRAMEWORKS = {"torch": "PyTorch", "tensorflow": "TensorFlow", "jax": "JAX", "numpy": "NumPy"}
 SHOWN_GROUPS = 32  # one number of groups is enough of a picture
@@ -100,13 +100,6 @@ def table(records: list[Record]) -> str:
     return "\n".join([*lines, "", f"On {'; '.join(machines)}, with {', '.join(versions)}."])
 
 
-def inserted(text: str, block: str) -> str:
-    """The text with the block between its markers; ValueError where these aren't there, once each and in order."""
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise ValueError(f"it needs one {START}, and one {END} after it")
-    return re.sub(f"{START}.*{END}", lambda _: f"{START}\n{block}\n{END}", text, flags=re.S)
-
-
 @click.command()
 @click.option(
     "--results",
@@ -130,7 +123,8 @@ def main(results: Path, readme: Path) -> None:
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     try:
-        text = inserted(readme.read_text(encoding="utf-8"), table([r for found in records.values() for r in found]))
+        block = table([r for found in records.values() for r in found])
+        text = inserted(readme.read_text(encoding="utf-8"), MARK, block)
     except ValueError as error:
         raise click.ClickException(f"{readme}: {error}") from error
     readme.write_text(text, encoding="utf-8")

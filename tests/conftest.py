@@ -15,8 +15,8 @@ settings.register_profile(
 
 # Files for what one framework alone has; the command line's demo is trained in PyTorch.
 OWNERS = {f"test_{name}.py": name for name in ("cupy", "dask", "jax", "keras", "tensorflow", "torch")}
-OWNERS |= {"test_cli.py": "torch", "test_fused.py": "torch", "test_keras_demo.py": "keras"}
-OWNERS |= {"test_tracking.py": "torch", "test_keras_tracking.py": "keras"}
+OWNERS |= {f"test_{name}.py": "torch" for name in ("cli", "fused", "study", "tracking")}
+OWNERS |= {f"test_{name}.py": "keras" for name in ("keras_demo", "keras_tracking")}
 
 
 def pytest_addoption(parser):

@@ -1,0 +1,217 @@
+"""What the two abstracts claim, and what the study measured of it."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from polywhiten.analysis import most_groups
+from study import conditioning, groups, training
+from study.disturbance import GAUSSIAN, PICTURES, Disturbance
+from study.fitting import Fit, scaled_lr
+from study.norms import Norm, bn, dbn, gn, gw, iter_norm
+
+HELD, NOT_HELD, UNCLEAR = "held", "not held", "unclear"
+ERRORS = 2  # standard errors that a mean difference has to be away from 0
+CHANCE = 0.1  # accuracy of a run that diverged
+POINTS = "{:+.1f} ± {:.1f} points".format
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim, what was measured, and the verdict."""
+
+    claim: str
+    measured: str
+    verdict: str
+
+
+def accuracy(run: Fit) -> float:
+    """In points, after the last epoch."""
+    return 100 * (CHANCE if run.diverged else run.test_accuracies[-1])
+
+
+def train_accuracy(run: Fit) -> float:
+    """In points, in the last epoch."""
+    return 100 * (CHANCE if run.diverged else run.train_accuracies[-1])
+
+
+def train_loss(run: Fit) -> float:
+    """In the last epoch; of a run that diverged, that of guessing."""
+    return -math.log(CHANCE) if run.diverged else run.train_losses[-1]
+
+
+def times(mean: float, error: float) -> str:
+    """Of the difference of two logarithms."""
+    return f"{math.exp(mean):.3g} times, from {math.exp(mean - error):.3g} to {math.exp(mean + error):.3g}"
+
+
+def runs(rows: Sequence[Any], norm: Norm, **settings: Any) -> dict[int, Any]:
+    """Rows of a norm and these settings, by seed."""
+    wanted = vars(norm) | settings
+    return {row.seed: row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())}
+
+
+def compared(
+    claim: str,
+    better: dict[int, Any],
+    worse: dict[int, Any],
+    value: Callable[[Any], float],
+    text: Callable[[float, float], str] = POINTS,
+) -> Iterator[Finding]:
+    """Whether `better` has the larger value: the mean over the seeds that both have, its standard error, a verdict.
+
+    Runs of one seed have the same first weights and the same batches. Nothing where there are fewer than 2 seeds.
+    """
+    differences = [value(better[seed]) - value(worse[seed]) for seed in better.keys() & worse.keys()]
+    if len(differences) < 2:
+        return
+    mean, error = float(np.mean(differences)), float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
+    verdict = HELD if mean > ERRORS * error else NOT_HELD if mean < -ERRORS * error else UNCLEAR
+    yield Finding(claim, text(mean, error) if math.isfinite(mean) else "infinite condition numbers", verdict)
+
+
+def of_disturbance(rows: list[Disturbance]) -> Iterator[Finding]:
+    """SND's order over batch and group sizes, and that of norms within a sample."""
+    for data, name in ((GAUSSIAN, "Gaussian data"), (PICTURES, "pictures")):
+        found = [row for row in rows if row.data == data and row.norm == "iternorm"]
+        enough = [row for row in found if row.batch_size >= 2 * row.group_size]
+        fewer = [row for row in found if row.batch_size <= 2 * row.group_size]
+        for part, where in ((enough, "batches of twice the group size and more"), (fewer, "smaller batches")):
+            yield from ordered(f"IterNorm's disturbance grows with group size: {where}, {name}", part, "group_size", 1)
+            yield from ordered(f"It falls with batch size: {where}, {name}", part, "batch_size", -1)
+        everything = [row for row in rows if row.data == data]
+        yield from full_is_worst(f"Full whitening by DBN is disturbed most, {name}", everything)
+    within = [row.value for row in rows if row.norm in ("gn", "gw")]
+    if within:
+        verdict = HELD if max(within) == 0 else NOT_HELD
+        yield Finding("GN and GW avoid batch statistics: no disturbance", f"{max(within):.2g} at most", verdict)
+
+
+def ordered(claim: str, rows: list[Disturbance], varied: str, sign: int) -> Iterator[Finding]:
+    """Neighbours in one setting, all others equal, that the sign orders by more than twice their standard error."""
+    right = wrong = unclear = 0
+    fixed = "batch_size" if varied == "group_size" else "group_size"
+    lines: dict[tuple[int, int], list[Disturbance]] = {}
+    for row in rows:
+        lines.setdefault((getattr(row, fixed), row.seed), []).append(row)
+    for line in lines.values():
+        line.sort(key=lambda row: getattr(row, varied))
+        for one, other in pairwise(line):
+            step = sign * (other.value - one.value)
+            error = ERRORS * math.hypot(one.standard_error, other.standard_error)
+            right, wrong, unclear = right + (step > error), wrong + (step < -error), unclear + (abs(step) <= error)
+    total = right + wrong + unclear
+    if total:
+        verdict = HELD if not wrong and right > unclear else NOT_HELD if wrong > right else "held in part"
+        yield Finding(claim, f"{right} of {total} steps by a factor of 2 do, {wrong} don't, {unclear} unclear", verdict)
+
+
+def full_is_worst(claim: str, rows: list[Disturbance]) -> Iterator[Finding]:
+    """How often the largest value at a batch size is that of DBN with all features in one group."""
+    worst = []
+    for batch_size in sorted({row.batch_size for row in rows}):
+        alike = [row for row in rows if row.batch_size == batch_size]
+        top = max(alike, key=lambda row: row.value)
+        worst.append((batch_size, top.norm == "dbn" and top.group_size == top.dimension))
+    if worst:
+        sizes = ", ".join(str(batch_size) for batch_size, full in worst if full) or "none"
+        count = sum(full for _, full in worst)
+        verdict = HELD if count == len(worst) else NOT_HELD if not count else "held in part"
+        yield Finding(claim, f"at batch sizes {sizes} of {worst[0][0]} to {worst[-1][0]}", verdict)
+
+
+def of_conditioning(rows: list[conditioning.Conditioning]) -> Iterator[Finding]:
+    """How many times better conditioned the whitened networks are, over the measurements after the first step."""
+
+    def log_condition(name: str) -> Callable[[Any], float]:
+        return lambda row: -fmean(math.log(value) for value in getattr(row, name)[1:])
+
+    num_groups = rows[0].width // conditioning.GROUP_WIDTH
+    pairs = [(iter_norm(0), bn()), (dbn(0), bn()), (gw(num_groups), gn(num_groups))]
+    names = {
+        "outputs_partial": "normalized outputs",
+        "inputs_partial": "layer inputs",
+        "gauss_newton_partial": "curvature",
+    }
+    for whitening, other in pairs:
+        for name, what in names.items():
+            claim = f"{whitening.label} conditions {what} better than {other.label}"
+            yield from compared(claim, runs(rows, whitening), runs(rows, other), log_condition(name), times)
+
+
+def of_training(rows: list[Fit]) -> Iterator[Finding]:
+    """IterNorm against BN and DBN."""
+    batch_size, lr = training.BATCH_SIZE, scaled_lr(training.BATCH_SIZE)
+    usual = {"batch_size": batch_size, "lr": lr}
+
+    def loss(mean: float, error: float) -> str:
+        return f"training loss lower by {mean:.3f} ± {error:.3f}"
+
+    for other in (bn(), dbn(16)):
+        claim = f"IterNorm improves over {other.label}"
+        for size in training.BATCH_SIZES:
+            at = {"batch_size": size, "lr": scaled_lr(size)}
+            yield from compared(
+                f"{claim}, batch size {size}", runs(rows, iter_norm(), **at), runs(rows, other, **at), accuracy
+            )
+        high = usual | {"lr": scaled_lr(batch_size, training.HIGH_LR)}
+        mine, others = runs(rows, iter_norm(), **high), runs(rows, other, **high)
+        yield from compared(f"{claim}, learning rate x {training.HIGH_LR}", mine, others, accuracy)
+    for whitening in (iter_norm(), dbn(16)):
+        mine, others = runs(rows, whitening, **usual), runs(rows, bn(), **usual)
+        yield from compared(
+            f"{whitening.label} trains faster than BN", mine, others, lambda run: -train_loss(run), loss
+        )
+    grouped, full = runs(rows, dbn(16), **usual), runs(rows, dbn(0), **usual)
+    yield from compared("Group-wise whitening of DBN outperforms full whitening", grouped, full, accuracy)
+    small, large = (runs(rows, bn(), batch_size=m, lr=scaled_lr(m)) for m in (training.BATCH_SIZES[0], batch_size))
+    claim = f"BN's accuracy degenerates with small batches: {batch_size} against {training.BATCH_SIZES[0]}"
+    yield from compared(claim, large, small, accuracy)
+    mine, others = runs(rows, iter_norm(0), **usual), full
+
+    def speed(mean: float, error: float) -> str:
+        return f"{times(mean, error)}, as fast a step"
+
+    claim = "IterNorm is more efficient than DBN, full whitening"
+    yield from compared(claim, mine, others, lambda run: -math.log(run.ms_per_step), speed)
+
+
+def of_groups(rows: list[Fit]) -> Iterator[Finding]:
+    """GW against GN and BN by batch size, and on both sides of the feasible bound."""
+    number = groups.NUM_GROUPS
+    for size in (groups.BATCH_SIZES[0], groups.BATCH_SIZE, groups.BATCH_SIZES[-1]):
+        mine = runs(rows, gw(number), batch_size=size)
+        for other in (gn(number), bn()):
+            others = runs(rows, other, batch_size=size)
+            yield from compared(f"GW improves over {other.label}, batch size {size}", mine, others, accuracy)
+        others = runs(rows, gn(number), batch_size=size)
+        claim = f"Whitening trains faster than GN, batch size {size}: training accuracy"
+        yield from compared(claim, mine, others, train_accuracy)
+    small, usual = (runs(rows, bn(), batch_size=size) for size in (groups.BATCH_SIZES[0], groups.BATCH_SIZE))
+    claim = f"BN's accuracy degenerates with small batches: {groups.BATCH_SIZE} against {groups.BATCH_SIZES[0]}"
+    yield from compared(claim, usual, small, accuracy)
+    bound = most_groups("group_whitening", rows[0].width)
+    inside, outside = max(g for g in groups.GROUPS if g <= bound), groups.GROUPS[-1]
+    few, many = (runs(rows, gw(g), batch_size=groups.BATCH_SIZE) for g in (inside, outside))
+    claim = f"Too many groups (feasible: {bound}) cost capacity, GW with {inside} against {outside}: training accuracy"
+    yield from compared(claim, few, many, train_accuracy)
+
+
+def of_resnet(rows: list[Fit]) -> Iterator[Finding]:
+    """GW in every block against all BN."""
+    mine, others = ({row.seed: row for row in rows if row.norm == norm} for norm in ("gw", "bn"))
+    yield from compared("A residual network with GW in its blocks improves over BN's", mine, others, accuracy)
+
+
+FINDINGS: dict[str, Callable[[list[Any]], Iterator[Finding]]] = {
+    "disturbance": of_disturbance,
+    "conditioning": of_conditioning,
+    "training": of_training,
+    "groups": of_groups,
+    "resnet": of_resnet,
+}

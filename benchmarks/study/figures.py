@@ -1,0 +1,213 @@
+"""The pictures: one for each experiment."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from polywhiten.analysis import most_groups
+from study import groups, training
+from study.claims import accuracy, runs, train_accuracy, train_loss
+from study.conditioning import FISHER_FRACTION, FRACTION, Conditioning
+from study.disturbance import GAUSSIAN, PICTURES, Disturbance
+from study.fitting import Fit, scaled_lr
+from study.norms import Norm, bn, dbn, gn, gw, iter_norm
+
+# Okabe and Ito's colours, as in the demo's curves
+COLOURS = {"bn": "#0072B2", "gn": "#E69F00", "iternorm": "#D55E00", "gw": "#009E73", "dbn": "#CC79A7"}
+MARKERS = {"bn": "o", "gn": "s", "iternorm": "^", "gw": "D", "dbn": "v"}
+SHADES = ("-", "--", ":", "-.")
+
+
+def figure(title: str, columns: int, lines: int = 1) -> tuple[Figure, Any]:
+    found = Figure(figsize=(4.6 * columns, 0.6 + 3.6 * lines), layout="constrained")
+    found.suptitle(title)
+    return found, found.subplots(lines, columns, squeeze=False)
+
+
+def finish(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7)
+
+
+def look(norm: Norm, number: int = 0) -> dict[str, Any]:
+    return {"color": COLOURS[norm.norm], "marker": MARKERS[norm.norm], "markersize": 4, "linestyle": SHADES[number % 4]}
+
+
+def with_spread(axes: Axes, x: Iterable[float], values: list[np.ndarray], **style: Any) -> None:
+    """Mean of the seeds, and from the least to the largest; an array a seed, up to the shortest."""
+    if not values:
+        return
+    shortest = min(map(len, values))
+    x, stacked = np.array([*x])[:shortest], np.stack([value[:shortest] for value in values])
+    axes.plot(x, stacked.mean(0), **style)
+    axes.fill_between(x, stacked.min(0), stacked.max(0), color=style["color"], alpha=0.15, linewidth=0)
+
+
+def of_disturbance(rows: list[Disturbance]) -> Figure:
+    found, grid = figure("Stochastic normalization disturbance", 2, 2)
+    dimension = max(row.dimension for row in rows)
+    sizes = sorted({row.batch_size for row in rows})
+    for (by_batch, by_group), data in zip(grid, (GAUSSIAN, PICTURES), strict=True):
+        mine = [row for row in rows if row.data == data]
+        shown = [bn(), *(kind(d) for kind in (iter_norm, dbn) for d in sorted({16, 64, dimension}))]
+        for number, norm in enumerate(shown):
+            snd_line(
+                by_batch, [r for r in mine if same(r, norm)], "batch_size", norm.label, look(norm, (number + 2) % 3)
+            )
+        for number, size in enumerate(sizes[len(sizes) // 3 :: max(1, len(sizes) // 3)]):
+            for kind in ("iternorm", "dbn"):
+                line = [r for r in mine if r.norm == kind and r.batch_size == size]
+                name = f"{'DBN' if kind == 'dbn' else 'IterNorm'}, batch {size}"
+                snd_line(by_group, line, "group_size", name, look(line[0], number) if line else {})
+        finish(by_batch, f"{data}, {dimension} features", "batch size", "SND")
+        finish(by_group, f"{data}, {dimension} features", "group size", "SND")
+    return found
+
+
+def snd_line(axes: Axes, rows: list[Disturbance], x: str, label: str, style: dict[str, Any]) -> None:
+    """Mean over seeds, with the standard error over samples."""
+    numbers = sorted({getattr(row, x) for row in rows})
+    points = [[(row.value, row.standard_error) for row in rows if getattr(row, x) == number] for number in numbers]
+    if points:
+        means = np.array([np.mean(point, 0) for point in points])
+        axes.errorbar(numbers, means[:, 0], means[:, 1], label=label, **style)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+
+
+def same(row: Any, norm: Norm) -> bool:
+    return all(getattr(row, name) == value for name, value in vars(norm).items())
+
+
+def norms_of(rows: Iterable[Any]) -> list[Norm]:
+    return list(dict.fromkeys(Norm(**{name: getattr(row, name) for name in vars(bn())}) for row in rows))
+
+
+def of_conditioning(rows: list[Conditioning]) -> Figure:
+    found, grid = figure("A small perceptron on digits: condition numbers through training", 4)
+    panels = {
+        "outputs_partial": f"normalized outputs, {FRACTION:.0%} of the spectrum",
+        "inputs_partial": f"layer inputs, {FRACTION:.0%} of the spectrum",
+        "gauss_newton_partial": f"Gauss-Newton matrix, {FISHER_FRACTION:.0%} of the spectrum",
+        "losses": "training loss",
+    }
+    for axes, (name, title) in zip(grid[0], panels.items(), strict=True):
+        for norm in norms_of(rows):
+            mine = [row for row in rows if same(row, norm)]
+            values = [np.log10(getattr(row, name)) for row in mine]
+            logged = [value for value in values if np.isfinite(value).all()]
+            if logged:
+                x = mine[0].measured_at
+                style = look(norm)
+                axes.plot(x, 10 ** np.mean(logged, 0), label=norm.label, **style)
+                axes.fill_between(x, 10 ** np.min(logged, 0), 10 ** np.max(logged, 0), color=style["color"], alpha=0.15)
+        axes.set_xscale("symlog", linthresh=10)
+        axes.set_yscale("log")
+        finish(axes, title, "step", "loss" if name == "losses" else "condition number")
+    return found
+
+
+def curves(axes: Axes, rows: Sequence[Fit], shown: list[Norm], name: str, **settings: Any) -> None:
+    """Of every epoch."""
+    for number, norm in enumerate(shown):
+        mine = list(runs(rows, norm, **settings).values())
+        label = norm.label + (", diverged" if any(run.diverged for run in mine) else "")
+        values = [np.array(getattr(run, name)) * (1 if name == "train_losses" else 100) for run in mine]
+        epochs = range(1, 1 + max((len(value) for value in values), default=0))
+        alike = sum(other.norm == norm.norm for other in shown[:number])
+        with_spread(axes, epochs, values, label=label, **look(norm, alike))
+
+
+def ends(
+    axes: Axes, points: dict[float, dict[int, Fit]], value: Callable[[Fit], float], norm: Norm, label: str
+) -> None:
+    """After the last epoch, against a number; every seed, and their mean."""
+    points = {x: found for x, found in points.items() if found}
+    if points:
+        axes.plot(
+            [*points], [np.mean([*map(value, found.values())]) for found in points.values()], label=label, **look(norm)
+        )
+        for x, found in points.items():
+            axes.plot([x] * len(found), [*map(value, found.values())], ".", color=COLOURS[norm.norm], alpha=0.4)
+
+
+def of_training(rows: list[Fit]) -> Figure:
+    found, grid = figure(
+        f"VGG-style network on {rows[0].pictures} pictures of CIFAR-10: mean, and range over seeds", 4, 2
+    )
+    batch_size, high = training.BATCH_SIZE, training.HIGH_LR
+    lr, high_lr = scaled_lr(batch_size), scaled_lr(batch_size, high)
+    usual = {"batch_size": batch_size, "lr": lr}
+    main = [*training.COMPARED, dbn(0), iter_norm(0)]
+    for line, (name, value, y) in enumerate(
+        [("train_losses", train_loss, "training loss"), ("test_accuracies", accuracy, "test accuracy, %")]
+    ):
+        curve, iterations, sizes, batches = grid[line]
+        curves(curve, rows, main, name, **usual)
+        finish(curve, f"batch size {batch_size}", "epoch", y)
+        points = {t: runs(rows, iter_norm(iterations=t), **usual) for t in training.ITERATIONS}
+        ends(iterations, points, value, iter_norm(), "IterNorm, groups of 64")
+        finish(iterations, "Newton's iterations", "T", y)
+        largest = 4 * rows[0].width  # channels
+        points = {d or largest: runs(rows, iter_norm(d), **usual) for d in training.GROUP_SIZES}
+        ends(sizes, points, value, iter_norm(), "IterNorm, T = 5")
+        points = {d or largest: runs(rows, dbn(d), **usual) for d in (16, 0)}
+        ends(sizes, points, value, dbn(), "DBN")
+        sizes.set_xscale("log", base=2)
+        finish(sizes, "group size (the last: all channels)", "channels", y)
+        for norm in training.COMPARED:
+            points = {m: runs(rows, norm, batch_size=m, lr=scaled_lr(m)) for m in training.BATCH_SIZES}
+            ends(batches, points, value, norm, norm.label)
+        for norm in training.COMPARED:
+            found_high = runs(rows, norm, batch_size=batch_size, lr=high_lr)
+            values = [value(run) for run in found_high.values()]
+            axes_label = f"{norm.label}, lr x {high}"
+            batches.plot([batch_size] * len(values), values, "x", color=COLOURS[norm.norm], label=axes_label)
+        batches.set_xscale("log", base=2)
+        finish(batches, "batch size", "pictures", y)
+    return found
+
+
+def of_groups(rows: list[Fit]) -> Figure:
+    width = rows[0].width
+    found, grid = figure(f"Perceptron of width {width} on {rows[0].pictures} pictures of CIFAR-10", 2, 2)
+    for line, (value, y) in enumerate([(train_accuracy, "training accuracy"), (accuracy, "test accuracy")]):
+        by_batch, by_groups = grid[line]
+        for norm in (bn(), gn(groups.NUM_GROUPS), gw(groups.NUM_GROUPS)):
+            points = {m: runs(rows, norm, batch_size=m) for m in groups.BATCH_SIZES}
+            ends(by_batch, points, value, norm, norm.label)
+        by_batch.set_xscale("log", base=2)
+        finish(by_batch, "batch size", "pictures", f"{y}, %")
+        for kind, name, bound in ((gn, "GN", "group_norm"), (gw, "GW", "group_whitening")):
+            points = {g: runs(rows, kind(g), batch_size=groups.BATCH_SIZE) for g in groups.GROUPS}
+            ends(by_groups, points, value, kind(1), name)
+            most = most_groups(bound, width)
+            by_groups.axvline(most, color=COLOURS[kind(1).norm], linestyle=":", label=f"{name}: feasible up to {most}")
+        by_groups.set_xscale("log", base=2)
+        finish(by_groups, f"groups, batch size {groups.BATCH_SIZE}", "groups", f"{y}, %")
+    return found
+
+
+def of_resnet(rows: list[Fit]) -> Figure:
+    found, grid = figure(f"Residual network on {rows[0].pictures} pictures of CIFAR-10: mean, and range over seeds", 2)
+    for axes, (name, y) in zip(
+        grid[0], {"train_losses": "training loss", "test_accuracies": "test accuracy, %"}.items(), strict=True
+    ):
+        curves(axes, rows, norms_of(rows), name)
+        finish(axes, y, "epoch", y)
+    return found
+
+
+FIGURES: dict[str, Callable[[list[Any]], Figure]] = {
+    "disturbance": of_disturbance,
+    "conditioning": of_conditioning,
+    "training": of_training,
+    "groups": of_groups,
+    "resnet": of_resnet,
+}

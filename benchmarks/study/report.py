@@ -1,0 +1,127 @@
+"""The page: claims beside what was measured, tables of all runs, wall times, and the pictures."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from marked import inserted
+
+from study.claims import FINDINGS, accuracy, train_accuracy, train_loss
+from study.conditioning import Conditioning
+from study.disturbance import Disturbance
+from study.figures import FIGURES, norms_of, same
+from study.fitting import Fit, scaled_lr
+from study.runs import Experiment, rows_of
+
+
+def write(experiments: Sequence[Experiment], sizes: Sequence[str], folder: Path, page: Path) -> Iterator[Path]:
+    """Draw EXPERIMENT-SIZE.png of every file of results, and write the page's tables; yields what is written.
+
+    Only rows that the plan has are used: those of other settings may lie in the files too.
+    """
+    claims = ["| claim | measured | | size | figure |", "| --- | --- | --- | --- | --- |"]
+    times = ["| experiment | size | runs | diverged | wall time | on |", "| --- | --- | --- | --- | --- | --- |"]
+    blocks = {}
+    for experiment in experiments:
+        parts = []
+        for size in sizes:
+            path = experiment.path(folder, size)
+            rows = planned(experiment, size, rows_of(experiment, path))
+            if not rows:
+                continue
+            picture = path.with_suffix(".png")
+            FIGURES[experiment.name](rows).savefig(picture, dpi=110)
+            yield picture
+            link = Path(os.path.relpath(picture, page.parent)).as_posix()
+            parts.append(f"![{experiment.title}]({link})\n\n{table(rows)}")
+            for found in FINDINGS[experiment.name](rows):
+                where = f"[{picture.name}]({link})"
+                claims.append(f"| {found.claim} | {found.measured} | {found.verdict} | {size} | {where} |")
+            times += wall_times(experiment, size, rows)
+        blocks[experiment.name] = "\n\n".join(parts)
+    text = page.read_text(encoding="utf-8")
+    for name, block in (blocks | {"claims": "\n".join(claims), "times": "\n".join(times)}).items():
+        text = inserted(text, name, block)
+    page.write_text(text, encoding="utf-8")
+    yield page
+
+
+def planned(experiment: Experiment, size: str, rows: list[Any]) -> list[Any]:
+    """The latest row of each of the plan's settings, in its order."""
+    found = {experiment.settings_of(row): row for row in rows}
+    seeds = 1 + max((row.seed for row in rows), default=-1)
+    return [found[settings] for settings in experiment.plan(size, seeds) if settings in found]
+
+
+def wall_times(experiment: Experiment, size: str, rows: list[Any]) -> Iterator[str]:
+    """A line a machine."""
+    for about in dict.fromkeys(row.about for row in rows):
+        mine = [row for row in rows if row.about == about]
+        diverged = sum(isinstance(row, Fit) and row.diverged for row in mine)
+        minutes = sum(row.seconds for row in mine) / 60
+        yield f"| {experiment.name} | {size} | {len(mine)} | {diverged} | {minutes:.1f} min | {about} |"
+
+
+def table(rows: list[Any]) -> str:
+    """A line a norm and setting."""
+    tables = {Disturbance: disturbance_table, Conditioning: conditioning_table, Fit: fit_table}
+    return "\n".join(tables[type(rows[0])](rows))
+
+
+def disturbance_table(rows: list[Disturbance]) -> Iterator[str]:
+    sizes = sorted({row.batch_size for row in rows})[::2]
+    yield "SND by batch size, of the first seed, with its standard error over the samples."
+    yield ""
+    yield f"| data | | {' | '.join(map(str, sizes))} |"
+    yield "| --- " * (2 + len(sizes)) + "|"
+    for data in dict.fromkeys(row.data for row in rows):
+        for norm in norms_of(rows):
+            mine = {r.batch_size: r for r in reversed(rows) if r.data == data and same(r, norm)}
+            cells = (f"{mine[m].value:.4f} ± {mine[m].standard_error:.4f}" if m in mine else "" for m in sizes)
+            yield f"| {data} | {norm.label} | {' | '.join(cells)} |"
+
+
+def conditioning_table(rows: list[Conditioning]) -> Iterator[str]:
+    columns = {
+        "outputs_full": "normalized outputs, all",
+        "outputs_partial": "80 %",
+        "inputs_full": "layer inputs, all",
+        "inputs_partial": "80 %",
+        "gauss_newton_partial": "Gauss-Newton, 50 %",
+        "losses": "loss",
+    }
+    last = rows[0].measured_at[-1]
+    yield f"Condition numbers after {last} steps, geometric means over {len({row.seed for row in rows})} seeds."
+    yield ""
+    yield f"| | {' | '.join(columns.values())} |"
+    yield "| --- " * (1 + len(columns)) + "|"
+    for norm in norms_of(rows):
+        mine = [row for row in rows if same(row, norm)]
+        values = (np.exp(np.mean([np.log(getattr(row, name)[-1]) for row in mine])) for name in columns)
+        yield f"| {norm.label} | {' | '.join(f'{value:.3g}' for value in values)} |"
+
+
+def fit_table(rows: list[Fit]) -> Iterator[str]:
+    yield "After the last epoch: mean and standard deviation over the seeds."
+    yield ""
+    yield "| | batch | learning rate | seeds | training loss | training accuracy | test accuracy | ms a step |"
+    yield "| --- " * 8 + "|"
+    cases = dict.fromkeys((norm, row.batch_size, row.lr) for row in rows for norm in norms_of([row]))
+    for norm, batch_size, lr in cases:
+        mine = [row for row in rows if same(row, norm) and (row.batch_size, row.lr) == (batch_size, lr)]
+        diverged = sum(row.diverged for row in mine)
+        seeds = f"{len(mine)}" + (f", {diverged} diverged" if diverged else "")
+        values = [
+            spread([value(row) for row in mine], f)
+            for value, f in ((train_loss, ".3f"), (train_accuracy, ".1f"), (accuracy, ".1f"))
+        ]
+        factor = lr / scaled_lr(batch_size)
+        rate = f"{lr:g}" + (f" (x {factor:g})" if factor > 1 else "")
+        ms = np.median([row.ms_per_step for row in mine])
+        yield f"| {norm.label} | {batch_size} | {rate} | {seeds} | {' | '.join(values)} | {ms:.3g} |"
+
+
+def spread(values: list[float], form: str) -> str:
+    return f"{np.mean(values):{form}}" + (f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else "")
