@@ -102,6 +102,20 @@ def test_function_transforms(method):
         torch.testing.assert_close(torch.func.jacrev(gradient)(xs[0]), hessian)
 
 
+@each_method
+def test_gradients_in_batches(method):
+    """`is_grads_batched` has an older `vmap`, with fewer rules."""
+    x = torch.randn(5, 6, 4, dtype=torch.float64, requires_grad=True)
+    for y in (
+        pw.iter_norm(x, group_size=3, method=method),
+        pw.group_whiten(x, num_groups=3, method=method),
+    ):
+        directions = torch.randn(2, *y.shape, dtype=y.dtype)
+        one_by_one = [torch.autograd.grad(y, x, direction, retain_graph=True)[0] for direction in directions]
+        (found,) = torch.autograd.grad(y, x, directions, is_grads_batched=True)
+        torch.testing.assert_close(found, torch.stack(one_by_one))
+
+
 @each_layer
 @in_both_modes
 @pytest.mark.filterwarnings("error::UserWarning")

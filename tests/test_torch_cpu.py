@@ -10,7 +10,7 @@ from polywhiten.blocks import SampleGroups  # noqa: E402
 from polywhiten.kernels import Kernels, Term  # noqa: E402
 from polywhiten.solvers import solver_for  # noqa: E402
 from polywhiten.torch.cpu import kernels as cpu  # noqa: E402
-from polywhiten.torch.cpu import pieces  # noqa: E402
+from polywhiten.torch.cpu import pieces, sample_groups  # noqa: E402
 from polywhiten.whitening import NO_STATISTICS, Plan, backward, forward  # noqa: E402
 
 EXACT = Kernels(xp)
@@ -22,6 +22,11 @@ SHAPES = [(48, 1, 8, 1), (50, 3, 4, 1), (7, 3, 4, 5), (7, 2, 4, 9), (9, 1, 3, 20
 def _small_pieces(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(pieces, "_BYTES", 1000)
+    monkeypatch.setattr(sample_groups, "_SMALLEST", 2)
+    monkeypatch.setattr(sample_groups, "_LARGEST", 4)
+    sample_groups._largest_tile.cache_clear()
+    yield
+    sample_groups._largest_tile.cache_clear()
 
 
 @pytest.fixture
@@ -75,13 +80,17 @@ def test_channel_groups(kernels, shape, dtype, threads):
     close(found[4:], expected[4:], dtype)
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((7, 6, 5, 4), 1), ((7, 5, 4, 6), 3), ((5, 3, 6, 4), 2)], ids=str)
+# tiles of parts of a channel, of one, and of two; of positions, and of a sample where no size fits
+GROUPED = [((7, 6, 5, 4), 1), ((5, 6, 2, 2), 1), ((5, 12, 2), 1), ((7, 5, 4, 6), 3), ((5, 3, 6, 4), 2)]
+
+
+@pytest.mark.parametrize(("shape", "axis"), GROUPED, ids=str)
 @pytest.mark.parametrize("given", ["weight and bias", "weight", "bias", "neither"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_group_whitening(kernels, shape, axis, given, dtype):
     x, dy = torch.randn(2, *shape).to(dtype)
-    weight = torch.rand(6, dtype=dtype) + 0.5 if "weight" in given else None
-    bias = torch.randn(6, dtype=dtype) if "bias" in given else None
+    weight = torch.rand(shape[axis], dtype=dtype) + 0.5 if "weight" in given else None
+    bias = torch.randn(shape[axis], dtype=dtype) if "bias" in given else None
     plan = Plan(SampleGroups(axis, 3), solver_for("newton", None), 1e-5)
     y, stats = kernels.whiten(plan, x, weight, bias)
     found = y, *kernels.whiten_adjoint(plan, x, weight, bias, stats, dy, NO_STATISTICS)

@@ -5,6 +5,17 @@ from array_api_compat.torch import *  # noqa: F403  # the namespace is all of it
 from torch import Tensor
 
 
+def identity_like(matrices: Tensor) -> Tensor:
+    """The identity for matrices (..., d, d), in one call."""
+    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    return identity[(None,) * (matrices.ndim - 2)]
+
+
+def matrix_transpose(x: Tensor) -> Tensor:
+    """X' of matrices (..., m, n); `swapaxes`, as the namespace has it, has no rule for gradients in batches."""
+    return x.mT
+
+
 def multiply_add(beta: float, c: Tensor, alpha: float, a: Tensor, b: Tensor) -> Tensor:
     """Beta c + alpha a b of matrices (..., d, d), in one call."""
     if a.ndim == 3:

@@ -1,5 +1,6 @@
 """The study's command line: a command an experiment, and one for the report."""
 
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import click
 import torch
 from rich.console import Console
 
+from polywhiten.analysis import InfeasibleWarning
 from polywhiten.demo.data import DataError
 from study import conditioning, disturbance, groups, resnet, training
 from study.pictures import Source
@@ -17,6 +19,12 @@ HERE = Path(__file__).parent
 EXPERIMENTS = [module.EXPERIMENT for module in (disturbance, conditioning, training, groups, resnet)]
 SEEDS = {"disturbance": 1}  # it has its own standard error
 SIZES = ("tiny", "small", "large")
+PICTURES = click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    required=True,
+    help="CIFAR-10 as a .npz file; README.md says of what.",
+)
 
 
 @click.group()
@@ -28,13 +36,7 @@ def add_command(experiment: Experiment) -> None:
     """A command that makes the runs which its file lacks."""
 
     @main.command(experiment.name, help=f"{experiment.title} Writes results/{experiment.name}-SIZE.csv.")
-    @click.option(
-        "--data",
-        type=click.Path(path_type=Path, exists=True, dir_okay=False),
-        required=experiment.needs_pictures,
-        hidden=not experiment.needs_pictures,
-        help="CIFAR-10 as a .npz file; README.md says of what.",
-    )
+    @(PICTURES if experiment.needs_pictures else lambda command: command)
     @click.option("--size", type=click.Choice(SIZES), default="small", show_default=True, help="small: for two cores.")
     @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
     @click.option("--seeds", type=click.IntRange(min=1), default=SEEDS.get(experiment.name, 3), show_default=True)
@@ -45,13 +47,14 @@ def add_command(experiment: Experiment) -> None:
         default=HERE / "results",
         help="Folder of the CSV files.  [default: results, beside this script]",
     )
-    def command(data: Path | None, size: str, device: str, seeds: int, threads: int | None, out: Path) -> None:
+    def command(size: str, device: str, seeds: int, threads: int | None, out: Path, data: Path | None = None) -> None:
         if size == "tiny" and out == HERE / "results":
             raise click.UsageError("--size tiny is a trial, and no result: say by --out where to")
         if device == "cuda" and not torch.cuda.is_available():
             raise click.UsageError("--device cuda: PyTorch finds no such device")
         if threads:
             torch.set_num_threads(threads)
+        warnings.simplefilter("ignore", InfeasibleWarning)  # what infeasible numbers of groups do is measured too
         console, path = Console(), experiment.path(out, size)
         perform = partial(experiment.perform, source=Source(data, device), device=device)
         wanted = experiment.plan(size, seeds)

@@ -12,7 +12,10 @@ def symmetric_part(xp: Namespace, m: Array) -> Array:
 
 
 def identity_like(xp: Namespace, matrices: Array) -> Array:
-    """The identity, to broadcast with matrices (..., d, d)."""
+    """The identity, to broadcast with matrices (..., d, d), and of as many dimensions."""
+    own = getattr(xp, "identity_like", None)
+    if own is not None:
+        return own(matrices)
     one = matrices[(*(slice(0, 0 if n == 0 else 1) for n in matrices.shape[:-2]), ...)]
     # not xp.eye: the device of an array that is being traced can be asked for in no way that all libraries share
     return xp.tril(xp.triu(xp.ones_like(one)))
