@@ -18,6 +18,8 @@ from polywhiten.whitening import Plan, Statistics, backward, forward
 
 _ACCELERATOR = getattr(torch.accelerator.current_accelerator(), "type", "cpu")
 
+_OLD_VMAP = torch._C._parse_dispatch_key("VmapMode")  # that of `torch.autograd.grad(is_grads_batched=True)`
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -108,13 +110,13 @@ class TorchKernels(Kernels):
         wide = self.is_wide(terms[0].array)
 
         def for_every_product(matrix: Tensor) -> Tensor:
-            return matrix.unsqueeze(1 - block_axis).expand(*shape[:2], -1, -1).flatten(0, 1)
+            return matrix.unsqueeze(1 - block_axis).expand(*shape[:2], -1, -1).reshape(-1, *matrix.shape[-2:])
 
         result = for_every_product(offset) if wide else offset.mT
         for matrix, array, _ in terms:
             x = self.for_statistics(array)
             if wide:
-                result = torch.baddbmm(result, for_every_product(matrix), x.flatten(0, 1))
+                result = torch.baddbmm(result, for_every_product(matrix), x.reshape(-1, *shape[2:]))
             else:
                 result = torch.baddbmm(result, self._rows(x, block_axis), matrix.mT)
         result = result.reshape(shape) if wide else self._from_rows(result, shape, block_axis)
@@ -197,4 +199,9 @@ def is_unobserved(tensors: Sequence[Tensor]) -> bool:
 def _have_memory(tensors: Sequence[Tensor]) -> bool:
     """Not those of subclasses, nor those that a tracer follows: a kernel's launch is nothing that it would see."""
     plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
-    return plain and torch._C._get_tracing_state() is None and not torch._C._len_torch_dispatch_stack()
+    return (
+        plain
+        and torch._C._get_tracing_state() is None
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._dispatch_tls_is_dispatch_key_included(_OLD_VMAP)
+    )
