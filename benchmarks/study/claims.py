@@ -70,9 +70,12 @@ def compared(
     differences = [value(better[seed]) - value(worse[seed]) for seed in better.keys() & worse.keys()]
     if len(differences) < 2:
         return
+    if not all(map(math.isfinite, differences)):
+        yield Finding(claim, "infinite condition numbers", UNCLEAR)
+        return
     mean, error = float(np.mean(differences)), float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
     verdict = HELD if mean > ERRORS * error else NOT_HELD if mean < -ERRORS * error else UNCLEAR
-    yield Finding(claim, text(mean, error) if math.isfinite(mean) else "infinite condition numbers", verdict)
+    yield Finding(claim, text(mean, error), verdict)
 
 
 def of_disturbance(rows: list[Disturbance]) -> Iterator[Finding]:

@@ -32,7 +32,7 @@ def finish(axes: Axes, title: str, x: str, y: str) -> None:
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
 
 
 def look(norm: Norm, number: int = 0) -> dict[str, Any]:
