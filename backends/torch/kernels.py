@@ -18,7 +18,7 @@ from polywhiten.whitening import Plan, Statistics, backward, forward
 
 _ACCELERATOR = getattr(torch.accelerator.current_accelerator(), "type", "cpu")
 
-_OLD_VMAP = torch._C._parse_dispatch_key("VmapMode")  # that of `torch.autograd.grad(is_grads_batched=True)`
+_OLD_VMAP: Any = torch._C._parse_dispatch_key("VmapMode")  # that of `torch.autograd.grad(is_grads_batched=True)`
 
 P = ParamSpec("P")
 R = TypeVar("R")

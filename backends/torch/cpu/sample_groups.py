@@ -109,9 +109,10 @@ class WholeGroupWhitening:
 
     def _tiles(self, array: Tensor, part: slice) -> Tensor:
         """A piece as (n, tiles, g, columns); where q isn't 1, as (n, tiles, g, positions, r)."""
+        piece = array[part]
         if self._q == 1:
-            return array[part].unflatten(3, (-1, self._columns)).squeeze(1).transpose(1, 2)
-        return array[part].unflatten(1, (-1, self._columns // self._r)).transpose(2, 3)
+            return piece.view(len(piece), self._g, -1, self._columns).transpose(1, 2)
+        return piece.view(len(piece), -1, self._columns // self._r, self._g, self._r).transpose(2, 3)
 
     def _read(self, array: Tensor, part: slice, name: str) -> Tensor:
         """A piece: not to be written to, and perhaps not dense, or in the workspace of that name."""
@@ -167,7 +168,7 @@ class WholeGroupWhitening:
             return tiles.sum((0, 1)).view(self._g, -1, self._r // self._l, self._l).sum((1, 3)).flatten()
         sums = tiles.sum(0) if self._l == 1 else self._by_channel(tiles).sum(4).sum(0)  # (tiles, g, channels)
         repeated = self._tile_channels * self._l // self._columns
-        return sums.unflatten(0, (-1, repeated)).sum(1).transpose(0, 1).flatten()
+        return sums.reshape(-1, repeated, *sums.shape[1:]).sum(1).transpose(0, 1).flatten()
 
 
 @lru_cache
@@ -179,7 +180,7 @@ def _largest_tile(count: int, size: int) -> int:
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
     """A B' of every tile."""
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1).mT).unflatten(0, a.shape[:2])
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1).mT).view(*a.shape[:3], -1)
 
 
 def _every(matrices: Tensor, tiles: Tensor) -> Tensor:
