@@ -172,9 +172,13 @@ def of_training(rows: list[Fit]) -> Iterator[Finding]:
         )
     grouped, full = runs(rows, dbn(16), **usual), runs(rows, dbn(0), **usual)
     yield from compared("Group-wise whitening of DBN outperforms full whitening", grouped, full, accuracy)
-    small, large = (runs(rows, bn(), batch_size=m, lr=scaled_lr(m)) for m in (training.BATCH_SIZES[0], batch_size))
-    claim = f"BN's accuracy degenerates with small batches: {batch_size} against {training.BATCH_SIZES[0]}"
-    yield from compared(claim, large, small, accuracy)
+    for norm, claim in ((bn(), "BN's accuracy degenerates with small batches"), (dbn(16), "DBN needs large batches")):
+        small, large = (runs(rows, norm, batch_size=m, lr=scaled_lr(m)) for m in (training.BATCH_SIZES[0], batch_size))
+        yield from compared(f"{claim}: {batch_size} against {training.BATCH_SIZES[0]}", large, small, accuracy)
+    few, most = (runs(rows, iter_norm(iterations=t), **usual) for t in (5, training.ITERATIONS[-1]))
+    claim = "IterNorm trades optimization for generalization: T = 5 against 9"
+    yield from compared(f"{claim}, training loss of 9", most, few, lambda run: -train_loss(run), loss)
+    yield from compared(f"{claim}, accuracy of 5", few, most, accuracy)
     mine, others = runs(rows, iter_norm(0), **usual), full
 
     def speed(mean: float, error: float) -> str:
