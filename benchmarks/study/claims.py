@@ -45,6 +45,10 @@ def train_loss(run: Fit) -> float:
     return -math.log(CHANCE) if run.diverged else run.train_losses[-1]
 
 
+def lower(mean: float, error: float) -> str:
+    return f"training loss lower by {mean:.3f} ± {error:.3f}"
+
+
 def times(mean: float, error: float) -> str:
     """Of the difference of two logarithms."""
     return f"{math.exp(mean):.3g} times, from {math.exp(mean - error):.3g} to {math.exp(mean + error):.3g}"
@@ -81,12 +85,14 @@ def compared(
 def of_disturbance(rows: list[Disturbance]) -> Iterator[Finding]:
     """SND's order over batch and group sizes, and that of norms within a sample."""
     for data, name in ((GAUSSIAN, "Gaussian data"), (PICTURES, "pictures")):
-        found = [row for row in rows if row.data == data and row.norm == "iternorm"]
-        enough = [row for row in found if row.batch_size >= 2 * row.group_size]
-        fewer = [row for row in found if row.batch_size <= 2 * row.group_size]
-        for part, where in ((enough, "batches of twice the group size and more"), (fewer, "smaller batches")):
-            yield from ordered(f"IterNorm's disturbance grows with group size: {where}, {name}", part, "group_size", 1)
-            yield from ordered(f"It falls with batch size: {where}, {name}", part, "batch_size", -1)
+        for whitening, label in (("iternorm", "IterNorm"), ("dbn", "DBN")):
+            found = [row for row in rows if row.data == data and row.norm == whitening]
+            enough = [row for row in found if row.batch_size >= 2 * row.group_size]
+            fewer = [row for row in found if row.batch_size <= 2 * row.group_size]
+            for part, where in ((enough, "batches of twice the group size and more"), (fewer, "smaller batches")):
+                claim = f"{label}'s disturbance grows with group size: {where}, {name}"
+                yield from ordered(claim, part, "group_size", 1)
+                yield from ordered(f"It falls with batch size: {where}, {name}", part, "batch_size", -1)
         everything = [row for row in rows if row.data == data]
         yield from full_is_worst(f"Full whitening by DBN is disturbed most, {name}", everything)
     within = [row.value for row in rows if row.norm in ("gn", "gw")]
@@ -151,10 +157,6 @@ def of_training(rows: list[Fit]) -> Iterator[Finding]:
     """IterNorm against BN and DBN."""
     batch_size, lr = training.BATCH_SIZE, scaled_lr(training.BATCH_SIZE)
     usual = {"batch_size": batch_size, "lr": lr}
-
-    def loss(mean: float, error: float) -> str:
-        return f"training loss lower by {mean:.3f} ± {error:.3f}"
-
     for other in (bn(), dbn(16)):
         claim = f"IterNorm improves over {other.label}"
         for size in training.BATCH_SIZES:
@@ -168,7 +170,7 @@ def of_training(rows: list[Fit]) -> Iterator[Finding]:
     for whitening in (iter_norm(), dbn(16)):
         mine, others = runs(rows, whitening, **usual), runs(rows, bn(), **usual)
         yield from compared(
-            f"{whitening.label} trains faster than BN", mine, others, lambda run: -train_loss(run), loss
+            f"{whitening.label} trains faster than BN", mine, others, lambda run: -train_loss(run), lower
         )
     grouped, full = runs(rows, dbn(16), **usual), runs(rows, dbn(0), **usual)
     yield from compared("Group-wise whitening of DBN outperforms full whitening", grouped, full, accuracy)
@@ -177,7 +179,7 @@ def of_training(rows: list[Fit]) -> Iterator[Finding]:
         yield from compared(f"{claim}: {batch_size} against {training.BATCH_SIZES[0]}", large, small, accuracy)
     few, most = (runs(rows, iter_norm(iterations=t), **usual) for t in (5, training.ITERATIONS[-1]))
     claim = "IterNorm trades optimization for generalization: T = 5 against 9"
-    yield from compared(f"{claim}, training loss of 9", most, few, lambda run: -train_loss(run), loss)
+    yield from compared(f"{claim}, training loss of 9", most, few, lambda run: -train_loss(run), lower)
     yield from compared(f"{claim}, accuracy of 5", few, most, accuracy)
     mine, others = runs(rows, iter_norm(0), **usual), full
 
@@ -213,6 +215,7 @@ def of_resnet(rows: list[Fit]) -> Iterator[Finding]:
     """GW in every block against all BN."""
     mine, others = ({row.seed: row for row in rows if row.norm == norm} for norm in ("gw", "bn"))
     yield from compared("A residual network with GW in its blocks improves over BN's", mine, others, accuracy)
+    yield from compared("It trains faster", mine, others, lambda run: -train_loss(run), lower)
 
 
 FINDINGS: dict[str, Callable[[list[Any]], Iterator[Finding]]] = {
