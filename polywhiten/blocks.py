@@ -49,5 +49,10 @@ def channel_shape(ndim: int, axis: int) -> tuple[int, ...]:
     return tuple(-1 if i == axis else 1 for i in range(ndim))
 
 
+def divisors(number: int) -> list[int]:
+    """In how many equal groups so many channels can be cut, the smallest number first."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 def _around(shape: Shape, axis: int) -> tuple[Shape, int, Shape]:
     return shape[:axis], shape[axis], shape[axis + 1 :]

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any, TypeVar
 
 from polywhiten._types import Array, Namespace, Shape
+from polywhiten.blocks import divisors
 
 Layer = TypeVar("Layer")
 
@@ -76,8 +77,8 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
 def check_num_groups(num_groups: int, channels: int, name: str = "num_groups") -> int:
     num_groups = check_integer(name, num_groups)
     if num_groups < 1 or channels % num_groups:
-        divisors = ", ".join(str(g) for g in range(1, channels + 1) if channels % g == 0)
-        raise ValueError(f"{name}={num_groups} doesn't divide {channels} channels: use one of {divisors}")
+        fitting = ", ".join(map(str, divisors(channels)))
+        raise ValueError(f"{name}={num_groups} doesn't divide {channels} channels: use one of {fitting}")
     return num_groups
 
 

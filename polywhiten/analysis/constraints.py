@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
+from polywhiten.blocks import divisors
 from polywhiten.checks import check_choice, check_positive
 
 OVER_BATCHES = ("batch_norm", "batch_whitening")
@@ -233,11 +234,6 @@ def most_groups(kind: str, num_features: int) -> int:
     if d < 2:
         raise ValueError("num_features=1 has no variance within a sample: at least 2 are needed")
     return d // 2 if kind == "group_norm" else (math.isqrt(8 * d + 9) - 3) // 2
-
-
-def divisors(number: int) -> list[int]:
-    """Of a number of channels, the smallest first."""
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 @lru_cache  # layers ask in every step

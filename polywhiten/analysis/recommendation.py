@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from polywhiten.analysis.constraints import constraint_number, divisors, largest_group_size, most_groups
+from polywhiten.analysis.constraints import constraint_number, largest_group_size, most_groups
+from polywhiten.blocks import divisors
 from polywhiten.checks import check_choice, check_integer, check_positive
 
 SINGLE = {"group_size": "batch", "num_groups": "layer"}  # what 1 makes of whitening

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from polywhiten.blocks import SampleGroups
+from polywhiten.blocks import SampleGroups, divisors
 from polywhiten.kernels import Term, outer_square
 from polywhiten.torch.cpu.pieces import pieces, workspace
 from polywhiten.torch.kernels import TorchKernels, folded
@@ -174,8 +174,7 @@ class WholeGroupWhitening:
 @lru_cache
 def _largest_tile(count: int, size: int) -> int:
     """How many of `count` parts of so many columns make a tile; all, where no divisor gives a good one."""
-    divisors = (n for n in range(1, count + 1) if count % n == 0)
-    return max((n for n in divisors if _SMALLEST <= n * size <= _LARGEST), default=count)
+    return max((n for n in divisors(count) if _SMALLEST <= n * size <= _LARGEST), default=count)
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
