@@ -143,9 +143,10 @@ class _ChannelsFirst:
     @classmethod
     def of(cls, kernels: Kernels, plan: Plan, x: Array) -> _ChannelsFirst | None:
         """None where that is no gain."""
-        blocks, shape = plan.blocks, kernels.shape(x)
+        blocks = plan.blocks
         if kernels.reads_any_order or not isinstance(blocks, SampleGroups) or blocks.axis == 1:
             return None
+        shape = kernels.shape(x)  # an operation in TensorFlow's graphs
         if blocks.split(shape)[3] == 1:  # rows of variables: matrices as they are
             return None
         axes = (0, blocks.axis, *(i for i in range(1, x.ndim) if i != blocks.axis))
