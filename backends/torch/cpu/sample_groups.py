@@ -47,7 +47,8 @@ class WholeGroupWhitening:
             self._columns = _largest_tile(self._l, 1)
         else:
             self._columns = _largest_tile(channels, self._l) * self._l
-        self._tile_channels = max(self._columns // self._l, 1)  # where q is 1
+        self._tile_channels = max(self._columns // self._l, 1)  # where q is 1, as the next
+        self._channel_tiles = max(self._l // self._columns, 1)
 
     def forward(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
         """Y as (N, q, g, r), and the statistics."""
@@ -156,8 +157,7 @@ class WholeGroupWhitening:
             return None
         values = values.to(self._dtype)
         if self._q == 1:
-            repeated = self._tile_channels * self._l // self._columns  # tiles of one channel
-            values = values.reshape(self._g, -1, 1, self._tile_channels).expand(-1, -1, repeated, -1)
+            values = values.reshape(self._g, -1, 1, self._tile_channels).expand(-1, -1, self._channel_tiles, -1)
             return values.reshape(self._g, -1, self._tile_channels, 1).transpose(0, 1)
         values = values.reshape(self._g, 1, -1, 1).expand(-1, self._columns // self._r, -1, self._l)
         return values.reshape(self._g, -1)  # a long inner loop
@@ -167,8 +167,7 @@ class WholeGroupWhitening:
         if self._q > 1:
             return tiles.sum((0, 1)).view(self._g, -1, self._r // self._l, self._l).sum((1, 3)).flatten()
         sums = tiles.sum(0) if self._l == 1 else self._by_channel(tiles).sum(4).sum(0)  # (tiles, g, channels)
-        repeated = self._tile_channels * self._l // self._columns
-        return sums.reshape(-1, repeated, *sums.shape[1:]).sum(1).transpose(0, 1).flatten()
+        return sums.reshape(-1, self._channel_tiles, *sums.shape[1:]).sum(1).transpose(0, 1).flatten()
 
 
 @lru_cache
