@@ -9,7 +9,7 @@ import numpy as np
 from marked import inserted
 
 from study.claims import FINDINGS, accuracy, train_accuracy, train_loss
-from study.conditioning import Conditioning
+from study.conditioning import FISHER_FRACTION, FRACTION, Conditioning
 from study.disturbance import Disturbance
 from study.figures import FIGURES, norms_of, same
 from study.fitting import Fit, scaled_lr
@@ -84,12 +84,13 @@ def disturbance_table(rows: list[Disturbance]) -> Iterator[str]:
 
 
 def conditioning_table(rows: list[Conditioning]) -> Iterator[str]:
+    part = f"{100 * FRACTION:.0f} %"
     columns = {
         "outputs_full": "normalized outputs, all",
-        "outputs_partial": "80 %",
+        "outputs_partial": part,
         "inputs_full": "layer inputs, all",
-        "inputs_partial": "80 %",
-        "gauss_newton_partial": "Gauss-Newton, 50 %",
+        "inputs_partial": part,
+        "gauss_newton_partial": f"Gauss-Newton, {100 * FISHER_FRACTION:.0f} %",
         "losses": "loss",
     }
     last = rows[0].measured_at[-1]
