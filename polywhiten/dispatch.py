@@ -6,10 +6,12 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from array_api_compat import array_namespace
 
-from polywhiten._types import Array
+from polywhiten._types import Array, Namespace
+from polywhiten.compiled import is_available
 from polywhiten.kernels import Kernels
 from polywhiten.whitening import Plan, Statistics, forward
 
@@ -59,11 +61,21 @@ def backend_of(x: Array, name: str = "x") -> Backend:
         backend: Backend = sys.modules[module].BACKEND
         return backend
     try:
-        return Backend(Kernels(array_namespace(x)))
+        return Backend(_kernels(array_namespace(x)))
     except TypeError:
         raise TypeError(
             f"{name} is a {type(x).__module__}.{type(x).__qualname__}: pass an array, for example numpy.asarray({name})"
         ) from None
+
+
+@cache
+def _kernels(xp: Namespace) -> Kernels:
+    """Compiled ones for NumPy, where that is possible; the array API's for all others."""
+    if xp.__name__.rpartition(".")[2] != "numpy" or not is_available():
+        return Kernels(xp)
+    from polywhiten.compiled.kernels import NumPyKernels
+
+    return NumPyKernels(xp)
 
 
 def framework_module(cls: type) -> str | None:

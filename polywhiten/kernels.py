@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from polywhiten._types import Array, Namespace, Shape
 from polywhiten.blocks import Blocks
 from polywhiten.solvers import Solver
 from polywhiten.solvers.iteration import identity_like
+
+if TYPE_CHECKING:
+    from polywhiten.whitening import Plan, Whole
 
 
 class Term(NamedTuple):
@@ -71,6 +74,10 @@ class Kernels:
         dy = self.for_statistics(dy)
         centred = self.for_statistics(x) - _along(mean, block_axis)
         return self.xp.sum(dy, axis=(1 - block_axis, 3)), self._products(dy, centred, block_axis)
+
+    def whole(self, plan: Plan, x: Array, *others: Array | None) -> Whole | None:
+        """What does all of forward and backward, where there is that."""
+        return None
 
     def for_statistics(self, x: Array) -> Array:
         """X in the dtype that statistics are computed in."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from polywhiten._types import AllReduce, Array, Shape
 from polywhiten.blocks import Blocks, ChannelGroups, SampleGroups, channel_shape
@@ -33,6 +33,18 @@ class Statistics(NamedTuple):
 NO_STATISTICS = Statistics(None, None, None)
 
 
+class Whole(Protocol):
+    """Forward and backward of an array, split into blocks, with weight and bias on the way."""
+
+    def forward(self, weight: Array | None, bias: Array | None) -> tuple[Array, Statistics]:
+        """Y, and the statistics."""
+
+    def backward(
+        self, weight: Array | None, bias: Array | None, stats: Statistics, dy: Array
+    ) -> tuple[Array, Array | None, Array | None]:
+        """As `backward`, of dy split as x is."""
+
+
 def statistics(kernels: Kernels, plan: Plan, x: Array) -> Statistics:
     """Mean, covariance and W = (covariance + eps I)^(-1/2) of the blocks of x."""
     block_axis = plan.blocks.block_axis
@@ -52,6 +64,10 @@ def forward(
     kernels: Kernels, plan: Plan, x: Array, weight: Array | None, bias: Array | None
 ) -> tuple[Array, Statistics]:
     """Y = W (X - mean) of every block, then weight and bias (C,) of every channel."""
+    whole = kernels.whole(plan, x, weight, bias)
+    if whole is not None:
+        y, stats = whole.forward(weight, bias)
+        return kernels.xp.reshape(y, x.shape), stats
     order = _ChannelsFirst.of(kernels, plan, x)
     if order is not None:
         y, stats = forward(kernels, order.plan, order.arranged(x), weight, bias)
@@ -97,6 +113,11 @@ def backward(
 
         dX = A' (dY - s / M) + (dS + dS') / M (X - mean),    A = diag(weight) W
     """
+    no_dstats = all(each is None for each in dstats)
+    whole = kernels.whole(plan, x, weight, bias, dy, *stats) if no_dstats else None
+    if whole is not None:
+        dx, dweight, dbias = whole.backward(weight, bias, stats, kernels.split(plan.blocks, dy))
+        return kernels.xp.reshape(dx, x.shape), dweight, dbias
     order = _ChannelsFirst.of(kernels, plan, x)
     if order is not None:
         given = order.arranged(x), weight, bias, stats, order.arranged(dy)

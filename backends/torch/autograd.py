@@ -12,7 +12,7 @@ from torch import Tensor
 import polywhiten.torch.namespace as xp
 from polywhiten.dispatch import Backend, framework_module
 from polywhiten.solvers.minimax import minimax_steps
-from polywhiten.torch.cpu.kernels import CPUKernels
+from polywhiten.torch.cpu import CPUKernels
 from polywhiten.torch.kernels import TorchKernels
 from polywhiten.whitening import NO_STATISTICS, Plan, Statistics
 

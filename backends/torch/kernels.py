@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -79,18 +79,6 @@ def full_precision(kernel: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-class Whole(Protocol):
-    """Forward and backward of a tensor, split into blocks, with weight and bias on the way."""
-
-    def forward(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
-        """Y, and the statistics."""
-
-    def backward(
-        self, weight: Tensor | None, bias: Tensor | None, stats: Statistics, dy: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """As `polywhiten.whitening.backward`, of dy split as x is."""
-
-
 class TorchKernels(Kernels):
     """Kernels whose every derivative PyTorch knows."""
 
@@ -141,12 +129,8 @@ class TorchKernels(Kernels):
     @full_precision
     def whiten(self, plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
         """Forward."""
-        whole = self.whole(plan, x, weight, bias)
-        if whole is None:
-            return forward(self, plan, x, weight, bias)
         with self.on_its_device(x):
-            y, stats = whole.forward(weight, bias)
-        return y.reshape(x.shape), stats
+            return forward(self, plan, x, weight, bias)
 
     @full_precision
     def whiten_adjoint(
@@ -160,17 +144,8 @@ class TorchKernels(Kernels):
         dstats: Statistics,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Backward."""
-        no_dstats = all(each is None for each in dstats)
-        whole = self.whole(plan, x, weight, bias, dy, *stats) if no_dstats else None
-        if whole is None:
-            return backward(self, plan, x, weight, bias, stats, dy, dstats)
         with self.on_its_device(x):
-            dx, dweight, dbias = whole.backward(weight, bias, stats, self.split(plan.blocks, dy))
-        return dx.reshape(x.shape), dweight, dbias
-
-    def whole(self, plan: Plan, x: Tensor, *others: Tensor | None) -> Whole | None:
-        """What does all of forward and backward, where there is that."""
-        return None
+            return backward(self, plan, x, weight, bias, stats, dy, dstats)
 
     def on_its_device(self, x: Tensor) -> AbstractContextManager[object]:
         """Where launches go to the device of x."""

@@ -12,13 +12,13 @@ from polywhiten.blocks import ChannelGroups
 from polywhiten.kernels import Term
 from polywhiten.solvers import Solver
 from polywhiten.solvers.newton import Newton
-from polywhiten.torch.cpu.kernels import CPUKernels
+from polywhiten.torch.cpu import CPUKernels
 from polywhiten.torch.fused import affine_map, moments, newton
 from polywhiten.torch.fused.group_whitening import WholeGroupWhitening
 from polywhiten.torch.fused.iter_norm import WholeIterNorm
 from polywhiten.torch.fused.tiles import LARGEST_GROUP, is_addressable
-from polywhiten.torch.kernels import Whole, is_unobserved
-from polywhiten.whitening import Plan
+from polywhiten.torch.kernels import is_unobserved
+from polywhiten.whitening import Plan, Whole
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

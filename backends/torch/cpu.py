@@ -1,0 +1,118 @@
+"""The kernels for tensors on the CPU: compiled ones where Numba is installed, else the default ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from polywhiten.blocks import SampleGroups
+from polywhiten.compiled import is_available
+from polywhiten.kernels import Term
+from polywhiten.solvers import Solver
+from polywhiten.torch.kernels import TorchKernels, full_precision, is_unobserved
+from polywhiten.whitening import Plan, Whole
+
+if TYPE_CHECKING:
+    from polywhiten.compiled.calls import Calls
+
+
+class CPUKernels(TorchKernels):
+    """Compiled kernels; the default ones where PyTorch has to look into them."""
+
+    @full_precision
+    def moments(self, x: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
+        """Mean and covariance, in one pass over x."""
+        if not _serves(x):
+            return super().moments(x, block_axis)
+        return _calls().moments(self.for_statistics(x), block_axis)
+
+    @full_precision
+    def cross_moments(self, dy: Tensor, x: Tensor, mean: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
+        """S and K, in one pass over both."""
+        if not _serves(dy, x, mean):
+            return super().cross_moments(dy, x, mean, block_axis)
+        return _calls().cross_moments(self.for_statistics(dy), self.for_statistics(x), mean, block_axis)
+
+    @full_precision
+    def affine_map(self, terms: Sequence[Term], bias: Tensor | None, block_axis: int, dtype: torch.dtype) -> Tensor:
+        """The sum of the terms, in one pass."""
+        if not _serves(*(tensor for term in terms for tensor in (term.array, term.matrix, term.centre)), bias):
+            return super().affine_map(terms, bias, block_axis, dtype)
+        terms = [term._replace(array=self.for_statistics(term.array)) for term in terms]
+        return _calls().affine_map(terms, bias, block_axis).to(dtype)
+
+    @full_precision
+    def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
+        """W, every matrix in the cache."""
+        if not (_serves(cov) and _calls().solves(solver, cov)):
+            return super().inverse_sqrt(solver, cov, eps)
+        return _calls().inverse_sqrt(solver, cov, eps)
+
+    @full_precision
+    def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor:
+        """Gradient with respect to cov, every matrix in the cache."""
+        if not (_serves(cov, grad) and _calls().solves(solver, cov)):
+            return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
+        return _calls().inverse_sqrt_adjoint(solver, cov, grad, eps)
+
+    def whole(self, plan: Plan, x: Tensor, *others: Tensor | None) -> Whole | None:
+        """Of group whitening."""
+        if not isinstance(plan.blocks, SampleGroups) or x.element_size() < 4 or not _serves(x, *others):
+            return None
+        from polywhiten.compiled.group_whitening import WholeGroupWhitening
+
+        return WholeGroupWhitening(self, _calls(), plan, x)
+
+
+class _Torch:
+    """What compiled kernels need to know of PyTorch's tensors."""
+
+    def address(self, array: Tensor) -> int:
+        return array.data_ptr()
+
+    def strides(self, array: Tensor) -> tuple[int, ...]:
+        return array.stride()
+
+    def dtype(self, array: Tensor) -> str:
+        return "float32" if array.dtype == torch.float32 else "float64"
+
+    def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        return like.new_empty(shape)
+
+    def zeros(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        return like.new_zeros(shape)
+
+    def empty_like(self, array: Tensor) -> Tensor:
+        return torch.empty_like(array)
+
+    def in_order_of(self, array: Tensor, other: Tensor) -> Tensor:
+        return torch.empty_like(other).copy_(array)
+
+    def contiguous(self, array: Tensor) -> Tensor:
+        return array.contiguous()
+
+    def threads(self) -> int:
+        return torch.get_num_threads()
+
+
+@cache
+def _calls() -> Calls:
+    from polywhiten.compiled.calls import Calls
+
+    return Calls(_Torch())
+
+
+def _serves(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether x is a CPU's and not empty, and PyTorch need not look into what is done."""
+    tensors = [x, *(tensor for tensor in others if tensor is not None)]
+    return (
+        all(tensor.device.type == "cpu" for tensor in tensors)
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()  # which follows no addresses
+        and is_unobserved(tensors)
+        and is_available()
+    )

@@ -1,0 +1,243 @@
+"""The compiled kernels on a library's arrays, of which they only need the addresses."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numba
+import numpy as np
+
+from polywhiten._types import Array
+from polywhiten.compiled import newton
+from polywhiten.compiled.affine_map import affine_map, arrange
+from polywhiten.compiled.moments import cross_moments, moments, whole_cross_moments, whole_moments
+from polywhiten.compiled.panels import APART, COLUMNS, OWN, Channels, Layout, is_interleaved, padded, width
+from polywhiten.compiled.parallel import run
+from polywhiten.kernels import Term
+from polywhiten.solvers import Solver
+from polywhiten.solvers.newton import Newton
+
+LARGEST = 256  # matrices beyond are faster in a library for large products
+_WORTH = 1 << 20  # multiplications that are worth another thread
+_NO_CHANNELS = Channels(0, 1)
+
+
+class Library(Protocol):
+    """What is asked of a library of arrays: float32 or float64, in the memory of the CPU."""
+
+    def address(self, array: Array) -> int: ...
+    def strides(self, array: Array) -> Sequence[int]:
+        """In numbers, not bytes."""
+
+    def dtype(self, array: Array) -> str: ...
+    def empty(self, shape: tuple[int, ...], like: Array) -> Array: ...
+    def zeros(self, shape: tuple[int, ...], like: Array) -> Array: ...
+    def empty_like(self, array: Array) -> Array:
+        """With the array's axes in the same order in memory."""
+
+    def in_order_of(self, array: Array, other: Array) -> Array:
+        """A copy with axes in memory as those of the other array."""
+
+    def contiguous(self, array: Array) -> Array: ...
+    def threads(self) -> int: ...
+
+
+class Calls(NamedTuple):
+    """The five kernels over a library."""
+
+    library: Library
+
+    def moments(self, x: Array, block_axis: int) -> tuple[Array, Array]:
+        """Mean (blocks, d) and covariance (blocks, d, d)."""
+        layout, address = self._layout(x, block_axis), self.library.address
+        blocks, d, dp, dtype = layout.blocks, layout.d, padded(layout.d), self.library.dtype(x)
+        mean, cov = self.library.empty((blocks, d), x), self.library.empty((blocks, d, d), x)
+        workers, chunks = self._shares(layout)
+        scratch, sums = _scratch(workers, d, dtype), _workspace("sums", blocks * chunks * dp * dp, dtype)
+        means = _workspace("means", blocks * _panels(layout) * dp, dtype)
+        given = workers, chunks, _as_rows(layout, block_axis), address(x), _address(sums), _address(means), *layout
+        run(moments, workers, scratch, *given)
+        run(whole_moments, min(workers, blocks), scratch, min(workers, blocks), *given[1:], address(mean), address(cov))
+        return mean, cov
+
+    def cross_moments(self, dy: Array, x: Array, mean: Array, block_axis: int) -> tuple[Array, Array]:
+        """S and K."""
+        s, k, _ = self._cross_moments(dy, x, mean, block_axis, None, None, _NO_CHANNELS)
+        return s, k
+
+    def cross_moments_of_channels(
+        self, dy: Array, x: Array, mean: Array, whitener: Array, weight: Array | None, channels: Channels
+    ) -> tuple[Array, Array, Array, Array]:
+        """S and K of dY times its channels' weights, and the gradients (channels,) of weight and bias."""
+        s, k, parameters = self._cross_moments(dy, x, mean, 0, whitener, weight, channels)
+        return s, k, parameters[0], parameters[1]
+
+    def _cross_moments(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Array,
+        block_axis: int,
+        whitener: Array | None,
+        weight: Array | None,
+        channels: Channels,
+    ) -> tuple[Array, Array, Array]:
+        library, address = self.library, self.library.address
+        layout = self._layout(x, block_axis)
+        dy, dy_layout = self._alike(dy, x, layout, block_axis)
+        mean = library.contiguous(mean)
+        whitener, weight = self._contiguous(whitener), self._contiguous(weight)
+        blocks, d, dp, dtype = layout.blocks, layout.d, padded(layout.d), library.dtype(x)
+        s, k = library.empty((blocks, d), x), library.empty((blocks, d, d), x)
+        workers, chunks = self._shares(layout)
+        scratch, sums = _scratch(workers, d, dtype), _workspace("sums", blocks * chunks * dp * (dp + 1), dtype)
+        gradients = library.zeros((workers, 2, channels.number), x)
+        addresses = *map(address, (dy, x, mean)), _address(sums), *map(self._address, (whitener, weight, gradients))
+        as_rows = _as_rows(layout, block_axis)
+        run(cross_moments, workers, scratch, workers, chunks, as_rows, *addresses, *channels, *dy_layout, *layout)
+        workers = min(workers, blocks)
+        run(whole_cross_moments, workers, scratch, workers, chunks, blocks, d, _address(sums), address(s), address(k))
+        return s, k, gradients.sum(0)
+
+    def affine_map(
+        self,
+        terms: Sequence[Term],
+        shift: Array | None,
+        block_axis: int,
+        channels: Channels = _NO_CHANNELS,
+        before: Array | None = None,
+        after: Array | None = None,
+        bias: Array | None = None,
+    ) -> Array:
+        """The sum of the terms, plus shift (blocks, d), with the channels' values as `Values` says."""
+        shift, before, after, bias = map(self._contiguous, (shift, before, after, bias))
+        library, address = self.library, self.library.address
+        x = terms[-1].array  # of two, that which is no gradient
+        layout, y = self._layout(x, block_axis), library.empty_like(x)
+        sources, kept = [], []
+        for term in terms:
+            array, own = self._alike(term.array, x, layout, block_axis)
+            kept += [array, library.contiguous(term.matrix), library.contiguous(term.centre)]
+            sources += [*map(address, kept[-3:]), *own]
+        if len(terms) == 1:
+            sources += [0, 0, 0, *layout]
+        y_layout, dp, dtype = self._layout(y, block_axis), padded(layout.d), library.dtype(x)
+        assert _order(y_layout, block_axis) == _order(layout, block_axis)
+        workers, _ = self._shares(layout, len(terms))
+        scratch = _scratch(workers, layout.d, dtype)
+        arranged = _address(_workspace("matrices", layout.blocks * len(terms) * dp * dp, dtype))
+        values = map(self._address, (shift, before, after, bias))
+        as_rows = _as_rows(layout, block_axis)
+        given = len(terms), as_rows, arranged, address(y), *values, channels.positions, 0, *sources, *y_layout
+        run(arrange, min(workers, layout.blocks), scratch, min(workers, layout.blocks), *given)
+        run(affine_map, workers, scratch, workers, *given)
+        return y
+
+    def inverse_sqrt(self, solver: Newton, cov: Array, eps: float) -> Array:
+        """W."""
+        cov = self.library.contiguous(cov)
+        w = self.library.empty(tuple(cov.shape), cov)
+        self._solve(newton.inverse_sqrt, solver, cov, eps, w)
+        return w
+
+    def inverse_sqrt_adjoint(self, solver: Newton, cov: Array, grad: Array, eps: float) -> Array:
+        """Gradient with respect to cov."""
+        cov, grad = self.library.contiguous(cov), self.library.contiguous(grad)
+        result = self.library.empty(tuple(cov.shape), cov)
+        self._solve(newton.inverse_sqrt_adjoint, solver, cov, eps, grad, result)
+        return result
+
+    def solves(self, solver: Solver, cov: Array) -> bool:
+        """Whether these are matrices for the two above."""
+        *blocks, d, _ = cov.shape
+        if not isinstance(solver, Newton) or cov.shape[-1] != d or d > LARGEST:
+            return False
+        return d <= LARGEST // 2 or 4 * math.prod(blocks) >= self.library.threads()
+
+    def _solve(self, kernel: Callable[..., None], solver: Newton, cov: Array, eps: float, *others: Array) -> None:
+        *blocks, d, _ = cov.shape
+        number, dtype = math.prod(blocks), self.library.dtype(cov)
+        workers = min(number, self._workers(number * padded(d) ** 3 * solver.iterations))
+        addresses = map(self.library.address, (cov, *others))
+        given = number, d, solver.iterations, float(eps), float(np.finfo(dtype).smallest_normal), *addresses
+        run(kernel, workers, _scratch(workers, d, dtype), workers, *given)
+
+    def _contiguous(self, array: Array | None) -> Array | None:
+        return None if array is None else self.library.contiguous(array)
+
+    def _address(self, array: Array | None) -> int:
+        return 0 if array is None else self.library.address(array)
+
+    def _layout(self, x: Array, block_axis: int) -> Layout:
+        shape, strides = x.shape, self.library.strides(x)
+        blocks, outer = block_axis, 1 - block_axis
+        if shape[3] == 1 and block_axis == 1:  # rows
+            return Layout(shape[1], 1, shape[2], shape[0], strides[1], 0, strides[2], strides[0])
+        return Layout(*(shape[i] for i in (blocks, outer, 2, 3)), *(strides[i] for i in (blocks, outer, 2, 3)))
+
+    def _alike(self, array: Array, x: Array, layout: Layout, block_axis: int) -> tuple[Array, Layout]:
+        """An array whose panels have their samples in the order of those of x, and its layout."""
+        if array is x:
+            return x, layout
+        own = self._layout(array, block_axis)
+        if _order(own, block_axis) == _order(layout, block_axis):
+            return array, own
+        array = self.library.in_order_of(array, x)
+        return array, self._layout(array, block_axis)
+
+    def _shares(self, layout: Layout, terms: int = 1) -> tuple[int, int]:
+        """Threads, and in how many parts they share a block."""
+        count = layout.outer * layout.inner
+        workers = self._workers(terms * layout.blocks * count * padded(layout.d) ** 2)
+        chunks, most = 1, _panels(layout)
+        while layout.blocks * chunks % workers and layout.blocks * chunks < 8 * workers and chunks < most:
+            chunks += 1
+        return workers, chunks
+
+    def _workers(self, multiplications: int) -> int:
+        return int(min(self.library.threads(), numba.config.NUMBA_NUM_THREADS, 1 + multiplications // _WORTH))
+
+
+def _panels(layout: Layout) -> int:
+    return -(-layout.outer * layout.inner // width(layout))
+
+
+def _address(memory: np.ndarray[Any, Any]) -> int:
+    return int(memory.__array_interface__["data"][0])
+
+
+def _as_rows(layout: Layout, block_axis: int) -> bool:
+    return block_axis == 1 and layout.d_stride == 1 and layout.inner_stride != 1
+
+
+def _order(layout: Layout, block_axis: int) -> tuple[bool, bool]:
+    """In which a panel's samples are counted."""
+    return _as_rows(layout, block_axis), is_interleaved(layout)
+
+
+class _Kept(threading.local):
+    """A thread's memory, as large as it had to be so far: new memory costs more than a small kernel."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[tuple[str, str], np.ndarray[Any, Any]] = {}
+
+
+_KEPT = _Kept()
+
+
+def _workspace(name: str, count: int, dtype: str) -> np.ndarray[Any, Any]:
+    kept = _KEPT.arrays.get((name, dtype))
+    if kept is None or kept.size < count:
+        kept = _KEPT.arrays[name, dtype] = np.empty(count, dtype)
+    return kept
+
+
+def _scratch(workers: int, d: int, dtype: str) -> np.ndarray[Any, Any]:
+    """For each worker, what the largest of the kernels needs."""
+    dp = padded(d)
+    panel = COLUMNS * (dp + APART) + dp * (COLUMNS + APART)
+    size = 7 * panel + 8 * dp * (dp + APART) + 4 * COLUMNS + 4 * dp + OWN
+    return _workspace("scratch", workers * size, dtype)[: workers * size].reshape(workers, size)

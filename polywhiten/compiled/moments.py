@@ -1,0 +1,202 @@
+"""Mean and covariance of blocks, and the cross moments that their gradient needs, in one pass over the arrays."""
+
+from numba import njit
+
+from polywhiten.compiled.panels import (
+    APART,
+    COLUMNS,
+    OWN,
+    Channels,
+    Place,
+    clear,
+    collect,
+    layout_at,
+    load_columns,
+    load_rows,
+    multiply_add,
+    padded,
+    spread,
+    sum_columns,
+    sum_rows,
+    times,
+    transposed,
+    width,
+)
+from polywhiten.compiled.tile import at, get, number, pointer, put
+
+
+def moments(numbers, scratch, worker):
+    """A worker's share of the products of panels about their own means, and these means.
+
+    Numbers: workers, chunks of a block, whether panels are rows, the addresses of x, of the sums of products (blocks,
+    chunks, d, d) with d padded, and of the means (blocks, panels, d) with d padded; the layout of x.
+    """
+    workers, chunks, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, 6)
+    x, sums, means = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)
+    d, count, step = layout.d, layout.outer * layout.inner, width(layout)
+    dp, panels, tasks = padded(d), (count + step - 1) // step, layout.blocks * chunks
+    ld, ldc = dp + APART, COLUMNS + APART
+    rows, columns = scratch, at(scratch, COLUMNS * ld)
+    zeros = at(columns, dp * ldc)
+    own = at(zeros, dp)
+    clear(zeros, 0, 1, dp)
+    for task in range(worker * tasks // workers, (worker + 1) * tasks // workers):
+        block, chunk = divmod(task, chunks)
+        products = at(sums, task * dp * dp)
+        clear(products, dp, dp, dp)
+        for panel in range(chunk * panels // chunks, (chunk + 1) * panels // chunks):
+            start = panel * step
+            n = min(step, count - start)
+            here = Place(x, layout, block, start, n)
+            ahead = Place(x, layout, block, start + n, min(step, count - start - n))
+            centre = at(means, (block * panels + panel) * dp)
+            clear(centre, 0, 1, dp)
+            if as_rows:
+                load_rows(rows, ld, here, zeros)
+                sum_rows(centre, rows, ld, d, n)
+            else:
+                load_columns(columns, ldc, here, zeros, own)
+                sum_columns(centre, columns, ldc, d, n)
+            for c in range(d):
+                put(centre, c, get(centre, c) / n)
+            if as_rows:
+                for t in range(n):
+                    row = at(rows, t * ld)
+                    for c in range(d):
+                        put(row, c, get(row, c) - get(centre, c))
+            else:
+                transposed(rows, ld, columns, ldc, dp, padded(n), centre)
+            multiply_add(products, dp, products, dp, rows, 1, ld, rows, ld, dp, dp, n, True, (ahead, ahead, ahead), 1)
+
+
+def whole_moments(numbers, scratch, worker):
+    """A worker's share of the blocks' means (blocks, d) and covariances (blocks, d, d).
+
+    What panels are off the mean of all is added to their products: a stable sum for any order of samples. Numbers: as
+    of `moments`, where x is, and after them, the addresses of mean and covariance.
+    """
+    workers, chunks, layout = numbers[0], numbers[1], layout_at(numbers, 6)
+    sums, means = pointer(numbers[4], scratch), pointer(numbers[5], scratch)
+    mean, cov = pointer(numbers[14], scratch), pointer(numbers[15], scratch)
+    d, count, step = layout.d, layout.outer * layout.inner, width(layout)
+    dp, panels = padded(d), (count + step - 1) // step
+    for block in range(worker * layout.blocks // workers, (worker + 1) * layout.blocks // workers):
+        products = _sum_of_chunks(sums, block, chunks, dp * dp)
+        centres, whole = at(means, block * panels * dp), at(mean, block * d)
+        for c in range(d):
+            off = 0.0
+            for panel in range(panels):
+                off += min(step, count - panel * step) * (get(centres, panel * dp + c) - get(centres, c))
+            put(whole, c, get(centres, c) + off / count)
+        for panel in range(panels):
+            difference, n = at(centres, panel * dp), min(step, count - panel * step)
+            for c in range(d):
+                put(difference, c, get(difference, c) - get(whole, c))
+            for i in range(d):
+                row, share = at(products, i * dp), number(difference, n * get(difference, i))
+                for j in range(i, d):
+                    put(row, j, get(row, j) + share * get(difference, j))
+        result = at(cov, block * d * d)
+        for i in range(d):
+            for j in range(i, d):
+                value = get(products, i * dp + j) / count
+                put(result, i * d + j, value)
+                put(result, j * d + i, value)
+
+
+def cross_moments(numbers, scratch, worker):
+    """A worker's share of the sums of dY (X - mean)' and dY 1.
+
+    Where there is a whitener, dY is multiplied by the weight of its samples' channels first, and the gradients of
+    weight and bias are added to (workers, 2, channels); panels must not be rows then. Numbers: workers, chunks of a
+    block, whether panels are rows, the addresses of dy, x, mean, the sums (blocks, chunks, d (d + 1)) with d padded,
+    whitener or 0, weight or 0, and these gradients, the number of channels and how many positions each has; the layouts
+    of dy and x.
+    """
+    workers, chunks, as_rows, weighted, affine = (
+        numbers[0],
+        numbers[1],
+        numbers[2] != 0,
+        numbers[8] != 0,
+        numbers[7] != 0,
+    )
+    dy, x, mean = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)
+    sums, whitener = pointer(numbers[6], scratch), pointer(numbers[7], scratch)
+    weight, channels = pointer(numbers[8], scratch), Channels(numbers[10], numbers[11])
+    gradients = at(pointer(numbers[9], scratch), worker * 2 * channels.number)
+    dy_layout, layout = layout_at(numbers, 12), layout_at(numbers, 20)
+    d, count, step = layout.d, layout.outer * layout.inner, width(layout)
+    dp, panels, tasks = padded(d), (count + step - 1) // step, layout.blocks * chunks
+    ld, ldc, size = dp + APART, COLUMNS + APART, dp * (dp + 1)
+    rows, columns = scratch, at(scratch, COLUMNS * ld)
+    gradient = at(columns, dp * ldc)
+    zeros = at(gradient, max(dp * ldc, COLUMNS * ld))
+    centre = at(zeros, max(dp, COLUMNS))
+    own = at(centre, dp)
+    matrix = at(own, OWN)
+    white = at(matrix, dp * dp)
+    clear(zeros, 0, 1, max(dp, COLUMNS) + dp)
+    for task in range(worker * tasks // workers, (worker + 1) * tasks // workers):
+        block, chunk = divmod(task, chunks)
+        products = at(sums, task * size)
+        total = at(products, dp * dp)
+        clear(products, 0, 1, size)
+        for c in range(d):
+            put(centre, c, get(mean, block * d + c))
+        if affine:
+            clear(matrix, dp, dp, dp)
+            for i in range(d):
+                for j in range(d):
+                    put(matrix, i * dp + j, get(whitener, (block * d + i) * d + j))
+        for panel in range(chunk * panels // chunks, (chunk + 1) * panels // chunks):
+            start = panel * step
+            n = min(step, count - start)
+            left = min(step, count - start - n)
+            here, there = Place(x, layout, block, start, n), Place(dy, dy_layout, block, start, n)
+            next_x, next_dy = Place(x, layout, block, start + n, left), Place(dy, dy_layout, block, start + n, left)
+            ahead, row, column = (next_x, next_dy, next_dy), ldc, 1
+            if as_rows:
+                load_rows(rows, ld, here, centre)
+                load_rows(gradient, ld, there, zeros)
+                sum_rows(total, gradient, ld, d, n)
+                row, column = 1, ld
+            else:
+                load_columns(columns, ldc, here, centre, own)
+                transposed(rows, ld, columns, ldc, dp, padded(n), zeros)
+                load_columns(gradient, ldc, there, zeros, own)
+                if affine:
+                    multiply_add(white, ldc, zeros, 0, matrix, dp, 1, columns, ldc, dp, padded(n), dp, False, ahead, 0)
+                    times(white, gradient, ldc, d, n)
+                    collect(gradients, channels, white, ldc, here)
+                    collect(at(gradients, channels.number), channels, gradient, ldc, here)
+                    if weighted:
+                        spread(white, ldc, weight, channels, here)
+                        times(gradient, white, ldc, d, n)
+                sum_columns(total, gradient, ldc, d, n)
+            multiply_add(products, dp, products, dp, gradient, row, column, rows, ld, dp, dp, n, False, ahead, 2)
+
+
+def whole_cross_moments(numbers, scratch, worker):
+    """A worker's share of s (blocks, d) and K (blocks, d, d).
+
+    Numbers: workers, chunks of a block, blocks, d, the addresses of the sums, s and K.
+    """
+    workers, chunks, blocks, d = numbers[0], numbers[1], numbers[2], numbers[3]
+    sums, s, k = pointer(numbers[4], scratch), pointer(numbers[5], scratch), pointer(numbers[6], scratch)
+    dp = padded(d)
+    for block in range(worker * blocks // workers, (worker + 1) * blocks // workers):
+        products = _sum_of_chunks(sums, block, chunks, dp * (dp + 1))
+        for i in range(d):
+            put(s, block * d + i, get(products, dp * dp + i))
+            for j in range(d):
+                put(k, (block * d + i) * d + j, get(products, i * dp + j))
+
+
+@njit
+def _sum_of_chunks(sums, block, chunks, size):
+    result = at(sums, block * chunks * size)
+    for chunk in range(1, chunks):
+        other = at(result, chunk * size)
+        for i in range(size):
+            put(result, i, get(result, i) + get(other, i))
+    return result

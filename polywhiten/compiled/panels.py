@@ -1,0 +1,390 @@
+"""Parts of a block that stay in the cache: read from any strides, and written to them.
+
+A panel has up to COLUMNS samples. As *rows* it is (samples, d), as *columns* (d, samples); both sizes are padded to
+multiples of a tile, and lines are APART numbers longer than that, so that they don't share places in the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from numba import njit
+
+from polywhiten.compiled.tile import UNIT, at, get, prefetch, put, tile, transposed_tile
+
+COLUMNS = 256
+APART = UNIT
+OWN = 3 * UNIT * UNIT  # numbers that `load_columns` and `store_columns` work in
+
+
+class Layout(NamedTuple):
+    """Where the numbers of blocks are: (blocks, outer, d, inner) and the strides of these, in numbers.
+
+    A block's samples are counted by (outer, inner). Where inner is small and the d variables are adjacent to it, panels
+    of columns are *interleaved*: their samples are counted by (inner, outer), a transposition of what is in memory.
+    """
+
+    blocks: int
+    outer: int
+    d: int
+    inner: int
+    block_stride: int
+    outer_stride: int
+    d_stride: int
+    inner_stride: int
+
+
+@njit
+def layout_at(numbers, i):
+    """Of a kernel's numbers."""
+    sizes, strides = i, i + 4
+    return Layout(
+        numbers[sizes],
+        numbers[sizes + 1],
+        numbers[sizes + 2],
+        numbers[sizes + 3],
+        numbers[strides],
+        numbers[strides + 1],
+        numbers[strides + 2],
+        numbers[strides + 3],
+    )
+
+
+class Place(NamedTuple):
+    """Where a panel is: in an array of that layout, `count` samples of a block."""
+
+    array: Any  # pointer to its first number
+    layout: Layout
+    block: int
+    start: int
+    count: int
+
+
+class Channels(NamedTuple):
+    """How channels lie along samples: each has so many adjacent positions of (inner)."""
+
+    number: int
+    positions: int
+
+
+@njit
+def padded(n):
+    return (n + UNIT - 1) // UNIT * UNIT
+
+
+@njit
+def is_interleaved(layout):
+    return layout.inner < UNIT and layout.d_stride == layout.inner and (layout.inner_stride == 1 or layout.inner == 1)
+
+
+@njit
+def width(layout):
+    """Samples of a panel: whole runs of (inner), where these are shorter."""
+    inner = layout.inner
+    if is_interleaved(layout):
+        return COLUMNS // inner // UNIT * UNIT * inner
+    return COLUMNS // inner * inner if 2 * inner <= COLUMNS else COLUMNS
+
+
+@njit
+def multiply_add(c, ldc, base, ld_base, a, row, column, b, ldb, m, n, k, upper, ahead, places):
+    """C = base + A B, of padded sizes; where `upper`, only the tiles on the diagonal and above it.
+
+    Memory is asked for the first so many `places` in `ahead` meanwhile.
+    """
+    done, tiles = 0, (m // UNIT) * (n // UNIT)
+    if upper:
+        tiles = m // UNIT * (m // UNIT + 1) // 2
+    for j in range(0, n, UNIT):
+        for i in range(0, min(m, j + UNIT) if upper else m, UNIT):
+            own = at(c, i * ldc + j)
+            tile(own, ldc, 1.0, at(base, i * ld_base + j), ld_base, 1.0, at(a, i * row), row, column, at(b, j), ldb, k)
+            for place in range(places):
+                announce(ahead[place], done, tiles)
+            done += 1
+
+
+@njit
+def announce(place, part, parts):
+    """Ask for a part of a panel, one of so many."""
+    layout, count = place.layout, place.count
+    block = at(place.array, place.block * layout.block_stride)
+    outer, j = divmod(place.start, layout.inner)
+    if is_interleaved(layout):
+        n = count // layout.inner
+        for t in range(part * n // parts, (part + 1) * n // parts):
+            row = at(block, (outer + t) * layout.outer_stride)
+            for k in range(0, layout.d * layout.inner, UNIT):
+                prefetch(row, k)
+    elif layout.d_stride == 1:
+        for t in range(part * count // parts, (part + 1) * count // parts):
+            more, k = 0, j + t
+            if k >= layout.inner:
+                more, k = divmod(k, layout.inner)
+            row = at(block, (outer + more) * layout.outer_stride + k * layout.inner_stride)
+            for c in range(0, layout.d, UNIT):
+                prefetch(row, c)
+    elif layout.inner_stride == 1:
+        first, last = part * layout.d // parts, (part + 1) * layout.d // parts
+        done = 0
+        while done < count:
+            n = min(layout.inner - j, count - done)
+            for c in range(first, last):
+                run = at(block, c * layout.d_stride + outer * layout.outer_stride + j)
+                for t in range(0, n, UNIT):
+                    prefetch(run, t)
+            done, outer, j = done + n, outer + 1, 0
+
+
+@njit
+def load_columns(target, ld, place, centre, own):
+    """A panel less its centre, as columns; `own` is memory for a tile."""
+    layout, count = place.layout, place.count
+    block = at(place.array, place.block * layout.block_stride)
+    outer, j = divmod(place.start, layout.inner)
+    if is_interleaved(layout):
+        _load_interleaved(
+            target, ld, layout, at(block, outer * layout.outer_stride), count // layout.inner, centre, own
+        )
+    else:
+        done = 0
+        while done < count:
+            n = min(layout.inner - j, count - done)
+            for c in range(layout.d):
+                run = at(block, c * layout.d_stride + outer * layout.outer_stride + j * layout.inner_stride)
+                row, middle = at(target, c * ld + done), get(centre, c)
+                if layout.inner_stride == 1:
+                    for t in range(n):
+                        put(row, t, get(run, t) - middle)
+                else:
+                    for t in range(n):
+                        put(row, t, get(run, t * layout.inner_stride) - middle)
+            done, outer, j = done + n, outer + 1, 0
+    clear(at(target, count), ld, layout.d, padded(count) - count)
+    clear(at(target, layout.d * ld), ld, padded(layout.d) - layout.d, padded(count))
+
+
+@njit
+def _load_interleaved(target, ld, layout, source, n, centre, own):
+    size, lines, zeros = layout.d * layout.inner, layout.outer_stride, at(own, 2 * UNIT * UNIT)
+    clear(own, UNIT, 2 * UNIT + 1, UNIT)
+    for o in range(0, n, UNIT):
+        for k in range(0, size, UNIT):
+            rows, columns = min(UNIT, n - o), min(UNIT, size - k)
+            given, ld_given = at(source, o * lines + k), lines
+            if rows < UNIT or columns < UNIT:
+                for i in range(rows):
+                    for j in range(columns):
+                        put(own, i * UNIT + j, get(given, i * lines + j))
+                given, ld_given = own, UNIT
+            turned = at(own, UNIT * UNIT)
+            transposed_tile(turned, UNIT, given, ld_given, zeros)
+            c, j = divmod(k, layout.inner)
+            for i in range(columns):
+                row, line, middle = at(target, c * ld + j * n + o), at(turned, i * UNIT), get(centre, c)
+                if rows == UNIT:
+                    for t in range(UNIT):
+                        put(row, t, get(line, t) - middle)
+                else:
+                    for t in range(rows):
+                        put(row, t, get(line, t) - middle)
+                j += 1
+                if j == layout.inner:
+                    c, j = c + 1, 0
+
+
+@njit
+def store_columns(place, columns, ld, shift, own):
+    """A panel of columns plus a shift of each row, to its place."""
+    layout, count = place.layout, place.count
+    block = at(place.array, place.block * layout.block_stride)
+    outer, j = divmod(place.start, layout.inner)
+    if is_interleaved(layout):
+        _store_interleaved(
+            at(block, outer * layout.outer_stride), layout, count // layout.inner, columns, ld, shift, own
+        )
+        return
+    done = 0
+    while done < count:
+        n = min(layout.inner - j, count - done)
+        for c in range(layout.d):
+            run = at(block, c * layout.d_stride + outer * layout.outer_stride + j * layout.inner_stride)
+            row, value = at(columns, c * ld + done), get(shift, c)
+            if layout.inner_stride == 1:
+                for t in range(n):
+                    put(run, t, get(row, t) + value)
+            else:
+                for t in range(n):
+                    put(run, t * layout.inner_stride, get(row, t) + value)
+        done, outer, j = done + n, outer + 1, 0
+
+
+@njit
+def _store_interleaved(target, layout, n, columns, ld, shift, own):
+    size, lines, zeros = layout.d * layout.inner, layout.outer_stride, at(own, 2 * UNIT * UNIT)
+    clear(own, UNIT, 2 * UNIT + 1, UNIT)
+    for o in range(0, n, UNIT):
+        for k in range(0, size, UNIT):
+            rows, numbers = min(UNIT, n - o), min(UNIT, size - k)
+            c, j = divmod(k, layout.inner)
+            for i in range(numbers):
+                row, line, value = at(columns, c * ld + j * n + o), at(own, i * UNIT), get(shift, c)
+                if rows == UNIT:
+                    for t in range(UNIT):
+                        put(line, t, get(row, t) + value)
+                else:
+                    for t in range(rows):
+                        put(line, t, get(row, t) + value)
+                j += 1
+                if j == layout.inner:
+                    c, j = c + 1, 0
+            place = at(target, o * lines + k)
+            if rows == UNIT and numbers == UNIT:
+                transposed_tile(place, lines, own, UNIT, zeros)
+            else:
+                turned = at(own, UNIT * UNIT)
+                transposed_tile(turned, UNIT, own, UNIT, zeros)
+                for i in range(rows):
+                    for j in range(numbers):
+                        put(place, i * lines + j, get(turned, i * UNIT + j))
+
+
+@njit
+def load_rows(target, ld, place, centre):
+    """A panel less its centre, as rows."""
+    layout, count, d = place.layout, place.count, place.layout.d
+    block = at(place.array, place.block * layout.block_stride)
+    outer, j = divmod(place.start, layout.inner)
+    for t in range(count):
+        source = at(block, outer * layout.outer_stride + j * layout.inner_stride)
+        row = at(target, t * ld)
+        if layout.d_stride == 1:
+            for c in range(d):
+                put(row, c, get(source, c) - get(centre, c))
+        else:
+            for c in range(d):
+                put(row, c, get(source, c * layout.d_stride) - get(centre, c))
+        j += 1
+        if j == layout.inner:
+            outer, j = outer + 1, 0
+    clear(at(target, d), ld, count, padded(d) - d)
+    clear(at(target, count * ld), ld, padded(count) - count, padded(d))
+
+
+@njit
+def store_rows(place, rows, ld):
+    """A panel of rows to its place."""
+    layout = place.layout
+    block = at(place.array, place.block * layout.block_stride)
+    outer, j = divmod(place.start, layout.inner)
+    for t in range(place.count):
+        target = at(block, outer * layout.outer_stride + j * layout.inner_stride)
+        row = at(rows, t * ld)
+        if layout.d_stride == 1:
+            for c in range(layout.d):
+                put(target, c, get(row, c))
+        else:
+            for c in range(layout.d):
+                put(target, c * layout.d_stride, get(row, c))
+        j += 1
+        if j == layout.inner:
+            outer, j = outer + 1, 0
+
+
+@njit(fastmath={"reassoc"})
+def total(numbers, count):
+    value = get(numbers, 0)
+    for t in range(1, count):
+        value += get(numbers, t)
+    return value
+
+
+@njit
+def sum_columns(sums, columns, ld, d, count):
+    """Add those of each of d rows."""
+    for c in range(d):
+        put(sums, c, get(sums, c) + total(at(columns, c * ld), count))
+
+
+@njit
+def sum_rows(sums, rows, ld, d, count):
+    """Add those over the rows."""
+    for t in range(count):
+        row = at(rows, t * ld)
+        for c in range(d):
+            put(sums, c, get(sums, c) + get(row, c))
+
+
+@njit
+def clear(target, ld, m, n):
+    for i in range(m):
+        row = at(target, i * ld)
+        for j in range(n):
+            put(row, j, 0.0)
+
+
+@njit
+def times(columns, others, ld, d, n):
+    """Product of panels, in place."""
+    for c in range(d):
+        row, other = at(columns, c * ld), at(others, c * ld)
+        for t in range(n):
+            put(row, t, get(row, t) * get(other, t))
+
+
+@njit
+def transposed(target, ldt, source, lds, m, n, centre):
+    """Rows (m, n) less their centres as columns (n, m), of padded sizes."""
+    for i in range(0, m, UNIT):
+        for j in range(0, n, UNIT):
+            transposed_tile(at(target, j * ldt + i), ldt, at(source, i * lds + j), lds, at(centre, i))
+
+
+@njit
+def spread(columns, ld, values, channels, place):
+    """Every channel's value along its samples in a panel of columns."""
+    layout = place.layout
+    for c in range(layout.d):
+        own = at(values, c * (layout.inner // channels.positions))
+        done, j = 0, place.start % layout.inner
+        while done < place.count:
+            n, of_one, following = _run(place, channels, done, j)
+            part, k = at(columns, c * ld + done), j // channels.positions
+            if of_one:
+                value = get(own, k)
+                for t in range(n):
+                    put(part, t, value)
+            else:
+                for t in range(n):
+                    put(part, t, get(own, k + t))
+            done, j = done + n, following
+
+
+@njit
+def collect(values, channels, columns, ld, place):
+    """The adjoint of `spread`: add to every channel's value the sum along its samples."""
+    layout = place.layout
+    for c in range(layout.d):
+        own = at(values, c * (layout.inner // channels.positions))
+        done, j = 0, place.start % layout.inner
+        while done < place.count:
+            n, of_one, following = _run(place, channels, done, j)
+            part, k = at(columns, c * ld + done), j // channels.positions
+            if of_one:
+                put(own, k, get(own, k) + total(part, n))
+            else:
+                for t in range(n):
+                    put(own, k + t, get(own, k + t) + get(part, t))
+            done, j = done + n, following
+
+
+@njit
+def _run(place, channels, done, j):
+    """From position j of (inner) on: adjacent samples, whether they are of one channel, and the position after them."""
+    inner, left = place.layout.inner, place.count - done
+    if is_interleaved(place.layout):
+        n, j = place.count // inner, j + 1
+    else:
+        n = min(channels.positions - j % channels.positions if channels.positions > 1 else inner - j, left)
+        j += n
+    return n, is_interleaved(place.layout) or channels.positions > 1, 0 if j == inner else j

@@ -1,0 +1,234 @@
+"""The innermost loops, in LLVM's vectors: what all products are made of, and a transposition in registers.
+
+Numba's own loops leave the choice of registers to LLVM's optimizer, which keeps no block of a product in them. Here
+they are named: the block of results, the vectors of B beside it, and one number of A at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+UNIT = 16  # rows and columns of a tile, which all padded sizes are multiples of
+
+_INT = ir.IntType(64)
+
+
+def _vector_bytes() -> int:
+    """Of the widest vectors that the processor computes with."""
+    features = binding.get_host_cpu_features()
+    return 64 if features.get("avx512f") else 32 if features.get("avx2") else 16
+
+
+_BYTES = _vector_bytes()
+_MOST_VECTORS = 16 if _BYTES == 64 or not binding.get_host_cpu_features().get("sse2") else 8  # of results in registers
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pointer(typingctx: Any, address: Any, like: Any) -> Any:
+    """An address as a pointer to numbers of an array's dtype."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.int64, like), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def at(typingctx: Any, start: Any, index: Any) -> Any:
+    """Pointer to a later number."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        return builder.gep(args[0], [args[1]])
+
+    return start(start, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def get(typingctx: Any, start: Any, index: Any) -> Any:
+    """A number."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        return builder.load(builder.gep(args[0], [args[1]]))
+
+    return start.dtype(start, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def put(typingctx: Any, start: Any, index: Any, value: Any) -> Any:
+    """Write a number, as one of the pointer's dtype."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        builder.store(args[2], builder.gep(args[0], [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(start, types.int64, start.dtype), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def number(typingctx: Any, start: Any, value: Any) -> Any:
+    """A number of the pointer's dtype, which Numba would compute with as float64."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        return args[1]
+
+    return start.dtype(start, start.dtype), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(typingctx: Any, start: Any, index: Any) -> Any:
+    """Ask for the cache line of a number, which is to be read or written soon."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        place = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
+        builder.call(function, [place, flag(0), flag(2), flag(1)])
+        return context.get_dummy_value()
+
+    return types.void(start, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def tile(
+    typingctx: Any,
+    c: Any,
+    ldc: Any,
+    beta: Any,
+    base: Any,
+    ld_base: Any,
+    alpha: Any,
+    a: Any,
+    row: Any,
+    column: Any,
+    b: Any,
+    ldb: Any,
+    k: Any,
+) -> Any:
+    """C = beta base + alpha A B for UNIT x UNIT numbers; A has any strides, rows of all others are contiguous."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        c, ldc, beta, base, ld_base, alpha, a, row, column, b, ldb, k = args
+        vector = _Vector(builder, context.get_value_type(signature.args[0].dtype), signature.args[0].dtype)
+        width = UNIT // vector.length
+        height = _MOST_VECTORS // width
+        fma = vector.function("llvm.fma", 3)
+        with cgutils.for_range_slice(builder, _INT(0), _INT(UNIT), _INT(height), _INT) as (first, _):
+
+            def places(start: ir.Value, distance: ir.Value) -> list[ir.Value]:
+                rows = [builder.gep(start, [builder.mul(distance, builder.add(first, _INT(i)))]) for i in range(height)]
+                return [builder.gep(row, [_INT(j * vector.length)]) for row in rows for j in range(width)]
+
+            targets, bases = places(c, ldc), places(base, ld_base)
+            numbers = [builder.gep(a, [builder.mul(row, builder.add(first, _INT(i)))]) for i in range(height)]
+            before, loop = builder.block, builder.append_basic_block("products")
+            after = builder.append_basic_block("results")
+            zero = ir.Constant(vector.type, [0.0] * vector.length)
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            step = builder.phi(_INT)
+            step.add_incoming(_INT(0), before)
+            carried = [builder.phi(vector.type) for _ in targets]
+            for phi in carried:
+                phi.add_incoming(zero, before)
+            place = builder.gep(b, [builder.mul(step, ldb)])
+            factors = [vector.load(builder.gep(place, [_INT(j * vector.length)])) for j in range(width)]
+            offset = builder.mul(step, column)
+            results = []
+            for i in range(height):
+                number = vector.repeated(builder.load(builder.gep(numbers[i], [offset])))
+                for j in range(width):
+                    results.append(builder.call(fma, [number, factors[j], carried[i * width + j]]))
+            following = builder.add(step, _INT(1))
+            step.add_incoming(following, loop)
+            for phi, value in zip(carried, results, strict=True):
+                phi.add_incoming(value, loop)
+            builder.cbranch(builder.icmp_signed("<", following, k), loop, after)
+            builder.position_at_end(after)
+            factor, share = vector.repeated(alpha), vector.repeated(beta)
+            for target, value, own in zip(targets, results, bases, strict=True):
+                vector.store(builder.call(fma, [factor, value, builder.fmul(share, vector.load(own))]), target)
+        return context.get_dummy_value()
+
+    integer = types.int64
+    given = c, integer, c.dtype, base, integer, c.dtype, a, integer, integer, b, integer, integer
+    return types.void(*given), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def transposed_tile(typingctx: Any, target: Any, ldt: Any, source: Any, lds: Any, centre: Any) -> Any:
+    """UNIT x UNIT numbers, rows less their centres, as columns."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        target, ldt, source, lds, centre = args
+        vector = _Vector(builder, context.get_value_type(signature.args[0].dtype), signature.args[0].dtype)
+        n = vector.length
+        with (
+            cgutils.for_range_slice(builder, _INT(0), _INT(UNIT), _INT(n), _INT) as (top, _),
+            cgutils.for_range_slice(builder, _INT(0), _INT(UNIT), _INT(n), _INT) as (left, _),
+        ):
+            rows = []
+            for i in range(n):
+                k = builder.add(top, _INT(i))
+                row = vector.load(builder.gep(source, [builder.add(builder.mul(k, lds), left)]))
+                rows.append(builder.fsub(row, vector.repeated(builder.load(builder.gep(centre, [k])))))
+            distance = 1
+            while distance < n:
+                rows = vector.exchanged(rows, distance)
+                distance *= 2
+            for i, row in enumerate(rows):
+                k = builder.add(left, _INT(i))
+                vector.store(row, builder.gep(target, [builder.add(builder.mul(k, ldt), top)]))
+        return context.get_dummy_value()
+
+    return types.void(target, types.int64, source, types.int64, centre), generate
+
+
+class _Vector:
+    """A vector of the processor's width."""
+
+    def __init__(self, builder: ir.IRBuilder, number: ir.Type, dtype: Any) -> None:
+        self._builder, self._number, self._alignment = builder, number, dtype.bitwidth // 8
+        self.length = _BYTES // self._alignment
+        self.type = ir.VectorType(number, self.length)
+        self._suffix = f"v{self.length}f{dtype.bitwidth}"
+
+    def function(self, name: str, operands: int) -> ir.Function:
+        kind = ir.FunctionType(self.type, [self.type] * operands)
+        return cgutils.get_or_insert_function(self._builder.module, kind, f"{name}.{self._suffix}")
+
+    def load(self, place: ir.Value) -> ir.Value:
+        value = self._builder.load(self._builder.bitcast(place, self.type.as_pointer()))
+        value.align = self._alignment
+        return value
+
+    def store(self, value: ir.Value, place: ir.Value) -> None:
+        self._builder.store(value, self._builder.bitcast(place, self.type.as_pointer())).align = self._alignment
+
+    def repeated(self, number: ir.Value) -> ir.Value:
+        empty = ir.Constant(self.type, ir.Undefined)
+        first = self._builder.insert_element(empty, number, ir.IntType(32)(0))
+        return self._shuffled(first, empty, [0] * self.length)
+
+    def exchanged(self, rows: list[ir.Value], distance: int) -> list[ir.Value]:
+        """Blocks of `distance` numbers of rows that are so far apart, beside the diagonal, in each other's places."""
+        n, result = self.length, list(rows)
+        for i in range(n):
+            if i & distance:
+                continue
+            upper, lower = rows[i], rows[i + distance]
+            result[i] = self._shuffled(upper, lower, [n + k - distance if k & distance else k for k in range(n)])
+            result[i + distance] = self._shuffled(
+                upper, lower, [n + k if k & distance else k + distance for k in range(n)]
+            )
+        return result
+
+    def _shuffled(self, a: ir.Value, b: ir.Value, order: list[int]) -> ir.Value:
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), self.length), order)
+        return self._builder.shuffle_vector(a, b, mask)
