@@ -18,6 +18,7 @@ from polywhiten.compiled.panels import (
     store_columns,
     store_rows,
     times,
+    transposed,
     width,
 )
 from polywhiten.compiled.tile import at, get, pointer, put
@@ -39,6 +40,7 @@ def arrange(numbers, scratch, worker):
     """
     workers, terms, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, 3 * SOURCES)
     arranged = pointer(numbers[3], scratch)
+    clear(scratch, 0, 1, padded(layout.d))
     d, dp = layout.d, padded(layout.d)
     depth = terms * dp
     for block in range(worker * layout.blocks // workers, (worker + 1) * layout.blocks // workers):
@@ -47,10 +49,13 @@ def arrange(numbers, scratch, worker):
         for term in range(terms):
             _, _, matrices, _ = _source_at(numbers, SOURCES * (1 + term), scratch)
             matrix = at(matrices, block * d * d)
-            for i in range(d):
-                for j in range(d):
-                    place = (term * dp + j) * dp + i if as_rows else i * depth + term * dp + j
-                    put(own, place, get(matrix, i * d + j))
+            if as_rows and d == dp:
+                transposed(at(own, term * d * d), d, matrix, d, d, d, scratch)
+            else:
+                for i in range(d):
+                    for j in range(d):
+                        place = (term * dp + j) * dp + i if as_rows else i * depth + term * dp + j
+                        put(own, place, get(matrix, i * d + j))
 
 
 def affine_map(numbers, scratch, worker):

@@ -15,13 +15,14 @@ from polywhiten.compiled import newton
 from polywhiten.compiled.affine_map import affine_map, arrange
 from polywhiten.compiled.moments import cross_moments, moments, whole_cross_moments, whole_moments
 from polywhiten.compiled.panels import APART, COLUMNS, OWN, Channels, Layout, is_interleaved, padded, width
-from polywhiten.compiled.parallel import run
+from polywhiten.compiled.parallel import address as memory
+from polywhiten.compiled.parallel import bits, run
 from polywhiten.kernels import Term
 from polywhiten.solvers import Solver
 from polywhiten.solvers.newton import Newton
 
 LARGEST = 256  # matrices beyond are faster in a library for large products
-_WORTH = 1 << 20  # multiplications that are worth another thread
+_WORTH = 1 << 18  # operations that are worth another thread
 _NO_CHANNELS = Channels(0, 1)
 
 
@@ -58,9 +59,10 @@ class Calls(NamedTuple):
         workers, chunks = self._shares(layout)
         scratch, sums = _scratch(workers, d, dtype), _workspace("sums", blocks * chunks * dp * dp, dtype)
         means = _workspace("means", blocks * _panels(layout) * dp, dtype)
-        given = workers, chunks, _as_rows(layout, block_axis), address(x), _address(sums), _address(means), *layout
+        given = workers, chunks, _as_rows(layout, block_axis), address(x), memory(sums), memory(means), *layout
         run(moments, workers, scratch, *given)
-        run(whole_moments, min(workers, blocks), scratch, min(workers, blocks), *given[1:], address(mean), address(cov))
+        workers = min(blocks, self._workers(blocks * dp * dp * (chunks + _panels(layout))))
+        run(whole_moments, workers, scratch, workers, *given[1:], address(mean), address(cov))
         return mean, cov
 
     def cross_moments(self, dy: Array, x: Array, mean: Array, block_axis: int) -> tuple[Array, Array]:
@@ -95,11 +97,11 @@ class Calls(NamedTuple):
         workers, chunks = self._shares(layout)
         scratch, sums = _scratch(workers, d, dtype), _workspace("sums", blocks * chunks * dp * (dp + 1), dtype)
         gradients = library.zeros((workers, 2, channels.number), x)
-        addresses = *map(address, (dy, x, mean)), _address(sums), *map(self._address, (whitener, weight, gradients))
+        addresses = *map(address, (dy, x, mean)), memory(sums), *map(self._address, (whitener, weight, gradients))
         as_rows = _as_rows(layout, block_axis)
         run(cross_moments, workers, scratch, workers, chunks, as_rows, *addresses, *channels, *dy_layout, *layout)
-        workers = min(workers, blocks)
-        run(whole_cross_moments, workers, scratch, workers, chunks, blocks, d, _address(sums), address(s), address(k))
+        workers = min(blocks, self._workers(blocks * dp * dp * chunks))
+        run(whole_cross_moments, workers, scratch, workers, chunks, blocks, d, memory(sums), address(s), address(k))
         return s, k, gradients.sum(0)
 
     def affine_map(
@@ -128,11 +130,12 @@ class Calls(NamedTuple):
         assert _order(y_layout, block_axis) == _order(layout, block_axis)
         workers, _ = self._shares(layout, len(terms))
         scratch = _scratch(workers, layout.d, dtype)
-        arranged = _address(_workspace("matrices", layout.blocks * len(terms) * dp * dp, dtype))
+        arranged = memory(_workspace("matrices", layout.blocks * len(terms) * dp * dp, dtype))
         values = map(self._address, (shift, before, after, bias))
         as_rows = _as_rows(layout, block_axis)
         given = len(terms), as_rows, arranged, address(y), *values, channels.positions, 0, *sources, *y_layout
-        run(arrange, min(workers, layout.blocks), scratch, min(workers, layout.blocks), *given)
+        few = min(layout.blocks, self._workers(layout.blocks * len(terms) * dp * dp))
+        run(arrange, few, scratch, few, *given)
         run(affine_map, workers, scratch, workers, *given)
         return y
 
@@ -162,7 +165,7 @@ class Calls(NamedTuple):
         number, dtype = math.prod(blocks), self.library.dtype(cov)
         workers = min(number, self._workers(number * padded(d) ** 3 * solver.iterations))
         addresses = map(self.library.address, (cov, *others))
-        given = number, d, solver.iterations, float(eps), float(np.finfo(dtype).smallest_normal), *addresses
+        given = number, d, solver.iterations, bits(eps), bits(np.finfo(dtype).smallest_normal), *addresses
         run(kernel, workers, _scratch(workers, d, dtype), workers, *given)
 
     def _contiguous(self, array: Array | None) -> Array | None:
@@ -197,16 +200,12 @@ class Calls(NamedTuple):
             chunks += 1
         return workers, chunks
 
-    def _workers(self, multiplications: int) -> int:
-        return int(min(self.library.threads(), numba.config.NUMBA_NUM_THREADS, 1 + multiplications // _WORTH))
+    def _workers(self, operations: int) -> int:
+        return int(min(self.library.threads(), numba.config.NUMBA_NUM_THREADS, 1 + operations // _WORTH))
 
 
 def _panels(layout: Layout) -> int:
     return -(-layout.outer * layout.inner // width(layout))
-
-
-def _address(memory: np.ndarray[Any, Any]) -> int:
-    return int(memory.__array_interface__["data"][0])
 
 
 def _as_rows(layout: Layout, block_axis: int) -> bool:

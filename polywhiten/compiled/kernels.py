@@ -12,6 +12,7 @@ from polywhiten._types import Array
 from polywhiten.blocks import SampleGroups
 from polywhiten.compiled.calls import Calls
 from polywhiten.compiled.group_whitening import WholeGroupWhitening
+from polywhiten.compiled.parallel import address
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import Solver
 from polywhiten.whitening import Plan, Whole
@@ -21,7 +22,7 @@ class _NumPy:
     """What compiled kernels need to know of NumPy's arrays."""
 
     def address(self, array: Array) -> int:
-        return int(array.__array_interface__["data"][0])
+        return address(array)
 
     def strides(self, array: Array) -> list[int]:
         return [n // array.itemsize for n in array.strides]

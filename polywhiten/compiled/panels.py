@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from numba import njit
 
-from polywhiten.compiled.tile import UNIT, at, get, prefetch, put, tile, transposed_tile
+from polywhiten.compiled.tile import UNIT, at, get, prefetch, put, shifted, tile, transposed_tile
 
 COLUMNS = 256
 APART = UNIT
@@ -183,8 +183,7 @@ def _load_interleaved(target, ld, layout, source, n, centre, own):
             for i in range(columns):
                 row, line, middle = at(target, c * ld + j * n + o), at(turned, i * UNIT), get(centre, c)
                 if rows == UNIT:
-                    for t in range(UNIT):
-                        put(row, t, get(line, t) - middle)
+                    shifted(row, line, -middle)
                 else:
                     for t in range(rows):
                         put(row, t, get(line, t) - middle)
@@ -230,8 +229,7 @@ def _store_interleaved(target, layout, n, columns, ld, shift, own):
             for i in range(numbers):
                 row, line, value = at(columns, c * ld + j * n + o), at(own, i * UNIT), get(shift, c)
                 if rows == UNIT:
-                    for t in range(UNIT):
-                        put(line, t, get(row, t) + value)
+                    shifted(line, row, value)
                 else:
                     for t in range(rows):
                         put(line, t, get(row, t) + value)

@@ -5,6 +5,7 @@ Numba compiles what is inside of its own parallel loops several times over, whic
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -19,25 +20,45 @@ _INT = ir.IntType(64)
 _NUMBERS = types.CPointer(types.int64)
 
 
-def run(kernel: Callable[..., None], workers: int, scratch: np.ndarray[Any, Any], *numbers: int | float) -> None:
+def run(kernel: Callable[..., None], workers: int, scratch: np.ndarray[Any, Any], *numbers: int) -> None:
     """Call kernel(numbers, scratch, worker) for every worker; numbers and its own scratch memory are pointers."""
-    integers = np.array([0 if isinstance(n, float) else n for n in numbers], np.int64)
-    for i, n in enumerate(numbers):
-        if isinstance(n, float):
-            integers.view(np.float64)[i] = n
-    address = _compiled(kernel, str(scratch.dtype))
+    given = np.array(numbers, np.int64)
+    _start_threads()
+    kernel_address = _compiled(kernel, scratch.dtype.char)
     before = numba.get_num_threads()
-    numba.set_num_threads(workers)
+    if before != workers:
+        numba.set_num_threads(workers)
     try:
-        _in_parallel(address, integers.ctypes.data, scratch.ctypes.data, scratch.strides[0], workers)
+        _in_parallel(kernel_address, address(given), address(scratch), scratch.strides[0], workers)
     finally:
-        numba.set_num_threads(before)
+        if before != workers:
+            numba.set_num_threads(before)
+
+
+def address(array: np.ndarray[Any, Any]) -> int:
+    """Of its first number."""
+    return int(array.__array_interface__["data"][0])
+
+
+def bits(value: float) -> int:
+    """A number for `real`, among a kernel's integers."""
+    return int(np.float64(value).view(np.int64))
+
+
+@cache
+def _start_threads() -> None:
+    """Leave PyTorch as many threads as it had: Numba's may be OpenMP's, whose number PyTorch shares."""
+    torch = sys.modules.get("torch")
+    threads = None if torch is None else torch.get_num_threads()
+    numba.set_num_threads(numba.get_num_threads())  # which starts them
+    if torch is not None:
+        torch.set_num_threads(threads)
 
 
 @cache
 def _compiled(kernel: Callable[..., None], dtype: str) -> int:
     """Its address, for scratch memory and arrays of that dtype."""
-    signature = types.void(_NUMBERS, types.CPointer(getattr(types, dtype)), types.int64)
+    signature = types.void(_NUMBERS, types.CPointer(numba.from_dtype(np.dtype(dtype))), types.int64)
     return int(cfunc(signature, cache=True, error_model="numpy")(kernel).address)
 
 

@@ -190,6 +190,22 @@ def transposed_tile(typingctx: Any, target: Any, ldt: Any, source: Any, lds: Any
     return types.void(target, types.int64, source, types.int64, centre), generate
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def shifted(typingctx: Any, target: Any, source: Any, shift: Any) -> Any:
+    """UNIT numbers, plus one."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        target, source, shift = args
+        vector = _Vector(builder, context.get_value_type(signature.args[0].dtype), signature.args[0].dtype)
+        added = vector.repeated(shift)
+        for k in range(0, UNIT, vector.length):
+            value = vector.load(builder.gep(source, [_INT(k)]))
+            vector.store(builder.fadd(value, added), builder.gep(target, [_INT(k)]))
+        return context.get_dummy_value()
+
+    return types.void(target, source, target.dtype), generate
+
+
 class _Vector:
     """A vector of the processor's width."""
 
