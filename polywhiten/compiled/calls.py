@@ -89,7 +89,10 @@ class Calls(NamedTuple):
     ) -> tuple[Array, Array, Array]:
         library, address = self.library, self.library.address
         layout = self._layout(x, block_axis)
-        dy, dy_layout = self._alike(dy, x, layout, block_axis)
+        if _order(self._layout(dy, block_axis), block_axis) != _order(layout, block_axis):
+            x = library.in_order_of(x, x)
+            layout = self._layout(x, block_axis)
+        dy, dy_layout = self._alike(dy, block_axis, like=x)
         mean = library.contiguous(mean)
         whitener, weight = self._contiguous(whitener), self._contiguous(weight)
         blocks, d, dp, dtype = layout.blocks, layout.d, padded(layout.d), library.dtype(x)
@@ -118,22 +121,22 @@ class Calls(NamedTuple):
         shift, before, after, bias = map(self._contiguous, (shift, before, after, bias))
         library, address = self.library, self.library.address
         x = terms[-1].array  # of two, that which is no gradient
-        layout, y = self._layout(x, block_axis), library.empty_like(x)
+        y = library.empty_like(x)
+        layout = self._layout(y, block_axis)
         sources, kept = [], []
         for term in terms:
-            array, own = self._alike(term.array, x, layout, block_axis)
+            array, own = self._alike(term.array, block_axis, like=y)
             kept += [array, library.contiguous(term.matrix), library.contiguous(term.centre)]
             sources += [*map(address, kept[-3:]), *own]
         if len(terms) == 1:
             sources += [0, 0, 0, *layout]
-        y_layout, dp, dtype = self._layout(y, block_axis), padded(layout.d), library.dtype(x)
-        assert _order(y_layout, block_axis) == _order(layout, block_axis)
+        dp, dtype = padded(layout.d), library.dtype(x)
         workers, _ = self._shares(layout, len(terms))
         scratch = _scratch(workers, layout.d, dtype)
         arranged = memory(_workspace("matrices", layout.blocks * len(terms) * dp * dp, dtype))
         values = map(self._address, (shift, before, after, bias))
         as_rows = _as_rows(layout, block_axis)
-        given = len(terms), as_rows, arranged, address(y), *values, channels.positions, 0, *sources, *y_layout
+        given = len(terms), as_rows, arranged, address(y), *values, channels.positions, 0, *sources, *layout
         few = min(layout.blocks, self._workers(layout.blocks * len(terms) * dp * dp))
         run(arrange, few, scratch, few, *given)
         run(affine_map, workers, scratch, workers, *given)
@@ -181,14 +184,12 @@ class Calls(NamedTuple):
             return Layout(shape[1], 1, shape[2], shape[0], strides[1], 0, strides[2], strides[0])
         return Layout(*(shape[i] for i in (blocks, outer, 2, 3)), *(strides[i] for i in (blocks, outer, 2, 3)))
 
-    def _alike(self, array: Array, x: Array, layout: Layout, block_axis: int) -> tuple[Array, Layout]:
-        """An array whose panels have their samples in the order of those of x, and its layout."""
-        if array is x:
-            return x, layout
-        own = self._layout(array, block_axis)
-        if _order(own, block_axis) == _order(layout, block_axis):
-            return array, own
-        array = self.library.in_order_of(array, x)
+    def _alike(self, array: Array, block_axis: int, like: Array) -> tuple[Array, Layout]:
+        """An array whose panels have their samples in the order of those of a new array, and its layout."""
+        layout = self._layout(array, block_axis)
+        if _order(layout, block_axis) == _order(self._layout(like, block_axis), block_axis):
+            return array, layout
+        array = self.library.in_order_of(array, like)
         return array, self._layout(array, block_axis)
 
     def _shares(self, layout: Layout, terms: int = 1) -> tuple[int, int]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 
 from polywhiten._types import Array
 from polywhiten.blocks import SampleGroups
 from polywhiten.compiled.calls import Calls
 from polywhiten.compiled.group_whitening import WholeGroupWhitening
-from polywhiten.compiled.parallel import address
+from polywhiten.compiled.parallel import address, threads
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import Solver
 from polywhiten.whitening import Plan, Whole
@@ -48,7 +47,7 @@ class _NumPy:
         return np.ascontiguousarray(array)
 
     def threads(self) -> int:
-        return int(numba.get_num_threads())
+        return threads()
 
 
 _CALLS = Calls(_NumPy())

@@ -12,6 +12,7 @@ from polywhiten.compiled.panels import (
     collect,
     layout_at,
     load_columns,
+    load_first,
     load_rows,
     multiply_add,
     padded,
@@ -26,7 +27,7 @@ from polywhiten.compiled.tile import at, get, number, pointer, put
 
 
 def moments(numbers, scratch, worker):
-    """A worker's share of the products of panels about their own means, and these means.
+    """A worker's share of the products of panels about their own means, and these means less a block's first sample.
 
     Numbers: workers, chunks of a block, whether panels are rows, the addresses of x, of the sums of products (blocks,
     chunks, d, d) with d padded, and of the means (blocks, panels, d) with d padded; the layout of x.
@@ -37,35 +38,35 @@ def moments(numbers, scratch, worker):
     dp, panels, tasks = padded(d), (count + step - 1) // step, layout.blocks * chunks
     ld, ldc = dp + APART, COLUMNS + APART
     rows, columns = scratch, at(scratch, COLUMNS * ld)
-    zeros = at(columns, dp * ldc)
-    own = at(zeros, dp)
-    clear(zeros, 0, 1, dp)
+    first = at(columns, dp * ldc)
+    own = at(first, dp)
     for task in range(worker * tasks // workers, (worker + 1) * tasks // workers):
         block, chunk = divmod(task, chunks)
         products = at(sums, task * dp * dp)
         clear(products, dp, dp, dp)
+        load_first(first, x, layout, block)  # sums of what is left lose nothing to a large mean
         for panel in range(chunk * panels // chunks, (chunk + 1) * panels // chunks):
             start = panel * step
             n = min(step, count - start)
             here = Place(x, layout, block, start, n)
             ahead = Place(x, layout, block, start + n, min(step, count - start - n))
-            centre = at(means, (block * panels + panel) * dp)
-            clear(centre, 0, 1, dp)
+            off = at(means, (block * panels + panel) * dp)
+            clear(off, 0, 1, dp)
             if as_rows:
-                load_rows(rows, ld, here, zeros)
-                sum_rows(centre, rows, ld, d, n)
+                load_rows(rows, ld, here, first)
+                sum_rows(off, rows, ld, d, n)
             else:
-                load_columns(columns, ldc, here, zeros, own)
-                sum_columns(centre, columns, ldc, d, n)
+                load_columns(columns, ldc, here, first, own)
+                sum_columns(off, columns, ldc, d, n)
             for c in range(d):
-                put(centre, c, get(centre, c) / n)
+                put(off, c, get(off, c) / n)
             if as_rows:
                 for t in range(n):
                     row = at(rows, t * ld)
                     for c in range(d):
-                        put(row, c, get(row, c) - get(centre, c))
+                        put(row, c, get(row, c) - get(off, c))
             else:
-                transposed(rows, ld, columns, ldc, dp, padded(n), centre)
+                transposed(rows, ld, columns, ldc, dp, padded(n), off)
             multiply_add(products, dp, products, dp, rows, 1, ld, rows, ld, dp, dp, n, True, (ahead, ahead, ahead), 1)
 
 
@@ -73,21 +74,24 @@ def whole_moments(numbers, scratch, worker):
     """A worker's share of the blocks' means (blocks, d) and covariances (blocks, d, d).
 
     What panels are off the mean of all is added to their products: a stable sum for any order of samples. Numbers: as
-    of `moments`, where x is, and after them, the addresses of mean and covariance.
+    of `moments`, and after them the addresses of mean and covariance.
     """
     workers, chunks, layout = numbers[0], numbers[1], layout_at(numbers, 6)
     sums, means = pointer(numbers[4], scratch), pointer(numbers[5], scratch)
     mean, cov = pointer(numbers[14], scratch), pointer(numbers[15], scratch)
+    x, first = pointer(numbers[3], scratch), scratch
     d, count, step = layout.d, layout.outer * layout.inner, width(layout)
     dp, panels = padded(d), (count + step - 1) // step
     for block in range(worker * layout.blocks // workers, (worker + 1) * layout.blocks // workers):
         products = _sum_of_chunks(sums, block, chunks, dp * dp)
-        centres, whole = at(means, block * panels * dp), at(mean, block * d)
+        centres, whole = at(means, block * panels * dp), at(scratch, dp)
+        load_first(first, x, layout, block)
         for c in range(d):
             off = 0.0
             for panel in range(panels):
                 off += min(step, count - panel * step) * (get(centres, panel * dp + c) - get(centres, c))
             put(whole, c, get(centres, c) + off / count)
+            put(mean, block * d + c, get(first, c) + get(whole, c))
         for panel in range(panels):
             difference, n = at(centres, panel * dp), min(step, count - panel * step)
             for c in range(d):

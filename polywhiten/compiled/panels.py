@@ -248,6 +248,14 @@ def _store_interleaved(target, layout, n, columns, ld, shift, own):
 
 
 @njit
+def load_first(target, array, layout, block):
+    """A block's first sample."""
+    sample = at(array, block * layout.block_stride)
+    for c in range(layout.d):
+        put(target, c, get(sample, c * layout.d_stride))
+
+
+@njit
 def load_rows(target, ld, place, centre):
     """A panel less its centre, as rows."""
     layout, count, d = place.layout, place.count, place.layout.d

@@ -5,8 +5,11 @@ Numba compiles what is inside of its own parallel loops several times over, whic
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -23,16 +26,28 @@ _NUMBERS = types.CPointer(types.int64)
 def run(kernel: Callable[..., None], workers: int, scratch: np.ndarray[Any, Any], *numbers: int) -> None:
     """Call kernel(numbers, scratch, worker) for every worker; numbers and its own scratch memory are pointers."""
     given = np.array(numbers, np.int64)
+    arguments = _compiled(kernel, scratch.dtype.char), address(given), address(scratch), scratch.strides[0], workers
+    if workers == 1 or _FORKED:
+        _one_after_another(*arguments)
+        return
     _start_threads()
-    kernel_address = _compiled(kernel, scratch.dtype.char)
     before = numba.get_num_threads()
     if before != workers:
         numba.set_num_threads(workers)
     try:
-        _in_parallel(kernel_address, address(given), address(scratch), scratch.strides[0], workers)
+        with _alone():
+            _in_parallel(*arguments)
     finally:
         if before != workers:
             numba.set_num_threads(before)
+
+
+def threads() -> int:
+    """How many Numba uses."""
+    if _FORKED:
+        return 1
+    _start_threads()
+    return int(numba.get_num_threads())
 
 
 def address(array: np.ndarray[Any, Any]) -> int:
@@ -43,6 +58,19 @@ def address(array: np.ndarray[Any, Any]) -> int:
 def bits(value: float) -> int:
     """A number for `real`, among a kernel's integers."""
     return int(np.float64(value).view(np.int64))
+
+
+_FORKED: list[bool] = []  # not empty in a child process of one that has threads, which can't start any: OpenMP ends it
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _FORKED.append(True))
+
+_LOCK = threading.Lock()
+
+
+@cache
+def _alone() -> AbstractContextManager[object]:
+    """Numba's own threads, which it has where there is neither OpenMP nor TBB, serve one caller at a time."""
+    return _LOCK if numba.threading_layer() == "workqueue" else nullcontext()
 
 
 @cache
@@ -65,6 +93,12 @@ def _compiled(kernel: Callable[..., None], dtype: str) -> int:
 @njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _in_parallel(function: int, numbers: int, scratch: int, distance: int, workers: int) -> None:
     for worker in prange(workers):
+        _call(function, numbers, scratch + worker * distance, worker)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _one_after_another(function: int, numbers: int, scratch: int, distance: int, workers: int) -> None:
+    for worker in range(workers):
         _call(function, numbers, scratch + worker * distance, worker)
 
 

@@ -1,0 +1,267 @@
+"""The compiled kernels, on NumPy's arrays and PyTorch's: what the plain kernels give in float64."""
+
+import multiprocessing
+import threading
+from types import SimpleNamespace
+
+import array_api_compat.numpy as xp
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+
+import polywhiten as pw
+from polywhiten import dispatch
+from polywhiten.blocks import ChannelGroups, SampleGroups
+from polywhiten.compiled import calls, kernels, parallel
+from polywhiten.kernels import Kernels, Term
+from polywhiten.solvers import solver_for
+from polywhiten.whitening import Plan, backward, forward
+
+EXACT = Kernels(xp)
+NEWTON = solver_for("newton", 5)
+# (p, q, d, l) of channels over the batch: rows and columns of less, and of more, than a panel and than a tile; small
+# pictures, several of which are a panel; a single sample
+SHAPES = [(3, 1, 3, 1), (600, 3, 17, 1), (5, 2, 40, 49), (3, 2, 16, 300), (300, 2, 5, 4), (1, 2, 33, 7)]
+TOLERANCE = {"float64": 1e-12, "float32": 2e-5}
+
+
+@pytest.fixture(autouse=True)
+def _several_threads(monkeypatch):
+    """Even for small arrays, and never the plain kernels instead."""
+
+    def serves(*arrays):
+        assert original(*arrays), "compiled kernels serve all of these tests"
+        return True
+
+    original = kernels._serves
+    monkeypatch.setattr(kernels, "_serves", serves)
+    monkeypatch.setattr(calls, "_WORTH", 10)
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def compiled(request, monkeypatch):
+    monkeypatch.setattr(kernels, "threads", lambda: request.param)
+    return kernels.NumPyKernels(xp)
+
+
+def random(*shape, dtype="float64", seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def close(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE[str(a.dtype)] * np.abs(b).max())
+
+
+def exact(arrays):
+    return [None if array is None else array.astype("float64") for array in arrays]
+
+
+def in_memory(x, order):
+    """X with its axes in memory in that order."""
+    return np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2), (3, 2, 1, 0)], ids=["columns", "rows", "reversed"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_channels_over_the_batch(compiled, shape, dtype, order):
+    _, q, d, _ = shape
+    x, dy = (in_memory(random(*shape, dtype=dtype, seed=seed), order) for seed in (1, 2))
+    x = 2 * x + 3
+    a, b = random(2, q, d, d, dtype=dtype)
+    bias, s = random(2, q, d, dtype=dtype)
+    mean, cov = compiled.moments(x, 1)
+    close((mean, cov), EXACT.moments(*exact([x]), 1))
+    close(compiled.cross_moments(dy, x, mean, 1), EXACT.cross_moments(*exact([dy, x, mean]), 1))
+    terms = [Term(a, dy, s), Term(b, x, mean)]
+    for part, shift in ((terms, bias), (terms[1:], bias), (terms, None)):
+        found = compiled.affine_map(part, shift, 1, x.dtype)
+        wanted = EXACT.affine_map([Term(*exact(term)) for term in part], *exact([shift]), 1, np.float64)
+        close([found], [wanted])
+        assert found.flags.c_contiguous or order != (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    ("shape", "axis", "groups"),
+    [
+        ((3, 8, 5, 7), 1, 4),  # channels first: several, and one channel of a group in a panel
+        ((2, 6, 300), 1, 3),
+        ((3, 5, 7, 8), 3, 4),  # channels last: short runs, of one channel, long, and longer than a panel
+        ((2, 300, 6), 2, 6),
+        ((2, 9, 2, 80), 3, 4),
+        ((2, 3, 600), 2, 2),
+        ((3, 4, 8, 3), 2, 4),  # between
+        ((4, 24), 1, 2),  # no positions
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("affine", ["weight and bias", "weight", "bias", "none"])
+def test_group_whitening(compiled, shape, axis, groups, dtype, affine):
+    x, dy = random(*shape, dtype=dtype, seed=1) * 2 + 3, random(*shape, dtype=dtype, seed=2)
+    weight, bias = random(2, shape[axis], dtype=dtype, seed=3)
+    given = x, weight if "weight" in affine else None, bias if "bias" in affine else None
+    plan = Plan(SampleGroups(axis, groups), NEWTON, 1e-3)
+    y, stats = forward(compiled, plan, *given)
+    wanted, expected = forward(EXACT, plan, *exact(given))
+    close([y, *stats], [wanted, *expected])
+    found = backward(compiled, plan, *given, stats, dy)
+    wanted = backward(EXACT, plan, *exact(given), expected, *exact([dy]))
+    assert [a is None for a in found] == [a is None for a in given]
+    close([a for a in found if a is not None], [a for a in wanted if a is not None])
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 5, 12])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(("blocks", "d"), [((3,), 1), ((2, 2), 16), ((1,), 40), ((2,), 130)], ids=str)
+def test_newton(compiled, blocks, d, dtype, iterations):
+    samples = random(*blocks, d, 3 * d)
+    cov = (samples @ samples.swapaxes(-1, -2) / (3 * d)).astype(dtype)
+    grad = random(*blocks, d, d, dtype=dtype, seed=4)
+    solver = solver_for("newton", iterations)
+    close([compiled.inverse_sqrt(solver, cov, 1e-5)], [EXACT.inverse_sqrt(solver, *exact([cov]), 1e-5)])
+    found = compiled.inverse_sqrt_adjoint(solver, cov, grad, 1e-5)
+    close([found], [EXACT.inverse_sqrt_adjoint(solver, *exact([cov, grad]), 1e-5)])
+
+
+def test_constant_channels_without_eps(compiled):
+    zero = np.zeros((2, 3, 3))
+    assert np.isfinite(compiled.inverse_sqrt(NEWTON, zero)).all()
+
+
+def test_other_solvers_and_large_matrices_are_the_librarys(compiled):
+    large = calls.LARGEST + 1
+    for solver, d in ((solver_for("eigh", None), 4), (solver_for("newton", 2), large)):
+        cov = np.eye(d)[None]
+        np.testing.assert_allclose(compiled.inverse_sqrt(solver, cov), EXACT.inverse_sqrt(solver, cov), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[::-1],
+        lambda x: x[:, :, ::2],
+        lambda x: x[..., 1:3],
+        lambda x: np.broadcast_to(x[:, :, :, :1], x.shape),
+        lambda x: np.asfortranarray(x),
+        lambda x: np.frombuffer(x.tobytes()).reshape(x.shape),  # may not be written to
+    ],
+)
+@pytest.mark.parametrize("blocks", [ChannelGroups(1, 4), SampleGroups(1, 4)], ids=["channels", "samples"])
+def test_views_are_read_as_they_are(compiled, view, blocks):
+    x = view(random(6, 8, 5, 40))
+    dy = random(*x.shape, seed=1)
+    plan = Plan(blocks, NEWTON, 1e-5)
+    for gradient in (dy, np.broadcast_to(dy[:, :1], dy.shape), np.asfortranarray(dy)):
+        y, stats = forward(compiled, plan, x, None, None)
+        wanted, expected = forward(EXACT, plan, x, None, None)
+        close([y], [wanted])
+        dx = backward(compiled, plan, x, None, None, stats, gradient)[0]
+        close([dx], [backward(EXACT, plan, x, None, None, expected, gradient)[0]])
+
+
+def test_a_mean_of_a_million_deviations(compiled):
+    x = (random(600, 1, 8, 1) + 1e6).astype("float32")
+    close([compiled.moments(x, 1)[1]], [EXACT.moments(*exact([x]), 1)[1]])
+
+
+def test_what_is_not_a_number_stays_so(compiled):
+    x = random(40, 2, 4, 9)
+    x[3, 0, 1, 2] = np.nan
+    mean, cov = compiled.moments(x, 1)
+    assert np.isnan(mean).sum() == 1
+    assert np.isnan(cov).sum() == 7
+    assert np.isnan(compiled.inverse_sqrt(NEWTON, cov, 1e-5)[0]).all()
+
+
+def test_odd_arrays_are_left_to_the_plain_kernels(monkeypatch):
+    monkeypatch.undo()
+    x = random(30, 4)
+    field = np.zeros(30, [("byte", "u1"), ("x", "f8", 4)])["x"]
+    field[...] = x
+    for odd in (field, x.astype(">f8"), x.view(type("Mine", (np.ndarray,), {}))):
+        assert not kernels._serves(odd)
+        np.testing.assert_allclose(pw.iter_norm(odd), pw.iter_norm(x), rtol=1e-10)
+    assert not kernels._serves(x.astype("float16"))
+    assert pw.iter_norm(x.astype("float16")).dtype == np.float16
+
+
+def test_numpy_without_numba(monkeypatch):
+    monkeypatch.setattr(dispatch, "is_available", lambda: False)
+    dispatch._kernels.cache_clear()
+    try:
+        assert type(dispatch.backend_of(np.ones(2)).kernels) is Kernels
+    finally:
+        monkeypatch.undo()
+        dispatch._kernels.cache_clear()
+    assert type(dispatch.backend_of(np.ones(2)).kernels) is kernels.NumPyKernels
+
+
+@pytest.mark.parametrize("layer", ["workqueue", "omp"])
+def test_threads_may_call_at_the_same_time(monkeypatch, layer):
+    monkeypatch.setattr(parallel.numba, "threading_layer", lambda: layer)
+    parallel._alone.cache_clear()
+    assert (parallel._alone() is parallel._LOCK) == (layer == "workqueue")
+    x = random(300, 64)
+    wanted, found = pw.iter_norm(x), []
+    callers = [threading.Thread(target=lambda: found.append(pw.iter_norm(x))) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    parallel._alone.cache_clear()
+    assert len(found) == 4
+    for y in found:
+        np.testing.assert_array_equal(y, wanted)
+
+
+def _whitened(x):
+    return pw.iter_norm(x)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes aren't forked here")
+def test_a_forked_process_whitens_too():
+    x = random(300, 64)
+    wanted = pw.iter_norm(x)  # with threads, which no child process has
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        found = pool.apply_async(_whitened, (x,)).get(timeout=60)
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+def test_torch_keeps_its_number_of_threads(torch):
+    before = torch.get_num_threads()
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            parallel._start_threads.cache_clear()
+            pw.iter_norm(torch.randn(300, 64))
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
+def test_half_precision_is_computed_in_float32(torch, dtype, name):
+    x = torch.randn(8, 16, 20, dtype=getattr(torch, dtype))
+    y = getattr(pw, name)(x, **({"num_groups": 4} if name == "group_whiten" else {}))
+    wanted = getattr(pw, name)(x.double(), **({"num_groups": 4} if name == "group_whiten" else {}))
+    assert y.dtype == x.dtype
+    torch.testing.assert_close(y.double(), wanted, rtol=0, atol=2e-2)
+
+
+def test_torch_without_numba(torch, monkeypatch):
+    from polywhiten.torch import cpu
+
+    x = torch.randn(300, 64, dtype=torch.float64)
+    wanted = pw.iter_norm(x)
+    monkeypatch.setattr(cpu, "is_available", lambda: False)
+    monkeypatch.setattr(cpu, "_calls", lambda: SimpleNamespace())
+    torch.testing.assert_close(pw.iter_norm(x), wanted)
