@@ -9,8 +9,9 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -84,8 +85,20 @@ def _start_threads() -> None:
 
 
 @cache
+def _drop_outdated() -> None:
+    """What was compiled before a change: Numba looks at a kernel's own file for that, not at those that it uses."""
+    folder = Path(__file__).parent
+    changed = max(file.stat().st_mtime for file in folder.glob("*.py"))
+    for kept in folder.glob("__pycache__/*.nb[ic]"):
+        with suppress(OSError):  # another process may have deleted it
+            if kept.stat().st_mtime < changed:
+                kept.unlink()
+
+
+@cache
 def _compiled(kernel: Callable[..., None], dtype: str) -> int:
     """Its address, for scratch memory and arrays of that dtype."""
+    _drop_outdated()
     signature = types.void(_NUMBERS, types.CPointer(numba.from_dtype(np.dtype(dtype))), types.int64)
     return int(cfunc(signature, cache=True, error_model="numpy")(kernel).address)
 

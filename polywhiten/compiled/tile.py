@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import binding, ir
-from numba import types
+from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -19,14 +19,9 @@ UNIT = 16  # rows and columns of a tile, which all padded sizes are multiples of
 _INT = ir.IntType(64)
 
 
-def _vector_bytes() -> int:
-    """Of the widest vectors that the processor computes with."""
-    features = binding.get_host_cpu_features()
-    return 64 if features.get("avx512f") else 32 if features.get("avx2") else 16
-
-
-_BYTES = _vector_bytes()
-_MOST_VECTORS = 16 if _BYTES == 64 or not binding.get_host_cpu_features().get("sse2") else 8  # of results in registers
+_FEATURES = config.CPU_FEATURES or binding.get_host_cpu_features().flatten()  # "+sse2,+avx,...": as Numba sees them
+_BYTES = 64 if "+avx512f" in _FEATURES else 32 if "+avx2" in _FEATURES else 16  # of a vector
+_MOST_VECTORS = 8 if "+sse" in _FEATURES and _BYTES < 64 else 16  # of results: half of the registers, or a few less
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -118,7 +113,7 @@ def tile(
         vector = _Vector(builder, context.get_value_type(signature.args[0].dtype), signature.args[0].dtype)
         width = UNIT // vector.length
         height = _MOST_VECTORS // width
-        fma = vector.function("llvm.fma", 3)
+        fma = vector.function("llvm.fmuladd", 3)
         with cgutils.for_range_slice(builder, _INT(0), _INT(UNIT), _INT(height), _INT) as (first, _):
 
             def places(start: ir.Value, distance: ir.Value) -> list[ir.Value]:
