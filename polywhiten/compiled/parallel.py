@@ -5,6 +5,7 @@ Numba compiles what is inside of its own parallel loops several times over, whic
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import threading
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -30,6 +31,11 @@ def run(kernel: Callable[..., None], workers: int, scratch: np.ndarray[Any, Any]
     arguments = _compiled(kernel, scratch.dtype.char), address(given), address(scratch), scratch.strides[0], workers
     if workers == 1 or _FORKED:
         _one_after_another(*arguments)
+        return
+    openmp = _openmp()
+    if openmp is not None:
+        data = np.array([*arguments, *openmp.functions], np.int64)
+        openmp.parallel(_region().address, address(data), workers, 0)
         return
     _start_threads()
     before = numba.get_num_threads()
@@ -65,6 +71,29 @@ _FORKED: list[bool] = []  # not empty in a child process of one that has threads
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: _FORKED.append(True))
 
+
+class _OpenMP(NamedTuple):
+    parallel: Any  # of a function, the address of its data, a number of threads, and flags
+    functions: tuple[int, int]  # addresses of those that say which thread is calling, of how many
+
+
+def _openmp() -> _OpenMP | None:
+    """The OpenMP that is there for all of the process, as PyTorch's is on Linux.
+
+    Its threads wait actively for their next work, in the way of any others, as those that Numba brings along.
+    """
+    if not _FOUND and sys.platform == "linux":
+        everything = ctypes.CDLL(None)
+        with suppress(AttributeError):
+            functions = everything.omp_get_thread_num, everything.omp_get_num_threads
+            parallel = everything.GOMP_parallel
+            parallel.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+            parallel.restype = None
+            _FOUND.append(_OpenMP(parallel, tuple(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in functions)))
+    return _FOUND[0] if _FOUND else None
+
+
+_FOUND: list[_OpenMP] = []
 _LOCK = threading.Lock()
 
 
@@ -109,6 +138,18 @@ def _in_parallel(function: int, numbers: int, scratch: int, distance: int, worke
         _call(function, numbers, scratch + worker * distance, worker)
 
 
+@cache
+def _region() -> Any:
+    """What each of OpenMP's threads calls."""
+
+    def region(data: Any) -> None:
+        kernel, numbers, scratch, distance, workers = data[0], data[1], data[2], data[3], data[4]
+        for worker in range(_ask(data[5]), workers, _ask(data[6])):  # OpenMP may give fewer threads
+            _call(kernel, numbers, scratch + worker * distance, worker)
+
+    return cfunc(types.void(_NUMBERS), cache=True)(region)
+
+
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _one_after_another(function: int, numbers: int, scratch: int, distance: int, workers: int) -> None:
     for worker in range(workers):
@@ -123,6 +164,17 @@ def _call(typingctx: Any, function: Any, numbers: Any, scratch: Any, worker: Any
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _ask(typingctx: Any, function: Any) -> Any:
+    """What a function of C without arguments gives."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        return builder.sext(builder.call(builder.inttoptr(args[0], kind.as_pointer()), []), _INT)
+
+    return types.int64(types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
