@@ -131,11 +131,19 @@ def test_constant_channels_without_eps(compiled):
     assert np.isfinite(compiled.inverse_sqrt(NEWTON, zero)).all()
 
 
-def test_other_solvers_and_large_matrices_are_the_librarys(compiled):
-    large = calls.LARGEST + 1
-    for solver, d in ((solver_for("eigh", None), 4), (solver_for("newton", 2), large)):
-        cov = np.eye(d)[None]
-        np.testing.assert_allclose(compiled.inverse_sqrt(solver, cov), EXACT.inverse_sqrt(solver, cov), atol=1e-12)
+def test_matrices_that_threads_share(compiled, monkeypatch):
+    monkeypatch.setattr(calls, "_SHARED", 1)
+    for d in (3, 40):
+        cov = np.cov(random(d, 3 * d))[None]
+        grad = random(1, d, d, seed=4)
+        close([compiled.inverse_sqrt(NEWTON, cov, 1e-5)], [EXACT.inverse_sqrt(NEWTON, cov, 1e-5)])
+        found = compiled.inverse_sqrt_adjoint(NEWTON, cov, grad, 1e-5)
+        close([found], [EXACT.inverse_sqrt_adjoint(NEWTON, cov, grad, 1e-5)])
+
+
+def test_other_solvers_are_the_plain_ones(compiled):
+    cov, solver = np.cov(random(4, 20))[None], solver_for("eigh", None)
+    np.testing.assert_array_equal(compiled.inverse_sqrt(solver, cov), EXACT.inverse_sqrt(solver, cov))
 
 
 @pytest.mark.parametrize(

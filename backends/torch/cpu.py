@@ -13,6 +13,7 @@ from polywhiten.blocks import SampleGroups
 from polywhiten.compiled import is_available
 from polywhiten.kernels import Term
 from polywhiten.solvers import Solver
+from polywhiten.solvers.newton import Newton
 from polywhiten.torch.kernels import TorchKernels, full_precision, is_unobserved
 from polywhiten.whitening import Plan, Whole
 
@@ -48,14 +49,14 @@ class CPUKernels(TorchKernels):
     @full_precision
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
         """W, every matrix in the cache."""
-        if not (_serves(cov) and _calls().solves(solver, cov)):
+        if not (isinstance(solver, Newton) and _serves(cov)):
             return super().inverse_sqrt(solver, cov, eps)
         return _calls().inverse_sqrt(solver, cov, eps)
 
     @full_precision
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor:
         """Gradient with respect to cov, every matrix in the cache."""
-        if not (_serves(cov, grad) and _calls().solves(solver, cov)):
+        if not (isinstance(solver, Newton) and _serves(cov, grad)):
             return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
         return _calls().inverse_sqrt_adjoint(solver, cov, grad, eps)
 

@@ -18,11 +18,10 @@ from polywhiten.compiled.panels import APART, COLUMNS, OWN, Channels, Layout, is
 from polywhiten.compiled.parallel import address as memory
 from polywhiten.compiled.parallel import bits, run
 from polywhiten.kernels import Term
-from polywhiten.solvers import Solver
 from polywhiten.solvers.newton import Newton
 
-LARGEST = 256  # matrices beyond are faster in a library for large products
 _WORTH = 1 << 18  # operations that are worth another thread
+_SHARED = 160  # as large are matrices whose phases are worth a call each
 _NO_CHANNELS = Channels(0, 1)
 
 
@@ -146,30 +145,36 @@ class Calls(NamedTuple):
         """W."""
         cov = self.library.contiguous(cov)
         w = self.library.empty(tuple(cov.shape), cov)
-        self._solve(newton.inverse_sqrt, solver, cov, eps, w)
+        self._solve(newton.inverse_sqrt, False, solver, cov, eps, w)
         return w
 
     def inverse_sqrt_adjoint(self, solver: Newton, cov: Array, grad: Array, eps: float) -> Array:
         """Gradient with respect to cov."""
         cov, grad = self.library.contiguous(cov), self.library.contiguous(grad)
         result = self.library.empty(tuple(cov.shape), cov)
-        self._solve(newton.inverse_sqrt_adjoint, solver, cov, eps, grad, result)
+        self._solve(newton.inverse_sqrt_adjoint, True, solver, cov, eps, grad, result)
         return result
 
-    def solves(self, solver: Solver, cov: Array) -> bool:
-        """Whether these are matrices for the two above."""
+    def _solve(
+        self, kernel: Callable[..., None], derivative: bool, solver: Newton, cov: Array, eps: float, *others: Array
+    ) -> None:
+        """Matrices of their own for each worker; or, where large matrices are few, a phase of all at a time."""
         *blocks, d, _ = cov.shape
-        if not isinstance(solver, Newton) or cov.shape[-1] != d or d > LARGEST:
-            return False
-        return d <= LARGEST // 2 or 4 * math.prod(blocks) >= self.library.threads()
-
-    def _solve(self, kernel: Callable[..., None], solver: Newton, cov: Array, eps: float, *others: Array) -> None:
-        *blocks, d, _ = cov.shape
-        number, dtype = math.prod(blocks), self.library.dtype(cov)
-        workers = min(number, self._workers(number * padded(d) ** 3 * solver.iterations))
-        addresses = map(self.library.address, (cov, *others))
-        given = number, d, solver.iterations, bits(eps), bits(np.finfo(dtype).smallest_normal), *addresses
-        run(kernel, workers, _scratch(workers, d, dtype), workers, *given)
+        number, dtype, dp = math.prod(blocks), self.library.dtype(cov), padded(d)
+        workers = self._workers(number * dp**3 * solver.iterations)
+        shared = number < workers and d >= _SHARED
+        if not shared:
+            workers = min(workers, number)
+        reals = bits(eps), bits(np.finfo(dtype).smallest_normal)
+        given = *reals, *map(self.library.address, (cov, *others))
+        if shared:
+            matrices = memory(_workspace("matrices", number * newton.memory(d), dtype))
+            for phase in range(newton.phases(solver.iterations, derivative)):
+                scratch = _scratch(workers, 1, dtype)
+                run(kernel, workers, scratch, workers, phase, number, d, solver.iterations, matrices, *given)
+        else:
+            scratch = _rows("scratch", workers, newton.memory(d), dtype)
+            run(kernel, workers, scratch, workers, -1, number, d, solver.iterations, 0, *given)
 
     def _contiguous(self, array: Array | None) -> Array | None:
         return None if array is None else self.library.contiguous(array)
@@ -239,5 +244,8 @@ def _scratch(workers: int, d: int, dtype: str) -> np.ndarray[Any, Any]:
     """For each worker, what the largest of the kernels needs."""
     dp = padded(d)
     panel = COLUMNS * (dp + APART) + dp * (COLUMNS + APART)
-    size = 7 * panel + 8 * dp * (dp + APART) + 4 * COLUMNS + 4 * dp + OWN
-    return _workspace("scratch", workers * size, dtype)[: workers * size].reshape(workers, size)
+    return _rows("scratch", workers, 7 * panel + dp * dp + 4 * COLUMNS + 4 * dp + OWN, dtype)
+
+
+def _rows(name: str, number: int, size: int, dtype: str) -> np.ndarray[Any, Any]:
+    return _workspace(name, number * size, dtype)[: number * size].reshape(number, size)

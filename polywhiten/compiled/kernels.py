@@ -14,6 +14,7 @@ from polywhiten.compiled.group_whitening import WholeGroupWhitening
 from polywhiten.compiled.parallel import address, threads
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import Solver
+from polywhiten.solvers.newton import Newton
 from polywhiten.whitening import Plan, Whole
 
 
@@ -78,13 +79,13 @@ class NumPyKernels(Kernels):
 
     def inverse_sqrt(self, solver: Solver, cov: Array, eps: float = 0.0) -> Array:
         """W, every matrix in the cache."""
-        if not (_CALLS.solves(solver, cov) and _serves(cov)):
+        if not (isinstance(solver, Newton) and _serves(cov)):
             return super().inverse_sqrt(solver, cov, eps)
         return _CALLS.inverse_sqrt(solver, cov, eps)
 
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array, eps: float = 0.0) -> Array:
         """Gradient with respect to cov, every matrix in the cache."""
-        if not (_CALLS.solves(solver, cov) and _serves(cov, grad)):
+        if not (isinstance(solver, Newton) and _serves(cov, grad)):
             return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
         return _CALLS.inverse_sqrt_adjoint(solver, cov, grad, eps)
 

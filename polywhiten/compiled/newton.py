@@ -1,6 +1,7 @@
-"""Newton's iteration and its derivative, as `polywhiten.solvers.newton` has them: every matrix stays in the cache.
+"""Newton's iteration and its derivative, as `polywhiten.solvers.newton` has them, in phases.
 
-All that is symmetric is computed above its diagonal, and copied.
+What is symmetric is computed above its diagonal, and copied. A phase needs all of the phases before it, and each of its
+columns of tiles nothing of the others: several workers can share a matrix, if they begin every phase together.
 """
 
 from numba import njit
@@ -9,105 +10,141 @@ from polywhiten.compiled.panels import APART, clear, padded
 from polywhiten.compiled.parallel import real
 from polywhiten.compiled.tile import UNIT, at, get, number, pointer, put, tile, transposed_tile
 
+MATRICES = 12  # that an iteration works on, at most
+_STEPS = 3, 5  # phases of an iteration, and of one with its derivative
+
 
 def inverse_sqrt(numbers, scratch, worker):
-    """A worker's share of W (blocks, d, d).
+    """A worker's share of W (blocks, d, d), or of one phase of it.
 
-    Numbers: workers, blocks, d, iterations, eps, the smallest normal number, the addresses of covariances and W.
+    Numbers: workers, the phase or -1 for all, blocks, d, iterations, the address of memory for the matrices of all
+    blocks or 0, eps, the smallest normal number, the addresses of covariances and of W.
     """
-    workers, blocks, d, iterations, eps, tiny = _problem(numbers)
-    cov, w = pointer(numbers[6], scratch), pointer(numbers[7], scratch)
-    dp = padded(d)
-    ld = dp + APART
-    own = scratch
-    for block in range(worker * blocks // workers, (worker + 1) * blocks // workers):
-        r, z, q, more, zeros = (
-            own,
-            at(own, dp * ld),
-            at(own, 2 * dp * ld),
-            at(own, 3 * dp * ld),
-            at(own, 4 * dp * ld),
-        )
-        clear(zeros, 0, 1, UNIT)
-        own_cov = at(cov, block * d * d)
-        scale = start(r, z, own_cov, dp, ld, d, eps, tiny)
-        for _ in range(iterations - 1):
-            product(q, -6.0, r, 1.0, r, r, dp, ld, True, zeros)
-            product(more, 2.25, r, 0.25, r, q, dp, ld, True, zeros)
-            r, more = more, r
-            product(more, 1.5, z, -0.5, z, r, dp, ld, True, zeros)
-            z, more = more, z
-        result = at(w, block * d * d)
-        root = scale**0.5
-        for i in range(d):
-            for j in range(d):
-                put(result, i * d + j, get(z, i * ld + j) / root)
+    workers, phase, blocks, d, iterations = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+    for block in range(blocks if phase >= 0 else (worker + 1) * blocks // workers):
+        if phase >= 0:
+            _value(numbers, at(pointer(numbers[5], scratch), block * memory(d)), phase, block, worker, workers)
+        elif block >= worker * blocks // workers:
+            for each in range(phases(iterations, False)):
+                _value(numbers, scratch, each, block, 0, 1)
 
 
 def inverse_sqrt_adjoint(numbers, scratch, worker):
-    """A worker's share of the gradients (blocks, d, d) with respect to covariances, of those with respect to W.
+    """A worker's share of the gradients (blocks, d, d) with respect to covariances, or of one phase of them.
 
-    Numbers: as of `inverse_sqrt`, the addresses being those of covariances, gradients and results.
+    Numbers: as of `inverse_sqrt`, the last addresses being those of covariances, gradients and results.
     """
-    workers, blocks, d, iterations, eps, tiny = _problem(numbers)
-    cov, grad, result = pointer(numbers[6], scratch), pointer(numbers[7], scratch), pointer(numbers[8], scratch)
-    dp = padded(d)
+    workers, phase, blocks, d, iterations = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+    for block in range(blocks if phase >= 0 else (worker + 1) * blocks // workers):
+        if phase >= 0:
+            _derivative(numbers, at(pointer(numbers[5], scratch), block * memory(d)), phase, block, worker, workers)
+        elif block >= worker * blocks // workers:
+            for each in range(phases(iterations, True)):
+                _derivative(numbers, scratch, each, block, 0, 1)
+
+
+@njit
+def phases(iterations, derivative):
+    """How many there are: one before the iterations, and one after them."""
+    return 2 + _STEPS[1 if derivative else 0] * (iterations - 1)
+
+
+@njit
+def memory(d):
+    """Numbers that a block's matrices take."""
+    return MATRICES * padded(d) * (padded(d) + APART) + 2 * UNIT
+
+
+@njit
+def _matrix(own, k, dp):
+    """The first numbers are zeros, and then the trace."""
+    return at(own, 2 * UNIT + k * dp * (dp + APART))
+
+
+@njit
+def _value(numbers, own, phase, block, share, shares):
+    d, iterations, eps, tiny = numbers[3], numbers[4], real(numbers, 6), real(numbers, 7)
+    cov, w = at(pointer(numbers[8], own), block * d * d), at(pointer(numbers[9], own), block * d * d)
+    dp, last = padded(d), phases(iterations, False) - 1
     ld = dp + APART
-    own, size = scratch, dp * ld
-    for block in range(worker * blocks // workers, (worker + 1) * blocks // workers):
-        r, z, dr, dz = own, at(own, size), at(own, 2 * size), at(own, 3 * size)
-        p, q, more, zeros = at(own, 4 * size), at(own, 5 * size), at(own, 6 * size), at(own, 7 * size)
-        clear(zeros, 0, 1, UNIT)
-        own_cov, own_grad = at(cov, block * d * d), at(grad, block * d * d)
-        scale = start(r, z, own_cov, dp, ld, d, eps, tiny)
-        clear(dr, ld, dp, dp)
-        clear(dz, ld, dp, dp)
-        for i in range(d):
+    iteration, step = divmod(phase - 1, _STEPS[0])
+    r, z = _matrix(own, iteration % 2, dp), _matrix(own, 2 + iteration % 2, dp)
+    next_r, next_z = _matrix(own, 1 - iteration % 2, dp), _matrix(own, 3 - iteration % 2, dp)
+    q = _matrix(own, 4, dp)
+    if phase == 0:
+        if share == 0:
+            _start(own, _matrix(own, 0, dp), _matrix(own, 2, dp), cov, dp, ld, d, eps, tiny)
+    elif phase == last:
+        root = get(own, UNIT) ** 0.5
+        for i in range(share, d, shares):
             for j in range(d):
-                value = 0.5 * (get(own_grad, i * d + j) + get(own_grad, j * d + i))
-                put(dr, i * ld + j, value)
-                put(dz, i * ld + j, -0.5 * value)
-        for _ in range(iterations - 1):
-            product(p, -4.0, dr, 1.0, r, dr, dp, ld, False, zeros)
-            add_transposed(p, 0.5, q, dp, ld, zeros)
-            product(more, 1.125, dr, 0.25, r, p, dp, ld, False, zeros)
-            add_transposed(more, 1.0, q, dp, ld, zeros)
-            dr, more = more, dr
-            product(q, -6.0, r, 1.0, r, r, dp, ld, True, zeros)
-            product(more, 2.25, r, 0.25, r, q, dp, ld, True, zeros)
-            r, more = more, r
-            product(q, 1.5, dz, -0.5, dz, r, dp, ld, True, zeros)
-            product(dz, 1.0, q, -0.5, z, dr, dp, ld, True, zeros)
-            product(more, 1.5, z, -0.5, z, r, dp, ld, True, zeros)
-            z, more = more, z
-        along = 0.0
-        for i in range(d):
-            for j in range(d):
-                s = get(own_cov, i * d + j)
-                if i == j:
-                    s += eps
-                g = 0.5 * (get(own_grad, i * d + j) + get(own_grad, j * d + i))
-                along += get(dz, i * ld + j) * (s / scale) + 0.5 * g * get(z, i * ld + j)
-        own_result, root = at(result, block * d * d), scale**0.5
-        for i in range(d):
-            for j in range(d):
-                value = get(dz, i * ld + j) - (along if i == j else 0.0)
-                put(own_result, i * d + j, value / scale / root)
+                put(w, i * d + j, get(z, i * ld + j) / root)
+    elif step == 0:
+        _product(q, -6.0, r, 1.0, r, r, dp, ld, True, own, share, shares)
+    elif step == 1:
+        _product(next_r, 2.25, r, 0.25, r, q, dp, ld, True, own, share, shares)
+    else:
+        _product(next_z, 1.5, z, -0.5, z, next_r, dp, ld, True, own, share, shares)
 
 
 @njit
-def _problem(numbers):
-    return numbers[0], numbers[1], numbers[2], numbers[3], real(numbers, 4), real(numbers, 5)
+def _derivative(numbers, own, phase, block, share, shares):
+    d, iterations, eps, tiny = numbers[3], numbers[4], real(numbers, 6), real(numbers, 7)
+    cov, grad = at(pointer(numbers[8], own), block * d * d), at(pointer(numbers[9], own), block * d * d)
+    dp, last = padded(d), phases(iterations, True) - 1
+    ld = dp + APART
+    iteration, step = divmod(phase - 1, _STEPS[1])
+    now, then = iteration % 2, 1 - iteration % 2
+    r, z, dr, dz = (
+        _matrix(own, now, dp),
+        _matrix(own, 2 + now, dp),
+        _matrix(own, 4 + now, dp),
+        _matrix(own, 6 + now, dp),
+    )
+    next_r, next_z = _matrix(own, then, dp), _matrix(own, 2 + then, dp)
+    next_dr, next_dz = _matrix(own, 4 + then, dp), _matrix(own, 6 + then, dp)
+    p, q, more, half = _matrix(own, 8, dp), _matrix(own, 9, dp), _matrix(own, 10, dp), _matrix(own, 11, dp)
+    if phase == 0:
+        if share == 0:
+            _start(own, _matrix(own, 0, dp), _matrix(own, 2, dp), cov, dp, ld, d, eps, tiny)
+            _start_derivative(_matrix(own, 4, dp), _matrix(own, 6, dp), grad, dp, ld, d)
+    elif phase == last:
+        scale, along = get(own, UNIT), 0.0
+        for i in range(d):
+            for j in range(d):
+                s = (get(cov, i * d + j) + (eps if i == j else 0.0)) / scale
+                g = 0.5 * (get(grad, i * d + j) + get(grad, j * d + i))
+                along += get(dz, i * ld + j) * s + 0.5 * g * get(z, i * ld + j)
+        result, root = at(pointer(numbers[10], own), block * d * d), scale**0.5
+        for i in range(share, d, shares):
+            for j in range(d):
+                put(result, i * d + j, (get(dz, i * ld + j) - (along if i == j else 0.0)) / scale / root)
+    elif step == 0:
+        _product(p, -4.0, dr, 1.0, r, dr, dp, ld, False, own, share, shares)
+        _product(q, -6.0, r, 1.0, r, r, dp, ld, True, own, share, shares)
+    elif step == 1:
+        _add_transposed(more, p, 0.5, dp, ld, own, share, shares)
+        _product(next_r, 2.25, r, 0.25, r, q, dp, ld, True, own, share, shares)
+    elif step == 2:
+        _product(half, 1.125, dr, 0.25, r, more, dp, ld, False, own, share, shares)
+        _product(p, 1.5, dz, -0.5, dz, next_r, dp, ld, True, own, share, shares)
+        _product(next_z, 1.5, z, -0.5, z, next_r, dp, ld, True, own, share, shares)
+    elif step == 3:
+        _add_transposed(next_dr, half, 1.0, dp, ld, own, share, shares)
+    else:
+        _product(next_dz, 1.0, p, -0.5, z, next_dr, dp, ld, True, own, share, shares)
 
 
 @njit
-def start(r, z, cov, dp, ld, d, eps, tiny):
-    """R = (cov + eps I) / trace and Z = (3 I - R) / 2; the trace."""
+def _start(own, r, z, cov, dp, ld, d, eps, tiny):
+    """R = (cov + eps I) / trace and Z = (3 I - R) / 2."""
     scale = d * eps
     for i in range(d):
         scale += get(cov, i * d + i)
     if scale < tiny:  # eps = 0 and constant channels: S is 0, and so is R
         scale = tiny
+    clear(own, 0, 1, UNIT)
+    put(own, UNIT, scale)
     clear(r, ld, dp, dp)
     clear(z, ld, dp, dp)
     for i in range(d):
@@ -115,13 +152,24 @@ def start(r, z, cov, dp, ld, d, eps, tiny):
             value = (get(cov, i * d + j) + (eps if i == j else 0.0)) / scale
             put(r, i * ld + j, value)
             put(z, i * ld + j, (1.5 if i == j else 0.0) - 0.5 * value)
-    return scale
 
 
 @njit
-def product(target, beta, base, alpha, a, b, n, ld, symmetric, zeros):
-    """Target = beta base + alpha A B; another matrix than A and B."""
-    for j in range(0, n, UNIT):
+def _start_derivative(dr, dz, grad, dp, ld, d):
+    """Those of R and Z along the symmetric part of a gradient."""
+    clear(dr, ld, dp, dp)
+    clear(dz, ld, dp, dp)
+    for i in range(d):
+        for j in range(d):
+            value = 0.5 * (get(grad, i * d + j) + get(grad, j * d + i))
+            put(dr, i * ld + j, value)
+            put(dz, i * ld + j, -0.5 * value)
+
+
+@njit
+def _product(target, beta, base, alpha, a, b, n, ld, symmetric, zeros, share, shares):
+    """Target = beta base + alpha A B, which is none of them."""
+    for j in range(share * UNIT, n, shares * UNIT):
         for i in range(0, j + UNIT if symmetric else n, UNIT):
             own = at(target, i * ld + j)
             tile(own, ld, beta, at(base, i * ld + j), ld, alpha, at(a, i * ld), ld, 1, at(b, j), ld, n)
@@ -130,12 +178,13 @@ def product(target, beta, base, alpha, a, b, n, ld, symmetric, zeros):
 
 
 @njit
-def add_transposed(m, factor, other, n, ld, zeros):
-    """M + factor M', in place; `other` is memory to work in."""
-    for i in range(0, n, UNIT):
-        for j in range(0, n, UNIT):
-            transposed_tile(at(other, j * ld + i), ld, at(m, i * ld + j), ld, zeros)
-    for i in range(n):
-        row, column = at(m, i * ld), at(other, i * ld)
-        for j in range(n):
-            put(row, j, get(row, j) + number(row, factor) * get(column, j))
+def _add_transposed(target, m, factor, n, ld, zeros, share, shares):
+    """Target = M + factor M'."""
+    for j in range(share * UNIT, n, shares * UNIT):
+        for i in range(0, n, UNIT):
+            own, given = at(target, i * ld + j), at(m, i * ld + j)
+            transposed_tile(own, ld, at(m, j * ld + i), ld, zeros)
+            for k in range(UNIT):
+                row, other = at(own, k * ld), at(given, k * ld)
+                for l in range(UNIT):
+                    put(row, l, get(other, l) + number(row, factor) * get(row, l))
