@@ -9,7 +9,7 @@ CONSTRAINTS, CONFIGURATION = (str(Path(__file__).with_name(name)) for name in ("
 # Extras that a library's tests need, and the rows of the conformance suite by the runs of pytest that they share: Keras
 # takes one backend a run.
 LIBRARIES = {
-    "numpy": ("", [["numpy", "strict"]]),
+    "numpy": ("[numba]", [["numpy", "strict"]]),
     "torch": ("[demo,keras,torch]", [["torch"], ["keras-torch"]]),
     "tensorflow": ("[demo,keras,tensorflow]", [["tensorflow"], ["keras-tensorflow"]]),
     "jax": ("[demo,keras,jax]", [["jax"], ["keras-jax"]]),

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import polywhiten
-from polywhiten.dispatch import BACKENDS
+from polywhiten.dispatch import BACKENDS, backend_of
 from polywhiten.kernels import Kernels
 
 FRAMEWORKS = ("numpy", "torch", "jax", "tensorflow", "keras", "cupy", "dask")
@@ -89,11 +89,18 @@ def _kernels(name: str, module: Any) -> str:
     if backend is None:
         if name == "keras":
             return f"those of {module.backend.backend()}"
-        return "array API" if name in ARRAY_API else "none: polywhiten has no backend for it"
-    kernels = type(import_module(backend).BACKEND.kernels)
-    # a backend may wrap the array API's kernel, to set a precision for instance, and it is no other kernel for that
-    own = [kernel for kernel in KERNELS if inspect.unwrap(getattr(kernels, kernel)) is not getattr(Kernels, kernel)]
-    return f"{backend} ({', '.join(own)})" if own else f"array API, as {backend} calls it"
+        if name not in ARRAY_API:
+            return "none: polywhiten has no backend for it"
+        own = _own_kernels(backend_of(module.empty(0)).kernels)
+        return f"polywhiten.compiled ({own})" if own else "array API"
+    own = _own_kernels(import_module(backend).BACKEND.kernels)
+    return f"{backend} ({own})" if own else f"array API, as {backend} calls it"
+
+
+def _own_kernels(kernels: Kernels) -> str:
+    """Those that aren't the array API's, or these in a wrapper that sets a precision, say."""
+    found = (name for name in KERNELS if inspect.unwrap(getattr(type(kernels), name)) is not getattr(Kernels, name))
+    return ", ".join(found)
 
 
 def _joined(devices: list[str]) -> str:

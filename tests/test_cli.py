@@ -18,6 +18,7 @@ for _module in ("torch", "click", "rich", "sklearn", "matplotlib"):
 
 import polywhiten  # noqa: E402
 from polywhiten import cli, info  # noqa: E402
+from polywhiten.compiled import is_available  # noqa: E402
 from polywhiten.demo import frameworks  # noqa: E402
 from polywhiten.demo.data import DataError, load_digits, prepare  # noqa: E402
 from polywhiten.demo.report import ResultsFile, curves, table  # noqa: E402
@@ -507,7 +508,8 @@ def test_info_names_versions_devices_and_kernels(capsys):
     assert "polywhiten.torch (" in line
     assert "inverse_sqrt" in line
     (line,) = [line for line in lines if line.startswith("numpy ")]
-    assert line.endswith("array API")
+    assert ("polywhiten.compiled (" in line) == is_available()
+    assert is_available() or line.endswith("array API")
 
 
 # ---------------------------------------------------------------- recommendations

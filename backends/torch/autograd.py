@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import polywhiten.torch.namespace as xp
+from polywhiten.compiled import is_available
 from polywhiten.dispatch import Backend, framework_module
 from polywhiten.solvers.minimax import minimax_steps
 from polywhiten.torch.cpu import CPUKernels
@@ -19,12 +20,13 @@ from polywhiten.whitening import NO_STATISTICS, Plan, Statistics
 
 def _kernels() -> TorchKernels:
     """Those in Triton where PyTorch is built for CUDA and Triton is there; 3.2 ends the process on half precision."""
+    others = CPUKernels(xp) if is_available() else TorchKernels(xp)
     if torch.version.cuda is None or find_spec("triton") is None:
-        return CPUKernels(xp)
+        return others
     import triton
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-        return CPUKernels(xp)
+        return others
     from polywhiten.torch.fused.kernels import FusedKernels
 
     return FusedKernels(xp)

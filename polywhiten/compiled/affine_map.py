@@ -5,7 +5,6 @@ from numba import njit
 from polywhiten.compiled.panels import (
     APART,
     COLUMNS,
-    OWN,
     Channels,
     Place,
     clear,
@@ -14,21 +13,21 @@ from polywhiten.compiled.panels import (
     load_rows,
     multiply_add,
     padded,
-    spread,
+    scale_channels,
     store_columns,
     store_rows,
-    times,
     transposed,
     width,
 )
-from polywhiten.compiled.tile import at, get, pointer, put
+from polywhiten.compiled.tile import at, get, is_null, pointer, put
 
-SOURCES = 11  # where the two terms begin, of which each takes as many, among a kernel's numbers
+_TERMS, _TERM, _Y = 10, 11, 32  # among the numbers: where the terms begin, how many each takes, the layout of y
 
 
 @njit
-def _source_at(numbers, i, scratch):
+def _term_at(numbers, k, scratch):
     """A term matrix (array - centre): its layout, and pointers to array, matrix and centre."""
+    i = _TERMS + _TERM * k
     array, matrix, centre = numbers[i], numbers[i + 1], numbers[i + 2]
     return layout_at(numbers, i + 3), pointer(array, scratch), pointer(matrix, scratch), pointer(centre, scratch)
 
@@ -38,7 +37,7 @@ def arrange(numbers, scratch, worker):
 
     Numbers: as of `affine_map`.
     """
-    workers, terms, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, 3 * SOURCES)
+    workers, terms, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, _Y)
     arranged = pointer(numbers[3], scratch)
     clear(scratch, 0, 1, padded(layout.d))
     d, dp = layout.d, padded(layout.d)
@@ -47,7 +46,7 @@ def arrange(numbers, scratch, worker):
         own = at(arranged, block * depth * dp)
         clear(own, 0, 1, depth * dp)
         for term in range(terms):
-            _, _, matrices, _ = _source_at(numbers, SOURCES * (1 + term), scratch)
+            _, _, matrices, _ = _term_at(numbers, term, scratch)
             matrix = at(matrices, block * d * d)
             if as_rows and d == dp:
                 transposed(at(own, term * d * d), d, matrix, d, d, d, scratch)
@@ -67,12 +66,12 @@ def affine_map(numbers, scratch, worker):
     positions a channel has; for two terms the addresses of array, matrix and centre, and the array's layout; the
     layout of y.
     """
-    workers, terms, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, 3 * SOURCES)
+    workers, terms, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, _Y)
     arranged, target, shift = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)
-    shifted, has_before, has_after, has_bias = numbers[5] != 0, numbers[6] != 0, numbers[7] != 0, numbers[8] != 0
-    channels, two = Channels(0, numbers[9]), terms == 2
-    x_layout, x, _, centres = _source_at(numbers, SOURCES, scratch)
-    other_layout, other, _, other_centres = _source_at(numbers, 2 * SOURCES, scratch)
+    before, after, bias = pointer(numbers[6], scratch), pointer(numbers[7], scratch), pointer(numbers[8], scratch)
+    no_bias, channels, two = pointer(0, scratch), Channels(0, numbers[9]), terms == 2
+    x_layout, x, _, centres = _term_at(numbers, 0, scratch)
+    other_layout, other, _, other_centres = _term_at(numbers, 1, scratch)
     blocks, d, count, step = layout.blocks, layout.d, layout.outer * layout.inner, width(layout)
     dp, panels = padded(d), (count + step - 1) // step
     depth = terms * dp
@@ -81,11 +80,8 @@ def affine_map(numbers, scratch, worker):
     zeros = at(result, max(COLUMNS * ldr, dp * ldc))
     line = at(zeros, max(dp, COLUMNS))
     own = at(line, dp)
-    before = at(own, OWN)
-    after, bias = at(before, dp * ldc), at(before, 2 * dp * ldc)
     clear(zeros, 0, 1, max(dp, COLUMNS) + dp)
     items, blocks_inside = blocks * panels, as_rows or layout.block_stride < layout.outer_stride
-    known = (-1, 0)
     for item in range(worker * items // workers, (worker + 1) * items // workers):
         block, start = _item(item, blocks, panels, step, blocks_inside)
         next_block, next_start = _item(item + 1, blocks, panels, step, blocks_inside)
@@ -99,7 +95,7 @@ def affine_map(numbers, scratch, worker):
         )
         matrix, centre = at(arranged, block * depth * dp), at(centres, block * d)
         for c in range(d):
-            put(line, c, get(shift, block * d + c) if shifted else 0.0)
+            put(line, c, 0.0 if is_null(shift) else get(shift, block * d + c))
         if as_rows:
             load_rows(panel, ld, here, centre)
             if two:
@@ -107,33 +103,16 @@ def affine_map(numbers, scratch, worker):
             multiply_add(result, ldr, line, 0, panel, ld, 1, matrix, dp, padded(n), dp, depth, False, ahead, 3)
             store_rows(place, result, ldr)
             continue
-        if known != (start % layout.inner, n):  # else channels lie along the samples as in the last panel
-            known = (start % layout.inner, n)
-            if has_before:
-                spread(before, ldc, pointer(numbers[6], scratch), channels, here)
-            if has_after:
-                spread(after, ldc, pointer(numbers[7], scratch), channels, here)
-            if has_bias:
-                spread(bias, ldc, pointer(numbers[8], scratch), channels, here)
-        if has_before:
-            load_columns(panel, ldc, here, zeros, own)
-            times(panel, before, ldc, d, n)
-            for c in range(d):
-                row, middle = at(panel, c * ldc), get(centre, c)
-                for t in range(n):
-                    put(row, t, get(row, t) - middle)
-        else:
+        if is_null(before):
             load_columns(panel, ldc, here, centre, own)
+        else:
+            load_columns(panel, ldc, here, zeros, own)
+            scale_channels(panel, ldc, here, channels, before, no_bias, centre)
         if two:
             load_columns(at(panel, dp * ldc), ldc, there, at(other_centres, block * d), own)
         multiply_add(result, ldc, zeros, 0, matrix, depth, 1, panel, ldc, dp, padded(n), depth, False, ahead, 3)
-        if has_after:
-            times(result, after, ldc, d, n)
-        if has_bias:
-            for c in range(d):
-                row, offsets = at(result, c * ldc), at(bias, c * ldc)
-                for t in range(n):
-                    put(row, t, get(row, t) + get(offsets, t))
+        if not (is_null(after) and is_null(bias)):
+            scale_channels(result, ldc, here, channels, after, bias, zeros)
         store_columns(place, result, ldc, line, own)
 
 

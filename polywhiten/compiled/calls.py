@@ -116,26 +116,30 @@ class Calls(NamedTuple):
         after: Array | None = None,
         bias: Array | None = None,
     ) -> Array:
-        """The sum of the terms, plus shift (blocks, d), with the channels' values as `Values` says."""
+        """The sum of the terms, plus shift (blocks, d).
+
+        The channels' values, where there are any: the first term's array is multiplied with `before`, the result with
+        `after`, and then `bias` is added.
+        """
         shift, before, after, bias = map(self._contiguous, (shift, before, after, bias))
         library, address = self.library, self.library.address
         x = terms[-1].array  # of two, that which is no gradient
         y = library.empty_like(x)
         layout = self._layout(y, block_axis)
-        sources, kept = [], []
+        numbers, kept = [], []
         for term in terms:
             array, own = self._alike(term.array, block_axis, like=y)
             kept += [array, library.contiguous(term.matrix), library.contiguous(term.centre)]
-            sources += [*map(address, kept[-3:]), *own]
+            numbers += [*map(address, kept[-3:]), *own]
         if len(terms) == 1:
-            sources += [0, 0, 0, *layout]
+            numbers += [0, 0, 0, *layout]
         dp, dtype = padded(layout.d), library.dtype(x)
         workers, _ = self._shares(layout, len(terms))
         scratch = _scratch(workers, layout.d, dtype)
         arranged = memory(_workspace("matrices", layout.blocks * len(terms) * dp * dp, dtype))
         values = map(self._address, (shift, before, after, bias))
         as_rows = _as_rows(layout, block_axis)
-        given = len(terms), as_rows, arranged, address(y), *values, channels.positions, 0, *sources, *layout
+        given = len(terms), as_rows, arranged, address(y), *values, channels.positions, *numbers, *layout
         few = min(layout.blocks, self._workers(layout.blocks * len(terms) * dp * dp))
         run(arrange, few, scratch, few, *given)
         run(affine_map, workers, scratch, workers, *given)
@@ -169,11 +173,11 @@ class Calls(NamedTuple):
         given = *reals, *map(self.library.address, (cov, *others))
         if shared:
             matrices = memory(_workspace("matrices", number * newton.memory(d), dtype))
+            scratch = _workspaces("scratch", workers, 1, dtype)
             for phase in range(newton.phases(solver.iterations, derivative)):
-                scratch = _scratch(workers, 1, dtype)
                 run(kernel, workers, scratch, workers, phase, number, d, solver.iterations, matrices, *given)
         else:
-            scratch = _rows("scratch", workers, newton.memory(d), dtype)
+            scratch = _workspaces("scratch", workers, newton.memory(d), dtype)
             run(kernel, workers, scratch, workers, -1, number, d, solver.iterations, 0, *given)
 
     def _contiguous(self, array: Array | None) -> Array | None:
@@ -244,8 +248,8 @@ def _scratch(workers: int, d: int, dtype: str) -> np.ndarray[Any, Any]:
     """For each worker, what the largest of the kernels needs."""
     dp = padded(d)
     panel = COLUMNS * (dp + APART) + dp * (COLUMNS + APART)
-    return _rows("scratch", workers, 7 * panel + dp * dp + 4 * COLUMNS + 4 * dp + OWN, dtype)
+    return _workspaces("scratch", workers, 3 * panel + dp * dp + 4 * COLUMNS + 4 * dp + OWN, dtype)
 
 
-def _rows(name: str, number: int, size: int, dtype: str) -> np.ndarray[Any, Any]:
+def _workspaces(name: str, number: int, size: int, dtype: str) -> np.ndarray[Any, Any]:
     return _workspace(name, number * size, dtype)[: number * size].reshape(number, size)

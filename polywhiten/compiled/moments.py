@@ -9,17 +9,15 @@ from polywhiten.compiled.panels import (
     Channels,
     Place,
     clear,
-    collect,
+    gather_channels,
     layout_at,
     load_columns,
     load_first,
     load_rows,
     multiply_add,
     padded,
-    spread,
     sum_columns,
     sum_rows,
-    times,
     transposed,
     width,
 )
@@ -117,13 +115,7 @@ def cross_moments(numbers, scratch, worker):
     whitener or 0, weight or 0, and these gradients, the number of channels and how many positions each has; the layouts
     of dy and x.
     """
-    workers, chunks, as_rows, weighted, affine = (
-        numbers[0],
-        numbers[1],
-        numbers[2] != 0,
-        numbers[8] != 0,
-        numbers[7] != 0,
-    )
+    workers, chunks, as_rows, affine = numbers[0], numbers[1], numbers[2] != 0, numbers[7] != 0
     dy, x, mean = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)
     sums, whitener = pointer(numbers[6], scratch), pointer(numbers[7], scratch)
     weight, channels = pointer(numbers[8], scratch), Channels(numbers[10], numbers[11])
@@ -170,13 +162,9 @@ def cross_moments(numbers, scratch, worker):
                 load_columns(gradient, ldc, there, zeros, own)
                 if affine:
                     multiply_add(white, ldc, zeros, 0, matrix, dp, 1, columns, ldc, dp, padded(n), dp, False, ahead, 0)
-                    times(white, gradient, ldc, d, n)
-                    collect(gradients, channels, white, ldc, here)
-                    collect(at(gradients, channels.number), channels, gradient, ldc, here)
-                    if weighted:
-                        spread(white, ldc, weight, channels, here)
-                        times(gradient, white, ldc, d, n)
-                sum_columns(total, gradient, ldc, d, n)
+                    gather_channels(gradient, white, ldc, here, channels, weight, total, gradients)
+                else:
+                    sum_columns(total, gradient, ldc, d, n)
             multiply_add(products, dp, products, dp, gradient, row, column, rows, ld, dp, dp, n, False, ahead, 2)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from numba import njit
 
-from polywhiten.compiled.tile import UNIT, at, get, prefetch, put, shifted, tile, transposed_tile
+from polywhiten.compiled.tile import UNIT, at, get, is_null, number, prefetch, put, shifted, tile, transposed_tile
 
 COLUMNS = 256
 APART = UNIT
@@ -298,7 +298,7 @@ def store_rows(place, rows, ld):
 
 
 @njit(fastmath={"reassoc"})
-def total(numbers, count):
+def total_of(numbers, count):
     value = get(numbers, 0)
     for t in range(1, count):
         value += get(numbers, t)
@@ -309,7 +309,7 @@ def total(numbers, count):
 def sum_columns(sums, columns, ld, d, count):
     """Add those of each of d rows."""
     for c in range(d):
-        put(sums, c, get(sums, c) + total(at(columns, c * ld), count))
+        put(sums, c, get(sums, c) + total_of(at(columns, c * ld), count))
 
 
 @njit
@@ -330,15 +330,6 @@ def clear(target, ld, m, n):
 
 
 @njit
-def times(columns, others, ld, d, n):
-    """Product of panels, in place."""
-    for c in range(d):
-        row, other = at(columns, c * ld), at(others, c * ld)
-        for t in range(n):
-            put(row, t, get(row, t) * get(other, t))
-
-
-@njit
 def transposed(target, ldt, source, lds, m, n, centre):
     """Rows (m, n) less their centres as columns (n, m), of padded sizes."""
     for i in range(0, m, UNIT):
@@ -346,41 +337,65 @@ def transposed(target, ldt, source, lds, m, n, centre):
             transposed_tile(at(target, j * ldt + i), ldt, at(source, i * lds + j), lds, at(centre, i))
 
 
-@njit
-def spread(columns, ld, values, channels, place):
-    """Every channel's value along its samples in a panel of columns."""
-    layout = place.layout
+@njit(fastmath={"reassoc"})
+def gather_channels(gradient, white, ld, place, channels, weight, sums, parameters):
+    """What a panel of dY gives to its channels and rows.
+
+    Added are: to each channel's two `parameters` (2, channels) the sums of dY times the whitened samples, and of dY; to
+    `sums` those of the rows of dY times the weight, which dY itself is multiplied by. No weight is a null pointer.
+    """
+    layout, dweight, dbias, weighted = place.layout, parameters, at(parameters, channels.number), not is_null(weight)
     for c in range(layout.d):
-        own = at(values, c * (layout.inner // channels.positions))
-        done, j = 0, place.start % layout.inner
+        done, j, row_sum = 0, place.start % layout.inner, number(sums, 0.0)
         while done < place.count:
             n, of_one, following = _run(place, channels, done, j)
-            part, k = at(columns, c * ld + done), j // channels.positions
+            k = c * (layout.inner // channels.positions) + j // channels.positions
+            row, other = at(gradient, c * ld + done), at(white, c * ld + done)
             if of_one:
-                value = get(own, k)
+                factor = get(weight, k) if weighted else number(sums, 1.0)
+                total, product = number(sums, 0.0), number(sums, 0.0)
                 for t in range(n):
-                    put(part, t, value)
+                    value = get(row, t)
+                    total += value
+                    product += value * get(other, t)
+                    put(row, t, value * factor)
+                put(dweight, k, get(dweight, k) + product)
+                put(dbias, k, get(dbias, k) + total)
+                row_sum += total * factor
             else:
                 for t in range(n):
-                    put(part, t, get(own, k + t))
+                    value = get(row, t)
+                    put(dweight, k + t, get(dweight, k + t) + value * get(other, t))
+                    put(dbias, k + t, get(dbias, k + t) + value)
+                if weighted:
+                    for t in range(n):
+                        put(row, t, get(row, t) * get(weight, k + t))
+                row_sum += total_of(row, n)
             done, j = done + n, following
+        put(sums, c, get(sums, c) + row_sum)
 
 
 @njit
-def collect(values, channels, columns, ld, place):
-    """The adjoint of `spread`: add to every channel's value the sum along its samples."""
-    layout = place.layout
+def scale_channels(columns, ld, place, channels, weight, bias, centre):
+    """A panel of columns times its channels' weight, plus their bias, less the rows' centres; null pointers for none."""
+    layout, weighted, biased = place.layout, not is_null(weight), not is_null(bias)
     for c in range(layout.d):
-        own = at(values, c * (layout.inner // channels.positions))
-        done, j = 0, place.start % layout.inner
+        done, j, middle = 0, place.start % layout.inner, get(centre, c)
         while done < place.count:
             n, of_one, following = _run(place, channels, done, j)
-            part, k = at(columns, c * ld + done), j // channels.positions
+            k = c * (layout.inner // channels.positions) + j // channels.positions
+            row = at(columns, c * ld + done)
             if of_one:
-                put(own, k, get(own, k) + total(part, n))
-            else:
+                factor = get(weight, k) if weighted else number(centre, 1.0)
+                offset = (get(bias, k) if biased else number(centre, 0.0)) - middle
                 for t in range(n):
-                    put(own, k + t, get(own, k + t) + get(part, t))
+                    put(row, t, get(row, t) * factor + offset)
+            else:
+                if weighted:
+                    for t in range(n):
+                        put(row, t, get(row, t) * get(weight, k + t))
+                for t in range(n):
+                    put(row, t, get(row, t) + ((get(bias, k + t) if biased else number(centre, 0.0)) - middle))
             done, j = done + n, following
 
 

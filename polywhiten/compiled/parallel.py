@@ -23,19 +23,23 @@ from numba.extending import intrinsic
 
 _INT = ir.IntType(64)
 _NUMBERS = types.CPointer(types.int64)
+_SERIAL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
 def run(kernel: Callable[..., None], workers: int, scratch: np.ndarray[Any, Any], *numbers: int) -> None:
     """Call kernel(numbers, scratch, worker) for every worker; numbers and its own scratch memory are pointers."""
     given = np.array(numbers, np.int64)
-    arguments = _compiled(kernel, scratch.dtype.char), address(given), address(scratch), scratch.strides[0], workers
+    function, distance = _compiled(kernel, scratch.dtype.char), scratch.strides[0]
     if workers == 1 or _FORKED:
-        _one_after_another(*arguments)
+        call = _SERIAL(function)
+        for worker in range(workers):
+            call(address(given), address(scratch) + worker * distance, worker)
         return
+    arguments = function, address(given), address(scratch), distance, workers
     openmp = _openmp()
     if openmp is not None:
         data = np.array([*arguments, *openmp.functions], np.int64)
-        openmp.parallel(_region().address, address(data), workers, 0)
+        openmp.parallel(_region(), address(data), workers, 0)
         return
     _start_threads()
     before = numba.get_num_threads()
@@ -43,7 +47,7 @@ def run(kernel: Callable[..., None], workers: int, scratch: np.ndarray[Any, Any]
         numba.set_num_threads(workers)
     try:
         with _alone():
-            _in_parallel(*arguments)
+            _in_parallel()(*arguments)
     finally:
         if before != workers:
             numba.set_num_threads(before)
@@ -129,31 +133,41 @@ def _compiled(kernel: Callable[..., None], dtype: str) -> int:
     """Its address, for scratch memory and arrays of that dtype."""
     _drop_outdated()
     signature = types.void(_NUMBERS, types.CPointer(numba.from_dtype(np.dtype(dtype))), types.int64)
-    return int(cfunc(signature, cache=True, error_model="numpy")(kernel).address)
+    return int(_kept(kernel, cfunc, signature, error_model="numpy").address)
 
 
-@njit(parallel=True, cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _in_parallel(function: int, numbers: int, scratch: int, distance: int, workers: int) -> None:
-    for worker in prange(workers):
-        _call(function, numbers, scratch + worker * distance, worker)
+def _kept(function: Callable[..., None], compiler: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Compiled, for later processes too where Numba finds a folder that it may write to."""
+    try:
+        return compiler(*args, cache=True, **options)(function)
+    except RuntimeError as error:
+        if "cannot cache" not in str(error):
+            raise
+        return compiler(*args, **options)(function)
 
 
 @cache
-def _region() -> Any:
-    """What each of OpenMP's threads calls."""
+def _in_parallel() -> Callable[..., None]:
+    """Of a kernel's address, those of its arguments, and the number of workers."""
+
+    def loop(function: int, numbers: int, scratch: int, distance: int, workers: int) -> None:
+        for worker in prange(workers):
+            _call(function, numbers, scratch + worker * distance, worker)
+
+    compiled: Callable[..., None] = _kept(loop, njit, parallel=True, nogil=True)
+    return compiled
+
+
+@cache
+def _region() -> int:
+    """Address of what each of OpenMP's threads calls."""
 
     def region(data: Any) -> None:
         kernel, numbers, scratch, distance, workers = data[0], data[1], data[2], data[3], data[4]
         for worker in range(_ask(data[5]), workers, _ask(data[6])):  # OpenMP may give fewer threads
             _call(kernel, numbers, scratch + worker * distance, worker)
 
-    return cfunc(types.void(_NUMBERS), cache=True)(region)
-
-
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _one_after_another(function: int, numbers: int, scratch: int, distance: int, workers: int) -> None:
-    for worker in range(workers):
-        _call(function, numbers, scratch + worker * distance, worker)
+    return int(_kept(region, cfunc, types.void(_NUMBERS)).address)
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -35,6 +35,16 @@ def pointer(typingctx: Any, address: Any, like: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def is_null(typingctx: Any, start: Any) -> Any:
+    """Whether a pointer's address is 0."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        return builder.icmp_unsigned("==", builder.ptrtoint(args[0], _INT), _INT(0))
+
+    return types.boolean(start), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def at(typingctx: Any, start: Any, index: Any) -> Any:
     """Pointer to a later number."""
 
