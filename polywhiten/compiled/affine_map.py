@@ -19,7 +19,7 @@ from polywhiten.compiled.panels import (
     transposed,
     width,
 )
-from polywhiten.compiled.tile import at, get, is_null, pointer, put
+from polywhiten.compiled.tile import UNIT, at, get, is_null, pointer, put
 
 _TERMS, _TERM, _Y = 10, 11, 32  # among the numbers: where the terms begin, how many each takes, the layout of y
 
@@ -100,8 +100,18 @@ def affine_map(numbers, scratch, worker):
             load_rows(panel, ld, here, centre)
             if two:
                 load_rows(at(panel, dp), ld, there, at(other_centres, block * d))
-            multiply_add(result, ldr, line, 0, panel, ld, 1, matrix, dp, padded(n), dp, depth, False, ahead, 3)
-            store_rows(place, result, ldr)
+            direct = n // UNIT * UNIT if d == dp and layout.outer == 1 and layout.d_stride == 1 else 0
+            if direct > 0:  # each tile as it is, while the next one is computed
+                goal = at(target, block * layout.block_stride + start * layout.inner_stride)
+                multiply_add(
+                    goal, layout.inner_stride, line, 0, panel, ld, 1, matrix, dp, direct, dp, depth, False, ahead, 3
+                )
+            if direct < n:
+                rows, rest = at(panel, direct * ld), Place(target, layout, block, start + direct, n - direct)
+                multiply_add(
+                    result, ldr, line, 0, rows, ld, 1, matrix, dp, padded(n - direct), dp, depth, False, ahead, 0
+                )
+                store_rows(rest, result, ldr)
             continue
         if is_null(before):
             load_columns(panel, ldc, here, centre, own)

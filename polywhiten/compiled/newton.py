@@ -72,10 +72,9 @@ def _value(numbers, own, phase, block, share, shares):
     next_r, next_z = _matrix(own, 1 - iteration % 2, dp), _matrix(own, 3 - iteration % 2, dp)
     q = _matrix(own, 4, dp)
     if phase == 0:
-        if share == 0:
-            _start(own, _matrix(own, 0, dp), _matrix(own, 2, dp), cov, dp, ld, d, eps, tiny)
+        _start(own, _matrix(own, 0, dp), _matrix(own, 2, dp), cov, dp, ld, d, eps, tiny, share, shares)
     elif phase == last:
-        root = get(own, UNIT) ** 0.5
+        root = number(z, get(own, UNIT) ** 0.5)
         for i in range(share, d, shares):
             for j in range(d):
                 put(w, i * d + j, get(z, i * ld + j) / root)
@@ -105,20 +104,20 @@ def _derivative(numbers, own, phase, block, share, shares):
     next_dr, next_dz = _matrix(own, 4 + then, dp), _matrix(own, 6 + then, dp)
     p, q, more, half = _matrix(own, 8, dp), _matrix(own, 9, dp), _matrix(own, 10, dp), _matrix(own, 11, dp)
     if phase == 0:
-        if share == 0:
-            _start(own, _matrix(own, 0, dp), _matrix(own, 2, dp), cov, dp, ld, d, eps, tiny)
-            _start_derivative(_matrix(own, 4, dp), _matrix(own, 6, dp), grad, dp, ld, d)
+        _start(own, _matrix(own, 0, dp), _matrix(own, 2, dp), cov, dp, ld, d, eps, tiny, share, shares)
+        _start_derivative(_matrix(own, 4, dp), _matrix(own, 6, dp), grad, dp, ld, d, share, shares)
     elif phase == last:
-        scale, along = get(own, UNIT), 0.0
+        scale = get(own, UNIT)
+        along = eps * _diagonal(dz, ld, d) / scale
         for i in range(d):
-            for j in range(d):
-                s = (get(cov, i * d + j) + (eps if i == j else 0.0)) / scale
-                g = 0.5 * (get(grad, i * d + j) + get(grad, j * d + i))
-                along += get(dz, i * ld + j) * s + 0.5 * g * get(z, i * ld + j)
-        result, root = at(pointer(numbers[10], own), block * d * d), scale**0.5
+            row, z_row = at(dz, i * ld), at(z, i * ld)
+            along += _inner(row, at(cov, i * d), d) / scale + 0.5 * _inner(z_row, at(grad, i * d), d)
+        result, root = at(pointer(numbers[10], own), block * d * d), number(z, scale * scale**0.5)
         for i in range(share, d, shares):
+            row, target = at(dz, i * ld), at(result, i * d)
             for j in range(d):
-                put(result, i * d + j, (get(dz, i * ld + j) - (along if i == j else 0.0)) / scale / root)
+                put(target, j, get(row, j) / root)
+            put(target, i, (get(row, i) - along) / root)
     elif step == 0:
         _product(p, -4.0, dr, 1.0, r, dr, dp, ld, False, own, share, shares)
         _product(q, -6.0, r, 1.0, r, r, dp, ld, True, own, share, shares)
@@ -135,35 +134,59 @@ def _derivative(numbers, own, phase, block, share, shares):
         _product(next_dz, 1.0, p, -0.5, z, next_dr, dp, ld, True, own, share, shares)
 
 
+@njit(fastmath={"reassoc"})
+def _inner(a, b, n):
+    total = 0.0
+    for i in range(n):
+        total += get(a, i) * get(b, i)
+    return total
+
+
 @njit
-def _start(own, r, z, cov, dp, ld, d, eps, tiny):
-    """R = (cov + eps I) / trace and Z = (3 I - R) / 2."""
-    scale = d * eps
+def _diagonal(m, ld, d):
+    """Its sum."""
+    total = 0.0
     for i in range(d):
-        scale += get(cov, i * d + i)
+        total += get(m, i * ld + i)
+    return total
+
+
+@njit
+def _start(own, r, z, cov, dp, ld, d, eps, tiny, share, shares):
+    """R = (cov + eps I) / trace and Z = (3 I - R) / 2."""
+    scale = _diagonal(cov, d, d) + d * eps
     if scale < tiny:  # eps = 0 and constant channels: S is 0, and so is R
         scale = tiny
-    clear(own, 0, 1, UNIT)
-    put(own, UNIT, scale)
-    clear(r, ld, dp, dp)
-    clear(z, ld, dp, dp)
-    for i in range(d):
-        for j in range(d):
-            value = (get(cov, i * d + j) + (eps if i == j else 0.0)) / scale
-            put(r, i * ld + j, value)
-            put(z, i * ld + j, (1.5 if i == j else 0.0) - 0.5 * value)
+    if share == 0:
+        clear(own, 0, 1, UNIT)
+        put(own, UNIT, scale)
+    divisor = number(r, scale)
+    for i in range(share, dp, shares):
+        row, z_row, given = at(r, i * ld), at(z, i * ld), at(cov, i * d)
+        clear(row, 0, 1, dp)
+        clear(z_row, 0, 1, dp)
+        if i < d:
+            for j in range(d):
+                value = get(given, j) / divisor
+                put(row, j, value)
+                put(z_row, j, number(r, -0.5) * value)
+            diagonal = (get(given, i) + eps) / scale
+            put(row, i, diagonal)
+            put(z_row, i, 1.5 - 0.5 * diagonal)
 
 
 @njit
-def _start_derivative(dr, dz, grad, dp, ld, d):
+def _start_derivative(dr, dz, grad, dp, ld, d, share, shares):
     """Those of R and Z along the symmetric part of a gradient."""
-    clear(dr, ld, dp, dp)
-    clear(dz, ld, dp, dp)
-    for i in range(d):
-        for j in range(d):
-            value = 0.5 * (get(grad, i * d + j) + get(grad, j * d + i))
-            put(dr, i * ld + j, value)
-            put(dz, i * ld + j, -0.5 * value)
+    for i in range(share, dp, shares):
+        row, z_row = at(dr, i * ld), at(dz, i * ld)
+        clear(row, 0, 1, dp)
+        clear(z_row, 0, 1, dp)
+        if i < d:
+            for j in range(d):
+                value = number(dr, 0.5) * (get(grad, i * d + j) + get(grad, j * d + i))
+                put(row, j, value)
+                put(z_row, j, number(dr, -0.5) * value)
 
 
 @njit

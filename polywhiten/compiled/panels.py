@@ -377,7 +377,7 @@ def gather_channels(gradient, white, ld, place, channels, weight, sums, paramete
 
 @njit
 def scale_channels(columns, ld, place, channels, weight, bias, centre):
-    """A panel of columns times its channels' weight, plus their bias, less the rows' centres; null pointers for none."""
+    """A panel of columns times its channels' weight, plus their bias, less centres of rows; null pointers for none."""
     layout, weighted, biased = place.layout, not is_null(weight), not is_null(bias)
     for c in range(layout.d):
         done, j, middle = 0, place.start % layout.inner, get(centre, c)
