@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, is_numpy_namespace
 
 from polywhiten._types import Array, Namespace
 from polywhiten.compiled import is_available
@@ -71,7 +71,7 @@ def backend_of(x: Array, name: str = "x") -> Backend:
 @cache
 def _kernels(xp: Namespace) -> Kernels:
     """Compiled ones for NumPy, where that is possible; the array API's for all others."""
-    if xp.__name__.rpartition(".")[2] != "numpy" or not is_available():
+    if not (is_numpy_namespace(xp) and is_available()):
         return Kernels(xp)
     from polywhiten.compiled.kernels import NumPyKernels
 

@@ -22,7 +22,7 @@ EXACT = Kernels(xp)
 NEWTON = solver_for("newton", 5)
 # (p, q, d, l) of channels over the batch: rows and columns of less, and of more, than a panel and than a tile; small
 # pictures, several of which are a panel; a single sample
-SHAPES = [(3, 1, 3, 1), (600, 3, 17, 1), (5, 2, 40, 49), (3, 2, 16, 300), (300, 2, 5, 4), (1, 2, 33, 7)]
+SHAPES = [(1, 40, 3, 1), (3, 1, 3, 1), (600, 3, 17, 1), (5, 2, 40, 49), (3, 2, 16, 300), (300, 2, 5, 4), (1, 2, 33, 7)]
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5}
 
 
@@ -127,8 +127,10 @@ def test_newton(compiled, blocks, d, dtype, iterations):
 
 
 def test_constant_channels_without_eps(compiled):
-    zero = np.zeros((2, 3, 3))
-    assert np.isfinite(compiled.inverse_sqrt(NEWTON, zero)).all()
+    for dtype in ("float32", "float64"):
+        zero = np.zeros((2, 3, 3), dtype)
+        assert np.isfinite(compiled.inverse_sqrt(NEWTON, zero)).all()
+        np.testing.assert_array_equal(compiled.inverse_sqrt_adjoint(NEWTON, zero, zero), zero)
 
 
 def test_matrices_that_threads_share(compiled, monkeypatch):
@@ -249,7 +251,7 @@ def test_torch_keeps_its_number_of_threads(torch):
         for number in (1, 2):
             torch.set_num_threads(number)
             parallel._start_threads.cache_clear()
-            pw.iter_norm(torch.randn(300, 64))
+            parallel.threads()  # Numba's, which NumPy's arrays are whitened by
             assert torch.get_num_threads() == number
     finally:
         torch.set_num_threads(before)
@@ -263,6 +265,38 @@ def test_half_precision_is_computed_in_float32(torch, dtype, name):
     wanted = getattr(pw, name)(x.double(), **({"num_groups": 4} if name == "group_whiten" else {}))
     assert y.dtype == x.dtype
     torch.testing.assert_close(y.double(), wanted, rtol=0, atol=2e-2)
+
+
+def test_tensors_that_are_not_what_their_memory_holds(torch):
+    z = torch.randn(30, 8, dtype=torch.complex128)
+    x = z.conj().imag  # memory of the other sign
+    torch.testing.assert_close(pw.iter_norm(x), pw.iter_norm(x.resolve_neg().clone()))
+
+
+def test_statistics_of_another_dtype_are_never_read_as_those_of_x(torch):
+    x = torch.randn(30, 8)
+    with pytest.raises(RuntimeError, match="dtype"):
+        pw.iter_norm(x, all_reduce=lambda total: total.double())
+
+
+def test_statistics_of_another_shape_are_an_error(compiled):
+    with pytest.raises(ValueError, match=r"shape \(1, 3\): they need \(1, 4\)"):
+        compiled.affine_map([Term(np.ones((1, 4, 4)), random(9, 1, 4, 1), np.ones((1, 3)))], None, 1, np.float64)
+
+
+@pytest.mark.parametrize("group_whitening", [False, True])
+def test_sums_of_many_samples_are_exact(compiled, group_whitening):
+    dy = np.full((1, 300_000, 16, 1), 0.1, "float32")
+    if group_whitening:
+        plan = Plan(SampleGroups(2, 1), NEWTON, 1e-3)
+        x, dy = random(1, 30_000, 16, dtype="float32"), np.full((1, 30_000, 16), 0.1, "float32")
+        _, stats = forward(compiled, plan, x, None, np.zeros(16, "float32"))
+        dbias = backward(compiled, plan, x, None, np.zeros(16, "float32"), stats, dy)[2]
+        np.testing.assert_allclose(dbias, 3000, rtol=1e-6)
+    else:
+        dy = dy.reshape(300_000, 1, 16, 1)
+        s, _ = compiled.cross_moments(dy, dy, np.zeros((1, 16), "float32"), 1)
+        np.testing.assert_allclose(s, 30_000, rtol=3e-5)
 
 
 def test_torch_without_numba(torch, monkeypatch):

@@ -18,15 +18,18 @@ from polywhiten.torch.kernels import TorchKernels
 from polywhiten.whitening import NO_STATISTICS, Plan, Statistics
 
 
+def _plain() -> TorchKernels:
+    return CPUKernels(xp) if is_available() else TorchKernels(xp)
+
+
 def _kernels() -> TorchKernels:
     """Those in Triton where PyTorch is built for CUDA and Triton is there; 3.2 ends the process on half precision."""
-    others = CPUKernels(xp) if is_available() else TorchKernels(xp)
     if torch.version.cuda is None or find_spec("triton") is None:
-        return others
+        return _plain()
     import triton
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-        return others
+        return _plain()
     from polywhiten.torch.fused.kernels import FusedKernels
 
     return FusedKernels(xp)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,21 +28,22 @@ class CPUKernels(TorchKernels):
     @full_precision
     def moments(self, x: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
         """Mean and covariance, in one pass over x."""
-        if not _serves(x):
+        if not _serves([x]):
             return super().moments(x, block_axis)
         return _calls().moments(self.for_statistics(x), block_axis)
 
     @full_precision
     def cross_moments(self, dy: Tensor, x: Tensor, mean: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
         """S and K, in one pass over both."""
-        if not _serves(dy, x, mean):
+        if not _serves([dy, x], mean):
             return super().cross_moments(dy, x, mean, block_axis)
         return _calls().cross_moments(self.for_statistics(dy), self.for_statistics(x), mean, block_axis)
 
     @full_precision
     def affine_map(self, terms: Sequence[Term], bias: Tensor | None, block_axis: int, dtype: torch.dtype) -> Tensor:
         """The sum of the terms, in one pass."""
-        if not _serves(*(tensor for term in terms for tensor in (term.array, term.matrix, term.centre)), bias):
+        others = [tensor for term in terms for tensor in (term.matrix, term.centre)]
+        if not _serves([term.array for term in terms], *others, bias):
             return super().affine_map(terms, bias, block_axis, dtype)
         terms = [term._replace(array=self.for_statistics(term.array)) for term in terms]
         return _calls().affine_map(terms, bias, block_axis).to(dtype)
@@ -49,21 +51,23 @@ class CPUKernels(TorchKernels):
     @full_precision
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
         """W, every matrix in the cache."""
-        if not (isinstance(solver, Newton) and _serves(cov)):
+        if not (isinstance(solver, Newton) and _serves([cov])):
             return super().inverse_sqrt(solver, cov, eps)
         return _calls().inverse_sqrt(solver, cov, eps)
 
     @full_precision
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor:
         """Gradient with respect to cov, every matrix in the cache."""
-        if not (isinstance(solver, Newton) and _serves(cov, grad)):
+        if not (isinstance(solver, Newton) and _serves([cov, grad])):
             return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
         return _calls().inverse_sqrt_adjoint(solver, cov, grad, eps)
 
     def whole(self, plan: Plan, x: Tensor, *others: Tensor | None) -> Whole | None:
         """Of group whitening."""
-        if not isinstance(plan.blocks, SampleGroups) or x.element_size() < 4 or not _serves(x, *others):
+        if not isinstance(plan.blocks, SampleGroups) or x.element_size() < 4:
             return None
+        if not _serves([x], *others[2:]) or not is_unobserved([tensor for tensor in others[:2] if tensor is not None]):
+            return None  # weight and bias are converted
         from polywhiten.compiled.group_whitening import WholeGroupWhitening
 
         return WholeGroupWhitening(self, _calls(), plan, x)
@@ -84,8 +88,8 @@ class _Torch:
     def empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         return like.new_empty(shape)
 
-    def zeros(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        return like.new_zeros(shape)
+    def converted(self, array: np.ndarray[Any, Any], like: Tensor) -> Tensor:
+        return torch.from_numpy(array).to(like.dtype)
 
     def empty_like(self, array: Tensor) -> Tensor:
         return torch.empty_like(array)
@@ -107,13 +111,19 @@ def _calls() -> Calls:
     return Calls(_Torch())
 
 
-def _serves(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether x is a CPU's and not empty, and PyTorch need not look into what is done."""
-    tensors = [x, *(tensor for tensor in others if tensor is not None)]
+def _serves(arrays: Sequence[Tensor], *others: Tensor | None) -> bool:
+    """Whether arrays are a CPU's and not empty, and PyTorch need not look into what is done; others are statistics."""
+    x, *_ = arrays
+    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    statistics = [tensor for tensor in others if tensor is not None]
+    tensors = [*arrays, *statistics]
     return (
-        all(tensor.device.type == "cpu" for tensor in tensors)
+        not torch.compiler.is_compiling()  # which follows no addresses
+        and all(tensor.device.type == "cpu" for tensor in tensors)
         and x.numel() > 0
-        and not torch.compiler.is_compiling()  # which follows no addresses
         and is_unobserved(tensors)
+        and not any(tensor.is_neg() for tensor in tensors)  # memory of the other sign
+        and all(tensor.dtype in (x.dtype, wanted) for tensor in arrays)
+        and all(tensor.dtype == wanted for tensor in statistics)
         and is_available()
     )

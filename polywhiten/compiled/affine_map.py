@@ -58,7 +58,7 @@ def arrange(numbers, scratch, worker):
 
 
 def affine_map(numbers, scratch, worker):
-    """A worker's share of the panels of Y, the sum of one or two terms, plus shift (blocks, d).
+    """A worker's share of the panels of Y, the sum of one or two terms, plus shift (blocks, d) in the end.
 
     Values of the channels that samples are of, 0 for none: the first term's array is multiplied with `before`, the
     result with `after`, and then `bias` is added; panels must not be rows where there are any. Numbers: workers, terms,
@@ -109,7 +109,21 @@ def affine_map(numbers, scratch, worker):
             if direct < n:
                 rows, rest = at(panel, direct * ld), Place(target, layout, block, start + direct, n - direct)
                 multiply_add(
-                    result, ldr, line, 0, rows, ld, 1, matrix, dp, padded(n - direct), dp, depth, False, ahead, 0
+                    result,
+                    ldr,
+                    line,
+                    0,
+                    rows,
+                    ld,
+                    1,
+                    matrix,
+                    dp,
+                    padded(n - direct),
+                    dp,
+                    depth,
+                    False,
+                    ahead,
+                    0 if direct > 0 else 3,
                 )
                 store_rows(rest, result, ldr)
             continue

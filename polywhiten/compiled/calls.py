@@ -22,6 +22,7 @@ from polywhiten.solvers.newton import Newton
 
 _WORTH = 1 << 18  # operations that are worth another thread
 _SHARED = 160  # as large are matrices whose phases are worth a call each
+_MOST = 1 << 26  # bytes of memory that is kept for the next call
 _NO_CHANNELS = Channels(0, 1)
 
 
@@ -34,7 +35,9 @@ class Library(Protocol):
 
     def dtype(self, array: Array) -> str: ...
     def empty(self, shape: tuple[int, ...], like: Array) -> Array: ...
-    def zeros(self, shape: tuple[int, ...], like: Array) -> Array: ...
+    def converted(self, array: np.ndarray[Any, Any], like: Array) -> Array:
+        """NumPy's array as one of this library."""
+
     def empty_like(self, array: Array) -> Array:
         """With the array's axes in the same order in memory."""
 
@@ -60,7 +63,7 @@ class Calls(NamedTuple):
         means = _workspace("means", blocks * _panels(layout) * dp, dtype)
         given = workers, chunks, _as_rows(layout, block_axis), address(x), memory(sums), memory(means), *layout
         run(moments, workers, scratch, *given)
-        workers = min(blocks, self._workers(blocks * dp * dp * (chunks + _panels(layout))))
+        workers = min(workers, blocks, self._workers(blocks * dp * dp * (chunks + _panels(layout))))
         run(whole_moments, workers, scratch, workers, *given[1:], address(mean), address(cov))
         return mean, cov
 
@@ -89,22 +92,34 @@ class Calls(NamedTuple):
         library, address = self.library, self.library.address
         layout = self._layout(x, block_axis)
         if _order(self._layout(dy, block_axis), block_axis) != _order(layout, block_axis):
-            x = library.in_order_of(x, x)
+            x = library.in_order_of(x, x)  # where it isn't dense, no copy of dy may have its order
             layout = self._layout(x, block_axis)
         dy, dy_layout = self._alike(dy, block_axis, like=x)
-        mean = library.contiguous(mean)
-        whitener, weight = self._contiguous(whitener), self._contiguous(weight)
         blocks, d, dp, dtype = layout.blocks, layout.d, padded(layout.d), library.dtype(x)
+        mean, weight = self._given(mean, blocks, d), self._given(weight, channels.number)
+        whitener = self._given(whitener, blocks, d, d)
         s, k = library.empty((blocks, d), x), library.empty((blocks, d, d), x)
         workers, chunks = self._shares(layout)
         scratch, sums = _scratch(workers, d, dtype), _workspace("sums", blocks * chunks * dp * (dp + 1), dtype)
-        gradients = library.zeros((workers, 2, channels.number), x)
-        addresses = *map(address, (dy, x, mean)), memory(sums), *map(self._address, (whitener, weight, gradients))
+        gradients = np.zeros((workers, 2, channels.number))
+        addresses = *map(address, (dy, x, mean)), memory(sums), self._address(whitener), self._address(weight)
         as_rows = _as_rows(layout, block_axis)
-        run(cross_moments, workers, scratch, workers, chunks, as_rows, *addresses, *channels, *dy_layout, *layout)
-        workers = min(blocks, self._workers(blocks * dp * dp * chunks))
+        run(
+            cross_moments,
+            workers,
+            scratch,
+            workers,
+            chunks,
+            as_rows,
+            *addresses,
+            memory(gradients),
+            *channels,
+            *dy_layout,
+            *layout,
+        )
+        workers = min(workers, blocks, self._workers(blocks * dp * dp * chunks))
         run(whole_cross_moments, workers, scratch, workers, chunks, blocks, d, memory(sums), address(s), address(k))
-        return s, k, gradients.sum(0)
+        return s, k, library.converted(gradients.sum(0), x)
 
     def affine_map(
         self,
@@ -121,26 +136,28 @@ class Calls(NamedTuple):
         The channels' values, where there are any: the first term's array is multiplied with `before`, the result with
         `after`, and then `bias` is added.
         """
-        shift, before, after, bias = map(self._contiguous, (shift, before, after, bias))
         library, address = self.library, self.library.address
         x = terms[-1].array  # of two, that which is no gradient
         y = library.empty_like(x)
         layout = self._layout(y, block_axis)
+        blocks, d = layout.blocks, layout.d
+        shift = self._given(shift, blocks, d)
+        before, after, bias = (self._given(values, channels.number) for values in (before, after, bias))
         numbers, kept = [], []
         for term in terms:
             array, own = self._alike(term.array, block_axis, like=y)
-            kept += [array, library.contiguous(term.matrix), library.contiguous(term.centre)]
+            kept += [array, self._given(term.matrix, blocks, d, d), self._given(term.centre, blocks, d)]
             numbers += [*map(address, kept[-3:]), *own]
         if len(terms) == 1:
             numbers += [0, 0, 0, *layout]
-        dp, dtype = padded(layout.d), library.dtype(x)
+        dp, dtype = padded(d), library.dtype(x)
         workers, _ = self._shares(layout, len(terms))
-        scratch = _scratch(workers, layout.d, dtype)
-        arranged = memory(_workspace("matrices", layout.blocks * len(terms) * dp * dp, dtype))
+        scratch = _scratch(workers, d, dtype)
+        arranged = memory(_workspace("matrices", blocks * len(terms) * dp * dp, dtype))
         values = map(self._address, (shift, before, after, bias))
         as_rows = _as_rows(layout, block_axis)
         given = len(terms), as_rows, arranged, address(y), *values, channels.positions, *numbers, *layout
-        few = min(layout.blocks, self._workers(layout.blocks * len(terms) * dp * dp))
+        few = min(blocks, self._workers(blocks * len(terms) * dp * dp))
         run(arrange, few, scratch, few, *given)
         run(affine_map, workers, scratch, workers, *given)
         return y
@@ -169,25 +186,32 @@ class Calls(NamedTuple):
         shared = number < workers and d >= _SHARED
         if not shared:
             workers = min(workers, number)
-        reals = bits(eps), bits(np.finfo(dtype).smallest_normal)
+        reals = bits(eps), bits(float(np.finfo(dtype).smallest_normal))
         given = *reals, *map(self.library.address, (cov, *others))
         if shared:
-            matrices = memory(_workspace("matrices", number * newton.memory(d), dtype))
+            matrices = memory(_workspace("matrices", number * newton.memory(d, derivative), dtype))
             scratch = _workspaces("scratch", workers, 1, dtype)
             for phase in range(newton.phases(solver.iterations, derivative)):
                 run(kernel, workers, scratch, workers, phase, number, d, solver.iterations, matrices, *given)
         else:
-            scratch = _workspaces("scratch", workers, newton.memory(d), dtype)
+            scratch = _workspaces("scratch", workers, newton.memory(d, derivative), dtype)
             run(kernel, workers, scratch, workers, -1, number, d, solver.iterations, 0, *given)
 
-    def _contiguous(self, array: Array | None) -> Array | None:
-        return None if array is None else self.library.contiguous(array)
+    def _given(self, array: Array | None, *shape: int) -> Array | None:
+        """An array, as kernels read it."""
+        if array is None:
+            return None
+        if tuple(array.shape) != shape:
+            raise ValueError(f"statistics or values of channels have shape {tuple(array.shape)}: they need {shape}")
+        return self.library.contiguous(array)
 
     def _address(self, array: Array | None) -> int:
         return 0 if array is None else self.library.address(array)
 
     def _layout(self, x: Array, block_axis: int) -> Layout:
-        shape, strides = x.shape, self.library.strides(x)
+        shape, strides = x.shape, list(self.library.strides(x))
+        if shape[2] == 1:
+            strides[2] = shape[3]  # any number stands for an array of one, but it decides on the order of samples
         blocks, outer = block_axis, 1 - block_axis
         if shape[3] == 1 and block_axis == 1:  # rows
             return Layout(shape[1], 1, shape[2], shape[0], strides[1], 0, strides[2], strides[0])
@@ -215,7 +239,7 @@ class Calls(NamedTuple):
 
 
 def _panels(layout: Layout) -> int:
-    return -(-layout.outer * layout.inner // width(layout))
+    return int(-(-layout.outer * layout.inner // width(layout)))
 
 
 def _as_rows(layout: Layout, block_axis: int) -> bool:
@@ -240,7 +264,9 @@ _KEPT = _Kept()
 def _workspace(name: str, count: int, dtype: str) -> np.ndarray[Any, Any]:
     kept = _KEPT.arrays.get((name, dtype))
     if kept is None or kept.size < count:
-        kept = _KEPT.arrays[name, dtype] = np.empty(count, dtype)
+        kept = np.empty(count, dtype)
+        if kept.nbytes <= _MOST:
+            _KEPT.arrays[name, dtype] = kept
     return kept
 
 

@@ -1,4 +1,4 @@
-"""NumPy's kernels: compiled, where arrays are float32 or float64 and large enough."""
+"""NumPy's kernels: compiled, where arrays are float32 or float64."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class _NumPy:
     def empty(self, shape: tuple[int, ...], like: Array) -> Array:
         return np.empty(shape, like.dtype)
 
-    def zeros(self, shape: tuple[int, ...], like: Array) -> Array:
-        return np.zeros(shape, like.dtype)
+    def converted(self, array: Array, like: Array) -> Array:
+        return array.astype(like.dtype)
 
     def in_order_of(self, array: Array, other: Array) -> Array:
         result = np.empty_like(other, order="K")
@@ -91,7 +91,7 @@ class NumPyKernels(Kernels):
 
     def whole(self, plan: Plan, x: Array, *others: Array | None) -> Whole | None:
         """Of group whitening."""
-        if not isinstance(plan.blocks, SampleGroups) or not _serves(x):
+        if not isinstance(plan.blocks, SampleGroups) or not _serves(x, *others[2:]):  # weight and bias are converted
             return None
         return WholeGroupWhitening(self, _CALLS, plan, x)
 

@@ -21,7 +21,7 @@ from polywhiten.compiled.panels import (
     transposed,
     width,
 )
-from polywhiten.compiled.tile import at, get, number, pointer, put
+from polywhiten.compiled.tile import at, double_pointer, get, number, pointer, put
 
 
 def moments(numbers, scratch, worker):
@@ -109,17 +109,17 @@ def whole_moments(numbers, scratch, worker):
 def cross_moments(numbers, scratch, worker):
     """A worker's share of the sums of dY (X - mean)' and dY 1.
 
-    Where there is a whitener, dY is multiplied by the weight of its samples' channels first, and the gradients of
-    weight and bias are added to (workers, 2, channels); panels must not be rows then. Numbers: workers, chunks of a
-    block, whether panels are rows, the addresses of dy, x, mean, the sums (blocks, chunks, d (d + 1)) with d padded,
-    whitener or 0, weight or 0, and these gradients, the number of channels and how many positions each has; the layouts
-    of dy and x.
+    Where there is a whitener, dY is multiplied by the weight of its samples' channels first, if there is one, and the
+    gradients of weight and bias are added to (workers, 2, channels) of float64; panels must not be rows then. Numbers:
+    workers, chunks of a block, whether panels are rows, the addresses of dy, x, mean, the sums (blocks, chunks, d
+    (d + 1)) with d padded, whitener or 0, weight or 0, and these gradients, the number of channels and how many
+    positions each has; the layouts of dy and x.
     """
     workers, chunks, as_rows, affine = numbers[0], numbers[1], numbers[2] != 0, numbers[7] != 0
     dy, x, mean = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)
     sums, whitener = pointer(numbers[6], scratch), pointer(numbers[7], scratch)
     weight, channels = pointer(numbers[8], scratch), Channels(numbers[10], numbers[11])
-    gradients = at(pointer(numbers[9], scratch), worker * 2 * channels.number)
+    gradients = at(double_pointer(numbers[9]), worker * 2 * channels.number)
     dy_layout, layout = layout_at(numbers, 12), layout_at(numbers, 20)
     d, count, step = layout.d, layout.outer * layout.inner, width(layout)
     dp, panels, tasks = padded(d), (count + step - 1) // step, layout.blocks * chunks
@@ -128,7 +128,7 @@ def cross_moments(numbers, scratch, worker):
     gradient = at(columns, dp * ldc)
     zeros = at(gradient, max(dp * ldc, COLUMNS * ld))
     centre = at(zeros, max(dp, COLUMNS))
-    own = at(centre, dp)
+    panel_sums, own = at(centre, dp), at(centre, 2 * dp)
     matrix = at(own, OWN)
     white = at(matrix, dp * dp)
     clear(zeros, 0, 1, max(dp, COLUMNS) + dp)
@@ -154,7 +154,10 @@ def cross_moments(numbers, scratch, worker):
             if as_rows:
                 load_rows(rows, ld, here, centre)
                 load_rows(gradient, ld, there, zeros)
-                sum_rows(total, gradient, ld, d, n)
+                clear(panel_sums, 0, 1, dp)
+                sum_rows(panel_sums, gradient, ld, d, n)
+                for c in range(d):
+                    put(total, c, get(total, c) + get(panel_sums, c))
                 row, column = 1, ld
             else:
                 load_columns(columns, ldc, here, centre, own)

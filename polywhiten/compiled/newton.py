@@ -10,8 +10,8 @@ from polywhiten.compiled.panels import APART, clear, padded
 from polywhiten.compiled.parallel import real
 from polywhiten.compiled.tile import UNIT, at, get, number, pointer, put, tile, transposed_tile
 
-MATRICES = 12  # that an iteration works on, at most
-_STEPS = 3, 5  # phases of an iteration, and of one with its derivative
+_MATRICES = 5, 12  # that an iteration works on, and one with its derivative
+_STEPS = 3, 5  # phases of either
 
 
 def inverse_sqrt(numbers, scratch, worker):
@@ -21,12 +21,13 @@ def inverse_sqrt(numbers, scratch, worker):
     blocks or 0, eps, the smallest normal number, the addresses of covariances and of W.
     """
     workers, phase, blocks, d, iterations = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
-    for block in range(blocks if phase >= 0 else (worker + 1) * blocks // workers):
-        if phase >= 0:
-            _value(numbers, at(pointer(numbers[5], scratch), block * memory(d)), phase, block, worker, workers)
-        elif block >= worker * blocks // workers:
-            for each in range(phases(iterations, False)):
-                _value(numbers, scratch, each, block, 0, 1)
+    if phase >= 0:
+        for block in range(blocks):
+            _value(numbers, at(pointer(numbers[5], scratch), block * memory(d, False)), phase, block, worker, workers)
+        return
+    for block in range(worker * blocks // workers, (worker + 1) * blocks // workers):
+        for each in range(phases(iterations, False)):
+            _value(numbers, scratch, each, block, 0, 1)
 
 
 def inverse_sqrt_adjoint(numbers, scratch, worker):
@@ -35,12 +36,14 @@ def inverse_sqrt_adjoint(numbers, scratch, worker):
     Numbers: as of `inverse_sqrt`, the last addresses being those of covariances, gradients and results.
     """
     workers, phase, blocks, d, iterations = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
-    for block in range(blocks if phase >= 0 else (worker + 1) * blocks // workers):
-        if phase >= 0:
-            _derivative(numbers, at(pointer(numbers[5], scratch), block * memory(d)), phase, block, worker, workers)
-        elif block >= worker * blocks // workers:
-            for each in range(phases(iterations, True)):
-                _derivative(numbers, scratch, each, block, 0, 1)
+    if phase >= 0:
+        for block in range(blocks):
+            own = at(pointer(numbers[5], scratch), block * memory(d, True))
+            _derivative(numbers, own, phase, block, worker, workers)
+        return
+    for block in range(worker * blocks // workers, (worker + 1) * blocks // workers):
+        for each in range(phases(iterations, True)):
+            _derivative(numbers, scratch, each, block, 0, 1)
 
 
 @njit
@@ -50,9 +53,9 @@ def phases(iterations, derivative):
 
 
 @njit
-def memory(d):
+def memory(d, derivative):
     """Numbers that a block's matrices take."""
-    return MATRICES * padded(d) * (padded(d) + APART) + 2 * UNIT
+    return _MATRICES[1 if derivative else 0] * padded(d) * (padded(d) + APART) + 2 * UNIT
 
 
 @njit
@@ -112,12 +115,13 @@ def _derivative(numbers, own, phase, block, share, shares):
         for i in range(d):
             row, z_row = at(dz, i * ld), at(z, i * ld)
             along += _inner(row, at(cov, i * d), d) / scale + 0.5 * _inner(z_row, at(grad, i * d), d)
-        result, root = at(pointer(numbers[10], own), block * d * d), number(z, scale * scale**0.5)
+        result, divisor = at(pointer(numbers[10], own), block * d * d), number(z, scale)
+        root = number(z, scale**0.5)
         for i in range(share, d, shares):
             row, target = at(dz, i * ld), at(result, i * d)
             for j in range(d):
-                put(target, j, get(row, j) / root)
-            put(target, i, (get(row, i) - along) / root)
+                put(target, j, get(row, j) / divisor / root)  # their product may be too small for its dtype
+            put(target, i, (get(row, i) - along) / scale / root)
     elif step == 0:
         _product(p, -4.0, dr, 1.0, r, dr, dp, ld, False, own, share, shares)
         _product(q, -6.0, r, 1.0, r, r, dp, ld, True, own, share, shares)

@@ -51,13 +51,13 @@ def layout_at(numbers, i):
 
 
 class Place(NamedTuple):
-    """Where a panel is: in an array of that layout, `count` samples of a block."""
+    """Where a panel is: in an array of that layout, so many samples of a block."""
 
     array: Any  # pointer to its first number
     layout: Layout
     block: int
     start: int
-    count: int
+    samples: int
 
 
 class Channels(NamedTuple):
@@ -107,7 +107,7 @@ def multiply_add(c, ldc, base, ld_base, a, row, column, b, ldb, m, n, k, upper, 
 @njit
 def announce(place, part, parts):
     """Ask for a part of a panel, one of so many."""
-    layout, count = place.layout, place.count
+    layout, count = place.layout, place.samples
     block = at(place.array, place.block * layout.block_stride)
     outer, j = divmod(place.start, layout.inner)
     if is_interleaved(layout):
@@ -139,7 +139,7 @@ def announce(place, part, parts):
 @njit
 def load_columns(target, ld, place, centre, own):
     """A panel less its centre, as columns; `own` is memory for a tile."""
-    layout, count = place.layout, place.count
+    layout, count = place.layout, place.samples
     block = at(place.array, place.block * layout.block_stride)
     outer, j = divmod(place.start, layout.inner)
     if is_interleaved(layout):
@@ -195,7 +195,7 @@ def _load_interleaved(target, ld, layout, source, n, centre, own):
 @njit
 def store_columns(place, columns, ld, shift, own):
     """A panel of columns plus a shift of each row, to its place."""
-    layout, count = place.layout, place.count
+    layout, count = place.layout, place.samples
     block = at(place.array, place.block * layout.block_stride)
     outer, j = divmod(place.start, layout.inner)
     if is_interleaved(layout):
@@ -258,7 +258,7 @@ def load_first(target, array, layout, block):
 @njit
 def load_rows(target, ld, place, centre):
     """A panel less its centre, as rows."""
-    layout, count, d = place.layout, place.count, place.layout.d
+    layout, count, d = place.layout, place.samples, place.layout.d
     block = at(place.array, place.block * layout.block_stride)
     outer, j = divmod(place.start, layout.inner)
     for t in range(count):
@@ -283,7 +283,7 @@ def store_rows(place, rows, ld):
     layout = place.layout
     block = at(place.array, place.block * layout.block_stride)
     outer, j = divmod(place.start, layout.inner)
-    for t in range(place.count):
+    for t in range(place.samples):
         target = at(block, outer * layout.outer_stride + j * layout.inner_stride)
         row = at(rows, t * ld)
         if layout.d_stride == 1:
@@ -347,7 +347,7 @@ def gather_channels(gradient, white, ld, place, channels, weight, sums, paramete
     layout, dweight, dbias, weighted = place.layout, parameters, at(parameters, channels.number), not is_null(weight)
     for c in range(layout.d):
         done, j, row_sum = 0, place.start % layout.inner, number(sums, 0.0)
-        while done < place.count:
+        while done < place.samples:
             n, of_one, following = _run(place, channels, done, j)
             k = c * (layout.inner // channels.positions) + j // channels.positions
             row, other = at(gradient, c * ld + done), at(white, c * ld + done)
@@ -381,7 +381,7 @@ def scale_channels(columns, ld, place, channels, weight, bias, centre):
     layout, weighted, biased = place.layout, not is_null(weight), not is_null(bias)
     for c in range(layout.d):
         done, j, middle = 0, place.start % layout.inner, get(centre, c)
-        while done < place.count:
+        while done < place.samples:
             n, of_one, following = _run(place, channels, done, j)
             k = c * (layout.inner // channels.positions) + j // channels.positions
             row = at(columns, c * ld + done)
@@ -402,9 +402,9 @@ def scale_channels(columns, ld, place, channels, weight, bias, centre):
 @njit
 def _run(place, channels, done, j):
     """From position j of (inner) on: adjacent samples, whether they are of one channel, and the position after them."""
-    inner, left = place.layout.inner, place.count - done
+    inner, left = place.layout.inner, place.samples - done
     if is_interleaved(place.layout):
-        n, j = place.count // inner, j + 1
+        n, j = place.samples // inner, j + 1
     else:
         n = min(channels.positions - j % channels.positions if channels.positions > 1 else inner - j, left)
         j += n

@@ -6,13 +6,14 @@ Numba compiles what is inside of its own parallel loops several times over, whic
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import numba
@@ -20,6 +21,8 @@ import numpy as np
 from llvmlite import ir
 from numba import cfunc, njit, prange, types
 from numba.extending import intrinsic
+
+from polywhiten.compiled import FORKED
 
 _INT = ir.IntType(64)
 _NUMBERS = types.CPointer(types.int64)
@@ -30,7 +33,7 @@ def run(kernel: Callable[..., None], workers: int, scratch: np.ndarray[Any, Any]
     """Call kernel(numbers, scratch, worker) for every worker; numbers and its own scratch memory are pointers."""
     given = np.array(numbers, np.int64)
     function, distance = _compiled(kernel, scratch.dtype.char), scratch.strides[0]
-    if workers == 1 or _FORKED:
+    if workers == 1 or FORKED:
         call = _SERIAL(function)
         for worker in range(workers):
             call(address(given), address(scratch) + worker * distance, worker)
@@ -55,7 +58,7 @@ def run(kernel: Callable[..., None], workers: int, scratch: np.ndarray[Any, Any]
 
 def threads() -> int:
     """How many Numba uses."""
-    if _FORKED:
+    if FORKED:
         return 1
     _start_threads()
     return int(numba.get_num_threads())
@@ -71,14 +74,9 @@ def bits(value: float) -> int:
     return int(np.float64(value).view(np.int64))
 
 
-_FORKED: list[bool] = []  # not empty in a child process of one that has threads, which can't start any: OpenMP ends it
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: _FORKED.append(True))
-
-
 class _OpenMP(NamedTuple):
     parallel: Any  # of a function, the address of its data, a number of threads, and flags
-    functions: tuple[int, int]  # addresses of those that say which thread is calling, of how many
+    functions: list[int]  # addresses of those that say which thread is calling, of how many
 
 
 def _openmp() -> _OpenMP | None:
@@ -89,11 +87,11 @@ def _openmp() -> _OpenMP | None:
     if not _FOUND and sys.platform == "linux":
         everything = ctypes.CDLL(None)
         with suppress(AttributeError):
-            functions = everything.omp_get_thread_num, everything.omp_get_num_threads
+            functions = [everything.omp_get_thread_num, everything.omp_get_num_threads]
             parallel = everything.GOMP_parallel
             parallel.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
             parallel.restype = None
-            _FOUND.append(_OpenMP(parallel, tuple(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in functions)))
+            _FOUND.append(_OpenMP(parallel, [ctypes.cast(f, ctypes.c_void_p).value or 0 for f in functions]))
     return _FOUND[0] if _FOUND else None
 
 
@@ -118,32 +116,33 @@ def _start_threads() -> None:
 
 
 @cache
-def _drop_outdated() -> None:
-    """What was compiled before a change: Numba looks at a kernel's own file for that, not at those that it uses."""
-    folder = Path(__file__).parent
-    changed = max(file.stat().st_mtime for file in folder.glob("*.py"))
-    for kept in folder.glob("__pycache__/*.nb[ic]"):
-        with suppress(OSError):  # another process may have deleted it
-            if kept.stat().st_mtime < changed:
-                kept.unlink()
-
-
-@cache
 def _compiled(kernel: Callable[..., None], dtype: str) -> int:
     """Its address, for scratch memory and arrays of that dtype."""
-    _drop_outdated()
     signature = types.void(_NUMBERS, types.CPointer(numba.from_dtype(np.dtype(dtype))), types.int64)
-    return int(_kept(kernel, cfunc, signature, error_model="numpy").address)
+    return int(_kept(kernel, dtype, cfunc, signature, error_model="numpy").address)
 
 
-def _kept(function: Callable[..., None], compiler: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Compiled, for later processes too where Numba finds a folder that it may write to."""
+def _kept(function: Callable[..., None], dtype: str, compiler: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Compiled, for later processes too where Numba finds a folder that it may write to.
+
+    By a name of its own for each dtype and each version of these files: Numba tells by a function's own file alone
+    whether what it kept is out of date.
+    """
+    named = FunctionType(function.__code__, function.__globals__, function.__name__, None, function.__closure__)
+    named.__qualname__ = f"{function.__name__}_{dtype}_{_version()}"
     try:
-        return compiler(*args, cache=True, **options)(function)
+        return compiler(*args, cache=True, **options)(named)
     except RuntimeError as error:
         if "cannot cache" not in str(error):
             raise
-        return compiler(*args, **options)(function)
+        return compiler(*args, **options)(named)
+
+
+@cache
+def _version() -> str:
+    """Of the compiled functions' files."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 @cache
@@ -154,7 +153,7 @@ def _in_parallel() -> Callable[..., None]:
         for worker in prange(workers):
             _call(function, numbers, scratch + worker * distance, worker)
 
-    compiled: Callable[..., None] = _kept(loop, njit, parallel=True, nogil=True)
+    compiled: Callable[..., None] = _kept(loop, "", njit, parallel=True, nogil=True)
     return compiled
 
 
@@ -167,10 +166,10 @@ def _region() -> int:
         for worker in range(_ask(data[5]), workers, _ask(data[6])):  # OpenMP may give fewer threads
             _call(kernel, numbers, scratch + worker * distance, worker)
 
-    return int(_kept(region, cfunc, types.void(_NUMBERS)).address)
+    return int(_kept(region, "", cfunc, types.void(_NUMBERS)).address)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _call(typingctx: Any, function: Any, numbers: Any, scratch: Any, worker: Any) -> Any:
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
         kind = ir.FunctionType(ir.VoidType(), [_INT] * 3)
@@ -180,7 +179,7 @@ def _call(typingctx: Any, function: Any, numbers: Any, scratch: Any, worker: Any
     return types.void(*[types.int64] * 4), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _ask(typingctx: Any, function: Any) -> Any:
     """What a function of C without arguments gives."""
 
@@ -191,7 +190,7 @@ def _ask(typingctx: Any, function: Any) -> Any:
     return types.int64(types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def real(typingctx: Any, numbers: Any, index: Any) -> Any:
     """One of a kernel's numbers that is no integer."""
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import config, types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 UNIT = 16  # rows and columns of a tile, which all padded sizes are multiples of
@@ -19,12 +20,12 @@ UNIT = 16  # rows and columns of a tile, which all padded sizes are multiples of
 _INT = ir.IntType(64)
 
 
-_FEATURES = config.CPU_FEATURES or binding.get_host_cpu_features().flatten()  # "+sse2,+avx,...": as Numba sees them
+_FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES  # "+sse2,+avx,..."
 _BYTES = 64 if "+avx512f" in _FEATURES else 32 if "+avx2" in _FEATURES else 16  # of a vector
 _MOST_VECTORS = 8 if "+sse" in _FEATURES and _BYTES < 64 else 16  # of results: half of the registers, or a few less
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def pointer(typingctx: Any, address: Any, like: Any) -> Any:
     """An address as a pointer to numbers of an array's dtype."""
 
@@ -34,7 +35,17 @@ def pointer(typingctx: Any, address: Any, like: Any) -> Any:
     return types.CPointer(like.dtype)(types.int64, like), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
+def double_pointer(typingctx: Any, address: Any) -> Any:
+    """An address as a pointer to numbers of float64."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float64)(types.int64), generate
+
+
+@intrinsic
 def is_null(typingctx: Any, start: Any) -> Any:
     """Whether a pointer's address is 0."""
 
@@ -44,7 +55,7 @@ def is_null(typingctx: Any, start: Any) -> Any:
     return types.boolean(start), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def at(typingctx: Any, start: Any, index: Any) -> Any:
     """Pointer to a later number."""
 
@@ -54,7 +65,7 @@ def at(typingctx: Any, start: Any, index: Any) -> Any:
     return start(start, types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def get(typingctx: Any, start: Any, index: Any) -> Any:
     """A number."""
 
@@ -64,7 +75,7 @@ def get(typingctx: Any, start: Any, index: Any) -> Any:
     return start.dtype(start, types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def put(typingctx: Any, start: Any, index: Any, value: Any) -> Any:
     """Write a number, as one of the pointer's dtype."""
 
@@ -75,7 +86,7 @@ def put(typingctx: Any, start: Any, index: Any, value: Any) -> Any:
     return types.void(start, types.int64, start.dtype), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def number(typingctx: Any, start: Any, value: Any) -> Any:
     """A number of the pointer's dtype, which Numba would compute with as float64."""
 
@@ -85,7 +96,7 @@ def number(typingctx: Any, start: Any, value: Any) -> Any:
     return start.dtype(start, start.dtype), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def prefetch(typingctx: Any, start: Any, index: Any) -> Any:
     """Ask for the cache line of a number, which is to be read or written soon."""
 
@@ -100,7 +111,7 @@ def prefetch(typingctx: Any, start: Any, index: Any) -> Any:
     return types.void(start, types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def tile(
     typingctx: Any,
     c: Any,
@@ -166,7 +177,7 @@ def tile(
     return types.void(*given), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def transposed_tile(typingctx: Any, target: Any, ldt: Any, source: Any, lds: Any, centre: Any) -> Any:
     """UNIT x UNIT numbers, rows less their centres, as columns."""
 
@@ -195,7 +206,7 @@ def transposed_tile(typingctx: Any, target: Any, ldt: Any, source: Any, lds: Any
     return types.void(target, types.int64, source, types.int64, centre), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def shifted(typingctx: Any, target: Any, source: Any, shift: Any) -> Any:
     """UNIT numbers, plus one."""
 
