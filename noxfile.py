@@ -80,6 +80,6 @@ def package(session: nox.Session) -> None:
 def speed(session: nox.Session) -> None:
     """No slower than the bars of benchmarks/bars.py allow; `nox -s speed -- torch jax` for more than PyTorch."""
     backends = session.posargs or ["torch"]
-    extras = ",".join(["benchmarks", *(name for name in backends if name != "numpy")])
+    extras = ",".join(["benchmarks", *("numba" if name == "numpy" else name for name in backends)])
     install(session, f".[{extras}]")
     session.run("python", "benchmarks/speed.py", "--guard", *(f"--backend={name}" for name in backends))

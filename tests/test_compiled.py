@@ -1,8 +1,7 @@
-"""The compiled kernels, on NumPy's arrays and PyTorch's: what the plain kernels give in float64."""
+"""The compiled kernels on NumPy's arrays: what the plain kernels give in float64."""
 
 import multiprocessing
 import threading
-from types import SimpleNamespace
 
 import array_api_compat.numpy as xp
 import numpy as np
@@ -240,70 +239,28 @@ def test_a_forked_process_whitens_too():
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
-@pytest.fixture
-def torch():
-    return pytest.importorskip("torch")
-
-
-def test_torch_keeps_its_number_of_threads(torch):
-    before = torch.get_num_threads()
-    try:
-        for number in (1, 2):
-            torch.set_num_threads(number)
-            parallel._start_threads.cache_clear()
-            parallel.threads()  # Numba's, which NumPy's arrays are whitened by
-            assert torch.get_num_threads() == number
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
-def test_half_precision_is_computed_in_float32(torch, dtype, name):
-    x = torch.randn(8, 16, 20, dtype=getattr(torch, dtype))
-    y = getattr(pw, name)(x, **({"num_groups": 4} if name == "group_whiten" else {}))
-    wanted = getattr(pw, name)(x.double(), **({"num_groups": 4} if name == "group_whiten" else {}))
-    assert y.dtype == x.dtype
-    torch.testing.assert_close(y.double(), wanted, rtol=0, atol=2e-2)
-
-
-def test_tensors_that_are_not_what_their_memory_holds(torch):
-    z = torch.randn(30, 8, dtype=torch.complex128)
-    x = z.conj().imag  # memory of the other sign
-    torch.testing.assert_close(pw.iter_norm(x), pw.iter_norm(x.resolve_neg().clone()))
-
-
-def test_statistics_of_another_dtype_are_never_read_as_those_of_x(torch):
-    x = torch.randn(30, 8)
-    with pytest.raises(RuntimeError, match="dtype"):
-        pw.iter_norm(x, all_reduce=lambda total: total.double())
-
-
 def test_statistics_of_another_shape_are_an_error(compiled):
     with pytest.raises(ValueError, match=r"shape \(1, 3\): they need \(1, 4\)"):
         compiled.affine_map([Term(np.ones((1, 4, 4)), random(9, 1, 4, 1), np.ones((1, 3)))], None, 1, np.float64)
 
 
-@pytest.mark.parametrize("group_whitening", [False, True])
-def test_sums_of_many_samples_are_exact(compiled, group_whitening):
-    dy = np.full((1, 300_000, 16, 1), 0.1, "float32")
-    if group_whitening:
-        plan = Plan(SampleGroups(2, 1), NEWTON, 1e-3)
-        x, dy = random(1, 30_000, 16, dtype="float32"), np.full((1, 30_000, 16), 0.1, "float32")
-        _, stats = forward(compiled, plan, x, None, np.zeros(16, "float32"))
-        dbias = backward(compiled, plan, x, None, np.zeros(16, "float32"), stats, dy)[2]
-        np.testing.assert_allclose(dbias, 3000, rtol=1e-6)
-    else:
-        dy = dy.reshape(300_000, 1, 16, 1)
-        s, _ = compiled.cross_moments(dy, dy, np.zeros((1, 16), "float32"), 1)
-        np.testing.assert_allclose(s, 30_000, rtol=3e-5)
+def test_memory_that_is_too_large_to_keep(compiled, monkeypatch):
+    monkeypatch.setattr(calls, "_MOST", 0)
+    monkeypatch.setattr(calls, "_KEPT", calls._Kept())
+    monkeypatch.setattr(calls, "_SHARED", 1)
+    x = random(40, 1, 300, 1)
+    mean, cov = compiled.moments(x, 1)
+    y = compiled.affine_map([Term(compiled.inverse_sqrt(NEWTON, cov, 1e-5), x, mean)], None, 1, x.dtype)
+    assert calls._KEPT.arrays == {}
+    mean, cov = EXACT.moments(x, 1)
+    close([y], [EXACT.affine_map([Term(EXACT.inverse_sqrt(NEWTON, cov, 1e-5), x, mean)], None, 1, x.dtype)])
 
 
-def test_torch_without_numba(torch, monkeypatch):
-    from polywhiten.torch import cpu
-
-    x = torch.randn(300, 64, dtype=torch.float64)
-    wanted = pw.iter_norm(x)
-    monkeypatch.setattr(cpu, "is_available", lambda: False)
-    monkeypatch.setattr(cpu, "_calls", lambda: SimpleNamespace())
-    torch.testing.assert_close(pw.iter_norm(x), wanted)
+def test_sums_of_many_samples_are_exact(compiled):
+    dy = np.full((300_000, 1, 16, 1), 0.1, "float32")
+    s, _ = compiled.cross_moments(dy, dy, np.zeros((1, 16), "float32"), 1)
+    np.testing.assert_allclose(s, 30_000, rtol=3e-5)
+    x, dy = random(1, 30_000, 16, dtype="float32"), np.full((1, 30_000, 16), 0.1, "float32")
+    plan, bias = Plan(SampleGroups(2, 1), NEWTON, 1e-3), np.zeros(16, "float32")
+    _, stats = forward(compiled, plan, x, None, bias)
+    np.testing.assert_allclose(backward(compiled, plan, x, None, bias, stats, dy)[2], 3000, rtol=1e-6)

@@ -153,10 +153,10 @@ class Calls(NamedTuple):
         dp, dtype = padded(d), library.dtype(x)
         workers, _ = self._shares(layout, len(terms))
         scratch = _scratch(workers, d, dtype)
-        arranged = memory(_workspace("matrices", blocks * len(terms) * dp * dp, dtype))
+        arranged = _workspace("matrices", blocks * len(terms) * dp * dp, dtype)
         values = map(self._address, (shift, before, after, bias))
         as_rows = _as_rows(layout, block_axis)
-        given = len(terms), as_rows, arranged, address(y), *values, channels.positions, *numbers, *layout
+        given = len(terms), as_rows, memory(arranged), address(y), *values, channels.positions, *numbers, *layout
         few = min(blocks, self._workers(blocks * len(terms) * dp * dp))
         run(arrange, few, scratch, few, *given)
         run(affine_map, workers, scratch, workers, *given)
@@ -189,10 +189,10 @@ class Calls(NamedTuple):
         reals = bits(eps), bits(float(np.finfo(dtype).smallest_normal))
         given = *reals, *map(self.library.address, (cov, *others))
         if shared:
-            matrices = memory(_workspace("matrices", number * newton.memory(d, derivative), dtype))
+            matrices = _workspace("matrices", number * newton.memory(d, derivative), dtype)
             scratch = _workspaces("scratch", workers, 1, dtype)
             for phase in range(newton.phases(solver.iterations, derivative)):
-                run(kernel, workers, scratch, workers, phase, number, d, solver.iterations, matrices, *given)
+                run(kernel, workers, scratch, workers, phase, number, d, solver.iterations, memory(matrices), *given)
         else:
             scratch = _workspaces("scratch", workers, newton.memory(d, derivative), dtype)
             run(kernel, workers, scratch, workers, -1, number, d, solver.iterations, 0, *given)

@@ -1,0 +1,73 @@
+"""The compiled kernels on PyTorch's tensors, beside what the conformance suite and `test_compiled.py` hold them to."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("numba")
+
+import polywhiten as pw  # noqa: E402
+from polywhiten.compiled import calls, parallel  # noqa: E402
+from polywhiten.torch import cpu  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
+def test_any_number_of_threads_gives_the_same(set_threads, monkeypatch, name):
+    monkeypatch.setattr(calls, "_WORTH", 1)  # even for small tensors
+    x = torch.randn(40, 64, 30, dtype=torch.float64, requires_grad=True)
+    found = []
+    for number in (1, 2, 3):
+        set_threads(number)
+        y = getattr(pw, name)(x)
+        found.append((y.detach(), *torch.autograd.grad(y.pow(3).sum(), x)))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-10)
+
+
+def test_torch_keeps_its_number_of_threads(set_threads):
+    for number in (1, 2):
+        set_threads(number)
+        parallel._start_threads.cache_clear()
+        parallel.threads()  # Numba's, which NumPy's arrays are whitened by
+        assert torch.get_num_threads() == number
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
+def test_half_precision_is_computed_in_float32(dtype, name):
+    x = torch.randn(8, 16, 20, dtype=getattr(torch, dtype))
+    y = getattr(pw, name)(x, **({"num_groups": 4} if name == "group_whiten" else {}))
+    wanted = getattr(pw, name)(x.double(), **({"num_groups": 4} if name == "group_whiten" else {}))
+    assert y.dtype == x.dtype
+    torch.testing.assert_close(y.double(), wanted, rtol=0, atol=2e-2)
+
+
+def test_tensors_that_are_not_what_their_memory_holds():
+    z = torch.randn(30, 8, dtype=torch.complex128)
+    x = z.conj().imag  # memory of the other sign
+    torch.testing.assert_close(pw.iter_norm(x), pw.iter_norm(x.resolve_neg().clone()))
+
+
+def test_statistics_of_another_dtype_are_never_read_as_those_of_x():
+    x = torch.randn(30, 8)
+    with pytest.raises(RuntimeError, match="dtype"):
+        pw.iter_norm(x, all_reduce=lambda total: total.double())
+
+
+def test_torch_without_numba(monkeypatch):
+    x = torch.randn(300, 64, dtype=torch.float64)
+    wanted = pw.iter_norm(x)
+    monkeypatch.setattr(cpu, "is_available", lambda: False)
+    monkeypatch.setattr(cpu, "_calls", lambda: None)
+    torch.testing.assert_close(pw.iter_norm(x), wanted)
