@@ -3,6 +3,11 @@
 README.md, in this folder, says how it measures.
 """
 
+import os
+
+# else threads of NumPy's products wait actively for some 20 ms, in the next competitor's turn
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+
 import sys
 import warnings
 from collections.abc import Callable, Iterator
