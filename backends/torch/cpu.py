@@ -46,21 +46,24 @@ class CPUKernels(TorchKernels):
         if not _serves([term.array for term in terms], *others, bias):
             return super().affine_map(terms, bias, block_axis, dtype)
         terms = [term._replace(array=self.for_statistics(term.array)) for term in terms]
-        return _calls().affine_map(terms, bias, block_axis).to(dtype)
+        y: Tensor = _calls().affine_map(terms, bias, block_axis)
+        return y.to(dtype)
 
     @full_precision
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
         """W, every matrix in the cache."""
         if not (isinstance(solver, Newton) and _serves([cov])):
             return super().inverse_sqrt(solver, cov, eps)
-        return _calls().inverse_sqrt(solver, cov, eps)
+        w: Tensor = _calls().inverse_sqrt(solver, cov, eps)
+        return w
 
     @full_precision
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor:
         """Gradient with respect to cov, every matrix in the cache."""
         if not (isinstance(solver, Newton) and _serves([cov, grad])):
             return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
-        return _calls().inverse_sqrt_adjoint(solver, cov, grad, eps)
+        result: Tensor = _calls().inverse_sqrt_adjoint(solver, cov, grad, eps)
+        return result
 
     def whole(self, plan: Plan, x: Tensor, *others: Tensor | None) -> Whole | None:
         """Of group whitening."""
