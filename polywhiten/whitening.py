@@ -145,11 +145,18 @@ def backward(
     ds = kernels.inverse_sqrt_adjoint(plan.solver, cov, g, plan.eps)
     if dcov is not None:
         ds = ds + dcov
-    b = (ds + xp.matrix_transpose(ds)) / count
-    terms = [Term(xp.matrix_transpose(a), dy4, s / count), Term(b, x4, mean)]
+    terms = gradient_terms(kernels, a, dy4, s, ds, x4, mean, count)
     shift = None if dmean is None else dmean / count
     dx = xp.reshape(kernels.affine_map(terms, shift, block_axis, x.dtype), kernels.shape(x))
-    return dx, _as_dtype_of(kernels, dweight, weight), _as_dtype_of(kernels, dbias, bias)
+    return dx, as_dtype_of(kernels, dweight, weight), as_dtype_of(kernels, dbias, bias)
+
+
+def gradient_terms(
+    kernels: Kernels, a: Array, dy: Array, s: Array, ds: Array, x: Array, mean: Array, count: Any
+) -> list[Term]:
+    """Those of dX, as `backward` has it."""
+    transpose = kernels.xp.matrix_transpose
+    return [Term(transpose(a), dy, s / count), Term((ds + transpose(ds)) / count, x, mean)]
 
 
 @dataclass(frozen=True)
@@ -214,7 +221,7 @@ def _per_variable(kernels: Kernels, values: Array, like: Array) -> Array:
     return kernels.xp.reshape(kernels.xp.astype(values, like.dtype, copy=False), like.shape[:2])
 
 
-def _as_dtype_of(kernels: Kernels, gradient: Array | None, parameter: Array | None) -> Array | None:
+def as_dtype_of(kernels: Kernels, gradient: Array | None, parameter: Array | None) -> Array | None:
     return None if parameter is None else kernels.xp.astype(gradient, parameter.dtype, copy=False)
 
 

@@ -9,7 +9,7 @@ from polywhiten.blocks import SampleGroups
 from polywhiten.compiled.calls import Calls
 from polywhiten.compiled.panels import Channels
 from polywhiten.kernels import Kernels, Term
-from polywhiten.whitening import Plan, Statistics
+from polywhiten.whitening import Plan, Statistics, as_dtype_of, gradient_terms
 
 
 class WholeGroupWhitening:
@@ -34,7 +34,6 @@ class WholeGroupWhitening:
         self, weight: Array | None, bias: Array | None, stats: Statistics, dy: Array
     ) -> tuple[Array, Array | None, Array | None]:
         """As `polywhiten.whitening.backward`."""
-        xp = self._kernels.xp
         mean, cov, whitener = stats
         values = self._values(weight)
         if weight is None and bias is None:
@@ -45,16 +44,10 @@ class WholeGroupWhitening:
                 dy, self._x, mean, whitener, values, self._channels
             )
         ds = self._kernels.inverse_sqrt_adjoint(self._plan.solver, cov, k, self._plan.eps)
-        count = self._x.shape[1] * self._x.shape[3]
-        terms = [
-            Term(xp.matrix_transpose(whitener), dy, s / count),
-            Term((ds + xp.matrix_transpose(ds)) / count, self._x, mean),
-        ]
+        count = self._kernels.sample_count(self._x, 0)
+        terms = gradient_terms(self._kernels, whitener, dy, s, ds, self._x, mean, count)
         dx = self._calls.affine_map(terms, None, 0, self._channels, before=values)
-        return dx, self._like(dweight, weight), self._like(dbias, bias)
+        return dx, as_dtype_of(self._kernels, dweight, weight), as_dtype_of(self._kernels, dbias, bias)
 
     def _values(self, parameter: Array | None) -> Array | None:
         return None if parameter is None else self._kernels.xp.astype(parameter, self._x.dtype, copy=False)
-
-    def _like(self, gradient: Array | None, parameter: Array | None) -> Array | None:
-        return None if parameter is None else self._kernels.xp.astype(gradient, parameter.dtype, copy=False)

@@ -84,17 +84,17 @@ def _openmp() -> _OpenMP | None:
 
     Its threads wait actively for their next work, in the way of any others, as those that Numba brings along.
     """
-    if not _FOUND and sys.platform == "linux":
-        everything = ctypes.CDLL(None)
+    if not _FOUND and _PROCESS is not None:
         with suppress(AttributeError):
-            functions = [everything.omp_get_thread_num, everything.omp_get_num_threads]
-            parallel = everything.GOMP_parallel
+            functions = [_PROCESS.omp_get_thread_num, _PROCESS.omp_get_num_threads]
+            parallel = _PROCESS.GOMP_parallel
             parallel.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
             parallel.restype = None
             _FOUND.append(_OpenMP(parallel, [ctypes.cast(f, ctypes.c_void_p).value or 0 for f in functions]))
     return _FOUND[0] if _FOUND else None
 
 
+_PROCESS = ctypes.CDLL(None) if sys.platform == "linux" else None  # what is there for all of it
 _FOUND: list[_OpenMP] = []
 _LOCK = threading.Lock()
 

@@ -25,24 +25,20 @@ _BYTES = 64 if "+avx512f" in _FEATURES else 32 if "+avx2" in _FEATURES else 16  
 _MOST_VECTORS = 8 if "+sse" in _FEATURES and _BYTES < 64 else 16  # of results: half of the registers, or a few less
 
 
+def _as_pointer(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+    return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+
 @intrinsic
 def pointer(typingctx: Any, address: Any, like: Any) -> Any:
     """An address as a pointer to numbers of an array's dtype."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like.dtype)(types.int64, like), generate
+    return types.CPointer(like.dtype)(types.int64, like), _as_pointer
 
 
 @intrinsic
 def double_pointer(typingctx: Any, address: Any) -> Any:
     """An address as a pointer to numbers of float64."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.float64)(types.int64), generate
+    return types.CPointer(types.float64)(types.int64), _as_pointer
 
 
 @intrinsic
