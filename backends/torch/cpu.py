@@ -95,10 +95,14 @@ class _Torch:
         return torch.from_numpy(array).to(like.dtype)
 
     def empty_like(self, array: Tensor) -> Tensor:
-        return torch.empty_like(array)
+        from polywhiten.compiled.large_pages import ask_for_large_pages
+
+        result = torch.empty_like(array)
+        ask_for_large_pages(result.data_ptr(), result.nbytes)
+        return result
 
     def in_order_of(self, array: Tensor, other: Tensor) -> Tensor:
-        return torch.empty_like(other).copy_(array)
+        return self.empty_like(other).copy_(array)
 
     def contiguous(self, array: Tensor) -> Tensor:
         return array.contiguous()

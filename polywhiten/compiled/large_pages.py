@@ -1,0 +1,25 @@
+"""Memory in pages of 2 MB, of which a new result needs few: the first touch of each costs more than writing it."""
+
+import ctypes
+import mmap
+from functools import cache
+from typing import Any
+
+_FROM = 1 << 22  # bytes; as NumPy for its own arrays
+
+
+def ask_for_large_pages(address: int, nbytes: int) -> None:
+    """For memory that nothing was written to yet; where the system has none, nothing happens."""
+    madvise = _madvise()
+    if madvise is not None and nbytes >= _FROM:
+        start, stop = -(-address // mmap.PAGESIZE), (address + nbytes) // mmap.PAGESIZE
+        madvise(start * mmap.PAGESIZE, (stop - start) * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
+
+
+@cache
+def _madvise() -> Any:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return function
