@@ -12,7 +12,7 @@ pytest.importorskip("numba")
 import polywhiten as pw
 from polywhiten import dispatch
 from polywhiten.blocks import ChannelGroups, SampleGroups
-from polywhiten.compiled import calls, kernels, parallel
+from polywhiten.compiled import calls, kernels, parallel, steps
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import solver_for
 from polywhiten.whitening import Plan, backward, forward
@@ -91,6 +91,9 @@ def test_channels_over_the_batch(compiled, shape, dtype, order):
         ((3, 5, 7, 8), 3, 4),  # channels last: short runs, of one channel, long, and longer than a panel
         ((2, 300, 6), 2, 6),
         ((2, 9, 2, 80), 3, 4),
+        ((2, 40, 66), 2, 2),
+        ((2, 23, 64), 2, 2),
+        ((2, 8, 7, 7), 1, 4),
         ((2, 3, 600), 2, 2),
         ((3, 4, 8, 3), 2, 4),  # between
         ((4, 24), 1, 2),  # no positions
@@ -245,13 +248,13 @@ def test_statistics_of_another_shape_are_an_error(compiled):
 
 
 def test_memory_that_is_too_large_to_keep(compiled, monkeypatch):
-    monkeypatch.setattr(calls, "_MOST", 0)
-    monkeypatch.setattr(calls, "_KEPT", calls._Kept())
+    monkeypatch.setattr(steps, "_MOST", 0)
+    monkeypatch.setattr(steps, "_KEPT", steps._Kept())
     monkeypatch.setattr(calls, "_SHARED", 1)
     x = random(40, 1, 300, 1)
     mean, cov = compiled.moments(x, 1)
     y = compiled.affine_map([Term(compiled.inverse_sqrt(NEWTON, cov, 1e-5), x, mean)], None, 1, x.dtype)
-    assert calls._KEPT.arrays == {}
+    assert steps._KEPT.arrays == {}
     mean, cov = EXACT.moments(x, 1)
     close([y], [EXACT.affine_map([Term(EXACT.inverse_sqrt(NEWTON, cov, 1e-5), x, mean)], None, 1, x.dtype)])
 

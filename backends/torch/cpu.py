@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polywhiten.blocks import SampleGroups
 from polywhiten.compiled import is_available
 from polywhiten.kernels import Term
 from polywhiten.solvers import Solver
@@ -66,14 +65,14 @@ class CPUKernels(TorchKernels):
         return result
 
     def whole(self, plan: Plan, x: Tensor, *others: Tensor | None) -> Whole | None:
-        """Of group whitening."""
-        if not isinstance(plan.blocks, SampleGroups) or x.element_size() < 4:
+        """All that is done with a block, one after another."""
+        if x.element_size() < 4:
             return None
         if not _serves([x], *others[2:]) or not is_unobserved([tensor for tensor in others[:2] if tensor is not None]):
             return None  # weight and bias are converted
-        from polywhiten.compiled.group_whitening import WholeGroupWhitening
+        from polywhiten.compiled.whole import ByBlock
 
-        return WholeGroupWhitening(self, _calls(), plan, x)
+        return ByBlock.of(self, _calls(), plan, x)
 
 
 class _Torch:

@@ -21,7 +21,7 @@ from polywhiten.compiled.panels import (
 )
 from polywhiten.compiled.tile import UNIT, at, get, is_null, pointer, put
 
-_TERMS, _TERM, _Y = 10, 11, 32  # among the numbers: where the terms begin, how many each takes, the layout of y
+_TERMS, _TERM, _Y = 11, 11, 33  # among the numbers: where the terms begin, how many each takes, the layout of y
 
 
 @njit
@@ -60,16 +60,16 @@ def arrange(numbers, scratch, worker):
 def affine_map(numbers, scratch, worker):
     """A worker's share of the panels of Y, the sum of one or two terms, plus shift (blocks, d) in the end.
 
-    Values of the channels that samples are of, 0 for none: the first term's array is multiplied with `before`, the
+    Values of the channels that samples are of, 0 for none: the first term's array is multiplied with `before`, or the
     result with `after`, and then `bias` is added; panels must not be rows where there are any. Numbers: workers, terms,
-    whether panels are rows, the addresses of the arranged matrices, of y, of shift or 0, of these three, and how many
-    positions a channel has; for two terms the addresses of array, matrix and centre, and the array's layout; the
-    layout of y.
+    whether panels are rows, the addresses of the arranged matrices, of y, of shift or 0, of these three, how many
+    positions a channel has, and whether panels are counted before blocks; for two terms the addresses of array, matrix
+    and centre, and the array's layout; the layout of y.
     """
     workers, terms, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, _Y)
     arranged, target, shift = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)
     before, after, bias = pointer(numbers[6], scratch), pointer(numbers[7], scratch), pointer(numbers[8], scratch)
-    no_bias, channels, two = pointer(0, scratch), Channels(0, numbers[9]), terms == 2
+    channels, two = Channels(0, numbers[9]), terms == 2
     x_layout, x, _, centres = _term_at(numbers, 0, scratch)
     other_layout, other, _, other_centres = _term_at(numbers, 1, scratch)
     blocks, d, count, step = layout.blocks, layout.d, layout.outer * layout.inner, width(layout)
@@ -81,10 +81,10 @@ def affine_map(numbers, scratch, worker):
     line = at(zeros, max(dp, COLUMNS))
     own = at(line, dp)
     clear(zeros, 0, 1, max(dp, COLUMNS) + dp)
-    items, blocks_inside = blocks * panels, as_rows or layout.block_stride < layout.outer_stride
+    items, panels_first = blocks * panels, numbers[10] != 0
     for item in range(worker * items // workers, (worker + 1) * items // workers):
-        block, start = _item(item, blocks, panels, step, blocks_inside)
-        next_block, next_start = _item(item + 1, blocks, panels, step, blocks_inside)
+        block, start = _item(item, blocks, panels, step, panels_first)
+        next_block, next_start = _item(item + 1, blocks, panels, step, panels_first)
         n, left = min(step, count - start), min(step, count - next_start) if item + 1 < items else 0
         here, there = Place(x, x_layout, block, start, n), Place(other, other_layout, block, start, n)
         place = Place(target, layout, block, start, n)
@@ -131,19 +131,19 @@ def affine_map(numbers, scratch, worker):
             load_columns(panel, ldc, here, centre, own)
         else:
             load_columns(panel, ldc, here, zeros, own)
-            scale_channels(panel, ldc, here, channels, before, no_bias, centre)
+            scale_channels(panel, ldc, here, channels, before, bias, centre)
         if two:
             load_columns(at(panel, dp * ldc), ldc, there, at(other_centres, block * d), own)
         multiply_add(result, ldc, zeros, 0, matrix, depth, 1, panel, ldc, dp, padded(n), depth, False, ahead, 3)
-        if not (is_null(after) and is_null(bias)):
+        if not is_null(after):
             scale_channels(result, ldc, here, channels, after, bias, zeros)
         store_columns(place, result, ldc, line, own)
 
 
 @njit
-def _item(item, blocks, panels, step, blocks_inside):
+def _item(item, blocks, panels, step, panels_first):
     """Block and first sample of the panel that comes in that place."""
-    if blocks_inside:
+    if panels_first:
         panel, block = divmod(item, blocks)
     else:
         block, panel = divmod(item, panels)

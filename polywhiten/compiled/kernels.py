@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from polywhiten._types import Array
-from polywhiten.blocks import SampleGroups
 from polywhiten.compiled.calls import Calls
-from polywhiten.compiled.group_whitening import WholeGroupWhitening
 from polywhiten.compiled.parallel import address, threads
+from polywhiten.compiled.whole import ByBlock
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import Solver
 from polywhiten.solvers.newton import Newton
@@ -90,10 +89,8 @@ class NumPyKernels(Kernels):
         return _CALLS.inverse_sqrt_adjoint(solver, cov, grad, eps)
 
     def whole(self, plan: Plan, x: Array, *others: Array | None) -> Whole | None:
-        """Of group whitening."""
-        if not isinstance(plan.blocks, SampleGroups) or not _serves(x, *others[2:]):  # weight and bias are converted
-            return None
-        return WholeGroupWhitening(self, _CALLS, plan, x)
+        """All that is done with a block, one after another."""
+        return ByBlock.of(self, _CALLS, plan, x) if _serves(x, *others[2:]) else None  # weight and bias are converted
 
 
 def _serves(x: Array, *others: Array | None) -> bool:

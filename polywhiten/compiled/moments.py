@@ -8,8 +8,10 @@ from polywhiten.compiled.panels import (
     OWN,
     Channels,
     Place,
+    channel_run,
     clear,
     gather_channels,
+    has_runs,
     layout_at,
     load_columns,
     load_first,
@@ -18,10 +20,11 @@ from polywhiten.compiled.panels import (
     padded,
     sum_columns,
     sum_rows,
+    total_of,
     transposed,
     width,
 )
-from polywhiten.compiled.tile import at, double_pointer, get, number, pointer, put
+from polywhiten.compiled.tile import at, doubles, get, number, pointer, put
 
 
 def moments(numbers, scratch, worker):
@@ -109,17 +112,17 @@ def whole_moments(numbers, scratch, worker):
 def cross_moments(numbers, scratch, worker):
     """A worker's share of the sums of dY (X - mean)' and dY 1.
 
-    Where there is a whitener, dY is multiplied by the weight of its samples' channels first, if there is one, and the
-    gradients of weight and bias are added to (workers, 2, channels) of float64; panels must not be rows then. Numbers:
-    workers, chunks of a block, whether panels are rows, the addresses of dy, x, mean, the sums (blocks, chunks, d
-    (d + 1)) with d padded, whitener or 0, weight or 0, and these gradients, the number of channels and how many
+    Where there is a whitener, dY is multiplied by the weight of its samples' channels first, and the
+    gradients of weight and bias are added to (2, channels) of float64; panels must not be rows then. Numbers: workers,
+    chunks of a block, whether panels are rows, the addresses of dy, x, mean, the sums (blocks, chunks, d (d + 1)) with
+    d padded, whitener or 0 and weight, where these gradients are in scratch, the number of channels and how many
     positions each has; the layouts of dy and x.
     """
     workers, chunks, as_rows, affine = numbers[0], numbers[1], numbers[2] != 0, numbers[7] != 0
     dy, x, mean = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)
     sums, whitener = pointer(numbers[6], scratch), pointer(numbers[7], scratch)
     weight, channels = pointer(numbers[8], scratch), Channels(numbers[10], numbers[11])
-    gradients = at(double_pointer(numbers[9]), worker * 2 * channels.number)
+    gradients = doubles(at(scratch, numbers[9]))
     dy_layout, layout = layout_at(numbers, 12), layout_at(numbers, 20)
     d, count, step = layout.d, layout.outer * layout.inner, width(layout)
     dp, panels, tasks = padded(d), (count + step - 1) // step, layout.blocks * chunks
@@ -163,12 +166,46 @@ def cross_moments(numbers, scratch, worker):
                 load_columns(columns, ldc, here, centre, own)
                 transposed(rows, ld, columns, ldc, dp, padded(n), zeros)
                 load_columns(gradient, ldc, there, zeros, own)
+                if affine and has_runs(layout, channels):
+                    _add_runs(
+                        products, total, white, zeros, matrix, gradient, ldc, rows, ld, here, channels, weight, gradients, ahead
+                    )
+                    continue
                 if affine:
                     multiply_add(white, ldc, zeros, 0, matrix, dp, 1, columns, ldc, dp, padded(n), dp, False, ahead, 0)
-                    gather_channels(gradient, white, ldc, here, channels, weight, total, gradients)
+                    gather_channels(gradient, white, ldc, here, channels, weight, total, gradients, own)
                 else:
                     sum_columns(total, gradient, ldc, d, n)
             multiply_add(products, dp, products, dp, gradient, row, column, rows, ld, dp, dp, n, False, ahead, 2)
+
+
+@njit(fastmath={"reassoc"})
+def _add_runs(
+    products, sums, own, zeros, whitener, gradient, ldc, rows, ld, place, channels, weight, parameters, ahead
+):
+    """What a panel of dY gives where each of its runs is of one channel in every row: products of its own.
+
+    A row of them, times that of the whitener, is what the weight's gradient gains: the whitened samples aren't needed.
+    """
+    layout, done, j, places = place.layout, 0, place.start % place.layout.inner, 2
+    dp = padded(layout.d)
+    while done < place.samples:
+        n, following = channel_run(place, channels, done, j)
+        k = j // channels.positions
+        multiply_add(
+            own, dp, zeros, 0, at(gradient, done), ldc, 1, at(rows, done * ld), ld, dp, dp, n, False, ahead, places
+        )
+        for i in range(layout.d):
+            channel = i * (layout.inner // channels.positions) + k
+            factor, total = get(weight, channel), total_of(at(gradient, i * ldc + done), n)
+            row, target, other, product = at(own, i * dp), at(products, i * dp), at(whitener, i * dp), number(own, 0.0)
+            for c in range(layout.d):
+                product += get(row, c) * get(other, c)
+                put(target, c, get(target, c) + factor * get(row, c))
+            put(sums, i, get(sums, i) + factor * total)
+            put(parameters, channel, get(parameters, channel) + product)
+            put(parameters, channels.number + channel, get(parameters, channels.number + channel) + total)
+        done, j, places = done + n, following, 0
 
 
 def whole_cross_moments(numbers, scratch, worker):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from numba import njit
 
-from polywhiten.compiled.tile import UNIT, at, get, is_null, number, prefetch, put, shifted, tile, transposed_tile
+from polywhiten.compiled.tile import UNIT, at, gathered, get, number, prefetch, put, scaled, tile, transposed_tile
 
 COLUMNS = 256
 APART = UNIT
@@ -92,16 +92,20 @@ def multiply_add(c, ldc, base, ld_base, a, row, column, b, ldb, m, n, k, upper, 
 
     Memory is asked for the first so many `places` in `ahead` meanwhile.
     """
-    done, tiles = 0, (m // UNIT) * (n // UNIT)
+    tiles = (m // UNIT) * (n // UNIT)
     if upper:
         tiles = m // UNIT * (m // UNIT + 1) // 2
+    each = 1 + 127 // k  # tiles, so that their time hides that of asking
+    part, parts, left = 0, (tiles + each - 1) // each, 1
     for j in range(0, n, UNIT):
         for i in range(0, min(m, j + UNIT) if upper else m, UNIT):
             own = at(c, i * ldc + j)
             tile(own, ldc, 1.0, at(base, i * ld_base + j), ld_base, 1.0, at(a, i * row), row, column, at(b, j), ldb, k)
-            for place in range(places):
-                announce(ahead[place], done, tiles)
-            done += 1
+            left -= 1
+            if left == 0:
+                for place in range(places):
+                    announce(ahead[place], part, parts)
+                part, left = part + 1, each
 
 
 @njit
@@ -110,8 +114,8 @@ def announce(place, part, parts):
     layout, count = place.layout, place.samples
     block = at(place.array, place.block * layout.block_stride)
     outer, j = divmod(place.start, layout.inner)
-    if is_interleaved(layout):
-        n = count // layout.inner
+    if layout.d_stride == layout.inner and layout.inner_stride == 1 and layout.inner < COLUMNS:
+        n = (j + count + layout.inner - 1) // layout.inner
         for t in range(part * n // parts, (part + 1) * n // parts):
             row = at(block, (outer + t) * layout.outer_stride)
             for k in range(0, layout.d * layout.inner, UNIT):
@@ -137,6 +141,16 @@ def announce(place, part, parts):
 
 
 @njit
+def scale_run(target, source, count, factor, offset):
+    """Adjacent numbers times a factor plus an offset."""
+    whole = count // UNIT * UNIT
+    for t in range(0, whole, UNIT):
+        scaled(at(target, t), at(source, t), factor, offset)
+    for t in range(whole, count):
+        put(target, t, get(source, t) * number(target, factor) + number(target, offset))
+
+
+@njit
 def load_columns(target, ld, place, centre, own):
     """A panel less its centre, as columns; `own` is memory for a tile."""
     layout, count = place.layout, place.samples
@@ -154,8 +168,7 @@ def load_columns(target, ld, place, centre, own):
                 run = at(block, c * layout.d_stride + outer * layout.outer_stride + j * layout.inner_stride)
                 row, middle = at(target, c * ld + done), get(centre, c)
                 if layout.inner_stride == 1:
-                    for t in range(n):
-                        put(row, t, get(run, t) - middle)
+                    scale_run(row, run, n, 1.0, -middle)
                 else:
                     for t in range(n):
                         put(row, t, get(run, t * layout.inner_stride) - middle)
@@ -183,7 +196,7 @@ def _load_interleaved(target, ld, layout, source, n, centre, own):
             for i in range(columns):
                 row, line, middle = at(target, c * ld + j * n + o), at(turned, i * UNIT), get(centre, c)
                 if rows == UNIT:
-                    shifted(row, line, -middle)
+                    scaled(row, line, 1.0, -middle)
                 else:
                     for t in range(rows):
                         put(row, t, get(line, t) - middle)
@@ -210,8 +223,7 @@ def store_columns(place, columns, ld, shift, own):
             run = at(block, c * layout.d_stride + outer * layout.outer_stride + j * layout.inner_stride)
             row, value = at(columns, c * ld + done), get(shift, c)
             if layout.inner_stride == 1:
-                for t in range(n):
-                    put(run, t, get(row, t) + value)
+                scale_run(run, row, n, 1.0, value)
             else:
                 for t in range(n):
                     put(run, t * layout.inner_stride, get(row, t) + value)
@@ -229,7 +241,7 @@ def _store_interleaved(target, layout, n, columns, ld, shift, own):
             for i in range(numbers):
                 row, line, value = at(columns, c * ld + j * n + o), at(own, i * UNIT), get(shift, c)
                 if rows == UNIT:
-                    shifted(line, row, value)
+                    scaled(line, row, 1.0, value)
                 else:
                     for t in range(rows):
                         put(line, t, get(row, t) + value)
@@ -337,75 +349,79 @@ def transposed(target, ldt, source, lds, m, n, centre):
             transposed_tile(at(target, j * ldt + i), ldt, at(source, i * lds + j), lds, at(centre, i))
 
 
+@njit
+def has_runs(layout, channels):
+    """Whether adjacent samples of a panel are of one channel."""
+    return is_interleaved(layout) or channels.positions > 1
+
+
 @njit(fastmath={"reassoc"})
-def gather_channels(gradient, white, ld, place, channels, weight, sums, parameters):
-    """What a panel of dY gives to its channels and rows.
+def gather_channels(gradient, white, ld, place, channels, weight, sums, parameters, own):
+    """What a panel of dY gives to its channels and rows, where adjacent samples are of different channels.
 
     Added are: to each channel's two `parameters` (2, channels) the sums of dY times the whitened samples, and of dY; to
-    `sums` those of the rows of dY times the weight, which dY itself is multiplied by. No weight is a null pointer.
+    `sums` those of the rows of dY times the weight, which dY itself is multiplied by. `own` has 2 COLUMNS numbers.
     """
-    layout, dweight, dbias, weighted = place.layout, parameters, at(parameters, channels.number), not is_null(weight)
-    for c in range(layout.d):
-        done, j, row_sum = 0, place.start % layout.inner, number(sums, 0.0)
-        while done < place.samples:
-            n, of_one, following = _run(place, channels, done, j)
-            k = c * (layout.inner // channels.positions) + j // channels.positions
-            row, other = at(gradient, c * ld + done), at(white, c * ld + done)
-            if of_one:
-                factor = get(weight, k) if weighted else number(sums, 1.0)
-                total, product = number(sums, 0.0), number(sums, 0.0)
-                for t in range(n):
+    inner, products, totals = place.layout.inner, own, at(own, COLUMNS)
+    dweight, dbias = parameters, at(parameters, channels.number)
+    start, j = 0, place.start % inner
+    while start < place.samples:
+        n, repeats = min(inner - j, place.samples - start), 1
+        if j == 0 and n == inner:
+            repeats = (place.samples - start) // inner  # whole runs
+        whole = n // UNIT * UNIT
+        for c in range(place.layout.d):
+            k = c * inner + j
+            clear(products, 0, 1, n)
+            clear(totals, 0, 1, n)
+            for repeat in range(repeats):
+                row, other = at(gradient, c * ld + start + repeat * n), at(white, c * ld + start + repeat * n)
+                for t in range(0, whole, UNIT):
+                    gathered(at(products, t), at(totals, t), at(row, t), at(other, t))
+                    scaled(at(row, t), at(row, t), at(weight, k + t), 0.0)
+                for t in range(whole, n):
                     value = get(row, t)
-                    total += value
-                    product += value * get(other, t)
-                    put(row, t, value * factor)
-                put(dweight, k, get(dweight, k) + product)
-                put(dbias, k, get(dbias, k) + total)
-                row_sum += total * factor
-            else:
-                for t in range(n):
-                    value = get(row, t)
-                    put(dweight, k + t, get(dweight, k + t) + value * get(other, t))
-                    put(dbias, k + t, get(dbias, k + t) + value)
-                if weighted:
-                    for t in range(n):
-                        put(row, t, get(row, t) * get(weight, k + t))
-                row_sum += total_of(row, n)
-            done, j = done + n, following
-        put(sums, c, get(sums, c) + row_sum)
+                    put(products, t, get(products, t) + value * get(other, t))
+                    put(totals, t, get(totals, t) + value)
+                    put(row, t, value * get(weight, k + t))
+            row_sum = number(sums, 0.0)
+            for t in range(n):
+                put(dweight, k + t, get(dweight, k + t) + get(products, t))
+                put(dbias, k + t, get(dbias, k + t) + get(totals, t))
+                row_sum += get(totals, t) * get(weight, k + t)
+            put(sums, c, get(sums, c) + row_sum)
+        start, j = start + repeats * n, (j + n) % inner
 
 
 @njit
 def scale_channels(columns, ld, place, channels, weight, bias, centre):
-    """A panel of columns times its channels' weight, plus their bias, less centres of rows; null pointers for none."""
-    layout, weighted, biased = place.layout, not is_null(weight), not is_null(bias)
-    for c in range(layout.d):
-        done, j, middle = 0, place.start % layout.inner, get(centre, c)
-        while done < place.samples:
-            n, of_one, following = _run(place, channels, done, j)
-            k = c * (layout.inner // channels.positions) + j // channels.positions
-            row = at(columns, c * ld + done)
-            if of_one:
-                factor = get(weight, k) if weighted else number(centre, 1.0)
-                offset = (get(bias, k) if biased else number(centre, 0.0)) - middle
-                for t in range(n):
-                    put(row, t, get(row, t) * factor + offset)
+    """A panel of columns times its channels' weight, plus their bias, less centres of rows."""
+    layout, done, j = place.layout, 0, place.start % place.layout.inner
+    runs, of_row = has_runs(layout, channels), layout.inner // channels.positions
+    while done < place.samples:
+        n, following = channel_run(place, channels, done, j)
+        first, whole = j // channels.positions, n // UNIT * UNIT
+        for c in range(layout.d):
+            row, k, middle = at(columns, c * ld + done), c * of_row + first, get(centre, c)
+            if runs:
+                scale_run(row, row, n, get(weight, k), get(bias, k) - middle)
             else:
-                if weighted:
-                    for t in range(n):
-                        put(row, t, get(row, t) * get(weight, k + t))
-                for t in range(n):
-                    put(row, t, get(row, t) + ((get(bias, k + t) if biased else number(centre, 0.0)) - middle))
-            done, j = done + n, following
+                for t in range(0, whole, UNIT):
+                    scaled(at(row, t), at(row, t), at(weight, k + t), at(bias, k + t))
+                    scaled(at(row, t), at(row, t), 1.0, -middle)
+                for t in range(whole, n):
+                    put(row, t, get(row, t) * get(weight, k + t) + (get(bias, k + t) - middle))
+        done, j = done + n, following
 
 
 @njit
-def _run(place, channels, done, j):
-    """From position j of (inner) on: adjacent samples, whether they are of one channel, and the position after them."""
+def channel_run(place, channels, done, j):
+    """From position j of (inner) on: how many adjacent samples are of one channel, or of following ones each; and the
+    position after them."""
     inner, left = place.layout.inner, place.samples - done
     if is_interleaved(place.layout):
         n, j = place.samples // inner, j + 1
     else:
         n = min(channels.positions - j % channels.positions if channels.positions > 1 else inner - j, left)
         j += n
-    return n, is_interleaved(place.layout) or channels.positions > 1, 0 if j == inner else j
+    return n, 0 if j == inner else j

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
@@ -29,20 +30,36 @@ _NUMBERS = types.CPointer(types.int64)
 _SERIAL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
-def run(kernel: Callable[..., None], workers: int, scratch: np.ndarray[Any, Any], *numbers: int) -> None:
-    """Call kernel(numbers, scratch, worker) for every worker; numbers and its own scratch memory are pointers."""
-    given = np.array(numbers, np.int64)
-    function, distance = _compiled(kernel, scratch.dtype.char), scratch.strides[0]
+class Step(NamedTuple):
+    """A kernel, the numbers that it is called with, and the arrays whose addresses are among them."""
+
+    kernel: Callable[..., None]
+    numbers: Sequence[int]
+    arrays: Sequence[Any] = ()
+
+
+def run(steps: Sequence[Step], workers: int, scratch: np.ndarray[Any, Any], shares: int | None = None) -> None:
+    """For every share of the work, call the steps' kernels one after another: kernel(numbers, scratch, share).
+
+    A worker takes adjacent shares, one if their number isn't given, and has scratch memory of its own. A kernel's first
+    number is that of shares; numbers and memory are pointers.
+    """
+    shares = workers if shares is None else shares
+    numbers = [array("q", (shares, *step.numbers)) for step in steps]
+    functions = [_compiled(step.kernel, scratch.dtype.char) for step in steps]
+    memory, distance = address(scratch), scratch.strides[0]
     if workers == 1 or FORKED:
-        call = _SERIAL(function)
-        for worker in range(workers):
-            call(address(given), address(scratch) + worker * distance, worker)
+        calls = [(_SERIAL(function), given.buffer_info()[0]) for function, given in zip(functions, numbers, strict=True)]
+        for share in range(shares):
+            for call, given in calls:
+                call(given, memory, share)
         return
-    arguments = function, address(given), address(scratch), distance, workers
     openmp = _openmp()
+    data = array("q", (memory, distance, workers, shares, *(openmp.functions if openmp else (0, 0)), len(steps)))
+    for function, given in zip(functions, numbers, strict=True):
+        data.extend((function, given.buffer_info()[0]))
     if openmp is not None:
-        data = np.array([*arguments, *openmp.functions], np.int64)
-        openmp.parallel(_region(), address(data), workers, 0)
+        openmp.parallel(_region(), data.buffer_info()[0], workers, 0)
         return
     _start_threads()
     before = numba.get_num_threads()
@@ -50,7 +67,7 @@ def run(kernel: Callable[..., None], workers: int, scratch: np.ndarray[Any, Any]
         numba.set_num_threads(workers)
     try:
         with _alone():
-            _in_parallel()(*arguments)
+            _in_parallel()(np.frombuffer(data, np.int64), workers)
     finally:
         if before != workers:
             numba.set_num_threads(before)
@@ -64,9 +81,9 @@ def threads() -> int:
     return int(numba.get_num_threads())
 
 
-def address(array: np.ndarray[Any, Any]) -> int:
+def address(numbers: np.ndarray[Any, Any]) -> int:
     """Of its first number."""
-    return int(array.__array_interface__["data"][0])
+    return int(numbers.__array_interface__["data"][0])
 
 
 def bits(value: float) -> int:
@@ -145,13 +162,22 @@ def _version() -> str:
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
+@njit
+def _work(data, worker):
+    """One worker's part of what `run` describes."""
+    memory, distance, workers, shares, steps = data[0], data[1], data[2], data[3], data[6]
+    for share in range(worker * shares // workers, (worker + 1) * shares // workers):
+        for step in range(steps):
+            _call(data[7 + 2 * step], data[8 + 2 * step], memory + worker * distance, share)
+
+
 @cache
 def _in_parallel() -> Callable[..., None]:
-    """Of a kernel's address, those of its arguments, and the number of workers."""
+    """Of what `run` describes, and the number of workers."""
 
-    def loop(function: int, numbers: int, scratch: int, distance: int, workers: int) -> None:
+    def loop(data: Any, workers: int) -> None:
         for worker in prange(workers):
-            _call(function, numbers, scratch + worker * distance, worker)
+            _work(data, worker)
 
     compiled: Callable[..., None] = _kept(loop, "", njit, parallel=True, nogil=True)
     return compiled
@@ -162,9 +188,8 @@ def _region() -> int:
     """Address of what each of OpenMP's threads calls."""
 
     def region(data: Any) -> None:
-        kernel, numbers, scratch, distance, workers = data[0], data[1], data[2], data[3], data[4]
-        for worker in range(_ask(data[5]), workers, _ask(data[6])):  # OpenMP may give fewer threads
-            _call(kernel, numbers, scratch + worker * distance, worker)
+        for worker in range(_ask(data[4]), data[2], _ask(data[5])):  # OpenMP may give fewer threads
+            _work(data, worker)
 
     return int(_kept(region, "", cfunc, types.void(_NUMBERS)).address)
 

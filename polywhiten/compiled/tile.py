@@ -25,20 +25,24 @@ _BYTES = 64 if "+avx512f" in _FEATURES else 32 if "+avx2" in _FEATURES else 16  
 _MOST_VECTORS = 8 if "+sse" in _FEATURES and _BYTES < 64 else 16  # of results: half of the registers, or a few less
 
 
-def _as_pointer(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
-    return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-
 @intrinsic
 def pointer(typingctx: Any, address: Any, like: Any) -> Any:
     """An address as a pointer to numbers of an array's dtype."""
-    return types.CPointer(like.dtype)(types.int64, like), _as_pointer
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.int64, like), generate
 
 
 @intrinsic
-def double_pointer(typingctx: Any, address: Any) -> Any:
-    """An address as a pointer to numbers of float64."""
-    return types.CPointer(types.float64)(types.int64), _as_pointer
+def doubles(typingctx: Any, start: Any) -> Any:
+    """The same memory as a place for numbers of float64."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float64)(start), generate
 
 
 @intrinsic
@@ -203,19 +207,41 @@ def transposed_tile(typingctx: Any, target: Any, ldt: Any, source: Any, lds: Any
 
 
 @intrinsic
-def shifted(typingctx: Any, target: Any, source: Any, shift: Any) -> Any:
-    """UNIT numbers, plus one."""
+def scaled(typingctx: Any, target: Any, source: Any, factor: Any, offset: Any) -> Any:
+    """UNIT numbers times a factor plus an offset; either is a number, or a pointer to UNIT of them."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
-        target, source, shift = args
+        target, source, *others = args
         vector = _Vector(builder, context.get_value_type(signature.args[0].dtype), signature.args[0].dtype)
-        added = vector.repeated(shift)
+        fma = vector.function("llvm.fma", 3)
         for k in range(0, UNIT, vector.length):
+            given = [
+                vector.load(builder.gep(other, [_INT(k)])) if isinstance(kind, types.CPointer) else vector.repeated(other)
+                for other, kind in zip(others, signature.args[2:], strict=True)
+            ]
             value = vector.load(builder.gep(source, [_INT(k)]))
-            vector.store(builder.fadd(value, added), builder.gep(target, [_INT(k)]))
+            vector.store(builder.call(fma, [value, *given]), builder.gep(target, [_INT(k)]))
         return context.get_dummy_value()
 
-    return types.void(target, source, target.dtype), generate
+    own = [other if isinstance(other, types.CPointer) else target.dtype for other in (factor, offset)]
+    return types.void(target, source, *own), generate
+
+
+@intrinsic
+def gathered(typingctx: Any, products: Any, sums: Any, values: Any, others: Any) -> Any:
+    """Add UNIT values to as many sums, and their products with others to products."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        vector = _Vector(builder, context.get_value_type(signature.args[0].dtype), signature.args[0].dtype)
+        fma = vector.function("llvm.fma", 3)
+        for k in range(0, UNIT, vector.length):
+            to_products, to_sums, *given = (builder.gep(arg, [_INT(k)]) for arg in args)
+            value, other = map(vector.load, given)
+            vector.store(builder.call(fma, [value, other, vector.load(to_products)]), to_products)
+            vector.store(builder.fadd(value, vector.load(to_sums)), to_sums)
+        return context.get_dummy_value()
+
+    return types.void(products, sums, values, others), generate
 
 
 class _Vector:

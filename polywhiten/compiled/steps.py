@@ -1,0 +1,271 @@
+"""The compiled kernels with a library's arrays: addresses and layouts as the numbers that they are called with.
+
+Each method gives results that are yet to be computed, and the steps that compute them. Every step can be shared by
+workers in any number of parts, up to the number of blocks or panels; where that is the number of blocks and there is
+one chunk, a part of any of them is one block, and all of a block's steps can follow each other.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from polywhiten._types import Array
+from polywhiten.compiled import newton
+from polywhiten.compiled.affine_map import affine_map, arrange
+from polywhiten.compiled.gradients import fold_weight, gradient_terms
+from polywhiten.compiled.moments import cross_moments, moments, whole_cross_moments, whole_moments
+from polywhiten.compiled.panels import APART, COLUMNS, OWN, Channels, Layout, is_interleaved, padded, width
+from polywhiten.compiled.parallel import Step, bits
+from polywhiten.compiled.parallel import address as memory
+from polywhiten.kernels import Term
+from polywhiten.solvers.newton import Newton
+
+_MOST = 1 << 26  # bytes of memory that is kept for the next call
+NO_CHANNELS = Channels(0, 1)
+
+
+class Library(Protocol):
+    """What is asked of a library of arrays: float32 or float64, in the memory of the CPU."""
+
+    def address(self, array: Array) -> int: ...
+    def strides(self, array: Array) -> Sequence[int]:
+        """In numbers, not bytes."""
+
+    def dtype(self, array: Array) -> str: ...
+    def empty(self, shape: tuple[int, ...], like: Array) -> Array: ...
+    def converted(self, array: np.ndarray[Any, Any], like: Array) -> Array:
+        """NumPy's array as one of this library."""
+
+    def empty_like(self, array: Array) -> Array:
+        """With the array's axes in the same order in memory."""
+
+    def in_order_of(self, array: Array, other: Array) -> Array:
+        """A copy with axes in memory as those of the other array."""
+
+    def contiguous(self, array: Array) -> Array: ...
+    def threads(self) -> int: ...
+
+
+class Steps(NamedTuple):
+    """Over a library, for arrays (p, q, d, l) with blocks along an axis."""
+
+    library: Library
+    block_axis: int
+
+    def moments(self, x: Array, chunks: int = 1) -> tuple[tuple[Array, Array], Step, Step]:
+        """Mean (blocks, d) and covariance (blocks, d, d): sums, each block's in so many chunks, and these together."""
+        layout, address = self.layout(x), self.library.address
+        blocks, d, dp, dtype = layout.blocks, layout.d, padded(layout.d), self.library.dtype(x)
+        mean, cov = self.library.empty((blocks, d), x), self.library.empty((blocks, d, d), x)
+        sums = _workspace("sums", blocks * chunks * dp * dp, dtype)
+        means = _workspace("means", blocks * panels(layout) * dp, dtype)
+        numbers = chunks, self._as_rows(layout), address(x), memory(sums), memory(means), *layout
+        kept = x, mean, cov, sums, means
+        return (
+            (mean, cov),
+            Step(moments, numbers, kept),
+            Step(whole_moments, (*numbers, address(mean), address(cov)), kept),
+        )
+
+    def cross_moments(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Array,
+        chunks: int = 1,
+        channels: Channels = NO_CHANNELS,
+        whitener: Array | None = None,
+        weight: Array | None = None,
+        place: int = 0,
+    ) -> tuple[tuple[Array, Array], Step, Step]:
+        """S and K: sums, and these together.
+
+        Where there is a whitener: of dY times the weight of its channels; what workers add to the gradients of weight and bias (2, channels), as float64, comes at that place in their scratch memory.
+        """
+        library, address = self.library, self.library.address
+        layout = self.layout(x)
+        if self._order(self.layout(dy)) != self._order(layout):
+            x = library.in_order_of(x, x)  # where it isn't dense, no copy of dy may have its order
+            layout = self.layout(x)
+        dy, dy_layout = self._alike(dy, like=x)
+        blocks, d, dp, dtype = layout.blocks, layout.d, padded(layout.d), library.dtype(x)
+        mean, weight = self._given(mean, blocks, d), self._given(weight, channels.number)
+        whitener = self._given(whitener, blocks, d, d)
+        s, k = library.empty((blocks, d), x), library.empty((blocks, d, d), x)
+        sums = _workspace("sums", blocks * chunks * dp * (dp + 1), dtype)
+        places = *map(address, (dy, x, mean)), memory(sums), self._address(whitener), self._address(weight)
+        layouts = *dy_layout, *layout
+        numbers = chunks, self._as_rows(layout), *places, place, *channels, *layouts
+        whole = chunks, blocks, d, memory(sums), address(s), address(k)
+        return (
+            (s, k),
+            Step(cross_moments, numbers, (dy, x, mean, weight, whitener, sums)),
+            Step(whole_cross_moments, whole, (s, k, sums)),
+        )
+
+    def affine_map(
+        self,
+        terms: Sequence[Term],
+        shift: Array | None,
+        by_block: bool,
+        channels: Channels = NO_CHANNELS,
+        before: Array | None = None,
+        after: Array | None = None,
+        bias: Array | None = None,
+    ) -> tuple[Array, Step, Step]:
+        """The sum of the terms, plus shift (blocks, d): matrices as panels are multiplied with them, and the map.
+
+        The channels' values, where there are any: the first term's array is multiplied with `before`, or the result with
+        `after`, and then `bias` is added. Parts of the map are whole blocks, one after another, if `by_block`.
+        """
+        library, address = self.library, self.library.address
+        x = terms[-1].array  # of two, that which is no gradient
+        y = library.empty_like(x)
+        layout = self.layout(y)
+        blocks, d, dp = layout.blocks, layout.d, padded(layout.d)
+        shift = self._given(shift, blocks, d)
+        before, after, bias = (self._given(values, channels.number) for values in (before, after, bias))
+        numbers, kept = [], [y, shift, before, after, bias]
+        for term in terms:
+            array, own = self._alike(term.array, like=y)
+            kept += [array, self._given(term.matrix, blocks, d, d), self._given(term.centre, blocks, d)]
+            numbers += [*map(address, kept[-3:]), *own]
+        if len(terms) == 1:
+            numbers += [0, 0, 0, *layout]
+        arranged = _workspace("matrices", blocks * len(terms) * dp * dp, library.dtype(x))
+        values = map(self._address, (shift, before, after, bias))
+        as_rows = self._as_rows(layout)
+        panels_first = not by_block and (as_rows or layout.block_stride < layout.outer_stride)
+        places = memory(arranged), address(y), *values
+        numbers = [len(terms), as_rows, *places, channels.positions, panels_first, *numbers, *layout]
+        kept.append(arranged)
+        return y, Step(arrange, numbers, kept), Step(affine_map, numbers, kept)
+
+    def inverse_sqrt(
+        self, solver: Newton, cov: Array, eps: float, matrices: np.ndarray[Any, Any] | None = None
+    ) -> tuple[Array, Callable[[int], Step]]:
+        """W, by phase or, for -1, all of them; phases of their own share memory for matrices."""
+        cov = self.library.contiguous(cov)
+        w = self.library.empty(tuple(cov.shape), cov)
+        return w, self._newton(newton.inverse_sqrt, solver, eps, matrices, cov, w)
+
+    def inverse_sqrt_adjoint(
+        self, solver: Newton, cov: Array, grad: Array, eps: float, matrices: np.ndarray[Any, Any] | None = None
+    ) -> tuple[Array, Callable[[int], Step]]:
+        """Gradient with respect to cov, in phases as above."""
+        cov, grad = self.library.contiguous(cov), self.library.contiguous(grad)
+        result = self.library.empty(tuple(cov.shape), cov)
+        return result, self._newton(newton.inverse_sqrt_adjoint, solver, eps, matrices, cov, grad, result)
+
+    def _newton(
+        self,
+        kernel: Callable[..., None],
+        solver: Newton,
+        eps: float,
+        matrices: np.ndarray[Any, Any] | None,
+        cov: Array,
+        *others: Array,
+    ) -> Callable[[int], Step]:
+        *blocks, d, _ = cov.shape
+        smallest = float(np.finfo(self.library.dtype(cov)).smallest_normal)
+        place = 0 if matrices is None else memory(matrices)
+        sizes, reals = (math.prod(blocks), d, solver.iterations), (bits(eps), bits(smallest))
+        numbers = *sizes, place, *reals, *map(self.library.address, (cov, *others))
+        return lambda phase: Step(kernel, (phase, *numbers), (cov, *others, matrices))
+
+    def fold_weight(self, w: Array, weight: Array, k: Array | None = None) -> tuple[Array, Array | None, Step]:
+        """A = diag(weight) W, of which K is multiplied by its weight too where it is given: A', the weight's gradient."""
+        blocks, d, _ = w.shape
+        w, weight = self._given(w, blocks, d, d), self._given(weight, blocks, d)
+        a = self.library.empty((blocks, d, d), w)
+        gradient = None if k is None else self.library.empty((blocks, d), w)
+        arrays = w, weight, a, k, gradient
+        return a, gradient, Step(fold_weight, (blocks, d, *map(self._address, arrays)), arrays)
+
+    def gradient_terms(self, ds: Array, s: Array, count: int) -> tuple[Array, Step]:
+        """S / M, and (dS + dS') / M in place of dS."""
+        blocks, d = s.shape
+        centre = self.library.empty((blocks, d), s)
+        arrays = ds, s, centre
+        return centre, Step(gradient_terms, (blocks, d, count, *map(self._address, arrays)), arrays)
+
+    def layout(self, x: Array) -> Layout:
+        shape, strides = x.shape, list(self.library.strides(x))
+        if shape[2] == 1:
+            strides[2] = shape[3]  # any number stands for an array of one, but it decides on the order of samples
+        blocks, outer = self.block_axis, 1 - self.block_axis
+        if shape[3] == 1 and self.block_axis == 1:  # rows
+            return Layout(shape[1], 1, shape[2], shape[0], strides[1], 0, strides[2], strides[0])
+        return Layout(*(shape[i] for i in (blocks, outer, 2, 3)), *(strides[i] for i in (blocks, outer, 2, 3)))
+
+    def _given(self, array: Array | None, *shape: int) -> Array | None:
+        """An array, as kernels read it."""
+        if array is None:
+            return None
+        if tuple(array.shape) != shape:
+            raise ValueError(f"statistics or values of channels have shape {tuple(array.shape)}: they need {shape}")
+        return self.library.contiguous(array)
+
+    def _address(self, array: Array | None) -> int:
+        return 0 if array is None else self.library.address(array)
+
+    def _alike(self, array: Array, like: Array) -> tuple[Array, Layout]:
+        """An array whose panels have their samples in the order of those of a new array, and its layout."""
+        layout = self.layout(array)
+        if self._order(layout) == self._order(self.layout(like)):
+            return array, layout
+        array = self.library.in_order_of(array, like)
+        return array, self.layout(array)
+
+    def _as_rows(self, layout: Layout) -> bool:
+        return self.block_axis == 1 and layout.d_stride == 1 and layout.inner_stride != 1
+
+    def _order(self, layout: Layout) -> tuple[bool, bool]:
+        """In which a panel's samples are counted."""
+        return self._as_rows(layout), is_interleaved(layout)
+
+
+def panels(layout: Layout) -> int:
+    """How many a block has."""
+    return int(-(-layout.outer * layout.inner // width(layout)))
+
+
+class _Kept(threading.local):
+    """A thread's memory, as large as it had to be so far: new memory costs more than a small kernel."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[tuple[str, str], np.ndarray[Any, Any]] = {}
+
+
+_KEPT = _Kept()
+
+
+def _workspace(name: str, count: int, dtype: str) -> np.ndarray[Any, Any]:
+    kept = _KEPT.arrays.get((name, dtype))
+    if kept is None or kept.size < count:
+        kept = np.empty(count, dtype)
+        if kept.nbytes <= _MOST:
+            _KEPT.arrays[name, dtype] = kept
+    return kept
+
+
+def matrices_of(blocks: int, d: int, derivative: bool, dtype: str) -> np.ndarray[Any, Any]:
+    """Memory for those of an iteration whose phases are steps of their own."""
+    return _workspace("matrices", blocks * newton.memory(d, derivative), dtype)
+
+
+def scratch_size(d: int) -> int:
+    """Numbers that a worker needs for panels: the largest kernel's, and an even number."""
+    dp = padded(d)
+    panel = COLUMNS * (dp + APART) + dp * (COLUMNS + APART)
+    return int(3 * panel + 2 * dp * dp + 4 * COLUMNS + 4 * dp + OWN)
+
+
+def scratch(workers: int, size: int, dtype: str) -> np.ndarray[Any, Any]:
+    """Memory of each worker's own, (workers, size)."""
+    return _workspace("scratch", workers * size, dtype)[: workers * size].reshape(workers, size)
