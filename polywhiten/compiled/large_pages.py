@@ -1,11 +1,11 @@
-"""Memory in pages of 2 MB, of which a new result needs few: the first touch of each costs more than writing it."""
+"""Memory in large pages, of which a new result needs few: the first touch of a small one costs more than writing it."""
 
 import ctypes
 import mmap
 from functools import cache
 from typing import Any
 
-_FROM = 1 << 22  # bytes; as NumPy for its own arrays
+_FROM = 1 << 24  # bytes; less comes from a heap that is often there already
 
 
 def ask_for_large_pages(address: int, nbytes: int) -> None:

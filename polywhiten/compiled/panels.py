@@ -95,7 +95,7 @@ def multiply_add(c, ldc, base, ld_base, a, row, column, b, ldb, m, n, k, upper, 
     tiles = (m // UNIT) * (n // UNIT)
     if upper:
         tiles = m // UNIT * (m // UNIT + 1) // 2
-    each = 1 + 127 // k  # tiles, so that their time hides that of asking
+    each = max(1, 64 // k)  # tiles, so that their time hides that of asking
     part, parts, left = 0, (tiles + each - 1) // each, 1
     for j in range(0, n, UNIT):
         for i in range(0, min(m, j + UNIT) if upper else m, UNIT):
@@ -115,11 +115,16 @@ def announce(place, part, parts):
     block = at(place.array, place.block * layout.block_stride)
     outer, j = divmod(place.start, layout.inner)
     if layout.d_stride == layout.inner and layout.inner_stride == 1 and layout.inner < COLUMNS:
-        n = (j + count + layout.inner - 1) // layout.inner
-        for t in range(part * n // parts, (part + 1) * n // parts):
-            row = at(block, (outer + t) * layout.outer_stride)
-            for k in range(0, layout.d * layout.inner, UNIT):
-                prefetch(row, k)
+        lines = (layout.d * layout.inner + UNIT - 1) // UNIT
+        n = (j + count + layout.inner - 1) // layout.inner * lines
+        first, last = part * n // parts, (part + 1) * n // parts
+        t, line = divmod(first, lines)
+        row = at(block, (outer + t) * layout.outer_stride)
+        for _ in range(first, last):
+            prefetch(row, line * UNIT)
+            line += 1
+            if line == lines:
+                row, line = at(row, layout.outer_stride), 0
     elif layout.d_stride == 1:
         for t in range(part * count // parts, (part + 1) * count // parts):
             more, k = 0, j + t
@@ -143,7 +148,7 @@ def announce(place, part, parts):
 @njit
 def scale_run(target, source, count, factor, offset):
     """Adjacent numbers times a factor plus an offset."""
-    whole = count // UNIT * UNIT
+    whole = count // UNIT * UNIT if count < 4 * UNIT else 0  # for more, LLVM's own loop is the faster one
     for t in range(0, whole, UNIT):
         scaled(at(target, t), at(source, t), factor, offset)
     for t in range(whole, count):
@@ -404,7 +409,9 @@ def scale_channels(columns, ld, place, channels, weight, bias, centre):
         for c in range(layout.d):
             row, k, middle = at(columns, c * ld + done), c * of_row + first, get(centre, c)
             if runs:
-                scale_run(row, row, n, get(weight, k), get(bias, k) - middle)
+                factor, offset = get(weight, k), get(bias, k) - middle
+                for t in range(n):
+                    put(row, t, get(row, t) * factor + offset)
             else:
                 for t in range(0, whole, UNIT):
                     scaled(at(row, t), at(row, t), at(weight, k + t), at(bias, k + t))

@@ -18,6 +18,8 @@ from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers.newton import Newton
 from polywhiten.whitening import Plan, Statistics, as_dtype_of
 
+_CACHED = 1 << 20  # bytes of a block of channels; a sample's channels are scaled on the way, too
+
 
 class ByBlock:
     """Of an array x, which the compiled kernels serve."""
@@ -28,8 +30,9 @@ class ByBlock:
         if plan.all_reduce is not None or not isinstance(plan.solver, Newton):
             return None
         whole = cls(kernels, calls, plan, x)
-        blocks, workers = whole._layout.blocks, whole._workers(False)
-        return whole if blocks >= workers and (blocks % workers == 0 or blocks >= 4 * workers) else None
+        blocks, workers = whole._layout.blocks, calls.workers(whole._operations)
+        even = blocks % workers == 0 or blocks >= 4 * workers
+        return whole if even and (isinstance(plan.blocks, SampleGroups) or x.nbytes <= blocks * _CACHED) else None
 
     def __init__(self, kernels: Kernels, calls: Calls, plan: Plan, x: Array) -> None:
         assert isinstance(plan.solver, Newton)
@@ -89,18 +92,18 @@ class ByBlock:
 
     def _run(self, steps: Sequence[Step], derivative: bool, sums: int = 0) -> np.ndarray:
         """All steps of a block, and then the next one; so many sums in float64 over the workers."""
-        workers, dtype, start = self._workers(derivative), self._calls.library.dtype(self._x), self._scratch_size(derivative)
+        blocks, dtype = self._layout.blocks, self._calls.library.dtype(self._x)
+        workers, start = min(self._calls.workers(self._operations), blocks), self._scratch_size(derivative)
         own = scratch(workers, start + 2 * sums, dtype)
         found = own[:, start : start + sums * 8 // own.itemsize].view(np.float64)
         found[...] = 0
-        run(steps, workers, own, self._layout.blocks)
+        run(steps, workers, own, blocks)
         return found.sum(0)
 
-    def _workers(self, derivative: bool) -> int:
+    @property
+    def _operations(self) -> int:
         layout = self._layout
-        solving = newton_operations(self._solver, layout.blocks, layout.d)
-        operations = map_operations(layout, 2) + solving
-        return min(self._calls.workers((2 if derivative else 1) * operations), layout.blocks)
+        return map_operations(layout, 2) + newton_operations(self._solver, layout.blocks, layout.d)
 
     def _scratch_size(self, derivative: bool) -> int:
         d = self._layout.d
