@@ -65,14 +65,15 @@ class CPUKernels(TorchKernels):
         return result
 
     def whole(self, plan: Plan, x: Tensor, *others: Tensor | None) -> Whole | None:
-        """All that is done with a block, one after another."""
-        if x.element_size() < 4:
+        """With the papers' solver, where a process has all of the batch."""
+        solver = plan.solver
+        if plan.all_reduce is not None or not isinstance(solver, Newton) or x.element_size() < 4:
             return None
         if not _serves([x], *others[2:]) or not is_unobserved([tensor for tensor in others[:2] if tensor is not None]):
             return None  # weight and bias are converted
-        from polywhiten.compiled.whole import ByBlock
+        from polywhiten.compiled.whole import WholeWhitening
 
-        return ByBlock.of(self, _calls(), plan, x)
+        return WholeWhitening(self, _calls(), plan, solver, x)
 
 
 class _Torch:

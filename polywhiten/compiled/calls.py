@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numba
 
@@ -29,11 +29,11 @@ class Calls(NamedTuple):
         """Mean (blocks, d) and covariance (blocks, d, d)."""
         steps = Steps(self.library, block_axis)
         layout = steps.layout(x)
-        workers, chunks = self._shares(layout)
+        workers, chunks = self.shares(layout)
         result, sums, whole = steps.moments(x, chunks)
         self._run(sums, workers, layout.d, x)
         dp = padded(layout.d)
-        workers = min(workers, layout.blocks, self.workers(layout.blocks * dp * dp * (chunks + panels(layout))))
+        workers = min(workers, layout.blocks, self._workers(layout.blocks * dp * dp * (chunks + panels(layout))))
         self._run(whole, workers, layout.d, x)
         return result
 
@@ -41,10 +41,10 @@ class Calls(NamedTuple):
         """S and K."""
         steps = Steps(self.library, block_axis)
         layout = steps.layout(x)
-        workers, chunks = self._shares(layout)
+        workers, chunks = self.shares(layout)
         result, sums, whole = steps.cross_moments(dy, x, mean, chunks)
         self._run(sums, workers, layout.d, x)
-        workers = min(workers, layout.blocks, self.workers(layout.blocks * padded(layout.d) ** 2 * chunks))
+        workers = min(workers, layout.blocks, self._workers(layout.blocks * padded(layout.d) ** 2 * chunks))
         self._run(whole, workers, layout.d, x)
         return result
 
@@ -53,59 +53,62 @@ class Calls(NamedTuple):
         steps = Steps(self.library, block_axis)
         y, arranged, mapped = steps.affine_map(terms, shift, False)
         layout = steps.layout(y)
-        few = min(layout.blocks, self.workers(layout.blocks * len(terms) * padded(layout.d) ** 2))
+        few = min(layout.blocks, self._workers(layout.blocks * len(terms) * padded(layout.d) ** 2))
         self._run(arranged, few, layout.d, y)
-        self._run(mapped, self._shares(layout, len(terms))[0], layout.d, y)
+        self._run(mapped, self.shares(layout, len(terms))[0], layout.d, y)
         return y
 
     def inverse_sqrt(self, solver: Newton, cov: Array, eps: float) -> Array:
         """W."""
-        return self._solve(Steps.inverse_sqrt, False, solver, cov, eps)
+        return self._solve(False, solver, cov, eps)
 
     def inverse_sqrt_adjoint(self, solver: Newton, cov: Array, grad: Array, eps: float) -> Array:
         """Gradient with respect to cov."""
-        return self._solve(Steps.inverse_sqrt_adjoint, True, solver, cov, grad, eps)
+        return self._solve(True, solver, cov, grad, eps)
 
-    def _solve(
-        self, of: Callable[..., tuple[Array, Callable[[int], Step]]], derivative: bool, solver: Newton, *given: Array
-    ) -> Array:
-        """Matrices of their own for each worker; or, where large matrices are few, a phase of all at a time."""
+    def _solve(self, derivative: bool, solver: Newton, *given: Any) -> Array:
         cov = given[0]
         *blocks, d, _ = cov.shape
         number, dtype = math.prod(blocks), self.library.dtype(cov)
-        workers = self.workers(newton_operations(solver, number, d))
-        if number < workers and d >= _SHARED:
-            matrices = matrices_of(number, d, derivative, dtype)
-            result, phase = of(Steps(self.library, 0), solver, *given, matrices)
-            for k in range(newton.phases(solver.iterations, derivative)):
-                run([phase(k)], workers, scratch(workers, 1, dtype))
-        else:
+        workers, phased = self._newton_workers(solver, cov), self.are_phases_shared(solver, cov)
+        result, steps = self.solved(phased, derivative, solver, *given)
+        if not phased:
             workers = min(workers, number)
-            result, phase = of(Steps(self.library, 0), solver, *given)
-            run([phase(-1)], workers, scratch(workers, newton.memory(d, derivative), dtype))
+        own = scratch(workers, 1 if phased else newton.memory(d, derivative), dtype)
+        for step in steps:
+            run([step], workers, own)
         return result
+
+    def solved(self, phased: bool, derivative: bool, solver: Newton, *given: Any) -> tuple[Array, list[Step]]:
+        """W, or the gradient of its covariance, in steps: one with a worker's own matrices, or one a phase."""
+        of = Steps.inverse_sqrt_adjoint if derivative else Steps.inverse_sqrt
+        if not phased:
+            result, phase = of(Steps(self.library, 0), solver, *given)
+            return result, [phase(-1)]
+        *blocks, d, _ = given[0].shape
+        matrices = matrices_of(math.prod(blocks), d, derivative, self.library.dtype(given[0]))
+        result, phase = of(Steps(self.library, 0), solver, *given, matrices)
+        return result, [phase(k) for k in range(newton.phases(solver.iterations, derivative))]
+
+    def are_phases_shared(self, solver: Newton, cov: Array) -> bool:
+        """Whether matrices are so large and few that threads work on each together."""
+        *blocks, d, _ = cov.shape
+        return d >= _SHARED and math.prod(blocks) < self._newton_workers(solver, cov)
+
+    def _newton_workers(self, solver: Newton, cov: Array) -> int:
+        *blocks, d, _ = cov.shape
+        return self._workers(math.prod(blocks) * padded(d) ** 3 * solver.iterations)
 
     def _run(self, step: Step, workers: int, d: int, like: Array) -> None:
         run([step], workers, scratch(workers, scratch_size(d), self.library.dtype(like)))
 
-    def _shares(self, layout: Layout, terms: int = 1) -> tuple[int, int]:
+    def shares(self, layout: Layout, terms: int = 1) -> tuple[int, int]:
         """Threads, and in how many parts they share a block."""
-        workers = self.workers(map_operations(layout, terms))
+        workers = self._workers(terms * layout.blocks * layout.outer * layout.inner * padded(layout.d) ** 2)
         chunks, most = 1, panels(layout)
         while layout.blocks * chunks % workers and layout.blocks * chunks < 8 * workers and chunks < most:
             chunks += 1
         return workers, chunks
 
-    def workers(self, operations: int) -> int:
-        """Threads that so much work is worth."""
+    def _workers(self, operations: int) -> int:
         return int(min(self.library.threads(), numba.config.NUMBA_NUM_THREADS, 1 + operations // _WORTH))
-
-
-def map_operations(layout: Layout, terms: int) -> int:
-    """Of a map, and of moments about as many."""
-    return terms * layout.blocks * layout.outer * layout.inner * padded(layout.d) ** 2
-
-
-def newton_operations(solver: Newton, number: int, d: int) -> int:
-    """Of the iteration on so many matrices."""
-    return int(number * padded(d) ** 3 * solver.iterations)

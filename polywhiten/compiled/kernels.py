@@ -10,7 +10,7 @@ import numpy as np
 from polywhiten._types import Array
 from polywhiten.compiled.calls import Calls
 from polywhiten.compiled.parallel import address, threads
-from polywhiten.compiled.whole import ByBlock
+from polywhiten.compiled.whole import WholeWhitening
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import Solver
 from polywhiten.solvers.newton import Newton
@@ -89,8 +89,11 @@ class NumPyKernels(Kernels):
         return _CALLS.inverse_sqrt_adjoint(solver, cov, grad, eps)
 
     def whole(self, plan: Plan, x: Array, *others: Array | None) -> Whole | None:
-        """All that is done with a block, one after another."""
-        return ByBlock.of(self, _CALLS, plan, x) if _serves(x, *others[2:]) else None  # weight and bias are converted
+        """With the papers' solver, where a process has all of the batch."""
+        solver = plan.solver
+        if plan.all_reduce is not None or not isinstance(solver, Newton) or not _serves(x, *others[2:]):
+            return None  # weight and bias are converted
+        return WholeWhitening(self, _CALLS, plan, solver, x)
 
 
 def _serves(x: Array, *others: Array | None) -> bool:
