@@ -104,7 +104,7 @@ def affine_map(numbers, scratch, worker):
             if direct > 0:  # each tile as it is, while the next one is computed
                 goal = at(target, block * layout.block_stride + start * layout.inner_stride)
                 multiply_add(
-                    goal, layout.inner_stride, line, 0, panel, ld, 1, matrix, dp, direct, dp, depth, False, ahead, 3
+                    goal, layout.inner_stride, line, 0, panel, ld, 1, matrix, dp, direct, dp, depth, False, ahead, 2
                 )
             if direct < n:
                 rows, rest = at(panel, direct * ld), Place(target, layout, block, start + direct, n - direct)

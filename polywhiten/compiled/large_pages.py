@@ -5,7 +5,7 @@ import mmap
 from functools import cache
 from typing import Any
 
-_FROM = 1 << 24  # bytes; less comes from a heap that is often there already
+_FROM = 1 << 23  # bytes; less comes from a heap that is often there already
 
 
 def ask_for_large_pages(address: int, nbytes: int) -> None:

@@ -79,11 +79,15 @@ def is_interleaved(layout):
 
 @njit
 def width(layout):
-    """Samples of a panel: whole runs of (inner), where these are shorter."""
+    """Samples of a panel: whole runs of (inner), where these are shorter; else nearly the same for all."""
     inner = layout.inner
     if is_interleaved(layout):
         return COLUMNS // inner // UNIT * UNIT * inner
-    return COLUMNS // inner * inner if 2 * inner <= COLUMNS else COLUMNS
+    if 2 * inner <= COLUMNS:
+        return COLUMNS // inner * inner
+    count = layout.outer * inner
+    panels = (count + COLUMNS - 1) // COLUMNS
+    return padded((count + panels - 1) // panels)
 
 
 @njit
@@ -96,28 +100,61 @@ def multiply_add(c, ldc, base, ld_base, a, row, column, b, ldb, m, n, k, upper, 
     if upper:
         tiles = m // UNIT * (m // UNIT + 1) // 2
     each = max(1, 64 // k)  # tiles, so that their time hides that of asking
-    part, parts, left = 0, (tiles + each - 1) // each, 1
-    for j in range(0, n, UNIT):
-        for i in range(0, min(m, j + UNIT) if upper else m, UNIT):
+    parts = (tiles + each - 1) // each
+    asked, left = (_asked(ahead[0], parts), _asked(ahead[1], parts), _asked(ahead[2], parts)), 1
+    part = 0
+    rows_first = m > n  # in the outer loop: its tile of A, and all of B, stay in the first cache
+    for first in range(0, max(m, n), UNIT):
+        for second in range(0, first + UNIT if upper else min(m, n), UNIT):
+            i, j = (first, second) if rows_first else (second, first)
             own = at(c, i * ldc + j)
             tile(own, ldc, 1.0, at(base, i * ld_base + j), ld_base, 1.0, at(a, i * row), row, column, at(b, j), ldb, k)
             left -= 1
             if left == 0:
                 for place in range(places):
-                    announce(ahead[place], part, parts)
+                    announce(ahead[place], asked[place], part)
                 part, left = part + 1, each
 
 
+class Asked(NamedTuple):
+    """How memory is asked for a panel: from which position of (outer, inner) on, how many lines or rows at a time."""
+
+    outer: int
+    inner: int
+    number: int
+    each: int
+
+
 @njit
-def announce(place, part, parts):
-    """Ask for a part of a panel, one of so many."""
+def _asked(place, parts):
+    layout = place.layout
+    outer, inner = divmod(place.start, layout.inner)
+    number = place.samples if layout.d_stride == 1 else layout.d
+    if _is_adjacent(layout):
+        number = (inner + place.samples + layout.inner - 1) // layout.inner * _lines(layout)
+    return Asked(outer, inner, number if place.samples > 0 else 0, (number + parts - 1) // parts)
+
+
+@njit
+def _is_adjacent(layout):
+    """Whether a block's short runs are adjacent."""
+    return layout.d_stride == layout.inner and layout.inner_stride == 1 and layout.inner < COLUMNS
+
+
+@njit
+def _lines(layout):
+    return (layout.d * layout.inner + UNIT - 1) // UNIT
+
+
+@njit
+def announce(place, asked, part):
+    """Ask for a part of a panel."""
     layout, count = place.layout, place.samples
+    outer, j = asked.outer, asked.inner
     block = at(place.array, place.block * layout.block_stride)
-    outer, j = divmod(place.start, layout.inner)
-    if layout.d_stride == layout.inner and layout.inner_stride == 1 and layout.inner < COLUMNS:
-        lines = (layout.d * layout.inner + UNIT - 1) // UNIT
-        n = (j + count + layout.inner - 1) // layout.inner * lines
-        first, last = part * n // parts, (part + 1) * n // parts
+    first, last = part * asked.each, min((part + 1) * asked.each, asked.number)
+    if _is_adjacent(layout):
+        lines = _lines(layout)
         t, line = divmod(first, lines)
         row = at(block, (outer + t) * layout.outer_stride)
         for _ in range(first, last):
@@ -126,7 +163,7 @@ def announce(place, part, parts):
             if line == lines:
                 row, line = at(row, layout.outer_stride), 0
     elif layout.d_stride == 1:
-        for t in range(part * count // parts, (part + 1) * count // parts):
+        for t in range(first, last):
             more, k = 0, j + t
             if k >= layout.inner:
                 more, k = divmod(k, layout.inner)
@@ -134,7 +171,6 @@ def announce(place, part, parts):
             for c in range(0, layout.d, UNIT):
                 prefetch(row, c)
     elif layout.inner_stride == 1:
-        first, last = part * layout.d // parts, (part + 1) * layout.d // parts
         done = 0
         while done < count:
             n = min(layout.inner - j, count - done)

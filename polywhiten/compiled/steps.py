@@ -88,11 +88,11 @@ class Steps(NamedTuple):
         Where there is a whitener: of dY times the weight of its channels; what workers add to the gradients of weight and bias (2, channels), as float64, comes at that place in their scratch memory.
         """
         library, address = self.library, self.library.address
-        layout = self.layout(x)
-        if self._order(self.layout(dy)) != self._order(layout):
+        layout, dy_layout = self.layout(x), self.layout(dy)
+        if self._order(dy_layout) != self._order(layout):
             x = library.in_order_of(x, x)  # where it isn't dense, no copy of dy may have its order
-            layout = self.layout(x)
-        dy, dy_layout = self._alike(dy, like=x)
+            dy, layout = library.in_order_of(dy, x), self.layout(x)
+            dy_layout = self.layout(dy)
         blocks, d, dp, dtype = layout.blocks, layout.d, padded(layout.d), library.dtype(x)
         mean, weight = self._given(mean, blocks, d), self._given(weight, channels.number)
         whitener = self._given(whitener, blocks, d, d)
@@ -132,7 +132,10 @@ class Steps(NamedTuple):
         before, after, bias = (self._given(values, channels.number) for values in (before, after, bias))
         numbers, kept = [], [y, shift, before, after, bias]
         for term in terms:
-            array, own = self._alike(term.array, like=y)
+            array, own = term.array, self.layout(term.array)
+            if self._order(own) != self._order(layout):
+                array = library.in_order_of(array, y)
+                own = self.layout(array)
             kept += [array, self._given(term.matrix, blocks, d, d), self._given(term.centre, blocks, d)]
             numbers += [*map(address, kept[-3:]), *own]
         if len(terms) == 1:
@@ -213,14 +216,6 @@ class Steps(NamedTuple):
 
     def _address(self, array: Array | None) -> int:
         return 0 if array is None else self.library.address(array)
-
-    def _alike(self, array: Array, like: Array) -> tuple[Array, Layout]:
-        """An array whose panels have their samples in the order of those of a new array, and its layout."""
-        layout = self.layout(array)
-        if self._order(layout) == self._order(self.layout(like)):
-            return array, layout
-        array = self.library.in_order_of(array, like)
-        return array, self.layout(array)
 
     def _as_rows(self, layout: Layout) -> bool:
         return self.block_axis == 1 and layout.d_stride == 1 and layout.inner_stride != 1
