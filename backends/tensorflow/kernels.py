@@ -34,8 +34,9 @@ class TensorFlowKernels(Kernels):
         return tf.maximum(tf.cast(count, self.statistics_dtype(x.dtype)), least)
 
     def is_wide(self, x: Tensor) -> bool:
-        """A size that isn't known is that of a picture."""
-        return x.shape[3] is None or super().is_wide(x)
+        """A size that isn't known is that of a picture; transpositions cost more than elsewhere."""
+        d, l = x.shape[2:]
+        return l is None or bool(l > 1 and 4 * l >= 3 * d)
 
     def moments(self, x: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
         """Mean and covariance; of channels-last arrays with sums as products, which use all cores."""

@@ -28,7 +28,6 @@ class _Namespace(ModuleType):
     permute_dims = staticmethod(tf.transpose)
     reshape = staticmethod(tf.reshape)
     sqrt = staticmethod(tf.sqrt)
-    sum = staticmethod(tf.reduce_sum)
     where = staticmethod(tf.where)
     zeros_like = staticmethod(tf.zeros_like)
 
@@ -66,6 +65,18 @@ class _Namespace(ModuleType):
     @staticmethod
     def isdtype(dtype: tf.DType, kind: str) -> bool:
         return {"real floating": bool(dtype.is_floating)}[kind]
+
+    @staticmethod
+    def sum(x: Tensor, axis: int | Sequence[int] | None = None, keepdims: bool = False) -> Tensor:
+        """Over the last axes first: TensorFlow's sum over axes that aren't adjacent takes ten times as long."""
+        if isinstance(axis, int) or axis is None:
+            return tf.reduce_sum(x, axis, keepdims)
+        last = x.shape.rank
+        axes = sorted(axis % last for axis in axis)
+        while axes and axes[-1] == last - 1:
+            last = axes.pop()
+        x = tf.reduce_sum(x, range(last, x.shape.rank), keepdims)
+        return tf.reduce_sum(x, axes, keepdims)
 
     @staticmethod
     def take(x: Tensor, indices: Tensor, *, axis: int) -> Tensor:
