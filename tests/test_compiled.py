@@ -12,7 +12,7 @@ pytest.importorskip("numba")
 import polywhiten as pw
 from polywhiten import dispatch
 from polywhiten.blocks import ChannelGroups, SampleGroups
-from polywhiten.compiled import calls, kernels, parallel, steps
+from polywhiten.compiled import calls, kernels, parallel, steps, whole
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import solver_for
 from polywhiten.whitening import Plan, backward, forward
@@ -115,6 +115,27 @@ def test_group_whitening(compiled, shape, axis, groups, dtype, affine):
     close([a for a in found if a is not None], [a for a in wanted if a is not None])
 
 
+@pytest.mark.parametrize("cached", [True, False], ids=["block by block", "step by step"])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2)], ids=["columns", "rows"])
+@pytest.mark.parametrize("affine", ["weight and bias", "weight", "bias", "none"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_iter_norm(compiled, monkeypatch, dtype, affine, order, cached):
+    monkeypatch.setattr(whole, "_CACHED", 1 << 20 if cached else 0)
+    x, dy = (in_memory(random(5, 24, 6, 7, dtype=dtype, seed=seed), order) for seed in (1, 2))
+    x = 2 * x + 3
+    weight, bias = random(2, 24, dtype=dtype, seed=3)
+    given = x, weight if "weight" in affine else None, bias if "bias" in affine else None
+    for size in (4, 12, 24):
+        plan = Plan(ChannelGroups(1, size), NEWTON, 1e-3)
+        y, stats = forward(compiled, plan, *given)
+        wanted, expected = forward(EXACT, plan, *exact(given))
+        close([y, *stats], [wanted, *expected])
+        found = backward(compiled, plan, *given, stats, dy)
+        wanted = backward(EXACT, plan, *exact(given), expected, *exact([dy]))
+        assert [a is None for a in found] == [a is None for a in given]
+        close([a for a in found if a is not None], [a for a in wanted if a is not None])
+
+
 @pytest.mark.parametrize("iterations", [1, 2, 5, 12])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize(("blocks", "d"), [((3,), 1), ((2, 2), 16), ((1,), 40), ((2,), 130)], ids=str)
@@ -126,6 +147,64 @@ def test_newton(compiled, blocks, d, dtype, iterations):
     close([compiled.inverse_sqrt(solver, cov, 1e-5)], [EXACT.inverse_sqrt(solver, *exact([cov]), 1e-5)])
     found = compiled.inverse_sqrt_adjoint(solver, cov, grad, 1e-5)
     close([found], [EXACT.inverse_sqrt_adjoint(solver, *exact([cov, grad]), 1e-5)])
+
+
+def both_passes(kernels, plan, x, dy, weight, bias):
+    """Y, the statistics and the gradients."""
+    given = x, weight, bias
+    y, stats = forward(kernels, plan, *given)
+    return [y, *stats, *backward(kernels, plan, *given, stats, dy)]
+
+
+@pytest.mark.parametrize("blocks", [ChannelGroups(1, 12), SampleGroups(1, 4)], ids=["channels", "samples"])
+class TestBothPasses:
+    """What forward and backward have in common, with all that may differ from the usual."""
+
+    x, dy = random(3, 24, 6, 7) + 3, random(3, 24, 6, 7, seed=1)
+    weight, bias = random(2, 24, seed=2)
+
+    def check(self, compiled, blocks, solver=NEWTON, **other):
+        given = {"x": self.x, "dy": self.dy, "weight": self.weight, "bias": self.bias} | other
+        plan = Plan(blocks, solver, 1e-3)
+        found, wanted = (both_passes(kernels, plan, **given) for kernels in (compiled, EXACT))
+        for a, b in zip(found, wanted, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 if a.dtype == np.float32 else 1e-11 * np.abs(b).max())
+
+    @pytest.mark.parametrize("method", ["eigh", "minimax"])
+    def test_other_solvers(self, compiled, blocks, method):
+        self.check(compiled, blocks, solver_for(method, None))
+
+    def test_memory_that_is_too_large_to_keep(self, compiled, blocks, monkeypatch):
+        monkeypatch.setattr(steps, "_MOST", 0)
+        monkeypatch.setattr(steps, "_KEPT", steps._Kept())
+        self.check(compiled, blocks)
+        assert steps._KEPT.arrays == {}
+
+    def test_matrices_that_threads_share(self, compiled, blocks, monkeypatch):
+        monkeypatch.setattr(calls, "_SHARED", 1)
+        one_block = ChannelGroups(1, 24) if isinstance(blocks, ChannelGroups) else blocks
+        self.check(compiled, one_block, x=self.x[:1], dy=self.dy[:1])
+
+    def test_parameters_of_another_dtype(self, compiled, blocks):
+        self.check(compiled, blocks, weight=self.weight.astype("float32"), bias=self.bias.astype("float32"))
+
+    def test_parameters_with_strides(self, compiled, blocks):
+        self.check(compiled, blocks, weight=random(24, 2)[:, 1], bias=np.broadcast_to(np.float64(0.5), (24,)))
+
+    def test_views(self, compiled, blocks):
+        for order in ((0, 2, 3, 1), (0, 2, 1, 3), (3, 1, 2, 0)):
+            self.check(compiled, blocks, x=in_memory(self.x, order))
+            self.check(compiled, blocks, dy=in_memory(self.dy, order))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1)], ids=["columns", "rows"])
+def test_more_channels_than_a_panel_has_samples(compiled, order):
+    x, dy = (in_memory(random(2, 272, 301, seed=seed), order) for seed in (0, 1))
+    weight, bias = random(2, 272, seed=2)
+    for blocks in (ChannelGroups(1, 272), SampleGroups(1, 272)):
+        plan = Plan(blocks, NEWTON, 1e-3)
+        close(*(both_passes(kernels, plan, x, dy, weight, bias) for kernels in (compiled, EXACT)))
 
 
 def test_constant_channels_without_eps(compiled):

@@ -1,12 +1,14 @@
 """The compiled kernels on PyTorch's tensors, beside what the conformance suite and `test_compiled.py` hold them to."""
 
+import mmap
+
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
 
 import polywhiten as pw  # noqa: E402
-from polywhiten.compiled import calls, parallel  # noqa: E402
+from polywhiten.compiled import calls, large_pages, parallel  # noqa: E402
 from polywhiten.torch import cpu  # noqa: E402
 
 
@@ -59,10 +61,33 @@ def test_tensors_that_are_not_what_their_memory_holds():
     torch.testing.assert_close(pw.iter_norm(x), pw.iter_norm(x.resolve_neg().clone()))
 
 
+@pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
+def test_parameters_that_are_not_what_a_cpus_memory_holds(name):
+    x, weight = torch.randn(30, 8, 4), torch.randn(8)
+    kwargs = {"num_groups": 2} if name == "group_whiten" else {}
+    found = getattr(pw, name)(x, weight=torch._neg_view(weight), **kwargs)
+    torch.testing.assert_close(found, getattr(pw, name)(x, weight=-weight, **kwargs))
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"device|meta"):
+        getattr(pw, name)(x, weight=torch.ones(8, device="meta"), **kwargs).sum().item()
+
+
 def test_statistics_of_another_dtype_are_never_read_as_those_of_x():
     x = torch.randn(30, 8)
     with pytest.raises(RuntimeError, match="dtype"):
         pw.iter_norm(x, all_reduce=lambda total: total.double())
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux has large pages to ask for")
+def test_large_results_ask_for_large_pages(monkeypatch):
+    asked = []
+    monkeypatch.setattr(large_pages, "_madvise", lambda: lambda *given: asked.append(given))
+    pw.iter_norm(torch.randn(100, 64))
+    assert not asked
+    y = pw.iter_norm(torch.randn(1 << 16, 64))
+    ((start, length, advice),) = asked
+    assert advice == mmap.MADV_HUGEPAGE
+    assert start % mmap.PAGESIZE == length % mmap.PAGESIZE == 0
+    assert y.data_ptr() <= start < start + length <= y.data_ptr() + y.nbytes < start + length + mmap.PAGESIZE
 
 
 def test_torch_without_numba(monkeypatch):

@@ -71,12 +71,15 @@ class _Namespace(ModuleType):
         """Over the last axes first: TensorFlow's sum over axes that aren't adjacent takes ten times as long."""
         if isinstance(axis, int) or axis is None:
             return tf.reduce_sum(x, axis, keepdims)
-        last = x.shape.rank
-        axes = sorted(axis % last for axis in axis)
-        while axes and axes[-1] == last - 1:
-            last = axes.pop()
-        x = tf.reduce_sum(x, range(last, x.shape.rank), keepdims)
-        return tf.reduce_sum(x, axes, keepdims)
+        rank = x.shape.rank
+        first = sorted(i % rank for i in axis)
+        last = []
+        while first and first[-1] == rank - 1 - len(last):
+            last.append(first.pop())
+        for axes in (last, first):
+            if axes:
+                x = tf.reduce_sum(x, axes, keepdims)
+        return x
 
     @staticmethod
     def take(x: Tensor, indices: Tensor, *, axis: int) -> Tensor:

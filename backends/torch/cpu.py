@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from polywhiten.compiled import is_available
+from polywhiten.compiled.large_pages import ask_for_large_pages
 from polywhiten.kernels import Term
 from polywhiten.solvers import Solver
 from polywhiten.solvers.newton import Newton
@@ -65,15 +66,15 @@ class CPUKernels(TorchKernels):
         return result
 
     def whole(self, plan: Plan, x: Tensor, *others: Tensor | None) -> Whole | None:
-        """With the papers' solver, where a process has all of the batch."""
-        solver = plan.solver
-        if plan.all_reduce is not None or not isinstance(solver, Newton) or x.element_size() < 4:
+        """Where a process has all of the batch."""
+        if plan.all_reduce is not None or x.element_size() < 4:
             return None
-        if not _serves([x], *others[2:]) or not is_unobserved([tensor for tensor in others[:2] if tensor is not None]):
-            return None  # weight and bias are converted
+        parameters = [tensor for tensor in others[:2] if tensor is not None]  # of any dtype: they are converted
+        if not _serves([x], *others[2:]) or not _are_readable(parameters):
+            return None
         from polywhiten.compiled.whole import WholeWhitening
 
-        return WholeWhitening(self, _calls(), plan, solver, x)
+        return WholeWhitening(self, _calls(), plan, x)
 
 
 class _Torch:
@@ -95,8 +96,6 @@ class _Torch:
         return torch.from_numpy(array).to(like.dtype)
 
     def empty_like(self, array: Tensor) -> Tensor:
-        from polywhiten.compiled.large_pages import ask_for_large_pages
-
         result = torch.empty_like(array)
         ask_for_large_pages(result.data_ptr(), result.nbytes)
         return result
@@ -126,11 +125,14 @@ def _serves(arrays: Sequence[Tensor], *others: Tensor | None) -> bool:
     tensors = [*arrays, *statistics]
     return (
         not torch.compiler.is_compiling()  # which follows no addresses
-        and all(tensor.device.type == "cpu" for tensor in tensors)
         and x.numel() > 0
-        and is_unobserved(tensors)
-        and not any(tensor.is_neg() for tensor in tensors)  # memory of the other sign
+        and _are_readable(tensors)
         and all(tensor.dtype in (x.dtype, wanted) for tensor in arrays)
         and all(tensor.dtype == wanted for tensor in statistics)
         and is_available()
     )
+
+
+def _are_readable(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors are what a CPU's memory holds, and PyTorch need not look into what is done with them."""
+    return all(tensor.device.type == "cpu" and not tensor.is_neg() for tensor in tensors) and is_unobserved(tensors)

@@ -32,17 +32,17 @@ def _term_at(numbers, k, scratch):
     return layout_at(numbers, i + 3), pointer(array, scratch), pointer(matrix, scratch), pointer(centre, scratch)
 
 
-def arrange(numbers, scratch, worker):
-    """A worker's share of the blocks' matrices, padded, as panels are multiplied with them: side by side, or stacked.
+def arrange(numbers, scratch, share):
+    """A share of the blocks' matrices, padded, as panels are multiplied with them: side by side, or stacked.
 
     Numbers: as of `affine_map`.
     """
-    workers, terms, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, _Y)
+    shares, terms, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, _Y)
     arranged = pointer(numbers[3], scratch)
     clear(scratch, 0, 1, padded(layout.d))
     d, dp = layout.d, padded(layout.d)
     depth = terms * dp
-    for block in range(worker * layout.blocks // workers, (worker + 1) * layout.blocks // workers):
+    for block in range(share * layout.blocks // shares, (share + 1) * layout.blocks // shares):
         own = at(arranged, block * depth * dp)
         clear(own, 0, 1, depth * dp)
         for term in range(terms):
@@ -57,16 +57,16 @@ def arrange(numbers, scratch, worker):
                         put(own, place, get(matrix, i * d + j))
 
 
-def affine_map(numbers, scratch, worker):
-    """A worker's share of the panels of Y, the sum of one or two terms, plus shift (blocks, d) in the end.
+def affine_map(numbers, scratch, share):
+    """A share of the panels of Y, the sum of one or two terms, plus shift (blocks, d) in the end.
 
     Values of the channels that samples are of, 0 for none: the first term's array is multiplied with `before`, or the
-    result with `after`, and then `bias` is added; panels must not be rows where there are any. Numbers: workers, terms,
+    result with `after`, and `bias` is added to it; panels must not be rows where there are any. Numbers: shares, terms,
     whether panels are rows, the addresses of the arranged matrices, of y, of shift or 0, of these three, how many
     positions a channel has, and whether panels are counted before blocks; for two terms the addresses of array, matrix
     and centre, and the array's layout; the layout of y.
     """
-    workers, terms, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, _Y)
+    shares, terms, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, _Y)
     arranged, target, shift = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)
     before, after, bias = pointer(numbers[6], scratch), pointer(numbers[7], scratch), pointer(numbers[8], scratch)
     channels, two = Channels(0, numbers[9]), terms == 2
@@ -82,7 +82,7 @@ def affine_map(numbers, scratch, worker):
     own = at(line, dp)
     clear(zeros, 0, 1, max(dp, COLUMNS) + dp)
     items, panels_first = blocks * panels, numbers[10] != 0
-    for item in range(worker * items // workers, (worker + 1) * items // workers):
+    for item in range(share * items // shares, (share + 1) * items // shares):
         block, start = _item(item, blocks, panels, step, panels_first)
         next_block, next_start = _item(item + 1, blocks, panels, step, panels_first)
         n, left = min(step, count - start), min(step, count - next_start) if item + 1 < items else 0

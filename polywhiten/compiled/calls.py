@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 
@@ -12,7 +12,7 @@ from polywhiten._types import Array
 from polywhiten.compiled import newton
 from polywhiten.compiled.panels import Layout, padded
 from polywhiten.compiled.parallel import Step, run
-from polywhiten.compiled.steps import Library, Steps, matrices_of, panels, scratch, scratch_size
+from polywhiten.compiled.steps import Library, Steps, panels, scratch, scratch_size, solve
 from polywhiten.kernels import Term
 from polywhiten.solvers.newton import Newton
 
@@ -60,44 +60,31 @@ class Calls(NamedTuple):
 
     def inverse_sqrt(self, solver: Newton, cov: Array, eps: float) -> Array:
         """W."""
-        return self._solve(False, solver, cov, eps)
+        return self._solve(solver, eps, cov)
 
     def inverse_sqrt_adjoint(self, solver: Newton, cov: Array, grad: Array, eps: float) -> Array:
         """Gradient with respect to cov."""
-        return self._solve(True, solver, cov, grad, eps)
+        return self._solve(solver, eps, cov, grad)
 
-    def _solve(self, derivative: bool, solver: Newton, *given: Any) -> Array:
-        cov = given[0]
-        *blocks, d, _ = cov.shape
-        number, dtype = math.prod(blocks), self.library.dtype(cov)
-        workers, phased = self._newton_workers(solver, cov), self.are_phases_shared(solver, cov)
-        result, steps = self.solved(phased, derivative, solver, *given)
+    def _solve(self, solver: Newton, eps: float, *given: Array) -> Array:
+        *blocks, d, _ = given[0].shape
+        number, derivative, dtype = math.prod(blocks), len(given) == 2, self.library.dtype(given[0])
+        phased = self.are_phases_shared(solver, number, d)
+        workers = self._newton_workers(solver, number, d)
         if not phased:
             workers = min(workers, number)
+        result, steps = solve(self.library, solver, eps, phased, *given)
         own = scratch(workers, 1 if phased else newton.memory(d, derivative), dtype)
         for step in steps:
             run([step], workers, own)
         return result
 
-    def solved(self, phased: bool, derivative: bool, solver: Newton, *given: Any) -> tuple[Array, list[Step]]:
-        """W, or the gradient of its covariance, in steps: one with a worker's own matrices, or one a phase."""
-        of = Steps.inverse_sqrt_adjoint if derivative else Steps.inverse_sqrt
-        if not phased:
-            result, phase = of(Steps(self.library, 0), solver, *given)
-            return result, [phase(-1)]
-        *blocks, d, _ = given[0].shape
-        matrices = matrices_of(math.prod(blocks), d, derivative, self.library.dtype(given[0]))
-        result, phase = of(Steps(self.library, 0), solver, *given, matrices)
-        return result, [phase(k) for k in range(newton.phases(solver.iterations, derivative))]
-
-    def are_phases_shared(self, solver: Newton, cov: Array) -> bool:
+    def are_phases_shared(self, solver: Newton, number: int, d: int) -> bool:
         """Whether matrices are so large and few that threads work on each together."""
-        *blocks, d, _ = cov.shape
-        return d >= _SHARED and math.prod(blocks) < self._newton_workers(solver, cov)
+        return d >= _SHARED and number < self._newton_workers(solver, number, d)
 
-    def _newton_workers(self, solver: Newton, cov: Array) -> int:
-        *blocks, d, _ = cov.shape
-        return self._workers(math.prod(blocks) * padded(d) ** 3 * solver.iterations)
+    def _newton_workers(self, solver: Newton, number: int, d: int) -> int:
+        return self._workers(number * padded(d) ** 3 * solver.iterations)
 
     def _run(self, step: Step, workers: int, d: int, like: Array) -> None:
         run([step], workers, scratch(workers, scratch_size(d), self.library.dtype(like)))

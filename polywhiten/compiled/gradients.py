@@ -3,16 +3,16 @@
 from polywhiten.compiled.tile import get, is_null, number, pointer, put
 
 
-def fold_weight(numbers, scratch, worker):
-    """A worker's share of A = diag(weight) W (blocks, d, d), or of A' where there is K.
+def fold_weight(numbers, scratch, share):
+    """A share of A = diag(weight) W (blocks, d, d), or of A' where there is K.
 
     K is multiplied by diag(weight) then, and the weight's gradient (blocks, d) is the sum of K's rows times those of W
-    before. Numbers: workers, blocks, d, the addresses of W, weight, A, K or 0 and the gradient.
+    before. Numbers: shares, blocks, d, the addresses of W, weight, A, K or 0 and the gradient.
     """
-    workers, blocks, d = numbers[0], numbers[1], numbers[2]
+    shares, blocks, d = numbers[0], numbers[1], numbers[2]
     w, weight, a = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)
     k, gradient = pointer(numbers[6], scratch), pointer(numbers[7], scratch)
-    for row in range(worker * blocks // workers * d, (worker + 1) * blocks // workers * d):
+    for row in range(share * blocks // shares * d, (share + 1) * blocks // shares * d):
         block, i = divmod(row, d)
         factor = get(weight, row)
         if is_null(k):
@@ -28,15 +28,15 @@ def fold_weight(numbers, scratch, worker):
             put(gradient, row, total)
 
 
-def gradient_terms(numbers, scratch, worker):
-    """A worker's share of (dS + dS') / M (blocks, d, d) in place of dS, and of s / M (blocks, d).
+def gradient_terms(numbers, scratch, share):
+    """A share of (dS + dS') / M (blocks, d, d) in place of dS, and of s / M (blocks, d).
 
-    Numbers: workers, blocks, d, M, the addresses of dS, s and s / M.
+    Numbers: shares, blocks, d, M, the addresses of dS, s and s / M.
     """
-    workers, blocks, d, count = numbers[0], numbers[1], numbers[2], numbers[3]
+    shares, blocks, d, count = numbers[0], numbers[1], numbers[2], numbers[3]
     ds, s, centre = pointer(numbers[4], scratch), pointer(numbers[5], scratch), pointer(numbers[6], scratch)
     divisor = number(s, count)
-    for row in range(worker * blocks // workers * d, (worker + 1) * blocks // workers * d):
+    for row in range(share * blocks // shares * d, (share + 1) * blocks // shares * d):
         block, i = divmod(row, d)
         put(centre, row, get(s, row) / divisor)
         for j in range(i + 1):

@@ -89,11 +89,10 @@ class NumPyKernels(Kernels):
         return _CALLS.inverse_sqrt_adjoint(solver, cov, grad, eps)
 
     def whole(self, plan: Plan, x: Array, *others: Array | None) -> Whole | None:
-        """With the papers' solver, where a process has all of the batch."""
-        solver = plan.solver
-        if plan.all_reduce is not None or not isinstance(solver, Newton) or not _serves(x, *others[2:]):
-            return None  # weight and bias are converted
-        return WholeWhitening(self, _CALLS, plan, solver, x)
+        """Where a process has all of the batch."""
+        if plan.all_reduce is not None or not _serves(x, *others[2:]):  # weight and bias are converted
+            return None
+        return WholeWhitening(self, _CALLS, plan, x)
 
 
 def _serves(x: Array, *others: Array | None) -> bool:

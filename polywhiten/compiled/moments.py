@@ -27,13 +27,13 @@ from polywhiten.compiled.panels import (
 from polywhiten.compiled.tile import at, doubles, get, number, pointer, put
 
 
-def moments(numbers, scratch, worker):
-    """A worker's share of the products of panels about their own means, and these means less a block's first sample.
+def moments(numbers, scratch, share):
+    """A share of the products of panels about their own means, and these means less a block's first sample.
 
-    Numbers: workers, chunks of a block, whether panels are rows, the addresses of x, of the sums of products (blocks,
+    Numbers: shares, chunks of a block, whether panels are rows, the addresses of x, of the sums of products (blocks,
     chunks, d, d) with d padded, and of the means (blocks, panels, d) with d padded; the layout of x.
     """
-    workers, chunks, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, 6)
+    shares, chunks, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, 6)
     x, sums, means = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)
     d, count, step = layout.d, layout.outer * layout.inner, width(layout)
     dp, panels, tasks = padded(d), (count + step - 1) // step, layout.blocks * chunks
@@ -41,7 +41,7 @@ def moments(numbers, scratch, worker):
     rows, columns = scratch, at(scratch, COLUMNS * ld)
     first = at(columns, dp * ldc)
     own = at(first, dp)
-    for task in range(worker * tasks // workers, (worker + 1) * tasks // workers):
+    for task in range(share * tasks // shares, (share + 1) * tasks // shares):
         block, chunk = divmod(task, chunks)
         products = at(sums, task * dp * dp)
         clear(products, dp, dp, dp)
@@ -71,19 +71,19 @@ def moments(numbers, scratch, worker):
             multiply_add(products, dp, products, dp, rows, 1, ld, rows, ld, dp, dp, n, True, (ahead, ahead, ahead), 1)
 
 
-def whole_moments(numbers, scratch, worker):
-    """A worker's share of the blocks' means (blocks, d) and covariances (blocks, d, d).
+def whole_moments(numbers, scratch, share):
+    """A share of the blocks' means (blocks, d) and covariances (blocks, d, d).
 
     What panels are off the mean of all is added to their products: a stable sum for any order of samples. Numbers: as
     of `moments`, and after them the addresses of mean and covariance.
     """
-    workers, chunks, layout = numbers[0], numbers[1], layout_at(numbers, 6)
+    shares, chunks, layout = numbers[0], numbers[1], layout_at(numbers, 6)
     sums, means = pointer(numbers[4], scratch), pointer(numbers[5], scratch)
     mean, cov = pointer(numbers[14], scratch), pointer(numbers[15], scratch)
     x, first = pointer(numbers[3], scratch), scratch
     d, count, step = layout.d, layout.outer * layout.inner, width(layout)
     dp, panels = padded(d), (count + step - 1) // step
-    for block in range(worker * layout.blocks // workers, (worker + 1) * layout.blocks // workers):
+    for block in range(share * layout.blocks // shares, (share + 1) * layout.blocks // shares):
         products = _sum_of_chunks(sums, block, chunks, dp * dp)
         centres, whole = at(means, block * panels * dp), at(scratch, dp)
         load_first(first, x, layout, block)
@@ -109,16 +109,16 @@ def whole_moments(numbers, scratch, worker):
                 put(result, j * d + i, value)
 
 
-def cross_moments(numbers, scratch, worker):
-    """A worker's share of the sums of dY (X - mean)' and dY 1.
+def cross_moments(numbers, scratch, share):
+    """A share of the sums of dY (X - mean)' and dY 1.
 
     Where there is a whitener, dY is multiplied by the weight of its samples' channels first, and the
-    gradients of weight and bias are added to (2, channels) of float64; panels must not be rows then. Numbers: workers,
+    gradients of weight and bias are added to (2, channels) of float64; panels must not be rows then. Numbers: shares,
     chunks of a block, whether panels are rows, the addresses of dy, x, mean, the sums (blocks, chunks, d (d + 1)) with
     d padded, whitener or 0 and weight, where these gradients are in scratch, the number of channels and how many
     positions each has; the layouts of dy and x.
     """
-    workers, chunks, as_rows, affine = numbers[0], numbers[1], numbers[2] != 0, numbers[7] != 0
+    shares, chunks, as_rows, affine = numbers[0], numbers[1], numbers[2] != 0, numbers[7] != 0
     dy, x, mean = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)
     sums, whitener = pointer(numbers[6], scratch), pointer(numbers[7], scratch)
     weight, channels = pointer(numbers[8], scratch), Channels(numbers[10], numbers[11])
@@ -135,7 +135,7 @@ def cross_moments(numbers, scratch, worker):
     matrix = at(own, OWN)
     white = at(matrix, dp * dp)
     clear(zeros, 0, 1, max(dp, COLUMNS) + dp)
-    for task in range(worker * tasks // workers, (worker + 1) * tasks // workers):
+    for task in range(share * tasks // shares, (share + 1) * tasks // shares):
         block, chunk = divmod(task, chunks)
         products = at(sums, task * size)
         total = at(products, dp * dp)
@@ -168,7 +168,20 @@ def cross_moments(numbers, scratch, worker):
                 load_columns(gradient, ldc, there, zeros, own)
                 if affine and has_runs(layout, channels):
                     _add_runs(
-                        products, total, white, zeros, matrix, gradient, ldc, rows, ld, here, channels, weight, gradients, ahead
+                        products,
+                        total,
+                        white,
+                        zeros,
+                        matrix,
+                        gradient,
+                        ldc,
+                        rows,
+                        ld,
+                        here,
+                        channels,
+                        weight,
+                        gradients,
+                        ahead,
                     )
                     continue
                 if affine:
@@ -208,15 +221,15 @@ def _add_runs(
         done, j, places = done + n, following, 0
 
 
-def whole_cross_moments(numbers, scratch, worker):
-    """A worker's share of s (blocks, d) and K (blocks, d, d).
+def whole_cross_moments(numbers, scratch, share):
+    """A share of s (blocks, d) and K (blocks, d, d).
 
-    Numbers: workers, chunks of a block, blocks, d, the addresses of the sums, s and K.
+    Numbers: shares, chunks of a block, blocks, d, the addresses of the sums, s and K.
     """
-    workers, chunks, blocks, d = numbers[0], numbers[1], numbers[2], numbers[3]
+    shares, chunks, blocks, d = numbers[0], numbers[1], numbers[2], numbers[3]
     sums, s, k = pointer(numbers[4], scratch), pointer(numbers[5], scratch), pointer(numbers[6], scratch)
     dp = padded(d)
-    for block in range(worker * blocks // workers, (worker + 1) * blocks // workers):
+    for block in range(share * blocks // shares, (share + 1) * blocks // shares):
         products = _sum_of_chunks(sums, block, chunks, dp * (dp + 1))
         for i in range(d):
             put(s, block * d + i, get(products, dp * dp + i))

@@ -14,34 +14,34 @@ _MATRICES = 5, 12  # that an iteration works on, and one with its derivative
 _STEPS = 3, 5  # phases of either
 
 
-def inverse_sqrt(numbers, scratch, worker):
-    """A worker's share of W (blocks, d, d), or of one phase of it.
+def inverse_sqrt(numbers, scratch, share):
+    """A share of W (blocks, d, d), or of one phase of it.
 
-    Numbers: workers, the phase or -1 for all, blocks, d, iterations, the address of memory for the matrices of all
+    Numbers: shares, the phase or -1 for all, blocks, d, iterations, the address of memory for the matrices of all
     blocks or 0, eps, the smallest normal number, the addresses of covariances and of W.
     """
-    workers, phase, blocks, d, iterations = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+    shares, phase, blocks, d, iterations = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
     if phase >= 0:
         for block in range(blocks):
-            _value(numbers, at(pointer(numbers[5], scratch), block * memory(d, False)), phase, block, worker, workers)
+            _value(numbers, at(pointer(numbers[5], scratch), block * memory(d, False)), phase, block, share, shares)
         return
-    for block in range(worker * blocks // workers, (worker + 1) * blocks // workers):
+    for block in range(share * blocks // shares, (share + 1) * blocks // shares):
         for each in range(phases(iterations, False)):
             _value(numbers, scratch, each, block, 0, 1)
 
 
-def inverse_sqrt_adjoint(numbers, scratch, worker):
-    """A worker's share of the gradients (blocks, d, d) with respect to covariances, or of one phase of them.
+def inverse_sqrt_adjoint(numbers, scratch, share):
+    """A share of the gradients (blocks, d, d) with respect to covariances, or of one phase of them.
 
     Numbers: as of `inverse_sqrt`, the last addresses being those of covariances, gradients and results.
     """
-    workers, phase, blocks, d, iterations = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+    shares, phase, blocks, d, iterations = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
     if phase >= 0:
         for block in range(blocks):
             own = at(pointer(numbers[5], scratch), block * memory(d, True))
-            _derivative(numbers, own, phase, block, worker, workers)
+            _derivative(numbers, own, phase, block, share, shares)
         return
-    for block in range(worker * blocks // workers, (worker + 1) * blocks // workers):
+    for block in range(share * blocks // shares, (share + 1) * blocks // shares):
         for each in range(phases(iterations, True)):
             _derivative(numbers, scratch, each, block, 0, 1)
 

@@ -14,7 +14,7 @@ from polywhiten.compiled.tile import UNIT, at, gathered, get, number, prefetch, 
 
 COLUMNS = 256
 APART = UNIT
-OWN = 3 * UNIT * UNIT  # numbers that `load_columns` and `store_columns` work in
+OWN = max(3 * UNIT * UNIT, 2 * COLUMNS)  # numbers that `load_columns`, `store_columns` and `gather_channels` work in
 
 
 class Layout(NamedTuple):
@@ -182,13 +182,13 @@ def announce(place, asked, part):
 
 
 @njit
-def scale_run(target, source, count, factor, offset):
-    """Adjacent numbers times a factor plus an offset."""
+def shift_run(target, source, count, offset):
+    """Adjacent numbers plus an offset."""
     whole = count // UNIT * UNIT if count < 4 * UNIT else 0  # for more, LLVM's own loop is the faster one
     for t in range(0, whole, UNIT):
-        scaled(at(target, t), at(source, t), factor, offset)
+        scaled(at(target, t), at(source, t), 1.0, offset)
     for t in range(whole, count):
-        put(target, t, get(source, t) * number(target, factor) + number(target, offset))
+        put(target, t, get(source, t) + offset)
 
 
 @njit
@@ -209,7 +209,7 @@ def load_columns(target, ld, place, centre, own):
                 run = at(block, c * layout.d_stride + outer * layout.outer_stride + j * layout.inner_stride)
                 row, middle = at(target, c * ld + done), get(centre, c)
                 if layout.inner_stride == 1:
-                    scale_run(row, run, n, 1.0, -middle)
+                    shift_run(row, run, n, -middle)
                 else:
                     for t in range(n):
                         put(row, t, get(run, t * layout.inner_stride) - middle)
@@ -264,7 +264,7 @@ def store_columns(place, columns, ld, shift, own):
             run = at(block, c * layout.d_stride + outer * layout.outer_stride + j * layout.inner_stride)
             row, value = at(columns, c * ld + done), get(shift, c)
             if layout.inner_stride == 1:
-                scale_run(run, row, n, 1.0, value)
+                shift_run(run, row, n, value)
             else:
                 for t in range(n):
                     put(run, t * layout.inner_stride, get(row, t) + value)
@@ -459,8 +459,7 @@ def scale_channels(columns, ld, place, channels, weight, bias, centre):
 
 @njit
 def channel_run(place, channels, done, j):
-    """From position j of (inner) on: how many adjacent samples are of one channel, or of following ones each; and the
-    position after them."""
+    """From position j of (inner) on: adjacent samples of one channel, or of one after another; the position after."""
     inner, left = place.layout.inner, place.samples - done
     if is_interleaved(place.layout):
         n, j = place.samples // inner, j + 1

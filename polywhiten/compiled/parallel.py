@@ -27,7 +27,6 @@ from polywhiten.compiled import FORKED
 
 _INT = ir.IntType(64)
 _NUMBERS = types.CPointer(types.int64)
-_SERIAL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
 class Step(NamedTuple):
@@ -45,19 +44,17 @@ def run(steps: Sequence[Step], workers: int, scratch: np.ndarray[Any, Any], shar
     number is that of shares; numbers and memory are pointers.
     """
     shares = workers if shares is None else shares
-    numbers = [array("q", (shares, *step.numbers)) for step in steps]
-    functions = [_compiled(step.kernel, scratch.dtype.char) for step in steps]
-    memory, distance = address(scratch), scratch.strides[0]
-    if workers == 1 or FORKED:
-        calls = [(_SERIAL(function), given.buffer_info()[0]) for function, given in zip(functions, numbers, strict=True)]
-        for share in range(shares):
-            for call, given in calls:
-                call(given, memory, share)
-        return
+    if FORKED:
+        workers = 1
     openmp = _openmp()
-    data = array("q", (memory, distance, workers, shares, *(openmp.functions if openmp else (0, 0)), len(steps)))
-    for function, given in zip(functions, numbers, strict=True):
-        data.extend((function, given.buffer_info()[0]))
+    functions = openmp.functions if openmp else (0, 0)
+    data = array("q", (address(scratch), scratch.strides[0], workers, shares, *functions, len(steps)))
+    numbers = [array("q", (shares, *step.numbers)) for step in steps]
+    for step, given in zip(steps, numbers, strict=True):
+        data.extend((_compiled(step.kernel, scratch.dtype.char), given.buffer_info()[0]))
+    if workers == 1:
+        _in_one_thread()(data.buffer_info()[0])
+        return
     if openmp is not None:
         openmp.parallel(_region(), data.buffer_info()[0], workers, 0)
         return
@@ -172,6 +169,17 @@ def _work(data, worker):
 
 
 @cache
+def _in_one_thread() -> Callable[[int], None]:
+    """Of the address of what `run` describes."""
+
+    def alone(data: Any) -> None:
+        _work(data, 0)
+
+    compiled = _kept(alone, "", cfunc, types.void(_NUMBERS))
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+
+
+@cache
 def _in_parallel() -> Callable[..., None]:
     """Of what `run` describes, and the number of workers."""
 
@@ -195,7 +203,7 @@ def _region() -> int:
 
 
 @intrinsic
-def _call(typingctx: Any, function: Any, numbers: Any, scratch: Any, worker: Any) -> Any:
+def _call(typingctx: Any, function: Any, numbers: Any, scratch: Any, share: Any) -> Any:
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
         kind = ir.FunctionType(ir.VoidType(), [_INT] * 3)
         builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -85,7 +85,8 @@ class Steps(NamedTuple):
     ) -> tuple[tuple[Array, Array], Step, Step]:
         """S and K: sums, and these together.
 
-        Where there is a whitener: of dY times the weight of its channels; what workers add to the gradients of weight and bias (2, channels), as float64, comes at that place in their scratch memory.
+        Where there is a whitener: of dY times the weight of its channels; what workers add to the gradients of weight
+        and bias (2, channels), as float64, comes at that place in their scratch memory.
         """
         library, address = self.library, self.library.address
         layout, dy_layout = self.layout(x), self.layout(dy)
@@ -120,8 +121,8 @@ class Steps(NamedTuple):
     ) -> tuple[Array, Step, Step]:
         """The sum of the terms, plus shift (blocks, d): matrices as panels are multiplied with them, and the map.
 
-        The channels' values, where there are any: the first term's array is multiplied with `before`, or the result with
-        `after`, and then `bias` is added. Parts of the map are whole blocks, one after another, if `by_block`.
+        The channels' values, where there are any: the first term's array is multiplied with `before`, or the result
+        with `after`, and `bias` is added to it. Parts of the map are whole blocks, one after another, if `by_block`.
         """
         library, address = self.library, self.library.address
         x = terms[-1].array  # of two, that which is no gradient
@@ -149,40 +150,8 @@ class Steps(NamedTuple):
         kept.append(arranged)
         return y, Step(arrange, numbers, kept), Step(affine_map, numbers, kept)
 
-    def inverse_sqrt(
-        self, solver: Newton, cov: Array, eps: float, matrices: np.ndarray[Any, Any] | None = None
-    ) -> tuple[Array, Callable[[int], Step]]:
-        """W, by phase or, for -1, all of them; phases of their own share memory for matrices."""
-        cov = self.library.contiguous(cov)
-        w = self.library.empty(tuple(cov.shape), cov)
-        return w, self._newton(newton.inverse_sqrt, solver, eps, matrices, cov, w)
-
-    def inverse_sqrt_adjoint(
-        self, solver: Newton, cov: Array, grad: Array, eps: float, matrices: np.ndarray[Any, Any] | None = None
-    ) -> tuple[Array, Callable[[int], Step]]:
-        """Gradient with respect to cov, in phases as above."""
-        cov, grad = self.library.contiguous(cov), self.library.contiguous(grad)
-        result = self.library.empty(tuple(cov.shape), cov)
-        return result, self._newton(newton.inverse_sqrt_adjoint, solver, eps, matrices, cov, grad, result)
-
-    def _newton(
-        self,
-        kernel: Callable[..., None],
-        solver: Newton,
-        eps: float,
-        matrices: np.ndarray[Any, Any] | None,
-        cov: Array,
-        *others: Array,
-    ) -> Callable[[int], Step]:
-        *blocks, d, _ = cov.shape
-        smallest = float(np.finfo(self.library.dtype(cov)).smallest_normal)
-        place = 0 if matrices is None else memory(matrices)
-        sizes, reals = (math.prod(blocks), d, solver.iterations), (bits(eps), bits(smallest))
-        numbers = *sizes, place, *reals, *map(self.library.address, (cov, *others))
-        return lambda phase: Step(kernel, (phase, *numbers), (cov, *others, matrices))
-
     def fold_weight(self, w: Array, weight: Array, k: Array | None = None) -> tuple[Array, Array | None, Step]:
-        """A = diag(weight) W, of which K is multiplied by its weight too where it is given: A', the weight's gradient."""
+        """A = diag(weight) W; or, where there is K, A', the weight's gradient, and K times the weight in its place."""
         blocks, d, _ = w.shape
         w, weight = self._given(w, blocks, d, d), self._given(weight, blocks, d)
         a = self.library.empty((blocks, d, d), w)
@@ -249,9 +218,23 @@ def _workspace(name: str, count: int, dtype: str) -> np.ndarray[Any, Any]:
     return kept
 
 
-def matrices_of(blocks: int, d: int, derivative: bool, dtype: str) -> np.ndarray[Any, Any]:
-    """Memory for those of an iteration whose phases are steps of their own."""
-    return _workspace("matrices", blocks * newton.memory(d, derivative), dtype)
+def solve(library: Library, solver: Newton, eps: float, phased: bool, *given: Array) -> tuple[Array, list[Step]]:
+    """W of a covariance; or, of that and W's gradient, its own.
+
+    In one step, whose workers have matrices of their own in their scratch memory; or, if `phased`, in one for each
+    phase of the iteration, which all workers begin together.
+    """
+    arrays, derivative = [library.contiguous(array) for array in given], len(given) == 2
+    *blocks, d, _ = arrays[0].shape
+    number, dtype = math.prod(blocks), library.dtype(arrays[0])
+    result = library.empty((*blocks, d, d), arrays[0])
+    matrices = _workspace("matrices", number * newton.memory(d, derivative), dtype) if phased else None
+    place = 0 if matrices is None else memory(matrices)
+    reals = bits(eps), bits(float(np.finfo(dtype).smallest_normal))
+    numbers = number, d, solver.iterations, place, *reals, *map(library.address, (*arrays, result))
+    kernel = newton.inverse_sqrt_adjoint if derivative else newton.inverse_sqrt
+    phases = range(newton.phases(solver.iterations, derivative)) if phased else [-1]
+    return result, [Step(kernel, (phase, *numbers), (*arrays, result, matrices)) for phase in phases]
 
 
 def scratch_size(d: int) -> int:

@@ -213,17 +213,18 @@ def scaled(typingctx: Any, target: Any, source: Any, factor: Any, offset: Any) -
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
         target, source, *others = args
         vector = _Vector(builder, context.get_value_type(signature.args[0].dtype), signature.args[0].dtype)
-        fma = vector.function("llvm.fma", 3)
+        fma = vector.function("llvm.fmuladd", 3)
         for k in range(0, UNIT, vector.length):
             given = [
-                vector.load(builder.gep(other, [_INT(k)])) if isinstance(kind, types.CPointer) else vector.repeated(other)
-                for other, kind in zip(others, signature.args[2:], strict=True)
+                vector.load(builder.gep(other, [_INT(k)])) if of_each else vector.repeated(other)
+                for other, of_each in zip(others, are_pointers, strict=True)
             ]
             value = vector.load(builder.gep(source, [_INT(k)]))
             vector.store(builder.call(fma, [value, *given]), builder.gep(target, [_INT(k)]))
         return context.get_dummy_value()
 
-    own = [other if isinstance(other, types.CPointer) else target.dtype for other in (factor, offset)]
+    are_pointers = [isinstance(other, types.CPointer) for other in (factor, offset)]
+    own = [other if of_each else target.dtype for other, of_each in zip((factor, offset), are_pointers, strict=True)]
     return types.void(target, source, *own), generate
 
 
@@ -233,7 +234,7 @@ def gathered(typingctx: Any, products: Any, sums: Any, values: Any, others: Any)
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
         vector = _Vector(builder, context.get_value_type(signature.args[0].dtype), signature.args[0].dtype)
-        fma = vector.function("llvm.fma", 3)
+        fma = vector.function("llvm.fmuladd", 3)
         for k in range(0, UNIT, vector.length):
             to_products, to_sums, *given = (builder.gep(arg, [_INT(k)]) for arg in args)
             value, other = map(vector.load, given)

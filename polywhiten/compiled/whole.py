@@ -12,9 +12,9 @@ from polywhiten._types import Array
 from polywhiten.blocks import SampleGroups
 from polywhiten.compiled import newton
 from polywhiten.compiled.calls import Calls
-from polywhiten.compiled.panels import Channels
+from polywhiten.compiled.panels import Channels, padded
 from polywhiten.compiled.parallel import Step, run
-from polywhiten.compiled.steps import NO_CHANNELS, Steps, scratch, scratch_size
+from polywhiten.compiled.steps import NO_CHANNELS, Steps, scratch, scratch_size, solve
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers.newton import Newton
 from polywhiten.whitening import Plan, Statistics, as_dtype_of
@@ -25,41 +25,42 @@ _CACHED = 1 << 20  # bytes of a block of channels; a sample's are read in their 
 class WholeWhitening:
     """Of an array x, which the compiled kernels serve.
 
-    Where threads have whole blocks to themselves that fit their cache, all steps of a block follow each other. Else
-    they share the blocks in each step.
+    Where threads have whole blocks to themselves that fit their cache, all steps of a block follow each other, if the
+    solver is one of them. Else threads share the blocks in each step.
     """
 
-    def __init__(self, kernels: Kernels, calls: Calls, plan: Plan, solver: Newton, x: Array) -> None:
-        self._kernels, self._calls, self._solver, self._eps = kernels, calls, solver, plan.eps
+    def __init__(self, kernels: Kernels, calls: Calls, plan: Plan, x: Array) -> None:
+        self._kernels, self._calls, self._plan = kernels, calls, plan
         self._x = kernels.split(plan.blocks, x)
         self._steps = Steps(calls.library, plan.blocks.block_axis)
-        self._layout = layout = self._steps.layout(self._x)
+        layout = self._layout = self._steps.layout(self._x)
+        self._count, self._dtype = layout.outer * layout.inner, calls.library.dtype(x)
         self._channels = NO_CHANNELS
         if isinstance(plan.blocks, SampleGroups):
             axis = plan.blocks.axis
             self._channels = Channels(x.shape[axis], math.prod(x.shape[axis + 1 :]))
         self._workers, self._chunks = calls.shares(layout)
+        lines = self._count * padded(layout.d) * np.dtype(self._dtype).itemsize
         even = layout.blocks % self._workers == 0 or layout.blocks >= 4 * self._workers
-        self._by_block = even and (self._channels.number > 0 or x.nbytes <= layout.blocks * _CACHED)
+        self._by_block = isinstance(plan.solver, Newton) and even and (self._channels.number > 0 or lines <= _CACHED)
         if self._by_block:
             self._chunks = 1
 
     def forward(self, weight: Array | None, bias: Array | None) -> tuple[Array, Statistics]:
         """Y, split into blocks, and the statistics."""
+        own = scratch(self._workers, self._scratch_size(False), self._dtype)
         (mean, cov), *steps = self._steps.moments(self._x, self._chunks)
-        whitener, solved = self._solved(False, cov)
-        steps += solved
+        whitener, steps = self._solved(own, steps, cov)
         if self._channels.number:
-            y, *mapped = self._steps.affine_map(
-                [Term(whitener, self._x, mean)], None, self._by_block, self._channels, None, *self._of_channels(weight, bias)
-            )
+            given = None, self._by_block, self._channels, None, *self._of_channels(weight, bias)
+            y, *mapped = self._steps.affine_map([Term(whitener, self._x, mean)], *given)
         else:
             matrix = whitener
             if weight is not None:
                 matrix, _, folded = self._steps.fold_weight(whitener, self._of_variables(weight))
                 steps.append(folded)
             y, *mapped = self._steps.affine_map([Term(matrix, self._x, mean)], self._of_variables(bias), self._by_block)
-        self._run([*steps, *mapped], False)
+        self._run([*steps, *mapped], own)
         return y, Statistics(mean, cov, whitener)
 
     def backward(
@@ -67,51 +68,57 @@ class WholeWhitening:
     ) -> tuple[Array, Array | None, Array | None]:
         """As `polywhiten.whitening.backward`."""
         mean, cov, whitener = stats
-        steps, channels, number = self._steps, self._channels, self._channels.number
-        factors, _ = self._of_channels(weight, bias) if number else (None, None)
-        if factors is None:
-            (s, k), *given = steps.cross_moments(dy, self._x, mean, self._chunks)
-        else:
-            place = self._scratch_size(True)
-            (s, k), *given = steps.cross_moments(
-                dy, self._x, mean, self._chunks, channels, whitener, factors, place
-            )
-        matrix = whitener  # Newton's is symmetric, to the last bit
+        steps, channels = self._steps, self._channels
+        factors, zeros = None, None
+        if channels.number and not (weight is None and bias is None):
+            factors, _ = self._of_channels(weight, bias)
+            zeros = self._kernels.xp.zeros_like(factors)
+        place, number = self._scratch_size(True), 0 if factors is None else 2 * channels.number
+        own = scratch(self._workers, place + 2 * number, self._dtype)
+        parameters = own[:, place : place + number * 8 // own.itemsize].view(np.float64)  # their gradients
+        parameters[...] = 0
+        by_channel = (channels, whitener, factors, place) if number else ()
+        (s, k), *given = steps.cross_moments(dy, self._x, mean, self._chunks, *by_channel)
+        matrix = whitener  # symmetric, up to rounding
         dweight, dbias = None, s
-        if not number and weight is not None:
+        if not channels.number and weight is not None:
             matrix, dweight, folded = steps.fold_weight(whitener, self._of_variables(weight), k)
             given.append(folded)
-        ds, solved = self._solved(True, cov, k)
-        centre, terms = steps.gradient_terms(ds, s, self._layout.outer * self._layout.inner)
+        ds, given = self._solved(own, given, cov, k)
+        centre, terms = steps.gradient_terms(ds, s, self._count)
         both = [Term(matrix, dy, centre), Term(ds, self._x, mean)]
-        before, zeros = (None, None) if factors is None else (factors, self._kernels.xp.zeros_like(factors))
-        dx, *mapped = steps.affine_map(both, None, self._by_block, channels, before, None, zeros)
-        sums = self._run([*given, *solved, terms, *mapped], True, 0 if factors is None else 2 * number)
-        if factors is not None:
-            dweight, dbias = self._calls.library.converted(sums.reshape(2, -1), self._x)
+        dx, *mapped = steps.affine_map(both, None, self._by_block, channels, factors, None, zeros)
+        self._run([*given, terms, *mapped], own)
+        if number:
+            dweight, dbias = self._calls.library.converted(parameters.sum(0).reshape(2, -1), self._x)
         return dx, self._gradient(dweight, weight), self._gradient(dbias, bias)
 
-    def _solved(self, derivative: bool, *given: Array) -> tuple[Array, list[Step]]:
-        """Of the solver's value or derivative."""
-        phased = not self._by_block and self._calls.are_phases_shared(self._solver, given[0])
-        return self._calls.solved(phased, derivative, self._solver, *given, self._eps)
+    def _solved(self, own: np.ndarray[Any, Any], steps: list[Step], *given: Array) -> tuple[Array, list[Step]]:
+        """The solver's value or derivative, and the steps that are still to be run for it."""
+        solver, eps, kernels = self._plan.solver, self._plan.eps, self._kernels
+        if isinstance(solver, Newton):
+            result, solving = solve(self._calls.library, solver, eps, self._phased, *given)
+            return result, [*steps, *solving]
+        self._run(steps, own)
+        return (kernels.inverse_sqrt if len(given) == 1 else kernels.inverse_sqrt_adjoint)(solver, *given, eps), []
 
-    def _run(self, steps: Sequence[Step], derivative: bool, sums: int = 0) -> np.ndarray[Any, Any]:
-        """All steps of a block, and then the next one, or each of all; so many sums in float64 over the workers."""
-        workers, start = self._workers, self._scratch_size(derivative)
-        own = scratch(workers, start + 2 * sums, self._calls.library.dtype(self._x))
-        found = own[:, start : start + sums * 8 // own.itemsize].view(np.float64)
-        found[...] = 0
+    def _run(self, steps: Sequence[Step], own: np.ndarray[Any, Any]) -> None:
         if self._by_block:
-            run(steps, workers, own, self._layout.blocks)
+            run(steps, self._workers, own, self._layout.blocks)
         else:
             for step in steps:
-                run([step], workers, own)
-        return found.sum(0)
+                run([step], self._workers, own)
+
+    @property
+    def _phased(self) -> bool:
+        solver, layout = self._plan.solver, self._layout
+        if self._by_block or not isinstance(solver, Newton):
+            return False
+        return self._calls.are_phases_shared(solver, layout.blocks, layout.d)
 
     def _scratch_size(self, derivative: bool) -> int:
         d = self._layout.d
-        return max(scratch_size(d), newton.memory(d, derivative))
+        return scratch_size(d) if self._phased else max(scratch_size(d), newton.memory(d, derivative))
 
     def _of_channels(self, weight: Array | None, bias: Array | None) -> tuple[Array | None, Array | None]:
         """Both, if any, in the dtype of x."""
