@@ -120,7 +120,7 @@ def test_group_whitening(compiled, shape, axis, groups, dtype, affine):
 @pytest.mark.parametrize("affine", ["weight and bias", "weight", "bias", "none"])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_iter_norm(compiled, monkeypatch, dtype, affine, order, cached):
-    monkeypatch.setattr(whole, "_CACHED", 1 << 20 if cached else 0)
+    monkeypatch.setattr(whole, "_CACHED", 1 << 19 if cached else 0)
     x, dy = (in_memory(random(5, 24, 6, 7, dtype=dtype, seed=seed), order) for seed in (1, 2))
     x = 2 * x + 3
     weight, bias = random(2, 24, dtype=dtype, seed=3)

@@ -73,7 +73,7 @@ class _Namespace(ModuleType):
             return tf.reduce_sum(x, axis, keepdims)
         rank = x.shape.rank
         first = sorted(i % rank for i in axis)
-        last = []
+        last: list[int] = []
         while first and first[-1] == rank - 1 - len(last):
             last.append(first.pop())
         for axes in (last, first):

@@ -19,7 +19,7 @@ from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers.newton import Newton
 from polywhiten.whitening import Plan, Statistics, as_dtype_of
 
-_CACHED = 1 << 20  # bytes of a block of channels; a sample's are read in their order anyway
+_CACHED = 1 << 19  # bytes of a block of channels; a sample's are read in their order anyway
 
 
 class WholeWhitening:
@@ -100,7 +100,10 @@ class WholeWhitening:
             result, solving = solve(self._calls.library, solver, eps, self._phased, *given)
             return result, [*steps, *solving]
         self._run(steps, own)
-        return (kernels.inverse_sqrt if len(given) == 1 else kernels.inverse_sqrt_adjoint)(solver, *given, eps), []
+        cov, *grad = given
+        if grad:
+            return kernels.inverse_sqrt_adjoint(solver, cov, grad[0], eps), []
+        return kernels.inverse_sqrt(solver, cov, eps), []
 
     def _run(self, steps: Sequence[Step], own: np.ndarray[Any, Any]) -> None:
         if self._by_block:
