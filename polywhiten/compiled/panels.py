@@ -103,10 +103,8 @@ def multiply_add(c, ldc, base, ld_base, a, row, column, b, ldb, m, n, k, upper, 
     parts = (tiles + each - 1) // each
     asked, left = (_asked(ahead[0], parts), _asked(ahead[1], parts), _asked(ahead[2], parts)), 1
     part = 0
-    rows_first = m > n  # in the outer loop: its tile of A, and all of B, stay in the first cache
-    for first in range(0, max(m, n), UNIT):
-        for second in range(0, first + UNIT if upper else min(m, n), UNIT):
-            i, j = (first, second) if rows_first else (second, first)
+    for j in range(0, n, UNIT):
+        for i in range(0, min(m, j + UNIT) if upper else m, UNIT):
             own = at(c, i * ldc + j)
             tile(own, ldc, 1.0, at(base, i * ld_base + j), ld_base, 1.0, at(a, i * row), row, column, at(b, j), ldb, k)
             left -= 1
