@@ -109,6 +109,8 @@ def backward(
 ) -> tuple[Array, Array | None, Array | None]:
     """Gradients of x, weight and bias, from that of y and, where a loss uses them too, those of the statistics.
 
+    Statistics that are None, the whitener or all, are computed again.
+
     With K = dY (X - mean)', s = dY 1 and dS the adjoint of S -> S^(-1/2) along G = diag(weight) K::
 
         dX = A' (dY - s / M) + (dS + dS') / M (X - mean),    A = diag(weight) W
@@ -118,6 +120,10 @@ def backward(
     if whole is not None:
         dx, dweight, dbias = whole.backward(weight, bias, stats, kernels.split(plan.blocks, dy))
         return kernels.xp.reshape(dx, x.shape), dweight, dbias
+    if stats.mean is None:
+        stats = statistics(kernels, plan, x)
+    elif stats.whitener is None:
+        stats = stats._replace(whitener=kernels.inverse_sqrt(plan.solver, stats.covariance, plan.eps))
     order = _ChannelsFirst.of(kernels, plan, x)
     if order is not None:
         given = order.arranged(x), weight, bias, stats, order.arranged(dy)

@@ -15,7 +15,7 @@ from polywhiten.blocks import ChannelGroups, SampleGroups
 from polywhiten.compiled import calls, kernels, parallel, steps, whole
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import solver_for
-from polywhiten.whitening import Plan, backward, forward
+from polywhiten.whitening import NO_STATISTICS, Plan, Statistics, backward, forward
 
 EXACT = Kernels(xp)
 NEWTON = solver_for("newton", 5)
@@ -170,6 +170,10 @@ class TestBothPasses:
         for a, b in zip(found, wanted, strict=True):
             assert a.dtype == b.dtype
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 if a.dtype == np.float32 else 1e-11 * np.abs(b).max())
+        for kept in (Statistics(*found[1:3], None), NO_STATISTICS):
+            again = backward(compiled, plan, given["x"], given["weight"], given["bias"], kept, given["dy"])
+            for a, b in zip(again, found[4:], strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
     @pytest.mark.parametrize("method", ["eigh", "minimax"])
     def test_other_solvers(self, compiled, blocks, method):

@@ -9,7 +9,7 @@ pytest.importorskip("numba")
 
 import polywhiten as pw  # noqa: E402
 from polywhiten.compiled import calls, large_pages, parallel  # noqa: E402
-from polywhiten.torch import cpu  # noqa: E402
+from polywhiten.torch import GroupWhitening, IterNorm, cpu  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +75,24 @@ def test_statistics_of_another_dtype_are_never_read_as_those_of_x():
     x = torch.randn(30, 8)
     with pytest.raises(RuntimeError, match="dtype"):
         pw.iter_norm(x, all_reduce=lambda total: total.double())
+
+
+@pytest.mark.parametrize(
+    ("layer", "keeps"),
+    [(IterNorm(64), False), (GroupWhitening(16, 64), False), (IterNorm(64, method="eigh"), True)],
+    ids=["IterNorm", "GroupWhitening", "eigh"],
+)
+def test_statistics_that_are_not_small_are_computed_again(layer, keeps):
+    """Where that isn't slow: eigendecompositions are kept."""
+    x, kept = torch.randn(8, 64, 7, 7, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    others = [t for t in kept if not any(t is given for given in (x, *layer.parameters()))]
+    assert (sum(t.nbytes for t in others) > 0.01 * x.nbytes) == keeps
+    (dx,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    (again,) = torch.autograd.grad(layer(x).pow(3).sum(), x)
+    torch.testing.assert_close(again, dx)  # one with a derivative of its own, by other kernels
+    torch.autograd.grad(dx.pow(2).sum(), x)
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux has large pages to ask for")

@@ -1,9 +1,10 @@
-"""Whitening as one differentiable operation that keeps the input and O(d^2) for its backward."""
+"""Whitening as one differentiable operation that keeps the input, and what is small beside it, for its backward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ def _kernels() -> TorchKernels:
     return FusedKernels(xp)
 
 
+_SMALL = 0.01  # a share of the input
+
+
 class _Whiten(torch.autograd.Function):
     """The core's forward and backward.
 
@@ -56,22 +60,37 @@ class _Whiten(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, weight, bias, ctx.plan = inputs
         _, *stats = output
-        ctx.save_for_backward(x, weight, bias, *stats)
+        ctx.save_for_backward(x, weight, bias, *_kept(ctx.plan, x, stats))
         ctx.set_materialize_grads(False)
         if torch.compiler.is_compiling():  # which takes no second derivatives, but has gradients of 0 for all outputs
             ctx.mark_non_differentiable(*stats)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *dstats: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, *stats = ctx.saved_tensors
+        x, weight, bias, *kept = ctx.saved_tensors
         if dy is None:  # the loss depends on the statistics alone
             dy = x.new_zeros(()).expand_as(x)
+        if len(kept) < 3 and torch.is_grad_enabled():
+            _, *kept = _Whiten.apply(x, weight, bias, ctx.plan)
         if torch.compiler.is_compiling():
             dstats = NO_STATISTICS
-        gradients = BACKEND.kernels.whiten_adjoint(
-            ctx.plan, x, weight, bias, Statistics(*stats), dy, Statistics(*dstats)
-        )
+        stats = Statistics(*kept, *[None] * (3 - len(kept)))
+        gradients = BACKEND.kernels.whiten_adjoint(ctx.plan, x, weight, bias, stats, dy, Statistics(*dstats))
         return *gradients, None
+
+
+def _kept(plan: Plan, x: Tensor, stats: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The statistics that aren't computed again in backward: as many of them as are small beside x.
+
+    All of them where that takes another exchange between workers, and where others decide what is kept.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or plan.all_reduce is not None:
+        return stats
+    if BACKEND.kernels.keeps_statistics(plan.solver, x):
+        return stats
+    sizes = accumulate(each.numel() for each in stats)
+    number = sum(size <= _SMALL * x.numel() for size in sizes)
+    return stats[:number] if number > 1 else ()  # the mean alone saves no work
 
 
 class TorchBackend(Backend):

@@ -65,6 +65,10 @@ class CPUKernels(TorchKernels):
         result: Tensor = _calls().inverse_sqrt_adjoint(solver, cov, grad, eps)
         return result
 
+    def keeps_statistics(self, solver: Solver, x: Tensor) -> bool:
+        """Not for compiled kernels, which take a tenth of a step for them."""
+        return not isinstance(solver, Newton) or x.device.type != "cpu" or not is_available()
+
     def whole(self, plan: Plan, x: Tensor, *others: Tensor | None) -> Whole | None:
         """Where a process has all of the batch."""
         if plan.all_reduce is not None or x.element_size() < 4:

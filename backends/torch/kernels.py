@@ -147,6 +147,10 @@ class TorchKernels(Kernels):
         with self.on_its_device(x):
             return backward(self, plan, x, weight, bias, stats, dy, dstats)
 
+    def keeps_statistics(self, solver: Solver, x: Tensor) -> bool:
+        """Whether backward is to have all of them: else it computes again what isn't small beside x."""
+        return True
+
     def on_its_device(self, x: Tensor) -> AbstractContextManager[object]:
         """Where launches go to the device of x."""
         return nullcontext()

@@ -98,7 +98,7 @@ class Steps(NamedTuple):
         mean, weight = self._given(mean, blocks, d), self._given(weight, channels.number)
         whitener = self._given(whitener, blocks, d, d)
         s, k = library.empty((blocks, d), x), library.empty((blocks, d, d), x)
-        sums = _workspace("sums", blocks * chunks * dp * (dp + 1), dtype)
+        sums = _workspace("cross sums", blocks * chunks * dp * (dp + 1), dtype)
         places = *map(address, (dy, x, mean)), memory(sums), self._address(whitener), self._address(weight)
         layouts = *dy_layout, *layout
         numbers = chunks, self._as_rows(layout), *places, place, *channels, *layouts

@@ -49,8 +49,8 @@ class WholeWhitening:
     def forward(self, weight: Array | None, bias: Array | None) -> tuple[Array, Statistics]:
         """Y, split into blocks, and the statistics."""
         own = scratch(self._workers, self._scratch_size(False), self._dtype)
-        (mean, cov), *steps = self._steps.moments(self._x, self._chunks)
-        whitener, steps = self._solved(own, steps, cov)
+        stats, steps = self._statistics(own)
+        mean, _, whitener = stats
         if self._channels.number:
             given = None, self._by_block, self._channels, None, *self._of_channels(weight, bias)
             y, *mapped = self._steps.affine_map([Term(whitener, self._x, mean)], *given)
@@ -61,13 +61,12 @@ class WholeWhitening:
                 steps.append(folded)
             y, *mapped = self._steps.affine_map([Term(matrix, self._x, mean)], self._of_variables(bias), self._by_block)
         self._run([*steps, *mapped], own)
-        return y, Statistics(mean, cov, whitener)
+        return y, stats
 
     def backward(
         self, weight: Array | None, bias: Array | None, stats: Statistics, dy: Array
     ) -> tuple[Array, Array | None, Array | None]:
         """As `polywhiten.whitening.backward`."""
-        mean, cov, whitener = stats
         steps, channels = self._steps, self._channels
         factors, zeros = None, None
         if channels.number and not (weight is None and bias is None):
@@ -77,6 +76,12 @@ class WholeWhitening:
         own = scratch(self._workers, place + 2 * number, self._dtype)
         parameters = own[:, place : place + number * 8 // own.itemsize].view(np.float64)  # their gradients
         parameters[...] = 0
+        known: list[Step] = []
+        if stats.mean is None:
+            stats, known = self._statistics(own)
+        mean, cov, whitener = stats
+        if whitener is None:
+            whitener, known = self._solved(own, [], cov)
         by_channel = (channels, whitener, factors, place) if number else ()
         (s, k), *given = steps.cross_moments(dy, self._x, mean, self._chunks, *by_channel)
         matrix = whitener  # symmetric, up to rounding
@@ -84,7 +89,7 @@ class WholeWhitening:
         if not channels.number and weight is not None:
             matrix, dweight, folded = steps.fold_weight(whitener, self._of_variables(weight), k)
             given.append(folded)
-        ds, given = self._solved(own, given, cov, k)
+        ds, given = self._solved(own, [*known, *given], cov, k)
         centre, terms = steps.gradient_terms(ds, s, self._count)
         both = [Term(matrix, dy, centre), Term(ds, self._x, mean)]
         dx, *mapped = steps.affine_map(both, None, self._by_block, channels, factors, None, zeros)
@@ -92,6 +97,12 @@ class WholeWhitening:
         if number:
             dweight, dbias = self._calls.library.converted(parameters.sum(0).reshape(2, -1), self._x)
         return dx, self._gradient(dweight, weight), self._gradient(dbias, bias)
+
+    def _statistics(self, own: np.ndarray[Any, Any]) -> tuple[Statistics, list[Step]]:
+        """The statistics, and the steps that are still to be run for them."""
+        (mean, cov), *steps = self._steps.moments(self._x, self._chunks)
+        whitener, steps = self._solved(own, steps, cov)
+        return Statistics(mean, cov, whitener), steps
 
     def _solved(self, own: np.ndarray[Any, Any], steps: list[Step], *given: Array) -> tuple[Array, list[Step]]:
         """The solver's value or derivative, and the steps that are still to be run for it."""

@@ -65,6 +65,10 @@ class FusedKernels(CPUKernels):
         with self.on_its_device(cov):
             return newton.inverse_sqrt_adjoint(cov, grad, eps, solver.iterations)
 
+    def keeps_statistics(self, solver: Solver, x: Tensor) -> bool:
+        """On its device."""
+        return self._is_on_device(x) or super().keeps_statistics(solver, x)
+
     def whole(self, plan: Plan, x: Tensor, *others: Tensor | None) -> Whole | None:
         """Of Newton's solver."""
         if not self._is_on_device(x):
