@@ -76,7 +76,7 @@ class Kernels:
         return self.xp.sum(dy, axis=(1 - block_axis, 3)), self._products(dy, centred, block_axis)
 
     def whole(self, plan: Plan, x: Array, *others: Array | None) -> Whole | None:
-        """What does all of forward and backward, where there is that."""
+        """What does all of forward and backward, where there is that; asked for only with all of the batch at hand."""
         return None
 
     def for_statistics(self, x: Array) -> Array:

@@ -64,7 +64,7 @@ def forward(
     kernels: Kernels, plan: Plan, x: Array, weight: Array | None, bias: Array | None
 ) -> tuple[Array, Statistics]:
     """Y = W (X - mean) of every block, then weight and bias (C,) of every channel."""
-    whole = kernels.whole(plan, x, weight, bias)
+    whole = kernels.whole(plan, x, weight, bias) if plan.all_reduce is None else None
     if whole is not None:
         y, stats = whole.forward(weight, bias)
         return kernels.xp.reshape(y, x.shape), stats
@@ -115,8 +115,8 @@ def backward(
 
         dX = A' (dY - s / M) + (dS + dS') / M (X - mean),    A = diag(weight) W
     """
-    no_dstats = all(each is None for each in dstats)
-    whole = kernels.whole(plan, x, weight, bias, dy, *stats) if no_dstats else None
+    alone = plan.all_reduce is None and all(each is None for each in dstats)
+    whole = kernels.whole(plan, x, weight, bias, dy, *stats) if alone else None
     if whole is not None:
         dx, dweight, dbias = whole.backward(weight, bias, stats, kernels.split(plan.blocks, dy))
         return kernels.xp.reshape(dx, x.shape), dweight, dbias
@@ -151,18 +151,11 @@ def backward(
     ds = kernels.inverse_sqrt_adjoint(plan.solver, cov, g, plan.eps)
     if dcov is not None:
         ds = ds + dcov
-    terms = gradient_terms(kernels, a, dy4, s, ds, x4, mean, count)
+    b = (ds + xp.matrix_transpose(ds)) / count
+    terms = [Term(xp.matrix_transpose(a), dy4, s / count), Term(b, x4, mean)]
     shift = None if dmean is None else dmean / count
     dx = xp.reshape(kernels.affine_map(terms, shift, block_axis, x.dtype), kernels.shape(x))
     return dx, as_dtype_of(kernels, dweight, weight), as_dtype_of(kernels, dbias, bias)
-
-
-def gradient_terms(
-    kernels: Kernels, a: Array, dy: Array, s: Array, ds: Array, x: Array, mean: Array, count: Any
-) -> list[Term]:
-    """Those of dX, as `backward` has it."""
-    transpose = kernels.xp.matrix_transpose
-    return [Term(transpose(a), dy, s / count), Term((ds + transpose(ds)) / count, x, mean)]
 
 
 @dataclass(frozen=True)

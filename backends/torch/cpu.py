@@ -70,8 +70,8 @@ class CPUKernels(TorchKernels):
         return not isinstance(solver, Newton) or x.device.type != "cpu" or not is_available()
 
     def whole(self, plan: Plan, x: Tensor, *others: Tensor | None) -> Whole | None:
-        """Where a process has all of the batch."""
-        if plan.all_reduce is not None or x.element_size() < 4:
+        """Of float32 and float64."""
+        if x.element_size() < 4:
             return None
         parameters = [tensor for tensor in others[:2] if tensor is not None]  # of any dtype: they are converted
         if not _serves([x], *others[2:]) or not _are_readable(parameters):

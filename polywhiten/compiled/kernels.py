@@ -89,10 +89,10 @@ class NumPyKernels(Kernels):
         return _CALLS.inverse_sqrt_adjoint(solver, cov, grad, eps)
 
     def whole(self, plan: Plan, x: Array, *others: Array | None) -> Whole | None:
-        """Where a process has all of the batch."""
-        if plan.all_reduce is not None or not _serves(x, *others[2:]):  # weight and bias are converted
-            return None
-        return WholeWhitening(self, _CALLS, plan, x)
+        """All of it."""
+        return (
+            WholeWhitening(self, _CALLS, plan, x) if _serves(x, *others[2:]) else None
+        )  # weight and bias are converted
 
 
 def _serves(x: Array, *others: Array | None) -> bool:

@@ -73,7 +73,7 @@ class FusedKernels(CPUKernels):
         """Of Newton's solver."""
         if not self._is_on_device(x):
             return super().whole(plan, x, *others)
-        if plan.all_reduce is not None or not isinstance(plan.solver, Newton):
+        if not isinstance(plan.solver, Newton):
             return None
         x4 = self.split(plan.blocks, x)
         if not self._serves(x4, *others):
