@@ -36,32 +36,35 @@ class Newton(ScaledIteration):
         return identity_like(xp, cov)
 
     def value(self, xp: Namespace, s: Array) -> Array:
-        r, z = s, 1.5 * identity_like(xp, s) - 0.5 * s
+        r = s / 3
+        z = 1.5 * (identity_like(xp, s) - r)
         for _ in range(self.iterations - 1):
-            r = _next(xp, r)
-            z = _multiply_add(xp, 1.5, z, -0.5, z, r)
+            r = _step(xp, r)
+            z = _reduced(xp, 1.5, z, z, r)
         return z
 
     def value_and_derivative(self, xp: Namespace, s: Array, ds: Array) -> tuple[Array, Array]:
-        r, z = s, 1.5 * identity_like(xp, s) - 0.5 * s
-        dr, dz = ds, -0.5 * ds
+        r, dr = s / 3, ds / 3
+        z, dz = 1.5 * (identity_like(xp, s) - r), -1.5 * dr
         for _ in range(self.iterations - 1):
-            p = _multiply_add(xp, -4.0, dr, 1.0, r, dr)
-            half = _multiply_add(xp, 1.125, dr, 0.25, r, p + 0.5 * xp.matrix_transpose(p))
-            dr = half + xp.matrix_transpose(half)  # (9 dR - 6 (R dR + dR R) + R R dR + R dR R + dR R R) / 4
-            r = _next(xp, r)
-            dz = _multiply_add(xp, 1.0, _multiply_add(xp, 1.5, dz, -0.5, dz, r), -0.5, z, dr)
-            z = _multiply_add(xp, 1.5, z, -0.5, z, r)
+            p = dr @ r
+            p = _reduced(xp, 1.125, *[dr - p - (p + xp.matrix_transpose(p))] * 2, r)
+            dr = p + xp.matrix_transpose(p)  # (9 dR - 6 (R dR + dR R) + R R dR + R dR R + dR R R) / 4
+            r = _step(xp, r)
+            dz = _reduced(xp, 1.5, _reduced(xp, 1.0, dz, dz, r), z, dr)
+            z = _reduced(xp, 1.5, z, z, r)
         return z, dz
 
 
-def _next(xp: Namespace, r: Array) -> Array:
-    return _multiply_add(xp, 2.25, r, 0.25, r, _multiply_add(xp, -6.0, r, 1.0, r, r))
+def _step(xp: Namespace, r: Array) -> Array:
+    once = _reduced(xp, 1.0, r, r, r)
+    return _reduced(xp, 2.25, once, once, r)
 
 
-def _multiply_add(xp: Namespace, beta: float, c: Array, alpha: float, a: Array, b: Array) -> Array:
-    """Beta c + alpha a b: in one call where the backend's namespace has one."""
+def _reduced(xp: Namespace, factor: float, c: Array, a: Array, b: Array) -> Array:
+    """Factor (C - A B)."""
     one_call = getattr(xp, "multiply_add", None)
-    if one_call is None:
-        return beta * c + alpha * (a @ b)
-    return one_call(beta, c, alpha, a, b)
+    if one_call is not None:
+        return one_call(factor, c, -factor, a, b)
+    difference = c - a @ b
+    return difference if factor == 1 else factor * difference
