@@ -41,7 +41,7 @@ class Kernels:
         count = self.sample_count(x, block_axis, least=1)  # a worker's share of a batch may be empty
         x = self.for_statistics(x)
         mean = xp.sum(x, axis=axes) / count
-        centred = x - _along(mean, block_axis)
+        centred = x - along(mean, block_axis)
         # what a naive sum over many samples has lost; it is about the spread's rounding now, no longer the mean's
         lost = xp.sum(centred, axis=axes) / count
         cov = self._products(centred, centred, block_axis) / count - outer_square(lost)
@@ -59,20 +59,20 @@ class Kernels:
         """Sum of matrix (array - centre) over the terms, plus bias (blocks, d); (p, q, d, l) of `dtype`."""
         result = None
         for matrix, array, centre in terms:
-            centred = self.for_statistics(array) - _along(centre, block_axis)
+            centred = self.for_statistics(array) - along(centre, block_axis)
             product = self._apply(matrix, centred, block_axis)
             if result is None:
                 result = product
             else:
                 result += product
         if bias is not None:
-            result += _along(bias, block_axis)
+            result += along(bias, block_axis)
         return self.xp.astype(result, dtype, copy=False)
 
     def cross_moments(self, dy: Array, x: Array, mean: Array, block_axis: int) -> tuple[Array, Array]:
         """S = dY 1 (blocks, d) and K = dY (X - mean)' (blocks, d, d)."""
         dy = self.for_statistics(dy)
-        centred = self.for_statistics(x) - _along(mean, block_axis)
+        centred = self.for_statistics(x) - along(mean, block_axis)
         return self.xp.sum(dy, axis=(1 - block_axis, 3)), self._products(dy, centred, block_axis)
 
     def whole(self, plan: Plan, x: Array, *others: Array | None) -> Whole | None:
@@ -143,6 +143,6 @@ def outer_square(v: Array) -> Array:
     return v[..., :, None] * v[..., None, :]
 
 
-def _along(values: Array, block_axis: int) -> Array:
+def along(values: Array, block_axis: int) -> Array:
     """(blocks, d) laid along the axes of a (p, q, d, l) array."""
     return values[:, None, :, None] if block_axis == 0 else values[None, :, :, None]

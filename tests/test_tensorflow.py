@@ -144,18 +144,32 @@ def test_variables_are_whitened_and_learnt():
 
 
 @pytest.mark.parametrize(("group_size", "expected"), [(16, False), (4, True)])
-def test_channels_last_with_one_group_is_not_transposed(group_size, expected):
-    """But for axes of size 1, where a transposition is none; several groups show that the test would see one."""
+def test_channels_last_with_one_group_is_not_copied(group_size, expected):
+    """Several groups are cut apart, and show that the test would see it."""
     spec = tf.TensorSpec([None, None, None, 16], "float32")
     train = lambda x: value_and_gradients("iter_norm", x, tf.ones(16), tf.zeros(16), x, axis=-1, group_size=group_size)
     graph = tf.function(train).get_concrete_function(spec).graph
 
-    def moves(operation):
-        shape, order = operation.inputs[0].shape.as_list(), tf.get_static_value(operation.inputs[1]).tolist()
-        kept = [i for i in order if shape[i] != 1]
-        return len(shape) == 4 and kept != sorted(kept)
+    def copies(operation):
+        shape = operation.inputs[0].shape.as_list() if operation.inputs else []
+        if None not in shape:
+            return False  # of statistics
+        if operation.type == "Transpose":
+            kept = [i for i in tf.get_static_value(operation.inputs[1]) if shape[i] != 1]
+            return kept != sorted(kept)
+        return operation.type == "Unpack" and len(operation.outputs) > 1
 
-    assert any(moves(operation) for operation in graph.get_operations() if operation.type == "Transpose") == expected
+    assert any(map(copies, graph.get_operations())) == expected
+
+
+@pytest.mark.parametrize(("samples", "groups"), [(4096, 2), (4096, 17), (100, 2)])
+def test_rows_of_groups_one_by_one_and_in_a_batch_agree(samples, groups):
+    """A graph whitens few groups of many samples one by one, others and eager calls in a batch."""
+    x, dy = (np.random.default_rng(i).normal(size=(samples, 3 * groups)) for i in range(2))
+    given = tf.constant(x), tf.ones(3 * groups, "float64"), tf.zeros(3 * groups, "float64"), tf.constant(dy)
+    train = lambda *given: value_and_gradients("iter_norm", *given, axis=-1, group_size=3)
+    for graph, eager in zip(tf.function(train)(*given), train(*given), strict=True):
+        np.testing.assert_allclose(graph, eager, atol=1e-10)
 
 
 REPLICAS = """

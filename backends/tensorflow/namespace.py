@@ -94,4 +94,13 @@ class _Namespace(ModuleType):
         return tf.linalg.band_part(x, 0, -1)
 
 
+class _ForSmallMatrices(_Namespace):
+    """On CPUs a product with the identity takes a fifth of a small transposition's time in TensorFlow."""
+
+    @staticmethod
+    def matrix_transpose(x: Tensor) -> Tensor:
+        return tf.matmul(x, tf.eye(x.shape[-1], dtype=x.dtype), transpose_a=True)
+
+
 xp = _Namespace("polywhiten.tensorflow.namespace.xp")
+small_xp = _ForSmallMatrices("polywhiten.tensorflow.namespace.small_xp")
