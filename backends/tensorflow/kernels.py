@@ -146,7 +146,7 @@ def _is_channels_last(x: Tensor, block_axis: int) -> bool:
 def _by_themselves(x: Tensor) -> bool:
     """Whether a channels-last array's groups are whitened one by one: large products are faster than in a batch."""
     samples, groups, *_ = x.shape
-    return groups == 1 or groups <= _FEW_GROUPS and (samples is None or samples >= _MANY) and _is_for_cpus()
+    return groups == 1 or (groups <= _FEW_GROUPS and (samples is None or samples >= _MANY) and _is_for_cpus())
 
 
 def _is_for_cpus() -> bool:
