@@ -208,6 +208,30 @@ def test_more_channels_than_a_panel_has_samples(compiled, order):
         close(*(both_passes(kernels, plan, x, dy, weight, bias) for kernels in (compiled, EXACT)))
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "not aligned"])
+def test_rows_of_large_results_go_past_the_caches(compiled, monkeypatch, dtype, offset):
+    """Only to where lines of the cache begin: the processor has no such stores to other places."""
+
+    def empty_like(library, like):
+        memory = np.empty(like.nbytes + 128, "uint8")
+        start = -memory.ctypes.data % 64 + offset * like.itemsize
+        return memory[start : start + like.nbytes].view(like.dtype).reshape(like.shape)
+
+    chosen = []
+    original = steps.Steps._go_past_caches
+    monkeypatch.setattr(steps.Steps, "_go_past_caches", lambda *given: chosen.append(original(*given)) or chosen[-1])
+    monkeypatch.setattr(steps, "_LARGE", 1)
+    monkeypatch.setattr(kernels._NumPy, "empty_like", empty_like)
+    x, dy = random(2, 603, 3, 32, 1, dtype=dtype)
+    a, b = random(2, 3, 32, 32, dtype=dtype)
+    mean, shift = random(2, 3, 32, dtype=dtype)
+    terms = [Term(a, dy, mean), Term(b, x, mean)]
+    found = compiled.affine_map(terms, shift, 1, x.dtype)
+    close([found], [EXACT.affine_map([Term(*exact(term)) for term in terms], *exact([shift]), 1, np.float64)])
+    assert chosen == [offset == 0]
+
+
 def test_constant_channels_without_eps(compiled):
     for dtype in ("float32", "float64"):
         zero = np.zeros((2, 3, 3), dtype)

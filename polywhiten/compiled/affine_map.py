@@ -21,7 +21,7 @@ from polywhiten.compiled.panels import (
 )
 from polywhiten.compiled.tile import UNIT, at, get, is_null, pointer, put
 
-_TERMS, _TERM, _Y = 11, 11, 33  # among the numbers: where the terms begin, how many each takes, the layout of y
+_TERMS, _TERM, _Y = 12, 11, 34  # among the numbers: where the terms begin, how many each takes, the layout of y
 
 
 @njit
@@ -63,8 +63,8 @@ def affine_map(numbers, scratch, share):
     Values of the channels that samples are of, 0 for none: the first term's array is multiplied with `before`, or the
     result with `after`, and `bias` is added to it; panels must not be rows where there are any. Numbers: shares, terms,
     whether panels are rows, the addresses of the arranged matrices, of y, of shift or 0, of these three, how many
-    positions a channel has, and whether panels are counted before blocks; for two terms the addresses of array, matrix
-    and centre, and the array's layout; the layout of y.
+    positions a channel has, whether panels are counted before blocks, and whether rows go past the caches; for two
+    terms the addresses of array, matrix and centre, and the array's layout; the layout of y.
     """
     shares, terms, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, _Y)
     arranged, target, shift = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)
@@ -81,7 +81,7 @@ def affine_map(numbers, scratch, share):
     line = at(zeros, max(dp, COLUMNS))
     own = at(line, dp)
     clear(zeros, 0, 1, max(dp, COLUMNS) + dp)
-    items, panels_first = blocks * panels, numbers[10] != 0
+    items, panels_first, past = blocks * panels, numbers[10] != 0, numbers[11] != 0
     for item in range(share * items // shares, (share + 1) * items // shares):
         block, start = _item(item, blocks, panels, step, panels_first)
         next_block, next_start = _item(item + 1, blocks, panels, step, panels_first)
@@ -103,9 +103,8 @@ def affine_map(numbers, scratch, share):
             direct = n // UNIT * UNIT if d == dp and layout.outer == 1 and layout.d_stride == 1 else 0
             if direct > 0:  # each tile as it is, while the next one is computed
                 goal = at(target, block * layout.block_stride + start * layout.inner_stride)
-                multiply_add(
-                    goal, layout.inner_stride, line, 0, panel, ld, 1, matrix, dp, direct, dp, depth, False, ahead, 2
-                )
+                lead = layout.inner_stride
+                multiply_add(goal, lead, line, 0, panel, ld, 1, matrix, dp, direct, dp, depth, False, ahead, 2, past)
             if direct < n:
                 rows, rest = at(panel, direct * ld), Place(target, layout, block, start + direct, n - direct)
                 multiply_add(

@@ -199,7 +199,7 @@ def _product(target, beta, base, alpha, a, b, n, ld, symmetric, zeros, share, sh
     for j in range(share * UNIT, n, shares * UNIT):
         for i in range(0, j + UNIT if symmetric else n, UNIT):
             own = at(target, i * ld + j)
-            tile(own, ld, beta, at(base, i * ld + j), ld, alpha, at(a, i * ld), ld, 1, at(b, j), ld, n)
+            tile(own, ld, beta, at(base, i * ld + j), ld, alpha, at(a, i * ld), ld, 1, at(b, j), ld, n, False)
             if symmetric and i < j:
                 transposed_tile(at(target, j * ld + i), ld, own, ld, zeros)
 

@@ -91,10 +91,10 @@ def width(layout):
 
 
 @njit
-def multiply_add(c, ldc, base, ld_base, a, row, column, b, ldb, m, n, k, upper, ahead, places):
+def multiply_add(c, ldc, base, ld_base, a, row, column, b, ldb, m, n, k, upper, ahead, places, past=False):
     """C = base + A B, of padded sizes; where `upper`, only the tiles on the diagonal and above it.
 
-    Memory is asked for the first so many `places` in `ahead` meanwhile.
+    Memory is asked for the first so many `places` in `ahead` meanwhile. C is written past the caches if `past`.
     """
     tiles = (m // UNIT) * (n // UNIT)
     if upper:
@@ -106,7 +106,8 @@ def multiply_add(c, ldc, base, ld_base, a, row, column, b, ldb, m, n, k, upper, 
     for j in range(0, n, UNIT):
         for i in range(0, min(m, j + UNIT) if upper else m, UNIT):
             own = at(c, i * ldc + j)
-            tile(own, ldc, 1.0, at(base, i * ld_base + j), ld_base, 1.0, at(a, i * row), row, column, at(b, j), ldb, k)
+            above, left_of_b, left_of_a = at(base, i * ld_base + j), at(b, j), at(a, i * row)
+            tile(own, ldc, 1.0, above, ld_base, 1.0, left_of_a, row, column, left_of_b, ldb, k, past)
             left -= 1
             if left == 0:
                 for place in range(places):

@@ -22,10 +22,12 @@ from polywhiten.compiled.moments import cross_moments, moments, whole_cross_mome
 from polywhiten.compiled.panels import APART, COLUMNS, OWN, Channels, Layout, is_interleaved, padded, width
 from polywhiten.compiled.parallel import Step, bits
 from polywhiten.compiled.parallel import address as memory
+from polywhiten.compiled.tile import LINE
 from polywhiten.kernels import Term
 from polywhiten.solvers.newton import Newton
 
 _MOST = 1 << 26  # bytes of memory that is kept for the next call
+_LARGE = 1 << 22  # bytes of a result, which its next reader fetches from memory about as fast
 NO_CHANNELS = Channels(0, 1)
 
 
@@ -146,7 +148,8 @@ class Steps(NamedTuple):
         as_rows = self._as_rows(layout)
         panels_first = not by_block and (as_rows or layout.block_stride < layout.outer_stride)
         places = memory(arranged), address(y), *values
-        numbers = [len(terms), as_rows, *places, channels.positions, panels_first, *numbers, *layout]
+        order = panels_first, self._go_past_caches(y, layout)
+        numbers = [len(terms), as_rows, *places, channels.positions, *order, *numbers, *layout]
         kept.append(arranged)
         return y, Step(arrange, numbers, kept), Step(affine_map, numbers, kept)
 
@@ -188,6 +191,12 @@ class Steps(NamedTuple):
 
     def _as_rows(self, layout: Layout) -> bool:
         return self.block_axis == 1 and layout.d_stride == 1 and layout.inner_stride != 1
+
+    def _go_past_caches(self, y: Array, layout: Layout) -> bool:
+        """Whether a result's rows are so many that they are better not kept there, and begin where lines do."""
+        size = np.dtype(self.library.dtype(y)).itemsize
+        places = self.library.address(y), layout.block_stride * size, layout.inner_stride * size
+        return math.prod(y.shape) * size >= _LARGE and all(place % LINE == 0 for place in places)
 
     def _order(self, layout: Layout) -> tuple[bool, bool]:
         """In which a panel's samples are counted."""

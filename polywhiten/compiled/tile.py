@@ -16,6 +16,7 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 UNIT = 16  # rows and columns of a tile, which all padded sizes are multiples of
+LINE = 64  # bytes, the size of no vector is larger
 
 _INT = ir.IntType(64)
 
@@ -126,11 +127,15 @@ def tile(
     b: Any,
     ldb: Any,
     k: Any,
+    past: Any,
 ) -> Any:
-    """C = beta base + alpha A B for UNIT x UNIT numbers; A has any strides, rows of all others are contiguous."""
+    """C = beta base + alpha A B for UNIT x UNIT numbers; A has any strides, rows of all others are contiguous.
+
+    Where `past`, C is written past the caches: its rows begin at multiples of LINE then.
+    """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
-        c, ldc, beta, base, ld_base, alpha, a, row, column, b, ldb, k = args
+        c, ldc, beta, base, ld_base, alpha, a, row, column, b, ldb, k, past = args
         vector = _Vector(builder, context.get_value_type(signature.args[0].dtype), signature.args[0].dtype)
         width = UNIT // vector.length
         height = _MOST_VECTORS // width
@@ -168,12 +173,21 @@ def tile(
             builder.cbranch(builder.icmp_signed("<", following, k), loop, after)
             builder.position_at_end(after)
             factor, share = vector.repeated(alpha), vector.repeated(beta)
-            for target, value, own in zip(targets, results, bases, strict=True):
-                vector.store(builder.call(fma, [factor, value, builder.fmul(share, vector.load(own))]), target)
+            sums = [
+                builder.call(fma, [factor, value, builder.fmul(share, vector.load(own))])
+                for value, own in zip(results, bases, strict=True)
+            ]
+            with builder.if_else(past) as (beyond, within):
+                with beyond:
+                    for target, value in zip(targets, sums, strict=True):
+                        vector.stream(value, target)
+                with within:
+                    for target, value in zip(targets, sums, strict=True):
+                        vector.store(value, target)
         return context.get_dummy_value()
 
     integer = types.int64
-    given = c, integer, c.dtype, base, integer, c.dtype, a, integer, integer, b, integer, integer
+    given = c, integer, c.dtype, base, integer, c.dtype, a, integer, integer, b, integer, integer, types.boolean
     return types.void(*given), generate
 
 
@@ -265,6 +279,15 @@ class _Vector:
 
     def store(self, value: ir.Value, place: ir.Value) -> None:
         self._builder.store(value, self._builder.bitcast(place, self.type.as_pointer())).align = self._alignment
+
+    def stream(self, value: ir.Value, place: ir.Value) -> None:
+        """Past the caches, to a multiple of the vector's size.
+
+        Other threads see it after a lock's operation, as those are that end a parallel region.
+        """
+        store = self._builder.store(value, self._builder.bitcast(place, self.type.as_pointer()))
+        store.align = _BYTES  # no more than LINE
+        store.set_metadata("nontemporal", self._builder.module.add_metadata([ir.IntType(32)(1)]))
 
     def repeated(self, number: ir.Value) -> ir.Value:
         empty = ir.Constant(self.type, ir.Undefined)
