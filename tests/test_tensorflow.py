@@ -162,13 +162,39 @@ def test_channels_last_with_one_group_is_not_copied(group_size, expected):
     assert any(map(copies, graph.get_operations())) == expected
 
 
-@pytest.mark.parametrize(("samples", "groups"), [(4096, 2), (4096, 17), (100, 2)])
-def test_rows_of_groups_one_by_one_and_in_a_batch_agree(samples, groups):
-    """A graph whitens few groups of many samples one by one, others and eager calls in a batch."""
+@pytest.mark.parametrize(("samples", "groups", "apart"), [(4096, 2, True), (4096, 17, False), (100, 2, False)])
+def test_rows_of_groups_one_by_one_and_in_a_batch_agree(samples, groups, apart):
+    """A graph on CPUs whitens few groups of many samples one by one, others and eager calls in a batch."""
     x, dy = (np.random.default_rng(i).normal(size=(samples, 3 * groups)) for i in range(2))
     given = tf.constant(x), tf.ones(3 * groups, "float64"), tf.zeros(3 * groups, "float64"), tf.constant(dy)
     train = lambda *given: value_and_gradients("iter_norm", *given, axis=-1, group_size=3)
-    for graph, eager in zip(tf.function(train)(*given), train(*given), strict=True):
+    concrete = tf.function(train, autograph=False).get_concrete_function(*given)
+    cut = [o for o in concrete.graph.get_operations() if o.type == "Unpack" and o.outputs[0].shape == (samples, 3)]
+    if all(device.device_type == "CPU" for device in tf.config.get_visible_devices()):
+        assert bool(cut) == apart
+    for graph, eager in zip(concrete(*given), train(*given), strict=True):
+        np.testing.assert_allclose(graph, eager, atol=1e-10)
+
+
+@pytest.mark.parametrize("known", ["x", "dy", "neither", "positions"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("iter_norm", {"axis": -1, "group_size": 4}),
+        ("iter_norm", {"group_size": 4}),
+        ("group_whiten", {"num_groups": 2}),
+    ],
+    ids=["channels last", "channels first", "group whitening"],
+)
+def test_sizes_that_only_x_or_its_gradient_knows(name, options, known):
+    shape = (3, 3, 3, 8) if "axis" in options else (3, 8, 3, 3)
+    unknown = [None if i == 0 or (known != "positions" and n == 3) else n for i, n in enumerate(shape)]
+    specs = [tf.TensorSpec(shape if known == each else unknown, "float64") for each in ("x", "dy")]
+    x, dy = (tf.constant(np.random.default_rng(i).normal(size=shape)) for i in range(2))
+    weight, bias = tf.linspace(tf.constant(1.0, "float64"), 2.0, 8), tf.zeros(8, "float64")
+    train = lambda x, dy: value_and_gradients(name, x, weight, bias, dy, **options)
+    found = tf.function(train, input_signature=specs, autograph=False)(x, dy)
+    for graph, eager in zip(found, train(x, dy), strict=True):
         np.testing.assert_allclose(graph, eager, atol=1e-10)
 
 

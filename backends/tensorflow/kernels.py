@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
@@ -14,9 +14,10 @@ from polywhiten.solvers import Solver
 from polywhiten.solvers.eigh import Eigh
 from polywhiten.tensorflow.namespace import Tensor, small_xp, xp
 
-# as measured on a CPU: matrices that are solved one by one, and groups whose rows are multiplied one by one where
-# these are many; the largest of the matrices
-_FEW, _FEW_GROUPS, _MANY, _SMALL = 4, 16, 4096, 128
+# all as measured on a CPU
+_FEW_MATRICES = 4  # are solved one by one
+_SMALL = 128  # channels of matrices that are transposed by a product
+_FEW_GROUPS, _MANY_SAMPLES = 16, 4096  # of channels-last arrays whose groups are multiplied one by one
 
 
 class TensorFlowKernels(Kernels):
@@ -43,16 +44,16 @@ class TensorFlowKernels(Kernels):
 
     def _products(self, a: Tensor, b: Tensor, block_axis: int) -> Tensor:
         """A B' of every block; products of a batch with one axis, as XLA makes slow ones of more."""
-        if not self.is_wide(a):
+        if not self.is_wide(b):
             return super()._products(a, b, block_axis)
-        p, q, d, l = self.shape(a)
+        p, q, d, l = self.shape(b)  # of x: a gradient's may be unknown
         a, b = (tf.reshape(each, (p * q, d, l)) for each in (a, b))
         return tf.reduce_sum(tf.reshape(tf.matmul(a, b, transpose_b=True), (p, q, d, d)), 1 - block_axis)
 
     def _apply(self, matrix: Tensor, x: Tensor, block_axis: int) -> Tensor:
-        """A X of every block; likewise, where copies of the matrices are not more than x."""
+        """A X of every block; likewise in graphs on CPUs, where copies of the matrices are small beside x."""
         p, q, d, l = self.shape(x)
-        if not self.is_wide(x) or not isinstance(l, int) or d > l:
+        if not (isinstance(l, int) and 2 * d <= l and _is_for_cpus()):
             return super()._apply(matrix, x, block_axis)
         matrices = tf.broadcast_to(tf.expand_dims(matrix, 1 - block_axis), (p, q, d, d))
         return tf.reshape(tf.reshape(matrices, (p * q, d, d)) @ tf.reshape(x, (p * q, d, l)), (p, q, d, l))
@@ -61,49 +62,49 @@ class TensorFlowKernels(Kernels):
         """Mean and covariance; of channels-last arrays with sums as products, which use all cores."""
         if not _is_channels_last(x, block_axis):
             return super().moments(x, block_axis)
-        count = self.sample_count(x, block_axis, least=1)
+        groups, count = _Groups.of(x), self.sample_count(x, block_axis, least=1)
         means, covs = [], []
-        for rows in _rows(self.for_statistics(x)):
+        for rows in groups.rows(self.for_statistics(x)):
             mean = _sums(rows) / count
             centred = rows - mean[..., None, :]
             lost = _sums(centred) / count
             means.append(mean + lost)
             covs.append(tf.matmul(centred, centred, transpose_a=True) / count - outer_square(lost))
-        return _joined(means, x), _joined(covs, x)
+        return groups.joined(means), groups.joined(covs)
 
     def affine_map(self, terms: Sequence[Term], bias: Tensor | None, block_axis: int, dtype: tf.DType) -> Tensor:
         """Centres folded into the bias, for no centred copy.
 
-        A mean of 1e4 deviations costs float32 three digits of y here, the plain kernel two.
+        A mean of 1e4 deviations costs float32 three digits of y so, two with centred copies.
         """
         # not as products: these take ten times as long for a vector
         offset = -tf.add_n([tf.reduce_sum(matrix * centre[:, None], -1) for matrix, _, centre in terms])
         if bias is not None:
             offset += bias
-        x = terms[0].array
+        x = terms[-1].array  # of two, that which is no gradient, whose sizes may be unknown
         if not _is_channels_last(x, block_axis):
             result = along(offset, block_axis)
             for matrix, array, _ in terms:
                 result = self._apply(matrix, self.for_statistics(array), block_axis) + result
             return tf.cast(result, dtype)
-        results = None
+        groups = _Groups.of(x)
+        sums: list[Tensor] = []
         for matrix, array, _ in terms:
-            given = zip(_rows(self.for_statistics(array)), _by_group(matrix, x), strict=True)
+            given = zip(groups.rows(self.for_statistics(array)), groups.each(matrix), strict=True)
             products = [tf.matmul(rows, own, transpose_b=True) for rows, own in given]
-            if results is None:
-                results = list(map(_plus_vector, products, _by_group(offset, x)))
-            else:
-                results = list(map(tf.add, results, products))
-        return tf.cast(_from_rows(results, x), dtype)
+            plus, others = (tf.add, sums) if sums else (_plus_vector, groups.each(offset))
+            sums = list(map(plus, products, others))
+        return tf.cast(groups.restored(sums), dtype)
 
     def cross_moments(self, dy: Tensor, x: Tensor, mean: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
         """S and K; of channels-last arrays with sums as products."""
         if not _is_channels_last(x, block_axis):
             return super().cross_moments(dy, x, mean, block_axis)
-        gradients, samples = (_rows(self.for_statistics(array)) for array in (dy, x))
-        given = zip(gradients, samples, _by_group(mean, x), strict=True)
+        groups = _Groups.of(x)
+        gradients, samples = (groups.rows(self.for_statistics(array)) for array in (dy, x))
+        given = zip(gradients, samples, groups.each(mean), strict=True)
         products = [tf.matmul(rows, own - centre[..., None, :], transpose_a=True) for rows, own, centre in given]
-        return _joined(list(map(_sums, gradients)), x), _joined(products, x)
+        return groups.joined(list(map(_sums, gradients))), groups.joined(products)
 
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
         """W = (cov + eps I)^(-1/2), with the solver's own derivative."""
@@ -143,43 +144,38 @@ def _is_channels_last(x: Tensor, block_axis: int) -> bool:
     return block_axis == 1 and x.shape[3] == 1
 
 
-def _by_themselves(x: Tensor) -> bool:
-    """Whether a channels-last array's groups are whitened one by one: large products are faster than in a batch."""
-    samples, groups, *_ = x.shape
-    return groups == 1 or (groups <= _FEW_GROUPS and (samples is None or samples >= _MANY) and _is_for_cpus())
+@dataclass(frozen=True)
+class _Groups:
+    """Those of a channels-last array (samples, groups, d, 1): each by itself if `apart`, else all in one batch."""
 
+    number: int
+    apart: bool
 
-def _is_for_cpus() -> bool:
-    """Whether this is about a graph that will run on CPUs; elsewhere each operation costs more than a small product."""
-    return not tf.executing_eagerly() and _has_only_cpus()
+    @classmethod
+    def of(cls, x: Tensor) -> _Groups:
+        """Apart where products are large: that is faster than a batch."""
+        samples, number, *_ = x.shape
+        many = samples is None or samples >= _MANY_SAMPLES
+        return cls(number, number == 1 or (number <= _FEW_GROUPS and many and _is_for_cpus()))
 
+    def rows(self, x: Tensor) -> list[Tensor]:
+        """(samples, d) of each; or, of the batch, (groups, samples, d)."""
+        if self.number == 1:
+            return [tf.squeeze(x, (1, 3))]
+        samples = tf.squeeze(x, 3)
+        return tf.unstack(samples, self.number, axis=1) if self.apart else [tf.transpose(samples, (1, 0, 2))]
 
-@cache
-def _has_only_cpus() -> bool:
-    return {device.device_type for device in tf.config.list_physical_devices()} == {"CPU"}
+    def restored(self, rows: list[Tensor]) -> Tensor:
+        """The array of its rows."""
+        return (tf.stack(rows, 1) if self.apart else tf.transpose(rows[0], (1, 0, 2)))[..., None]
 
+    def each(self, statistics: Tensor) -> list[Tensor]:
+        """Statistics (groups, ...) of each, or of the batch."""
+        return tf.unstack(statistics, self.number) if self.apart else [statistics]
 
-def _rows(x: Tensor) -> list[Tensor]:
-    """A channels-last array as (samples, d) for each of few groups, else as one array (groups, samples, d)."""
-    samples = tf.squeeze(x, 3)
-    if x.shape[1] == 1:
-        return [tf.squeeze(samples, 1)]
-    return list(tf.unstack(samples, axis=1)) if _by_themselves(x) else [tf.transpose(samples, (1, 0, 2))]
-
-
-def _from_rows(rows: list[Tensor], x: Tensor) -> Tensor:
-    """As x again."""
-    return (tf.stack(rows, 1) if _by_themselves(x) else tf.transpose(rows[0], (1, 0, 2)))[..., None]
-
-
-def _by_group(statistics: Tensor, x: Tensor) -> list[Tensor]:
-    """Statistics of the groups, as there are rows."""
-    return list(tf.unstack(statistics)) if _by_themselves(x) else [statistics]
-
-
-def _joined(statistics: list[Tensor], x: Tensor) -> Tensor:
-    """Of all groups."""
-    return tf.stack(statistics) if _by_themselves(x) else statistics[0]
+    def joined(self, statistics: list[Tensor]) -> Tensor:
+        """Statistics (groups, ...)."""
+        return tf.stack(statistics) if self.apart else statistics[0]
 
 
 def _sums(rows: Tensor) -> Tensor:
@@ -187,18 +183,25 @@ def _sums(rows: Tensor) -> Tensor:
     return tf.squeeze(tf.matmul(tf.ones_like(rows[..., :1]), rows, transpose_a=True), -2)
 
 
-def _plus_vector(rows: Tensor, vector: Tensor) -> Tensor:
-    """On a product's way, where it is none of a batch."""
-    return tf.nn.bias_add(rows, vector) if rows.shape.rank == 2 else rows + vector[:, None]
+def _plus_vector(product: Tensor, vector: Tensor) -> Tensor:
+    """A vector (..., d) added to rows; TensorFlow does it on the product's way, where that is none of a batch."""
+    return tf.nn.bias_add(product, vector) if product.shape.rank == 2 else product + vector[:, None]
 
 
 def _one_by_one(solve: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
     """A solver's result; few matrices by themselves, as small products in a batch take longer in TensorFlow."""
-    number, _, d = matrices[0].shape if matrices[0].shape.rank == 3 else (None,) * 3
-    if number != 1 and not (number in range(2, _FEW + 1) and _is_for_cpus()):
+    shape, for_cpus = matrices[0].shape, _is_for_cpus()
+    number = shape[0] if shape.rank == 3 else None
+    if number != 1 and not (for_cpus and number in range(2, _FEW_MATRICES + 1)):
         return solve(xp, *matrices)
-    own = small_xp if d in range(1, _SMALL + 1) and _has_only_cpus() else xp
-    return tf.stack([solve(own, *each) for each in zip(*map(tf.unstack, matrices), strict=True)])
+    own = small_xp if for_cpus and shape[-1] in range(1, _SMALL + 1) else xp
+    each = zip(*(tf.unstack(given, number) for given in matrices), strict=True)
+    return tf.stack([solve(own, *given) for given in each])
+
+
+def _is_for_cpus() -> bool:
+    """Whether this is a graph that will run on CPUs; elsewhere each operation costs more than a small product."""
+    return not tf.executing_eagerly() and {each.device_type for each in tf.config.get_visible_devices()} == {"CPU"}
 
 
 KERNELS = TensorFlowKernels(xp)

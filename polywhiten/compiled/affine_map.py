@@ -19,7 +19,7 @@ from polywhiten.compiled.panels import (
     transposed,
     width,
 )
-from polywhiten.compiled.tile import UNIT, at, get, is_null, pointer, put
+from polywhiten.compiled.tile import UNIT, at, fence, get, is_null, pointer, put
 
 _TERMS, _TERM, _Y = 12, 11, 34  # among the numbers: where the terms begin, how many each takes, the layout of y
 
@@ -123,6 +123,7 @@ def affine_map(numbers, scratch, share):
                     False,
                     ahead,
                     0 if direct > 0 else 3,
+                    False,
                 )
                 store_rows(rest, result, ldr)
             continue
@@ -133,10 +134,12 @@ def affine_map(numbers, scratch, share):
             scale_channels(panel, ldc, here, channels, before, bias, centre)
         if two:
             load_columns(at(panel, dp * ldc), ldc, there, at(other_centres, block * d), own)
-        multiply_add(result, ldc, zeros, 0, matrix, depth, 1, panel, ldc, dp, padded(n), depth, False, ahead, 3)
+        multiply_add(result, ldc, zeros, 0, matrix, depth, 1, panel, ldc, dp, padded(n), depth, False, ahead, 3, False)
         if not is_null(after):
             scale_channels(result, ldc, here, channels, after, bias, zeros)
         store_columns(place, result, ldc, line, own)
+    if past:
+        fence()
 
 
 @njit

@@ -1,4 +1,4 @@
-"""Newton's iteration and its derivative, as `polywhiten.solvers.newton` has them, in phases.
+"""Newton's iteration on R and its derivative, see `polywhiten.solvers.newton`, in phases.
 
 What is symmetric is computed above its diagonal, and copied. A phase needs all of the phases before it, and each of its
 columns of tiles nothing of the others: several workers can share a matrix, if they begin every phase together.

@@ -27,7 +27,7 @@ from polywhiten.kernels import Term
 from polywhiten.solvers.newton import Newton
 
 _MOST = 1 << 26  # bytes of memory that is kept for the next call
-_LARGE = 1 << 22  # bytes of a result, which its next reader fetches from memory about as fast
+_LARGE = 1 << 22  # bytes of a result whose next reader is no slower where it has to fetch it from memory
 NO_CHANNELS = Channels(0, 1)
 
 
@@ -193,7 +193,7 @@ class Steps(NamedTuple):
         return self.block_axis == 1 and layout.d_stride == 1 and layout.inner_stride != 1
 
     def _go_past_caches(self, y: Array, layout: Layout) -> bool:
-        """Whether a result's rows are so many that they are better not kept there, and begin where lines do."""
+        """Whether a result is so large that rows written past the caches pay, and these begin where lines do."""
         size = np.dtype(self.library.dtype(y)).itemsize
         places = self.library.address(y), layout.block_stride * size, layout.inner_stride * size
         return math.prod(y.shape) * size >= _LARGE and all(place % LINE == 0 for place in places)

@@ -113,6 +113,17 @@ def prefetch(typingctx: Any, start: Any, index: Any) -> Any:
 
 
 @intrinsic
+def fence(typingctx: Any) -> Any:
+    """Other threads see what was written before as soon as what is written after."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
 def tile(
     typingctx: Any,
     c: Any,
@@ -177,13 +188,11 @@ def tile(
                 builder.call(fma, [factor, value, builder.fmul(share, vector.load(own))])
                 for value, own in zip(results, bases, strict=True)
             ]
-            with builder.if_else(past) as (beyond, within):
-                with beyond:
-                    for target, value in zip(targets, sums, strict=True):
-                        vector.stream(value, target)
-                with within:
-                    for target, value in zip(targets, sums, strict=True):
-                        vector.store(value, target)
+            with builder.if_else(past) as branches:
+                for branch, is_past in zip(branches, (True, False), strict=True):
+                    with branch:
+                        for target, value in zip(targets, sums, strict=True):
+                            vector.store(value, target, is_past)
         return context.get_dummy_value()
 
     integer = types.int64
@@ -277,17 +286,12 @@ class _Vector:
         value.align = self._alignment
         return value
 
-    def store(self, value: ir.Value, place: ir.Value) -> None:
-        self._builder.store(value, self._builder.bitcast(place, self.type.as_pointer())).align = self._alignment
-
-    def stream(self, value: ir.Value, place: ir.Value) -> None:
-        """Past the caches, to a multiple of the vector's size.
-
-        Other threads see it after a lock's operation, as those are that end a parallel region.
-        """
+    def store(self, value: ir.Value, place: ir.Value, past: bool = False) -> None:
+        """Past the caches, to a multiple of the vector's size, if `past`: other threads see that after a `fence`."""
         store = self._builder.store(value, self._builder.bitcast(place, self.type.as_pointer()))
-        store.align = _BYTES  # no more than LINE
-        store.set_metadata("nontemporal", self._builder.module.add_metadata([ir.IntType(32)(1)]))
+        store.align = _BYTES if past else self._alignment
+        if past:
+            store.set_metadata("nontemporal", self._builder.module.add_metadata([ir.IntType(32)(1)]))
 
     def repeated(self, number: ir.Value) -> ir.Value:
         empty = ir.Constant(self.type, ir.Undefined)

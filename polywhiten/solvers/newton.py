@@ -6,7 +6,8 @@ With S scaled to R = S / t, eigenvalues in (0, 1], a step multiplies Z by E = (3
 
 Rounding errors in R don't grow, as those of the papers' P <- (3 P - P P P S) / 2 do: R alone decides the steps, and
 the map of R contracts near I. R and its derivative along a symmetric matrix are symmetric, so that R dR is known from
-dR R, and a step with its derivative costs seven products.
+dR R, and a step with its derivative costs seven products. With r = R / 3 the steps are Z <- 3/2 (Z - Z r) and
+r <- 9/4 (v - v r), v = r - r r: nothing but differences.
 """
 
 from dataclasses import dataclass
@@ -48,8 +49,9 @@ class Newton(ScaledIteration):
         z, dz = 1.5 * (identity_like(xp, s) - r), -1.5 * dr
         for _ in range(self.iterations - 1):
             p = dr @ r
-            p = _reduced(xp, 1.125, *[dr - p - (p + xp.matrix_transpose(p))] * 2, r)
-            dr = p + xp.matrix_transpose(p)  # (9 dR - 6 (R dR + dR R) + R R dR + R dR R + dR R R) / 4
+            p = dr - p - (p + xp.matrix_transpose(p))
+            p = _reduced(xp, 1.125, p, p, r)
+            dr = p + xp.matrix_transpose(p)  # 9/4 (dr - 2 (r dr + dr r) + r r dr + r dr r + dr r r)
             r = _step(xp, r)
             dz = _reduced(xp, 1.5, _reduced(xp, 1.0, dz, dz, r), z, dr)
             z = _reduced(xp, 1.5, z, z, r)
