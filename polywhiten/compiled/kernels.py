@@ -89,10 +89,8 @@ class NumPyKernels(Kernels):
         return _CALLS.inverse_sqrt_adjoint(solver, cov, grad, eps)
 
     def whole(self, plan: Plan, x: Array, *others: Array | None) -> Whole | None:
-        """All of it."""
-        return (
-            WholeWhitening(self, _CALLS, plan, x) if _serves(x, *others[2:]) else None
-        )  # weight and bias are converted
+        """Of arrays that kernels are compiled for; weight and bias are converted."""
+        return WholeWhitening(self, _CALLS, plan, x) if _serves(x, *others[2:]) else None
 
 
 def _serves(x: Array, *others: Array | None) -> bool:

@@ -106,8 +106,8 @@ def multiply_add(c, ldc, base, ld_base, a, row, column, b, ldb, m, n, k, upper, 
     for j in range(0, n, UNIT):
         for i in range(0, min(m, j + UNIT) if upper else m, UNIT):
             own = at(c, i * ldc + j)
-            base_tile, rows, columns = at(base, i * ld_base + j), at(a, i * row), at(b, j)
-            tile(own, ldc, 1.0, base_tile, ld_base, 1.0, rows, row, column, columns, ldb, k, past)
+            start, first, second = at(base, i * ld_base + j), at(a, i * row), at(b, j)
+            tile(own, ldc, 1.0, start, ld_base, 1.0, first, row, column, second, ldb, k, past)
             left -= 1
             if left == 0:
                 for place in range(places):

@@ -148,7 +148,7 @@ class Steps(NamedTuple):
         as_rows = self._as_rows(layout)
         panels_first = not by_block and (as_rows or layout.block_stride < layout.outer_stride)
         places = memory(arranged), address(y), *values
-        order = panels_first, self._go_past_caches(y, layout)
+        order = panels_first, as_rows and self._go_past_caches(y, layout)
         numbers = [len(terms), as_rows, *places, channels.positions, *order, *numbers, *layout]
         kept.append(arranged)
         return y, Step(arrange, numbers, kept), Step(affine_map, numbers, kept)

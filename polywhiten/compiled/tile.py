@@ -16,7 +16,7 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 UNIT = 16  # rows and columns of a tile, which all padded sizes are multiples of
-LINE = 64  # bytes, the size of no vector is larger
+LINE = 64  # bytes of a line of the caches; no vector is larger
 
 _INT = ir.IntType(64)
 
