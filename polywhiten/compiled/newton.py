@@ -8,7 +8,7 @@ from numba import njit
 
 from polywhiten.compiled.panels import APART, clear, padded
 from polywhiten.compiled.parallel import real
-from polywhiten.compiled.tile import UNIT, at, get, number, pointer, put, tile, transposed_tile
+from polywhiten.compiled.tile import UNIT, WIDE, at, get, number, pointer, put, tile, transposed_tile
 
 _MATRICES = 5, 12  # that an iteration works on, and one with its derivative
 _STEPS = 3, 5  # phases of either
@@ -196,12 +196,17 @@ def _start_derivative(dr, dz, grad, dp, ld, d, share, shares):
 @njit
 def _product(target, beta, base, alpha, a, b, n, ld, symmetric, zeros, share, shares):
     """Target = beta base + alpha A B, which is none of them."""
-    for j in range(share * UNIT, n, shares * UNIT):
-        for i in range(0, j + UNIT if symmetric else n, UNIT):
-            own = at(target, i * ld + j)
-            tile(own, ld, beta, at(base, i * ld + j), ld, alpha, at(a, i * ld), ld, 1, at(b, j), ld, n, False)
-            if symmetric and i < j:
-                transposed_tile(at(target, j * ld + i), ld, own, ld, zeros)
+    pairs = (n + UNIT) // WIDE
+    for turn in range((pairs + shares - 1) // shares):
+        pair = WIDE * (turn * shares + (share if turn % 2 == 0 else shares - 1 - share))  # the longest last, and first
+        rows = 0 if pair >= n else min(n, pair + WIDE) if symmetric else n
+        for i in range(0, rows, UNIT):
+            j = pair + UNIT if symmetric and i > pair else pair
+            columns, own = min(WIDE, n - j, pair + WIDE - j), at(target, i * ld + j)
+            tile(own, ld, beta, at(base, i * ld + j), ld, alpha, at(a, i * ld), ld, 1, at(b, j), ld, n, False, columns)
+            for k in range(j, j + columns, UNIT):
+                if symmetric and i < k:
+                    transposed_tile(at(target, k * ld + i), ld, at(target, i * ld + k), ld, zeros)
 
 
 @njit

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from numba import njit
 
-from polywhiten.compiled.tile import UNIT, at, gathered, get, number, prefetch, put, scaled, tile, transposed_tile
+from polywhiten.compiled.tile import UNIT, WIDE, at, gathered, get, number, prefetch, put, scaled, tile, transposed_tile
 
 COLUMNS = 256
 APART = UNIT
@@ -96,18 +96,19 @@ def multiply_add(c, ldc, base, ld_base, a, row, column, b, ldb, m, n, k, upper, 
 
     Memory is asked for the first so many `places` in `ahead` meanwhile. C is written past the caches if `past`.
     """
-    tiles = (m // UNIT) * (n // UNIT)
+    tiles = (m // UNIT) * ((n + UNIT) // WIDE)
     if upper:
-        tiles = m // UNIT * (m // UNIT + 1) // 2
-    each = max(1, 64 // k)  # tiles, so that their time hides that of asking
+        tiles = (m + UNIT) // WIDE * ((m + UNIT) // WIDE + 1)  # or one less
+    each = max(1, 32 // k)  # tiles, so that their time hides that of asking
     parts = (tiles + each - 1) // each
     asked, left = (_asked(ahead[0], parts), _asked(ahead[1], parts), _asked(ahead[2], parts)), 1
     part = 0
-    for j in range(0, n, UNIT):
-        for i in range(0, min(m, j + UNIT) if upper else m, UNIT):
-            own = at(c, i * ldc + j)
-            start, first, second = at(base, i * ld_base + j), at(a, i * row), at(b, j)
-            tile(own, ldc, 1.0, start, ld_base, 1.0, first, row, column, second, ldb, k, past)
+    for pair in range(0, n, WIDE):
+        for i in range(0, min(m, pair + WIDE) if upper else m, UNIT):
+            j = pair + UNIT if upper and i > pair else pair
+            columns = min(WIDE, n - j, pair + WIDE - j)
+            own, start, first, second = at(c, i * ldc + j), at(base, i * ld_base + j), at(a, i * row), at(b, j)
+            tile(own, ldc, 1.0, start, ld_base, 1.0, first, row, column, second, ldb, k, past, columns)
             left -= 1
             if left == 0:
                 for place in range(places):

@@ -221,10 +221,18 @@ _KEPT = _Kept()
 def _workspace(name: str, count: int, dtype: str) -> np.ndarray[Any, Any]:
     kept = _KEPT.arrays.get((name, dtype))
     if kept is None or kept.size < count:
-        kept = np.empty(count, dtype)
+        kept = _empty_lines(count, dtype)
         if kept.nbytes <= _MOST:
             _KEPT.arrays[name, dtype] = kept
     return kept
+
+
+def _empty_lines(count: int, dtype: str) -> np.ndarray[Any, Any]:
+    """Numbers from the beginning of a line of the caches on: vectors that lie across two cost twice as much."""
+    each = LINE // np.dtype(dtype).itemsize
+    array = np.empty(count + each, dtype)
+    first = -memory(array) % LINE * each // LINE
+    return array[first : first + count]
 
 
 def solve(library: Library, solver: Newton, eps: float, phased: bool, *given: Array) -> tuple[Array, list[Step]]:
@@ -255,4 +263,5 @@ def scratch_size(d: int) -> int:
 
 def scratch(workers: int, size: int, dtype: str) -> np.ndarray[Any, Any]:
     """Memory of each worker's own, (workers, size)."""
+    size = padded(size)
     return _workspace("scratch", workers * size, dtype)[: workers * size].reshape(workers, size)

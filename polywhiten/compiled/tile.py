@@ -16,6 +16,7 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 UNIT = 16  # rows and columns of a tile, which all padded sizes are multiples of
+WIDE = 2 * UNIT  # columns of two tiles side by side
 LINE = 64  # bytes of a line of the caches; no vector is larger
 
 _INT = ir.IntType(64)
@@ -24,6 +25,9 @@ _INT = ir.IntType(64)
 _FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES  # "+sse2,+avx,..."
 _BYTES = 64 if "+avx512f" in _FEATURES else 32 if "+avx2" in _FEATURES else 16  # of a vector
 _MOST_VECTORS = 8 if "+sse" in _FEATURES and _BYTES < 64 else 16  # of results: half of the registers, or a few less
+_ABREAST = (
+    2  # vectors of a row of results: each number of A is read for so many products, each vector of B for all rows
+)
 
 
 @intrinsic
@@ -139,65 +143,99 @@ def tile(
     ldb: Any,
     k: Any,
     past: Any,
+    columns: Any,
 ) -> Any:
-    """C = beta base + alpha A B for UNIT x UNIT numbers; A has any strides, rows of all others are contiguous.
+    """C = beta base + alpha A B for UNIT rows of UNIT or WIDE columns; A has any strides, all others' rows are contiguous.
 
     Where `past`, C is written past the caches: its rows begin at multiples of LINE then.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
-        c, ldc, beta, base, ld_base, alpha, a, row, column, b, ldb, k, past = args
+        *_, columns = args
         vector = _Vector(builder, context.get_value_type(signature.args[0].dtype), signature.args[0].dtype)
-        width = UNIT // vector.length
-        height = _MOST_VECTORS // width
-        fma = vector.function("llvm.fmuladd", 3)
-        with cgutils.for_range_slice(builder, _INT(0), _INT(UNIT), _INT(height), _INT) as (first, _):
-
-            def places(start: ir.Value, distance: ir.Value) -> list[ir.Value]:
-                rows = [builder.gep(start, [builder.mul(distance, builder.add(first, _INT(i)))]) for i in range(height)]
-                return [builder.gep(row, [_INT(j * vector.length)]) for row in rows for j in range(width)]
-
-            targets, bases = places(c, ldc), places(base, ld_base)
-            numbers = [builder.gep(a, [builder.mul(row, builder.add(first, _INT(i)))]) for i in range(height)]
-            before, loop = builder.block, builder.append_basic_block("products")
-            after = builder.append_basic_block("results")
-            zero = ir.Constant(vector.type, [0.0] * vector.length)
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            step = builder.phi(_INT)
-            step.add_incoming(_INT(0), before)
-            carried = [builder.phi(vector.type) for _ in targets]
-            for phi in carried:
-                phi.add_incoming(zero, before)
-            place = builder.gep(b, [builder.mul(step, ldb)])
-            factors = [vector.load(builder.gep(place, [_INT(j * vector.length)])) for j in range(width)]
-            offset = builder.mul(step, column)
-            results = []
-            for i in range(height):
-                number = vector.repeated(builder.load(builder.gep(numbers[i], [offset])))
-                for j in range(width):
-                    results.append(builder.call(fma, [number, factors[j], carried[i * width + j]]))
-            following = builder.add(step, _INT(1))
-            step.add_incoming(following, loop)
-            for phi, value in zip(carried, results, strict=True):
-                phi.add_incoming(value, loop)
-            builder.cbranch(builder.icmp_signed("<", following, k), loop, after)
-            builder.position_at_end(after)
-            factor, share = vector.repeated(alpha), vector.repeated(beta)
-            sums = [
-                builder.call(fma, [factor, value, builder.fmul(share, vector.load(own))])
-                for value, own in zip(results, bases, strict=True)
-            ]
-            with builder.if_else(past) as branches:
-                for branch, is_past in zip(branches, (True, False), strict=True):
-                    with branch:
-                        for target, value in zip(targets, sums, strict=True):
-                            vector.store(value, target, is_past)
+        if _ABREAST * vector.length <= UNIT:
+            _products(builder, vector, _ABREAST, *args)
+        else:
+            with builder.if_else(builder.icmp_signed("<", columns, _INT(WIDE))) as (narrow, wide):
+                with narrow:
+                    _products(builder, vector, UNIT // vector.length, *args)
+                with wide:
+                    _products(builder, vector, _ABREAST, *args)
         return context.get_dummy_value()
 
     integer = types.int64
-    given = c, integer, c.dtype, base, integer, c.dtype, a, integer, integer, b, integer, integer, types.boolean
-    return types.void(*given), generate
+    of_c, of_a, of_b = (c, integer, c.dtype, base, integer, c.dtype), (a, integer, integer), (b, integer)
+    return types.void(*of_c, *of_a, *of_b, integer, types.boolean, integer), generate
+
+
+def _products(
+    builder: ir.IRBuilder,
+    vector: _Vector,
+    width: int,
+    c: ir.Value,
+    ldc: ir.Value,
+    beta: ir.Value,
+    base: ir.Value,
+    ld_base: ir.Value,
+    alpha: ir.Value,
+    a: ir.Value,
+    row: ir.Value,
+    column: ir.Value,
+    b: ir.Value,
+    ldb: ir.Value,
+    k: ir.Value,
+    past: ir.Value,
+    columns: ir.Value,
+) -> None:
+    """As `tile`, by blocks of so many vectors in each row of results."""
+    height = min(UNIT, _MOST_VECTORS // width)
+    fma = vector.function("llvm.fmuladd", 3)
+    with (
+        cgutils.for_range_slice(builder, _INT(0), columns, _INT(width * vector.length), _INT) as (left, _),
+        cgutils.for_range_slice(builder, _INT(0), _INT(UNIT), _INT(height), _INT) as (first, _),
+    ):
+
+        def places(start: ir.Value, distance: ir.Value) -> list[ir.Value]:
+            starts = [builder.mul(distance, builder.add(first, _INT(i))) for i in range(height)]
+            rows = [builder.gep(start, [builder.add(left, place)]) for place in starts]
+            return [builder.gep(row, [_INT(j * vector.length)]) for row in rows for j in range(width)]
+
+        targets, bases = places(c, ldc), places(base, ld_base)
+        numbers = [builder.gep(a, [builder.mul(row, builder.add(first, _INT(i)))]) for i in range(height)]
+        before, loop = builder.block, builder.append_basic_block("products")
+        after = builder.append_basic_block("results")
+        zero = ir.Constant(vector.type, [0.0] * vector.length)
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        step = builder.phi(_INT)
+        step.add_incoming(_INT(0), before)
+        carried = [builder.phi(vector.type) for _ in targets]
+        for phi in carried:
+            phi.add_incoming(zero, before)
+        place = builder.gep(b, [builder.add(left, builder.mul(step, ldb))])
+        factors = [vector.load(builder.gep(place, [_INT(j * vector.length)])) for j in range(width)]
+        offset = builder.mul(step, column)
+        results = []
+        for i in range(height):
+            number = vector.repeated(builder.load(builder.gep(numbers[i], [offset])))
+            for j in range(width):
+                results.append(builder.call(fma, [number, factors[j], carried[i * width + j]]))
+        following = builder.add(step, _INT(1))
+        step.add_incoming(following, loop)
+        for phi, value in zip(carried, results, strict=True):
+            phi.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", following, k), loop, after)
+        builder.position_at_end(after)
+        factor, share = vector.repeated(alpha), vector.repeated(beta)
+        sums = [
+            builder.call(fma, [factor, value, builder.fmul(share, vector.load(own))])
+            for value, own in zip(results, bases, strict=True)
+        ]
+        with builder.if_else(past) as branches:
+            for branch, is_past in zip(branches, (True, False), strict=True):
+                with branch:
+                    for target, value in zip(targets, sums, strict=True):
+                        vector.store(value, target, is_past)
 
 
 @intrinsic
