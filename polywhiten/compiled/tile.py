@@ -145,7 +145,7 @@ def tile(
     past: Any,
     columns: Any,
 ) -> Any:
-    """C = beta base + alpha A B for UNIT rows of UNIT or WIDE columns; A has any strides, all others' rows are contiguous.
+    """C = beta base + alpha A B: UNIT rows of UNIT or WIDE columns; A has any strides, rows of others are contiguous.
 
     Where `past`, C is written past the caches: its rows begin at multiples of LINE then.
     """
