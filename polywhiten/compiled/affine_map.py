@@ -7,19 +7,23 @@ from polywhiten.compiled.panels import (
     COLUMNS,
     Channels,
     Place,
+    chunks_of_a_tile,
     clear,
     layout_at,
+    list_lines,
     load_columns,
     load_rows,
     multiply_add,
     padded,
+    panels_memory,
+    part,
     scale_channels,
     store_columns,
     store_rows,
     transposed,
     width,
 )
-from polywhiten.compiled.tile import UNIT, at, fence, get, is_null, pointer, put
+from polywhiten.compiled.tile import UNIT, WIDE, at, fence, get, integers, is_null, pointer, put, tile
 
 _TERMS, _TERM, _Y = 12, 11, 34  # among the numbers: where the terms begin, how many each takes, the layout of y
 
@@ -75,11 +79,11 @@ def affine_map(numbers, scratch, share):
     blocks, d, count, step = layout.blocks, layout.d, layout.outer * layout.inner, width(layout)
     dp, panels = padded(d), (count + step - 1) // step
     depth = terms * dp
-    ld, ldr, ldc = depth + APART, dp + APART, COLUMNS + APART
-    panel, result = scratch, at(scratch, max(COLUMNS * ld, depth * ldc))
-    zeros = at(result, max(COLUMNS * ldr, dp * ldc))
+    ldc = COLUMNS + APART
+    panel, result = scratch, at(scratch, max(COLUMNS * (depth + APART), depth * ldc))
+    zeros = at(result, dp * ldc)
     line = at(zeros, max(dp, COLUMNS))
-    own = at(line, dp)
+    own, lines = at(line, dp), integers(at(scratch, panels_memory(d)))
     clear(zeros, 0, 1, max(dp, COLUMNS) + dp)
     items, panels_first, past = blocks * panels, numbers[10] != 0, numbers[11] != 0
     for item in range(share * items // shares, (share + 1) * items // shares):
@@ -97,35 +101,8 @@ def affine_map(numbers, scratch, share):
         for c in range(d):
             put(line, c, 0.0 if is_null(shift) else get(shift, block * d + c))
         if as_rows:
-            load_rows(panel, ld, here, centre)
-            if two:
-                load_rows(at(panel, dp), ld, there, at(other_centres, block * d))
-            direct = n // UNIT * UNIT if d == dp and layout.outer == 1 and layout.d_stride == 1 else 0
-            if direct > 0:  # each tile as it is, while the next one is computed
-                goal = at(target, block * layout.block_stride + start * layout.inner_stride)
-                lead = layout.inner_stride
-                multiply_add(goal, lead, line, 0, panel, ld, 1, matrix, dp, direct, dp, depth, False, ahead, 2, past)
-            if direct < n:
-                rows, rest = at(panel, direct * ld), Place(target, layout, block, start + direct, n - direct)
-                multiply_add(
-                    result,
-                    ldr,
-                    line,
-                    0,
-                    rows,
-                    ld,
-                    1,
-                    matrix,
-                    dp,
-                    padded(n - direct),
-                    dp,
-                    depth,
-                    False,
-                    ahead,
-                    0 if direct > 0 else 3,
-                    False,
-                )
-                store_rows(rest, result, ldr)
+            two_centres = centre, at(other_centres, block * d)
+            _map_rows(place, here, there, terms, two_centres, matrix, line, panel, result, ahead, lines, past)
             continue
         if is_null(before):
             load_columns(panel, ldc, here, centre, own)
@@ -134,12 +111,59 @@ def affine_map(numbers, scratch, share):
             scale_channels(panel, ldc, here, channels, before, bias, centre)
         if two:
             load_columns(at(panel, dp * ldc), ldc, there, at(other_centres, block * d), own)
-        multiply_add(result, ldc, zeros, 0, matrix, depth, 1, panel, ldc, dp, padded(n), depth, False, ahead, 3, False)
+        multiply_add(result, ldc, zeros, 0, matrix, depth, 1, panel, ldc, dp, padded(n), depth, False, ahead, 3, lines)
         if not is_null(after):
             scale_channels(result, ldc, here, channels, after, bias, zeros)
         store_columns(place, result, ldc, line, own)
     if past:
         fence()
+
+
+@njit
+def _map_rows(place, x, other, terms, centres, matrix, line, panel, result, ahead, lines, past):
+    """Of a panel, few rows after another: they are read while the products of those before are computed."""
+    layout, n, d = place.layout, place.samples, place.layout.d
+    dp = padded(d)
+    depth, several = terms * dp, UNIT * max(1, 4 * UNIT // dp)
+    ld, chunks = depth + APART, chunks_of_a_tile(line, depth)
+    begin, (end, each) = 0, list_lines(lines, padded(n) // UNIT * (dp // UNIT) * chunks, ahead, 2)
+    are_direct = d == dp and layout.outer == 1 and layout.d_stride == 1
+    for first in range(0, n, several):
+        some = min(several, n - first)
+        load_rows(panel, ld, part(x, first, some), centres[0])
+        if terms == 2:
+            load_rows(at(panel, dp), ld, part(other, first, some), centres[1])
+        for i in range(0, some, UNIT):
+            goal, lead, is_direct = result, dp, are_direct and i + UNIT <= some
+            if is_direct:
+                lead = layout.inner_stride
+                goal = at(place.array, place.block * layout.block_stride + (place.start + first + i) * lead)
+            for j in range(0, dp, WIDE):
+                columns, own, offset = min(WIDE, dp - j), at(goal, j), at(line, j)
+                rows, others, is_past = at(panel, i * ld), at(matrix, j), past and is_direct
+                tile(
+                    own,
+                    lead,
+                    1.0,
+                    offset,
+                    0,
+                    1.0,
+                    rows,
+                    ld,
+                    1,
+                    others,
+                    dp,
+                    depth,
+                    is_past,
+                    columns,
+                    lines,
+                    begin,
+                    end,
+                    each,
+                )
+                begin += each * chunks * (columns // UNIT)
+            if not is_direct:
+                store_rows(part(place, first + i, min(UNIT, some - i)), result, dp)
 
 
 @njit

@@ -18,13 +18,14 @@ from polywhiten.compiled.panels import (
     load_rows,
     multiply_add,
     padded,
+    panels_memory,
     sum_columns,
     sum_rows,
     total_of,
     transposed,
     width,
 )
-from polywhiten.compiled.tile import at, doubles, get, number, pointer, put
+from polywhiten.compiled.tile import at, doubles, get, integers, number, pointer, put
 
 
 def moments(numbers, scratch, share):
@@ -40,7 +41,7 @@ def moments(numbers, scratch, share):
     ld, ldc = dp + APART, COLUMNS + APART
     rows, columns = scratch, at(scratch, COLUMNS * ld)
     first = at(columns, dp * ldc)
-    own = at(first, dp)
+    own, lines = at(first, dp), integers(at(scratch, panels_memory(d)))
     for task in range(share * tasks // shares, (share + 1) * tasks // shares):
         block, chunk = divmod(task, chunks)
         products = at(sums, task * dp * dp)
@@ -68,7 +69,9 @@ def moments(numbers, scratch, share):
                         put(row, c, get(row, c) - get(off, c))
             else:
                 transposed(rows, ld, columns, ldc, dp, padded(n), off)
-            multiply_add(products, dp, products, dp, rows, 1, ld, rows, ld, dp, dp, n, True, (ahead, ahead, ahead), 1)
+            multiply_add(
+                products, dp, products, dp, rows, 1, ld, rows, ld, dp, dp, n, True, (ahead, ahead, ahead), 1, lines
+            )
 
 
 def whole_moments(numbers, scratch, share):
@@ -133,7 +136,7 @@ def cross_moments(numbers, scratch, share):
     centre = at(zeros, max(dp, COLUMNS))
     panel_sums, own = at(centre, dp), at(centre, 2 * dp)
     matrix = at(own, OWN)
-    white = at(matrix, dp * dp)
+    white, lines = at(matrix, dp * dp), integers(at(scratch, panels_memory(d)))
     clear(zeros, 0, 1, max(dp, COLUMNS) + dp)
     for task in range(share * tasks // shares, (share + 1) * tasks // shares):
         block, chunk = divmod(task, chunks)
@@ -182,19 +185,22 @@ def cross_moments(numbers, scratch, share):
                         weight,
                         gradients,
                         ahead,
+                        lines,
                     )
                     continue
                 if affine:
-                    multiply_add(white, ldc, zeros, 0, matrix, dp, 1, columns, ldc, dp, padded(n), dp, False, ahead, 0)
+                    multiply_add(
+                        white, ldc, zeros, 0, matrix, dp, 1, columns, ldc, dp, padded(n), dp, False, ahead, 0, lines
+                    )
                     gather_channels(gradient, white, ldc, here, channels, weight, total, gradients, own)
                 else:
                     sum_columns(total, gradient, ldc, d, n)
-            multiply_add(products, dp, products, dp, gradient, row, column, rows, ld, dp, dp, n, False, ahead, 2)
+            multiply_add(products, dp, products, dp, gradient, row, column, rows, ld, dp, dp, n, False, ahead, 2, lines)
 
 
 @njit(fastmath={"reassoc"})
 def _add_runs(
-    products, sums, own, zeros, whitener, gradient, ldc, rows, ld, place, channels, weight, parameters, ahead
+    products, sums, own, zeros, whitener, gradient, ldc, rows, ld, place, channels, weight, parameters, ahead, lines
 ):
     """What a panel of dY gives where each of its runs is of one channel in every row: products of its own.
 
@@ -206,7 +212,22 @@ def _add_runs(
         n, following = channel_run(place, channels, done, j)
         k = j // channels.positions
         multiply_add(
-            own, dp, zeros, 0, at(gradient, done), ldc, 1, at(rows, done * ld), ld, dp, dp, n, False, ahead, places
+            own,
+            dp,
+            zeros,
+            0,
+            at(gradient, done),
+            ldc,
+            1,
+            at(rows, done * ld),
+            ld,
+            dp,
+            dp,
+            n,
+            False,
+            ahead,
+            places,
+            lines,
         )
         for i in range(layout.d):
             channel = i * (layout.inner // channels.positions) + k

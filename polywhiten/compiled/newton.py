@@ -8,7 +8,7 @@ from numba import njit
 
 from polywhiten.compiled.panels import APART, clear, padded
 from polywhiten.compiled.parallel import real
-from polywhiten.compiled.tile import UNIT, WIDE, at, get, number, pointer, put, tile, transposed_tile
+from polywhiten.compiled.tile import UNIT, WIDE, at, get, integers, number, pointer, put, tile, transposed_tile
 
 _MATRICES = 5, 12  # that an iteration works on, and one with its derivative
 _STEPS = 3, 5  # phases of either
@@ -203,7 +203,8 @@ def _product(target, beta, base, alpha, a, b, n, ld, symmetric, zeros, share, sh
         for i in range(0, rows, UNIT):
             j = pair + UNIT if symmetric and i > pair else pair
             columns, own = min(WIDE, n - j, pair + WIDE - j), at(target, i * ld + j)
-            tile(own, ld, beta, at(base, i * ld + j), ld, alpha, at(a, i * ld), ld, 1, at(b, j), ld, n, False, columns)
+            start, first, second = at(base, i * ld + j), at(a, i * ld), at(b, j)
+            tile(own, ld, beta, start, ld, alpha, first, ld, 1, second, ld, n, False, columns, integers(zeros), 0, 0, 0)
             for k in range(j, j + columns, UNIT):
                 if symmetric and i < k:
                     transposed_tile(at(target, k * ld + i), ld, at(target, i * ld + k), ld, zeros)

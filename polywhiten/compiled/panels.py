@@ -10,10 +10,26 @@ from typing import Any, NamedTuple
 
 from numba import njit
 
-from polywhiten.compiled.tile import UNIT, WIDE, at, gathered, get, number, prefetch, put, scaled, tile, transposed_tile
+from polywhiten.compiled.tile import (
+    CHUNK,
+    LINE,
+    UNIT,
+    WIDE,
+    address,
+    at,
+    blocks_of_a_tile,
+    gathered,
+    get,
+    number,
+    put,
+    scaled,
+    tile,
+    transposed_tile,
+)
 
 COLUMNS = 256
 APART = UNIT
+PLACES = 3  # that memory is asked for at most
 OWN = max(3 * UNIT * UNIT, 2 * COLUMNS)  # numbers that `load_columns`, `store_columns` and `gather_channels` work in
 
 
@@ -60,6 +76,12 @@ class Place(NamedTuple):
     samples: int
 
 
+@njit
+def part(place, first, samples):
+    """Of a panel: so many samples from that one on."""
+    return Place(place.array, place.layout, place.block, place.start + first, samples)
+
+
 class Channels(NamedTuple):
     """How channels lie along samples: each has so many adjacent positions of (inner)."""
 
@@ -70,6 +92,20 @@ class Channels(NamedTuple):
 @njit
 def padded(n):
     return (n + UNIT - 1) // UNIT * UNIT
+
+
+@njit
+def panels_memory(d):
+    """Numbers that the largest kernel's panels take, and what else it works in; the list of lines comes after."""
+    dp = padded(d)
+    panel = COLUMNS * (dp + APART) + dp * (COLUMNS + APART)
+    return 3 * panel + 2 * dp * dp + 4 * COLUMNS + 4 * dp + OWN
+
+
+@njit
+def list_memory(d):
+    """Numbers of float32 that the list of lines takes at most."""
+    return 2 * PLACES * _most_lines(d)
 
 
 @njit
@@ -91,94 +127,97 @@ def width(layout):
 
 
 @njit
-def multiply_add(c, ldc, base, ld_base, a, row, column, b, ldb, m, n, k, upper, ahead, places, past=False):
+def multiply_add(c, ldc, base, ld_base, a, row, column, b, ldb, m, n, k, upper, ahead, places, lines):
     """C = base + A B, of padded sizes; where `upper`, only the tiles on the diagonal and above it.
 
-    Memory is asked for the first so many `places` in `ahead` meanwhile. C is written past the caches if `past`.
+    Memory is asked for the first so many `places` in `ahead` meanwhile; `lines` has room for their list.
     """
-    tiles = (m // UNIT) * ((n + UNIT) // WIDE)
+    tiles = m // UNIT * (n // UNIT)
     if upper:
-        tiles = (m + UNIT) // WIDE * ((m + UNIT) // WIDE + 1)  # or one less
-    each = max(1, 32 // k)  # tiles, so that their time hides that of asking
-    parts = (tiles + each - 1) // each
-    asked, left = (_asked(ahead[0], parts), _asked(ahead[1], parts), _asked(ahead[2], parts)), 1
-    part = 0
+        tiles = (tiles + m // UNIT) // 2
+    chunks = chunks_of_a_tile(c, k)
+    end, each = list_lines(lines, tiles * chunks, ahead, places)
+    begin = 0
     for pair in range(0, n, WIDE):
         for i in range(0, min(m, pair + WIDE) if upper else m, UNIT):
             j = pair + UNIT if upper and i > pair else pair
             columns = min(WIDE, n - j, pair + WIDE - j)
             own, start, first, second = at(c, i * ldc + j), at(base, i * ld_base + j), at(a, i * row), at(b, j)
-            tile(own, ldc, 1.0, start, ld_base, 1.0, first, row, column, second, ldb, k, past, columns)
-            left -= 1
-            if left == 0:
-                for place in range(places):
-                    announce(ahead[place], asked[place], part)
-                part, left = part + 1, each
-
-
-class Asked(NamedTuple):
-    """How memory is asked for a panel: from which position of (outer, inner) on, how many lines or rows at a time."""
-
-    outer: int
-    inner: int
-    number: int
-    each: int
+            tile(
+                own,
+                ldc,
+                1.0,
+                start,
+                ld_base,
+                1.0,
+                first,
+                row,
+                column,
+                second,
+                ldb,
+                k,
+                False,
+                columns,
+                lines,
+                begin,
+                end,
+                each,
+            )
+            begin += each * chunks * (columns // UNIT)
 
 
 @njit
-def _asked(place, parts):
+def chunks_of_a_tile(start, k):
+    """Of UNIT columns and k steps: so often it can ask for memory."""
+    return blocks_of_a_tile(start) * ((k + CHUNK - 1) // CHUNK)
+
+
+@njit
+def list_lines(lines, chunks, ahead, places):
+    """List the first so many places in `ahead`: how many lines these are, and how many to ask for before every chunk.
+
+    Asked for all at once, they would keep waiting what the products read.
+    """
+    count = 0
+    for place in range(places):
+        count = _listed(lines, count, (place + 1) * _most_lines(ahead[place].layout.d), ahead[place])
+    return count, (count + chunks - 1) // chunks
+
+
+@njit
+def _most_lines(d):
+    """Of a panel that are asked for."""
+    return (2 * COLUMNS // UNIT + 4) * padded(d)
+
+
+@njit
+def _listed(lines, count, most, place):
+    """Go on with a list up to so many lines."""
     layout = place.layout
-    outer, inner = divmod(place.start, layout.inner)
-    number = place.samples if layout.d_stride == 1 else layout.d
-    if _is_adjacent(layout):
-        number = (inner + place.samples + layout.inner - 1) // layout.inner * _lines(layout)
-    return Asked(outer, inner, number if place.samples > 0 else 0, (number + parts - 1) // parts)
+    outer, j = divmod(place.start, layout.inner)
+    row = at(place.array, place.block * layout.block_stride + outer * layout.outer_stride)
+    done = 0
+    while done < place.samples:
+        n = min(layout.inner - j, place.samples - done)
+        if layout.d_stride == 1:
+            for t in range(j, j + n):
+                count = _run(lines, count, most, at(row, t * layout.inner_stride), layout.d)
+        elif layout.inner_stride == 1 and layout.d_stride == layout.inner and n == layout.inner:
+            count = _run(lines, count, most, row, layout.d * n)
+        elif layout.inner_stride == 1:
+            for c in range(layout.d):
+                count = _run(lines, count, most, at(row, c * layout.d_stride + j), n)
+        row, done, j = at(row, layout.outer_stride), done + n, 0
+    return count
 
 
 @njit
-def _is_adjacent(layout):
-    """Whether a block's short runs are adjacent."""
-    return layout.d_stride == layout.inner and layout.inner_stride == 1 and layout.inner < COLUMNS
-
-
-@njit
-def _lines(layout):
-    return (layout.d * layout.inner + UNIT - 1) // UNIT
-
-
-@njit
-def announce(place, asked, part):
-    """Ask for a part of a panel."""
-    layout, count = place.layout, place.samples
-    outer, j = asked.outer, asked.inner
-    block = at(place.array, place.block * layout.block_stride)
-    first, last = part * asked.each, min((part + 1) * asked.each, asked.number)
-    if _is_adjacent(layout):
-        lines = _lines(layout)
-        t, line = divmod(first, lines)
-        row = at(block, (outer + t) * layout.outer_stride)
-        for _ in range(first, last):
-            prefetch(row, line * UNIT)
-            line += 1
-            if line == lines:
-                row, line = at(row, layout.outer_stride), 0
-    elif layout.d_stride == 1:
-        for t in range(first, last):
-            more, k = 0, j + t
-            if k >= layout.inner:
-                more, k = divmod(k, layout.inner)
-            row = at(block, (outer + more) * layout.outer_stride + k * layout.inner_stride)
-            for c in range(0, layout.d, UNIT):
-                prefetch(row, c)
-    elif layout.inner_stride == 1:
-        done = 0
-        while done < count:
-            n = min(layout.inner - j, count - done)
-            for c in range(first, last):
-                run = at(block, c * layout.d_stride + outer * layout.outer_stride + j)
-                for t in range(0, n, UNIT):
-                    prefetch(run, t)
-            done, outer, j = done + n, outer + 1, 0
+def _run(lines, count, most, start, n):
+    first = address(start) // LINE
+    number = min((address(at(start, n)) + LINE - 1) // LINE - first, most - count)
+    for i in range(number):
+        lines[count + i] = (first + i) * LINE
+    return count + number
 
 
 @njit

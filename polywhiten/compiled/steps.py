@@ -19,7 +19,15 @@ from polywhiten.compiled import newton
 from polywhiten.compiled.affine_map import affine_map, arrange
 from polywhiten.compiled.gradients import fold_weight, gradient_terms
 from polywhiten.compiled.moments import cross_moments, moments, whole_cross_moments, whole_moments
-from polywhiten.compiled.panels import APART, COLUMNS, OWN, Channels, Layout, is_interleaved, padded, width
+from polywhiten.compiled.panels import (
+    Channels,
+    Layout,
+    is_interleaved,
+    list_memory,
+    padded,
+    panels_memory,
+    width,
+)
 from polywhiten.compiled.parallel import Step, bits
 from polywhiten.compiled.parallel import address as memory
 from polywhiten.compiled.tile import LINE
@@ -255,10 +263,8 @@ def solve(library: Library, solver: Newton, eps: float, phased: bool, *given: Ar
 
 
 def scratch_size(d: int) -> int:
-    """Numbers that a worker needs for panels: the largest kernel's, and an even number."""
-    dp = padded(d)
-    panel = COLUMNS * (dp + APART) + dp * (COLUMNS + APART)
-    return int(3 * panel + 2 * dp * dp + 4 * COLUMNS + 4 * dp + OWN)
+    """Numbers that a worker needs for panels, and an even number."""
+    return int(panels_memory(d) + list_memory(d))
 
 
 def scratch(workers: int, size: int, dtype: str) -> np.ndarray[Any, Any]:

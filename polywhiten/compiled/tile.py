@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 
 UNIT = 16  # rows and columns of a tile, which all padded sizes are multiples of
 WIDE = 2 * UNIT  # columns of two tiles side by side
+CHUNK = 16  # steps of a product, between which memory is asked for
 LINE = 64  # bytes of a line of the caches; no vector is larger
 
 _INT = ir.IntType(64)
@@ -25,9 +26,7 @@ _INT = ir.IntType(64)
 _FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES  # "+sse2,+avx,..."
 _BYTES = 64 if "+avx512f" in _FEATURES else 32 if "+avx2" in _FEATURES else 16  # of a vector
 _MOST_VECTORS = 8 if "+sse" in _FEATURES and _BYTES < 64 else 16  # of results: half of the registers, or a few less
-_ABREAST = (
-    2  # vectors of a row of results: each number of A is read for so many products, each vector of B for all rows
-)
+_ABREAST = 2  # vectors of a row of results: for so many products each number of A is read
 
 
 @intrinsic
@@ -38,6 +37,26 @@ def pointer(typingctx: Any, address: Any, like: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(like.dtype)(types.int64, like), generate
+
+
+@intrinsic
+def address(typingctx: Any, start: Any) -> Any:
+    """Of a pointer's first number."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        return builder.ptrtoint(args[0], _INT)
+
+    return types.int64(start), generate
+
+
+@intrinsic
+def integers(typingctx: Any, start: Any) -> Any:
+    """The same memory as a place for numbers of int64."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.int64)(start), generate
 
 
 @intrinsic
@@ -102,21 +121,6 @@ def number(typingctx: Any, start: Any, value: Any) -> Any:
 
 
 @intrinsic
-def prefetch(typingctx: Any, start: Any, index: Any) -> Any:
-    """Ask for the cache line of a number, which is to be read or written soon."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
-        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        place = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
-        builder.call(function, [place, flag(0), flag(2), flag(1)])
-        return context.get_dummy_value()
-
-    return types.void(start, types.int64), generate
-
-
-@intrinsic
 def fence(typingctx: Any) -> Any:
     """Other threads see what was written before as soon as what is written after."""
 
@@ -125,6 +129,17 @@ def fence(typingctx: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), generate
+
+
+@intrinsic
+def blocks_of_a_tile(typingctx: Any, start: Any) -> Any:
+    """How many blocks a tile of UNIT columns is computed in, one after another."""
+    count = _INT(UNIT * UNIT // (_MOST_VECTORS * _length(start.dtype)))
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        return count
+
+    return types.int64(start), generate
 
 
 @intrinsic
@@ -144,14 +159,19 @@ def tile(
     k: Any,
     past: Any,
     columns: Any,
+    lines: Any,
+    begin: Any,
+    end: Any,
+    each: Any,
 ) -> Any:
     """C = beta base + alpha A B: UNIT rows of UNIT or WIDE columns; A has any strides, rows of others are contiguous.
 
-    Where `past`, C is written past the caches: its rows begin at multiples of LINE then.
+    Where `past`, C is written past the caches: its rows begin at multiples of LINE then. Memory is asked for meanwhile:
+    for `each` addresses from lines[begin] on before every CHUNK of the k steps of each block, none from `end` on.
     """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
-        *_, columns = args
+        columns = args[13]
         vector = _Vector(builder, context.get_value_type(signature.args[0].dtype), signature.args[0].dtype)
         if _ABREAST * vector.length <= UNIT:
             _products(builder, vector, _ABREAST, *args)
@@ -165,7 +185,24 @@ def tile(
 
     integer = types.int64
     of_c, of_a, of_b = (c, integer, c.dtype, base, integer, c.dtype), (a, integer, integer), (b, integer)
-    return types.void(*of_c, *of_a, *of_b, integer, types.boolean, integer), generate
+    of_lines = lines, integer, integer, integer
+    return types.void(*of_c, *of_a, *of_b, integer, types.boolean, integer, *of_lines), generate
+
+
+def _phis(builder: ir.IRBuilder, values: Sequence[ir.Value], block: ir.Block) -> list[ir.PhiInstr]:
+    """What the values are, coming from a block."""
+    phis = [builder.phi(value.type) for value in values]
+    for phi, value in zip(phis, values, strict=True):
+        phi.add_incoming(value, block)
+    return phis
+
+
+def _prefetch(builder: ir.IRBuilder, place: ir.Value) -> None:
+    """Ask for the cache line of an address."""
+    byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.inttoptr(place, byte), flag(0), flag(2), flag(1)])
 
 
 def _products(
@@ -186,14 +223,21 @@ def _products(
     k: ir.Value,
     past: ir.Value,
     columns: ir.Value,
+    lines: ir.Value,
+    begin: ir.Value,
+    end: ir.Value,
+    each: ir.Value,
 ) -> None:
     """As `tile`, by blocks of so many vectors in each row of results."""
     height = min(UNIT, _MOST_VECTORS // width)
     fma = vector.function("llvm.fmuladd", 3)
+    chunks = builder.udiv(builder.add(k, _INT(CHUNK - 1)), _INT(CHUNK))
     with (
-        cgutils.for_range_slice(builder, _INT(0), columns, _INT(width * vector.length), _INT) as (left, _),
-        cgutils.for_range_slice(builder, _INT(0), _INT(UNIT), _INT(height), _INT) as (first, _),
+        cgutils.for_range_slice(builder, _INT(0), columns, _INT(width * vector.length), _INT) as (left, across),
+        cgutils.for_range_slice(builder, _INT(0), _INT(UNIT), _INT(height), _INT) as (first, down),
     ):
+        block = builder.add(builder.mul(across, _INT(UNIT // height)), down)
+        asked = builder.add(begin, builder.mul(builder.mul(block, chunks), each))
 
         def places(start: ir.Value, distance: ir.Value) -> list[ir.Value]:
             starts = [builder.mul(distance, builder.add(first, _INT(i))) for i in range(height)]
@@ -201,30 +245,43 @@ def _products(
             return [builder.gep(row, [_INT(j * vector.length)]) for row in rows for j in range(width)]
 
         targets, bases = places(c, ldc), places(base, ld_base)
-        numbers = [builder.gep(a, [builder.mul(row, builder.add(first, _INT(i)))]) for i in range(height)]
-        before, loop = builder.block, builder.append_basic_block("products")
-        after = builder.append_basic_block("results")
+        starts = [builder.gep(a, [builder.mul(row, builder.add(first, _INT(i)))]) for i in range(height)]
+        before = builder.block
+        names = "chunk", "products", "chunk_end", "results"
+        chunk, loop, chunk_end, after = (builder.append_basic_block(name) for name in names)
         zero = ir.Constant(vector.type, [0.0] * vector.length)
+        given = [(_INT(0), asked), [zero] * len(targets), starts]
+        builder.branch(chunk)
+        builder.position_at_end(chunk)
+        outer = [_phis(builder, values, before) for values in given]
+        (begun, place), *_ = outer
+        left_over = builder.sub(end, place)
+        number = builder.select(builder.icmp_signed("<", left_over, each), left_over, each)
+        with cgutils.for_range(builder, number) as asking:
+            _prefetch(builder, builder.load(builder.gep(lines, [builder.add(place, asking.index)])))
+        stop = builder.add(begun, _INT(CHUNK))
+        stop = builder.select(builder.icmp_signed("<", stop, k), stop, k)
+        inner = builder.block
         builder.branch(loop)
         builder.position_at_end(loop)
-        step = builder.phi(_INT)
-        step.add_incoming(_INT(0), before)
-        carried = [builder.phi(vector.type) for _ in targets]
-        for phi in carried:
-            phi.add_incoming(zero, before)
-        place = builder.gep(b, [builder.add(left, builder.mul(step, ldb))])
-        factors = [vector.load(builder.gep(place, [_INT(j * vector.length)])) for j in range(width)]
-        offset = builder.mul(step, column)
+        (step,), carried, numbers = (_phis(builder, values, inner) for values in ([begun], *outer[1:]))
+        start = builder.gep(b, [builder.add(left, builder.mul(step, ldb))])
+        factors = [vector.load(builder.gep(start, [_INT(j * vector.length)])) for j in range(width)]
         results = []
         for i in range(height):
-            number = vector.repeated(builder.load(builder.gep(numbers[i], [offset])))
+            number = vector.repeated(builder.load(numbers[i]))
             for j in range(width):
                 results.append(builder.call(fma, [number, factors[j], carried[i * width + j]]))
         following = builder.add(step, _INT(1))
-        step.add_incoming(following, loop)
-        for phi, value in zip(carried, results, strict=True):
+        moved = [builder.gep(number, [column]) for number in numbers]
+        for phi, value in zip([step, *carried, *numbers], [following, *results, *moved], strict=True):
             phi.add_incoming(value, loop)
-        builder.cbranch(builder.icmp_signed("<", following, k), loop, after)
+        builder.cbranch(builder.icmp_signed("<", following, stop), loop, chunk_end)
+        builder.position_at_end(chunk_end)
+        reached = following, builder.add(place, each), *results, *moved
+        for phi, value in zip([phi for phis in outer for phi in phis], reached, strict=True):
+            phi.add_incoming(value, chunk_end)
+        builder.cbranch(builder.icmp_signed("<", following, k), chunk, after)
         builder.position_at_end(after)
         factor, share = vector.repeated(alpha), vector.repeated(beta)
         sums = [
@@ -306,12 +363,17 @@ def gathered(typingctx: Any, products: Any, sums: Any, values: Any, others: Any)
     return types.void(products, sums, values, others), generate
 
 
+def _length(dtype: Any) -> int:
+    """Numbers of a vector."""
+    return int(_BYTES * 8 // dtype.bitwidth)
+
+
 class _Vector:
     """A vector of the processor's width."""
 
     def __init__(self, builder: ir.IRBuilder, number: ir.Type, dtype: Any) -> None:
         self._builder, self._number, self._alignment = builder, number, dtype.bitwidth // 8
-        self.length = _BYTES // self._alignment
+        self.length = _length(dtype)
         self.type = ir.VectorType(number, self.length)
         self._suffix = f"v{self.length}f{dtype.bitwidth}"
 
