@@ -9,6 +9,7 @@ pytest.importorskip("numba")
 
 import polywhiten as pw  # noqa: E402
 from polywhiten.compiled import calls, large_pages, parallel  # noqa: E402
+from polywhiten.compiled.steps import Steps  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm, cpu  # noqa: E402
 
 
@@ -93,6 +94,20 @@ def test_statistics_that_are_not_small_are_computed_again(layer, keeps):
     (again,) = torch.autograd.grad(layer(x).pow(3).sum(), x)
     torch.testing.assert_close(again, dx)  # one with a derivative of its own, by other kernels
     torch.autograd.grad(dx.pow(2).sum(), x)
+
+
+@pytest.mark.parametrize(("d", "samples"), [(16, 1200), (7, 600)])
+def test_half_of_a_covariance_is_kept_where_all_of_it_is_not_small(d, samples, monkeypatch):
+    layer, x, kept, passes = IterNorm(2 * d, group_size=d), torch.randn(samples, 2 * d, requires_grad=True), [], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert [t.shape for t in kept[-2:]] == [(2, d), (2, d * (d + 1) // 2)]
+    monkeypatch.setattr(Steps, "moments", lambda *args: passes.append(args))
+    (dx,) = torch.autograd.grad(y.pow(3).sum(), x, retain_graph=True)
+    assert not passes
+    monkeypatch.undo()
+    (again,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)  # from the statistics themselves
+    torch.testing.assert_close(dx, again)
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux has large pages to ask for")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
@@ -15,7 +17,7 @@ from polywhiten.compiled import is_available
 from polywhiten.dispatch import Backend, framework_module
 from polywhiten.solvers.minimax import minimax_steps
 from polywhiten.torch.cpu import CPUKernels
-from polywhiten.torch.kernels import TorchKernels
+from polywhiten.torch.kernels import TorchKernels, is_unobserved
 from polywhiten.whitening import NO_STATISTICS, Plan, Statistics
 
 
@@ -74,6 +76,8 @@ class _Whiten(torch.autograd.Function):
             _, *kept = _Whiten.apply(x, weight, bias, ctx.plan)
         if torch.compiler.is_compiling():
             dstats = NO_STATISTICS
+        if len(kept) == 2 and kept[1].ndim == 2:
+            kept[1] = _unfolded(kept[1])
         stats = Statistics(*kept, *[None] * (3 - len(kept)))
         gradients = BACKEND.kernels.whiten_adjoint(ctx.plan, x, weight, bias, stats, dy, Statistics(*dstats))
         return *gradients, None
@@ -81,6 +85,8 @@ class _Whiten(torch.autograd.Function):
 
 def _kept(plan: Plan, x: Tensor, stats: Sequence[Tensor]) -> Sequence[Tensor]:
     """The statistics that aren't computed again in backward: as many of them as are small beside x.
+
+    Of a covariance half of it, where all of it isn't small.
 
     All of them where that takes another exchange between workers, and where others decide what is kept.
     """
@@ -90,7 +96,34 @@ def _kept(plan: Plan, x: Tensor, stats: Sequence[Tensor]) -> Sequence[Tensor]:
         return stats
     sizes = accumulate(each.numel() for each in stats)
     number = sum(size <= _SMALL * x.numel() for size in sizes)
-    return stats[:number] if number > 1 else ()  # the mean alone saves no work
+    if number > 1:
+        return stats[:number]
+    mean, cov, _ = stats
+    if 0.5 * cov.numel() * (1 + 1 / cov.shape[-1]) + mean.numel() <= _SMALL * x.numel() and is_unobserved([cov]):
+        return mean, _folded(cov)
+    return ()  # the mean alone saves no work
+
+
+def _folded(cov: Tensor) -> Tensor:
+    """Covariances (blocks, d, d) without what is below their diagonals, (blocks, d (d + 1) / 2)."""
+    upper, _ = _triangle(cov.shape[-1])
+    return cov.reshape(len(cov), -1).index_select(1, upper)
+
+
+def _unfolded(folded: Tensor) -> Tensor:
+    """These covariances again."""
+    d = math.isqrt(2 * folded.shape[1])
+    _, places = _triangle(d)
+    return folded.index_select(1, places).reshape(-1, d, d)
+
+
+@cache
+def _triangle(d: int) -> tuple[Tensor, Tensor]:
+    """Where the numbers above a matrix's diagonal and on it are; and the place among them of each of the matrix."""
+    rows, columns = torch.triu_indices(d, d)
+    places = torch.empty(d, d, dtype=torch.long)
+    places[rows, columns] = places[columns, rows] = torch.arange(len(rows))
+    return rows * d + columns, places.reshape(-1)
 
 
 class TorchBackend(Backend):
