@@ -6,8 +6,8 @@ from polywhiten.compiled.tile import get, is_null, number, pointer, put
 def fold_weight(numbers, scratch, share):
     """A share of A = diag(weight) W (blocks, d, d), or of A' where there is K.
 
-    K is multiplied by diag(weight) then, and the weight's gradient (blocks, d) is the sum of K's rows times those of W
-    before. Numbers: shares, blocks, d, the addresses of W, weight, A, K or 0 and the gradient.
+    The weight's gradient (blocks, d) is the sum of K's rows times those of W then. Numbers: shares, blocks, d, the
+    addresses of W, weight, A, K or 0 and the gradient.
     """
     shares, blocks, d = numbers[0], numbers[1], numbers[2]
     w, weight, a = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)
@@ -21,9 +21,7 @@ def fold_weight(numbers, scratch, share):
         else:
             total = 0.0
             for j in range(d):
-                value = get(k, row * d + j)
-                total += value * get(w, row * d + j)
-                put(k, row * d + j, factor * value)
+                total += get(k, row * d + j) * get(w, row * d + j)
                 put(a, (block * d + j) * d + i, factor * get(w, row * d + j))
             put(gradient, row, total)
 

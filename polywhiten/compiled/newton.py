@@ -8,7 +8,7 @@ from numba import njit
 
 from polywhiten.compiled.panels import APART, clear, padded
 from polywhiten.compiled.parallel import real
-from polywhiten.compiled.tile import UNIT, WIDE, at, get, integers, number, pointer, put, tile, transposed_tile
+from polywhiten.compiled.tile import UNIT, WIDE, at, get, integers, is_null, number, pointer, put, tile, transposed_tile
 
 _MATRICES = 5, 12  # that an iteration works on, and one with its derivative
 _STEPS = 3, 5  # phases of either
@@ -33,7 +33,8 @@ def inverse_sqrt(numbers, scratch, share):
 def inverse_sqrt_adjoint(numbers, scratch, share):
     """A share of the gradients (blocks, d, d) with respect to covariances, or of one phase of them.
 
-    Numbers: as of `inverse_sqrt`, the last addresses being those of covariances, gradients and results.
+    Numbers: as of `inverse_sqrt`, the last addresses being those of covariances, gradients and results, of what rows of
+    the gradients are multiplied with or 0, and of W, which is written too, or 0.
     """
     shares, phase, blocks, d, iterations = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
     if phase >= 0:
@@ -77,10 +78,7 @@ def _value(numbers, own, phase, block, share, shares):
     if phase == 0:
         _start(own, _matrix(own, 0, dp), _matrix(own, 2, dp), cov, dp, ld, d, eps, tiny, share, shares)
     elif phase == last:
-        root = number(z, get(own, UNIT) ** 0.5)
-        for i in range(share, d, shares):
-            for j in range(d):
-                put(w, i * d + j, get(z, i * ld + j) / root)
+        _put_whitener(w, own, z, ld, d, share, shares)
     elif step == 0:
         _product(q, -6.0, r, 1.0, r, r, dp, ld, True, own, share, shares)
     elif step == 1:
@@ -93,6 +91,7 @@ def _value(numbers, own, phase, block, share, shares):
 def _derivative(numbers, own, phase, block, share, shares):
     d, iterations, eps, tiny = numbers[3], numbers[4], real(numbers, 6), real(numbers, 7)
     cov, grad = at(pointer(numbers[8], own), block * d * d), at(pointer(numbers[9], own), block * d * d)
+    weight = at(pointer(numbers[11], own), block * d if numbers[11] != 0 else 0)
     dp, last = padded(d), phases(iterations, True) - 1
     ld = dp + APART
     iteration, step = divmod(phase - 1, _STEPS[1])
@@ -108,13 +107,14 @@ def _derivative(numbers, own, phase, block, share, shares):
     p, q, more, half = _matrix(own, 8, dp), _matrix(own, 9, dp), _matrix(own, 10, dp), _matrix(own, 11, dp)
     if phase == 0:
         _start(own, _matrix(own, 0, dp), _matrix(own, 2, dp), cov, dp, ld, d, eps, tiny, share, shares)
-        _start_derivative(_matrix(own, 4, dp), _matrix(own, 6, dp), grad, dp, ld, d, share, shares)
+        _start_derivative(_matrix(own, 4, dp), _matrix(own, 6, dp), grad, weight, dp, ld, d, share, shares)
     elif phase == last:
         scale = get(own, UNIT)
         along = eps * _diagonal(dz, ld, d) / scale
         for i in range(d):
             row, z_row = at(dz, i * ld), at(z, i * ld)
-            along += _inner(row, at(cov, i * d), d) / scale + 0.5 * _inner(z_row, at(grad, i * d), d)
+            along += _inner(row, at(cov, i * d), d) / scale
+            along += 0.5 * _factor(weight, i) * _inner(z_row, at(grad, i * d), d)
         result, divisor = at(pointer(numbers[10], own), block * d * d), number(z, scale)
         root = number(z, scale**0.5)
         for i in range(share, d, shares):
@@ -122,6 +122,8 @@ def _derivative(numbers, own, phase, block, share, shares):
             for j in range(d):
                 put(target, j, get(row, j) / divisor / root)  # their product may be too small for its dtype
             put(target, i, (get(row, i) - along) / scale / root)
+        if numbers[12] != 0:
+            _put_whitener(at(pointer(numbers[12], own), block * d * d), own, z, ld, d, share, shares)
     elif step == 0:
         _product(p, -4.0, dr, 1.0, r, dr, dp, ld, False, own, share, shares)
         _product(q, -6.0, r, 1.0, r, r, dp, ld, True, own, share, shares)
@@ -136,6 +138,20 @@ def _derivative(numbers, own, phase, block, share, shares):
         _add_transposed(next_dr, half, 1.0, dp, ld, own, share, shares)
     else:
         _product(next_dz, 1.0, p, -0.5, z, next_dr, dp, ld, True, own, share, shares)
+
+
+@njit
+def _put_whitener(w, own, z, ld, d, share, shares):
+    """W = Z / sqrt(trace)."""
+    root = number(z, get(own, UNIT) ** 0.5)
+    for i in range(share, d, shares):
+        for j in range(d):
+            put(w, i * d + j, get(z, i * ld + j) / root)
+
+
+@njit
+def _factor(weight, i):
+    return number(weight, 1.0) if is_null(weight) else get(weight, i)
 
 
 @njit(fastmath={"reassoc"})
@@ -180,15 +196,16 @@ def _start(own, r, z, cov, dp, ld, d, eps, tiny, share, shares):
 
 
 @njit
-def _start_derivative(dr, dz, grad, dp, ld, d, share, shares):
-    """Those of R and Z along the symmetric part of a gradient."""
+def _start_derivative(dr, dz, grad, weight, dp, ld, d, share, shares):
+    """Those of R and Z along the symmetric part of a gradient, its rows times the weight."""
     for i in range(share, dp, shares):
         row, z_row = at(dr, i * ld), at(dz, i * ld)
         clear(row, 0, 1, dp)
         clear(z_row, 0, 1, dp)
         if i < d:
+            factor = _factor(weight, i)
             for j in range(d):
-                value = number(dr, 0.5) * (get(grad, i * d + j) + get(grad, j * d + i))
+                value = number(dr, 0.5) * (factor * get(grad, i * d + j) + _factor(weight, j) * get(grad, j * d + i))
                 put(row, j, value)
                 put(z_row, j, number(dr, -0.5) * value)
 

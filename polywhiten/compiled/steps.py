@@ -162,7 +162,7 @@ class Steps(NamedTuple):
         return y, Step(arrange, numbers, kept), Step(affine_map, numbers, kept)
 
     def fold_weight(self, w: Array, weight: Array, k: Array | None = None) -> tuple[Array, Array | None, Step]:
-        """A = diag(weight) W; or, where there is K, A', the weight's gradient, and K times the weight in its place."""
+        """A = diag(weight) W; or, where there is K, A' and the weight's gradient."""
         blocks, d, _ = w.shape
         w, weight = self._given(w, blocks, d, d), self._given(weight, blocks, d)
         a = self.library.empty((blocks, d, d), w)
@@ -243,23 +243,35 @@ def _empty_lines(count: int, dtype: str) -> np.ndarray[Any, Any]:
     return array[first : first + count]
 
 
-def solve(library: Library, solver: Newton, eps: float, phased: bool, *given: Array) -> tuple[Array, list[Step]]:
-    """W of a covariance; or, of that and W's gradient, its own.
+def solve(
+    library: Library,
+    solver: Newton,
+    eps: float,
+    phased: bool,
+    cov: Array,
+    grad: Array | None = None,
+    weight: Array | None = None,
+    whitener: Array | None = None,
+) -> tuple[Array, list[Step]]:
+    """W of a covariance; or, of that and W's gradient with its rows times the weight (blocks, d), its own.
 
     In one step, whose workers have matrices of their own in their scratch memory; or, if `phased`, in one for each
-    phase of the iteration, which all workers begin together.
+    phase of the iteration, which all workers begin together. With a gradient, W goes to `whitener` where there is that.
     """
-    arrays, derivative = [library.contiguous(array) for array in given], len(given) == 2
-    *blocks, d, _ = arrays[0].shape
-    number, dtype = math.prod(blocks), library.dtype(arrays[0])
-    result = library.empty((*blocks, d, d), arrays[0])
+    derivative, (*blocks, d, _) = grad is not None, cov.shape
+    arrays = [None if array is None else library.contiguous(array) for array in (cov, grad, weight)]
+    cov, grad, weight = arrays
+    number, dtype = math.prod(blocks), library.dtype(cov)
+    result = library.empty((*blocks, d, d), cov)
     matrices = _workspace("matrices", number * newton.memory(d, derivative), dtype) if phased else None
     place = 0 if matrices is None else memory(matrices)
     reals = bits(eps), bits(float(np.finfo(dtype).smallest_normal))
-    numbers = number, d, solver.iterations, place, *reals, *map(library.address, (*arrays, result))
+    arrays = [cov, grad, result, weight, whitener] if derivative else [cov, result]
+    addresses = (0 if array is None else library.address(array) for array in arrays)
+    numbers = number, d, solver.iterations, place, *reals, *addresses
     kernel = newton.inverse_sqrt_adjoint if derivative else newton.inverse_sqrt
     phases = range(newton.phases(solver.iterations, derivative)) if phased else [-1]
-    return result, [Step(kernel, (phase, *numbers), (*arrays, result, matrices)) for phase in phases]
+    return result, [Step(kernel, (phase, *numbers), (*arrays, matrices)) for phase in phases]
 
 
 def scratch_size(d: int) -> int:

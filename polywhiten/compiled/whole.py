@@ -49,8 +49,9 @@ class WholeWhitening:
     def forward(self, weight: Array | None, bias: Array | None) -> tuple[Array, Statistics]:
         """Y, split into blocks, and the statistics."""
         own = scratch(self._workers, self._scratch_size(False), self._dtype)
-        stats, steps = self._statistics(own)
-        mean, _, whitener = stats
+        (mean, cov), *steps = self._steps.moments(self._x, self._chunks)
+        whitener, steps = self._whitener(own, steps, cov)
+        stats = Statistics(mean, cov, whitener)
         if self._channels.number:
             given = None, self._by_block, self._channels, None, *self._of_channels(weight, bias)
             y, *mapped = self._steps.affine_map([Term(whitener, self._x, mean)], *given)
@@ -77,19 +78,23 @@ class WholeWhitening:
         parameters = own[:, place : place + number * 8 // own.itemsize].view(np.float64)  # their gradients
         parameters[...] = 0
         known: list[Step] = []
-        if stats.mean is None:
-            stats, known = self._statistics(own)
         mean, cov, whitener = stats
-        if whitener is None:
-            whitener, known = self._solved(own, [], cov)
+        if mean is None:
+            (mean, cov), *known = steps.moments(self._x, self._chunks)
+        computed = None
+        if whitener is None and isinstance(self._plan.solver, Newton) and not number:
+            whitener = computed = self._calls.library.empty(cov.shape, cov)  # with the adjoint, which takes it anyway
+        elif whitener is None:
+            whitener, known = self._whitener(own, known, cov)
         by_channel = (channels, whitener, factors, place) if number else ()
         (s, k), *given = steps.cross_moments(dy, self._x, mean, self._chunks, *by_channel)
+        by_variable = None if channels.number or weight is None else self._of_variables(weight)
+        ds, given = self._adjoint(own, [*known, *given], cov, k, by_variable, computed)
         matrix = whitener  # symmetric, up to rounding
         dweight, dbias = None, s
-        if not channels.number and weight is not None:
-            matrix, dweight, folded = steps.fold_weight(whitener, self._of_variables(weight), k)
+        if by_variable is not None:
+            matrix, dweight, folded = steps.fold_weight(whitener, by_variable, k)
             given.append(folded)
-        ds, given = self._solved(own, [*known, *given], cov, k)
         centre, terms = steps.gradient_terms(ds, s, self._count)
         both = [Term(matrix, dy, centre), Term(ds, self._x, mean)]
         dx, *mapped = steps.affine_map(both, None, self._by_block, channels, factors, None, zeros)
@@ -98,23 +103,36 @@ class WholeWhitening:
             dweight, dbias = self._calls.library.converted(parameters.sum(0).reshape(2, -1), self._x)
         return dx, self._gradient(dweight, weight), self._gradient(dbias, bias)
 
-    def _statistics(self, own: np.ndarray[Any, Any]) -> tuple[Statistics, list[Step]]:
-        """The statistics, and the steps that are still to be run for them."""
-        (mean, cov), *steps = self._steps.moments(self._x, self._chunks)
-        whitener, steps = self._solved(own, steps, cov)
-        return Statistics(mean, cov, whitener), steps
-
-    def _solved(self, own: np.ndarray[Any, Any], steps: list[Step], *given: Array) -> tuple[Array, list[Step]]:
-        """The solver's value or derivative, and the steps that are still to be run for it."""
-        solver, eps, kernels = self._plan.solver, self._plan.eps, self._kernels
+    def _whitener(self, own: np.ndarray[Any, Any], steps: list[Step], cov: Array) -> tuple[Array, list[Step]]:
+        """W, and the steps that are still to be run for it."""
+        solver, eps = self._plan.solver, self._plan.eps
         if isinstance(solver, Newton):
-            result, solving = solve(self._calls.library, solver, eps, self._phased, *given)
-            return result, [*steps, *solving]
+            whitener, solving = solve(self._calls.library, solver, eps, self._phased, cov)
+            return whitener, [*steps, *solving]
         self._run(steps, own)
-        cov, *grad = given
-        if grad:
-            return kernels.inverse_sqrt_adjoint(solver, cov, grad[0], eps), []
-        return kernels.inverse_sqrt(solver, cov, eps), []
+        return self._kernels.inverse_sqrt(solver, cov, eps), []
+
+    def _adjoint(
+        self,
+        own: np.ndarray[Any, Any],
+        steps: list[Step],
+        cov: Array,
+        grad: Array,
+        weight: Array | None,
+        whitener: Array | None,
+    ) -> tuple[Array, list[Step]]:
+        """The covariance's gradient by that of W, its rows times the weight; and the steps that are still to be run.
+
+        Newton's iteration gives W again, in `whitener`.
+        """
+        solver, eps = self._plan.solver, self._plan.eps
+        if isinstance(solver, Newton):
+            ds, solving = solve(self._calls.library, solver, eps, self._phased, cov, grad, weight, whitener)
+            return ds, [*steps, *solving]
+        self._run(steps, own)
+        return self._kernels.inverse_sqrt_adjoint(
+            solver, cov, grad if weight is None else grad * weight[..., None], eps
+        ), []
 
     def _run(self, steps: Sequence[Step], own: np.ndarray[Any, Any]) -> None:
         if self._by_block:
