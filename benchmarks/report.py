@@ -76,7 +76,10 @@ def panel(axes: Axes, records: list[Record]) -> None:
 def table(records: list[Record]) -> str:
     """The bars and what was measured, as Markdown."""
     by_run = {r.backend: (r.machine, r.versions) for r in records}
-    machines = list(dict.fromkeys(machine for machine, _ in by_run.values()))
+    machines: dict[str, list[str]] = {}
+    for backend, (machine, _) in by_run.items():
+        machines.setdefault(machine, []).append(FRAMEWORKS[backend])
+    where = "; ".join(name if len(machines) == 1 else f"{name} ({', '.join(of)})" for name, of in machines.items())
     versions = list(dict.fromkeys(part for _, given in by_run.values() for part in given.split(", ")))
     lines = [
         "Time of polywhiten over that of others in the same run, float32; training is forward and backward.",
@@ -97,7 +100,7 @@ def table(records: list[Record]) -> str:
         lines.append(
             f"| {FRAMEWORKS[bar.backend]}{mode}: {about} | {of} | {bar.statistic} | {bar.limit:.3g}{goal} | {value} |"
         )
-    return "\n".join([*lines, "", f"On {'; '.join(machines)}, with {', '.join(versions)}."])
+    return "\n".join([*lines, "", f"On {where}, with {', '.join(versions)}."])
 
 
 @click.command()
