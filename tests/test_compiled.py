@@ -9,10 +9,12 @@ import pytest
 
 pytest.importorskip("numba")
 
+from numba import njit
+
 import polywhiten as pw
 from polywhiten import dispatch
 from polywhiten.blocks import ChannelGroups, SampleGroups
-from polywhiten.compiled import calls, kernels, parallel, steps, whole
+from polywhiten.compiled import calls, kernels, panels, parallel, steps, tile, whole
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import solver_for
 from polywhiten.whitening import NO_STATISTICS, Plan, Statistics, backward, forward
@@ -113,10 +115,11 @@ def check_both_passes(compiled, plan, given, dy):
     y, stats = forward(compiled, plan, *given)
     wanted, expected = forward(EXACT, plan, *exact(given))
     close([y, *stats], [wanted, *expected])
-    found = backward(compiled, plan, *given, stats, dy)
     wanted = backward(EXACT, plan, *exact(given), expected, *exact([dy]))
-    assert [a is None for a in found] == [a is None for a in given]
-    close([a for a in found if a is not None], [a for a in wanted if a is not None])
+    for known in (stats, stats._replace(whitener=None), NO_STATISTICS):
+        found = backward(compiled, plan, *given, known, dy)
+        assert [a is None for a in found] == [a is None for a in given]
+        close([a for a in found if a is not None], [a for a in wanted if a is not None])
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["block by block", "step by step"])
@@ -210,7 +213,8 @@ def test_more_channels_than_a_panel_has_samples(compiled, order):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "not aligned"])
-def test_rows_of_large_results_go_past_the_caches(compiled, monkeypatch, dtype, offset):
+@pytest.mark.parametrize("d", [16, 32, 48])
+def test_rows_of_large_results_go_past_the_caches(compiled, monkeypatch, dtype, offset, d):
     """Only to where lines of the cache begin: the processor has no such stores to other places."""
 
     def empty_like(library, like):
@@ -223,13 +227,42 @@ def test_rows_of_large_results_go_past_the_caches(compiled, monkeypatch, dtype, 
     monkeypatch.setattr(steps.Steps, "_go_past_caches", lambda *given: chosen.append(original(*given)) or chosen[-1])
     monkeypatch.setattr(steps, "_LARGE", 1)
     monkeypatch.setattr(kernels._NumPy, "empty_like", empty_like)
-    x, dy = random(2, 603, 3, 32, 1, dtype=dtype)
-    a, b = random(2, 3, 32, 32, dtype=dtype)
-    mean, shift = random(2, 3, 32, dtype=dtype)
+    x, dy = random(2, 603, 3, d, 1, dtype=dtype)
+    a, b = random(2, 3, d, d, dtype=dtype)
+    mean, shift = random(2, 3, d, dtype=dtype)
     terms = [Term(a, dy, mean), Term(b, x, mean)]
     found = compiled.affine_map(terms, shift, 1, x.dtype)
     close([found], [EXACT.affine_map([Term(*exact(term)) for term in terms], *exact([shift]), 1, np.float64)])
     assert chosen == [offset == 0]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_memory_of_workers_begins_where_lines_do(dtype):
+    assert all(parallel.address(row) % tile.LINE == 0 for row in steps.scratch(3, 17, dtype))
+
+
+@njit
+def listed(x, layout, start, samples, lines):
+    place = panels.Place(tile.pointer(x.ctypes.data, x), layout, 1, start, samples)
+    return panels.list_lines(tile.pointer(lines.ctypes.data, lines), 7, (place, place, place), 1)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2)], ids=["columns", "rows"])
+@pytest.mark.parametrize(("inner", "start", "samples"), [(100, 30, 200), (5, 0, 250), (5, 3, 90), (300, 256, 44)])
+def test_lines_of_a_panel_are_listed(dtype, order, inner, start, samples):
+    """All of its memory and no other's; as many as there is room for."""
+    x = in_memory(random(64, 2, 19, inner, dtype=dtype), order)
+    strides = [stride // x.itemsize for stride in x.strides]
+    layout = panels.Layout(2, 64, 19, inner, strides[1], strides[0], strides[2], strides[3])
+    lines = np.zeros(steps.list_memory(19) // 2, np.int64)
+    count, each = listed(x, layout, start, samples, lines)
+    assert (each - 1) * 7 < count <= 7 * each
+    numbers = np.arange(x.size).reshape(x.transpose(order).shape).transpose(np.argsort(order))
+    numbers = numbers[:, 1].swapaxes(1, 2).reshape(-1, 19)[start : start + samples]
+    wanted = (parallel.address(x.transpose(order)) + numbers.astype(np.int64) * x.itemsize) // tile.LINE * tile.LINE
+    assert set(lines[:count]) == set(wanted.ravel())
+    assert not lines[count:].any()
 
 
 def test_constant_channels_without_eps(compiled):
@@ -241,7 +274,7 @@ def test_constant_channels_without_eps(compiled):
 
 def test_matrices_that_threads_share(compiled, monkeypatch):
     monkeypatch.setattr(calls, "_SHARED", 1)
-    for d in (3, 40):
+    for d in (3, 40, 130):
         cov = np.cov(random(d, 3 * d))[None]
         grad = random(1, d, d, seed=4)
         close([compiled.inverse_sqrt(NEWTON, cov, 1e-5)], [EXACT.inverse_sqrt(NEWTON, cov, 1e-5)])

@@ -96,18 +96,37 @@ def test_statistics_that_are_not_small_are_computed_again(layer, keeps):
     torch.autograd.grad(dx.pow(2).sum(), x)
 
 
-@pytest.mark.parametrize(("d", "samples"), [(16, 1200), (7, 600)])
-def test_half_of_a_covariance_is_kept_where_all_of_it_is_not_small(d, samples, monkeypatch):
-    layer, x, kept, passes = IterNorm(2 * d, group_size=d), torch.randn(samples, 2 * d, requires_grad=True), [], []
+@pytest.mark.parametrize(
+    ("layer", "shape", "d"),
+    [
+        (IterNorm(32, group_size=16), (1200, 32), 16),
+        (IterNorm(14, group_size=7), (600, 14), 7),
+        (GroupWhitening(8, 16), (3, 16, 300), 8),
+    ],
+    ids=["IterNorm", "odd", "GroupWhitening"],
+)
+def test_half_of_a_covariance_is_kept_where_all_of_it_is_not_small(layer, shape, d, monkeypatch):
+    x, kept, passes = torch.randn(shape, requires_grad=True), [], []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = layer(x)
-    assert [t.shape for t in kept[-2:]] == [(2, d), (2, d * (d + 1) // 2)]
+    assert [t.shape[1:] for t in kept[-2:]] == [(d,), (d * (d + 1) // 2,)]
     monkeypatch.setattr(Steps, "moments", lambda *args: passes.append(args))
     (dx,) = torch.autograd.grad(y.pow(3).sum(), x, retain_graph=True)
     assert not passes
     monkeypatch.undo()
     (again,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)  # from the statistics themselves
     torch.testing.assert_close(dx, again)
+
+
+def test_half_of_a_covariance_on_another_default_device_and_of_half_precision():
+    layer, x = IterNorm(22, group_size=11), torch.randn(900, 22, requires_grad=True)
+    with torch.device("meta"):  # of new tensors, where x isn't one
+        (dx,) = torch.autograd.grad(layer(x).pow(3).sum(), x)
+    (again,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+    torch.testing.assert_close(dx, again)
+    half = x.detach().bfloat16().requires_grad_()
+    (dx,) = torch.autograd.grad(layer(half).float().pow(3).sum(), half)
+    torch.testing.assert_close(dx.float(), again.detach(), rtol=0.1, atol=0.1)
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux has large pages to ask for")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import lru_cache
 from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
@@ -86,9 +86,8 @@ class _Whiten(torch.autograd.Function):
 def _kept(plan: Plan, x: Tensor, stats: Sequence[Tensor]) -> Sequence[Tensor]:
     """The statistics that aren't computed again in backward: as many of them as are small beside x.
 
-    Of a covariance half of it, where all of it isn't small.
-
-    All of them where that takes another exchange between workers, and where others decide what is kept.
+    Of the covariance half, where all of it isn't small. All statistics where it takes another exchange between workers
+    to compute them again, and where others decide what is kept.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or plan.all_reduce is not None:
         return stats
@@ -99,7 +98,8 @@ def _kept(plan: Plan, x: Tensor, stats: Sequence[Tensor]) -> Sequence[Tensor]:
     if number > 1:
         return stats[:number]
     mean, cov, _ = stats
-    if 0.5 * cov.numel() * (1 + 1 / cov.shape[-1]) + mean.numel() <= _SMALL * x.numel() and is_unobserved([cov]):
+    small = (cov.numel() + 3 * mean.numel()) / 2 <= _SMALL * x.numel()
+    if small and is_unobserved([cov]):  # a tracer's tensors take no others as indices
         return mean, _folded(cov)
     return ()  # the mean alone saves no work
 
@@ -117,12 +117,13 @@ def _unfolded(folded: Tensor) -> Tensor:
     return folded.index_select(1, places).reshape(-1, d, d)
 
 
-@cache
+@lru_cache(maxsize=8)
 def _triangle(d: int) -> tuple[Tensor, Tensor]:
     """Where the numbers above a matrix's diagonal and on it are; and the place among them of each of the matrix."""
-    rows, columns = torch.triu_indices(d, d)
-    places = torch.empty(d, d, dtype=torch.long)
-    places[rows, columns] = places[columns, rows] = torch.arange(len(rows))
+    given: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}  # whatever the default device is
+    rows, columns = torch.triu_indices(d, d, **given)
+    places = torch.empty(d, d, **given)
+    places[rows, columns] = places[columns, rows] = torch.arange(len(rows), **given)
     return rows * d + columns, places.reshape(-1)
 
 

@@ -6,8 +6,8 @@ from polywhiten.compiled.tile import get, is_null, number, pointer, put
 def fold_weight(numbers, scratch, share):
     """A share of A = diag(weight) W (blocks, d, d), or of A' where there is K.
 
-    The weight's gradient (blocks, d) is the sum of K's rows times those of W then. Numbers: shares, blocks, d, the
-    addresses of W, weight, A, K or 0 and the gradient.
+    Where there is K, the weight's gradient (blocks, d) is the sum of its rows times those of W. Numbers: shares,
+    blocks, d, the addresses of W, weight, A, K or 0 and the gradient.
     """
     shares, blocks, d = numbers[0], numbers[1], numbers[2]
     w, weight, a = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)

@@ -213,13 +213,15 @@ def _start_derivative(dr, dz, grad, weight, dp, ld, d, share, shares):
 @njit
 def _product(target, beta, base, alpha, a, b, n, ld, symmetric, zeros, share, shares):
     """Target = beta base + alpha A B, which is none of them."""
-    pairs = (n + UNIT) // WIDE
-    for turn in range((pairs + shares - 1) // shares):
-        pair = WIDE * (turn * shares + (share if turn % 2 == 0 else shares - 1 - share))  # the longest last, and first
-        rows = 0 if pair >= n else min(n, pair + WIDE) if symmetric else n
+    step = WIDE if n >= 2 * WIDE * shares else UNIT
+    strips = (n + step - 1) // step
+    for turn in range((strips + shares - 1) // shares):
+        place = turn * shares + (share if turn % 2 == 0 else shares - 1 - share)
+        left = step * (strips - 1 - place)  # the longest first: what is left over in the end is short
+        rows = 0 if left < 0 else min(n, left + step) if symmetric else n
         for i in range(0, rows, UNIT):
-            j = pair + UNIT if symmetric and i > pair else pair
-            columns, own = min(WIDE, n - j, pair + WIDE - j), at(target, i * ld + j)
+            j = left + UNIT if symmetric and i > left else left
+            columns, own = min(n, left + step) - j, at(target, i * ld + j)
             start, first, second = at(base, i * ld + j), at(a, i * ld), at(b, j)
             tile(own, ld, beta, start, ld, alpha, first, ld, 1, second, ld, n, False, columns, integers(zeros), 0, 0, 0)
             for k in range(j, j + columns, UNIT):

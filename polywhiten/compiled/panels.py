@@ -102,10 +102,9 @@ def panels_memory(d):
     return 3 * panel + 2 * dp * dp + 4 * COLUMNS + 4 * dp + OWN
 
 
-@njit
 def list_memory(d):
-    """Numbers of float32 that the list of lines takes at most."""
-    return 2 * PLACES * _most_lines(d)
+    """Numbers that the list of lines takes at most, of float32; of float64 half of them would do."""
+    return 2 * PLACES * _most_lines.py_func(d)
 
 
 @njit
@@ -141,7 +140,7 @@ def multiply_add(c, ldc, base, ld_base, a, row, column, b, ldb, m, n, k, upper, 
     for pair in range(0, n, WIDE):
         for i in range(0, min(m, pair + WIDE) if upper else m, UNIT):
             j = pair + UNIT if upper and i > pair else pair
-            columns = min(WIDE, n - j, pair + WIDE - j)
+            columns = min(n, pair + WIDE) - j
             own, start, first, second = at(c, i * ldc + j), at(base, i * ld_base + j), at(a, i * row), at(b, j)
             tile(
                 own,
@@ -167,9 +166,9 @@ def multiply_add(c, ldc, base, ld_base, a, row, column, b, ldb, m, n, k, upper, 
 
 
 @njit
-def chunks_of_a_tile(start, k):
+def chunks_of_a_tile(like, k):
     """Of UNIT columns and k steps: so often it can ask for memory."""
-    return blocks_of_a_tile(start) * ((k + CHUNK - 1) // CHUNK)
+    return blocks_of_a_tile(like) * ((k + CHUNK - 1) // CHUNK)
 
 
 @njit
@@ -216,7 +215,7 @@ def _run(lines, count, most, start, n):
     first = address(start) // LINE
     number = min((address(at(start, n)) + LINE - 1) // LINE - first, most - count)
     for i in range(number):
-        lines[count + i] = (first + i) * LINE
+        put(lines, count + i, (first + i) * LINE)
     return count + number
 
 

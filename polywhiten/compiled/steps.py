@@ -275,8 +275,8 @@ def solve(
 
 
 def scratch_size(d: int) -> int:
-    """Numbers that a worker needs for panels, and an even number."""
-    return int(panels_memory(d) + list_memory(d))
+    """Numbers that a worker needs for panels and the list of lines, and an even number."""
+    return int(panels_memory.py_func(d) + list_memory(d))  # nothing to compile for that
 
 
 def scratch(workers: int, size: int, dtype: str) -> np.ndarray[Any, Any]:

@@ -132,14 +132,14 @@ def fence(typingctx: Any) -> Any:
 
 
 @intrinsic
-def blocks_of_a_tile(typingctx: Any, start: Any) -> Any:
+def blocks_of_a_tile(typingctx: Any, like: Any) -> Any:
     """How many blocks a tile of UNIT columns is computed in, one after another."""
-    count = _INT(UNIT * UNIT // (_MOST_VECTORS * _length(start.dtype)))
+    count = _INT(UNIT * UNIT // (_MOST_VECTORS * _length(like.dtype)))
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
         return count
 
-    return types.int64(start), generate
+    return types.int64(like), generate
 
 
 @intrinsic
