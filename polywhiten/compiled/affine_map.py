@@ -14,6 +14,7 @@ from polywhiten.compiled.panels import (
     load_columns,
     load_rows,
     multiply_add,
+    multiply_listed,
     padded,
     panels_memory,
     part,
@@ -23,7 +24,7 @@ from polywhiten.compiled.panels import (
     transposed,
     width,
 )
-from polywhiten.compiled.tile import UNIT, WIDE, at, fence, get, integers, is_null, pointer, put, tile
+from polywhiten.compiled.tile import UNIT, at, fence, get, integers, is_null, pointer, put
 
 _TERMS, _TERM, _Y = 12, 11, 34  # among the numbers: where the terms begin, how many each takes, the layout of y
 
@@ -125,8 +126,8 @@ def _map_rows(place, x, other, terms, centres, matrix, line, panel, result, ahea
     layout, n, d = place.layout, place.samples, place.layout.d
     dp = padded(d)
     depth, several = terms * dp, UNIT * max(1, 4 * UNIT // dp)
-    ld, chunks = depth + APART, chunks_of_a_tile(line, depth)
-    begin, (end, each) = 0, list_lines(lines, padded(n) // UNIT * (dp // UNIT) * chunks, ahead, 2)
+    ld, tiles = depth + APART, padded(n) // UNIT * (dp // UNIT)
+    begin, (end, each) = 0, list_lines(lines, tiles * chunks_of_a_tile(line, depth), ahead, 2)
     are_direct = d == dp and layout.outer == 1 and layout.d_stride == 1
     for first in range(0, n, several):
         some = min(several, n - first)
@@ -138,30 +139,10 @@ def _map_rows(place, x, other, terms, centres, matrix, line, panel, result, ahea
             if is_direct:
                 lead = layout.inner_stride
                 goal = at(place.array, place.block * layout.block_stride + (place.start + first + i) * lead)
-            for j in range(0, dp, WIDE):
-                columns, own, offset = min(WIDE, dp - j), at(goal, j), at(line, j)
-                rows, others, is_past = at(panel, i * ld), at(matrix, j), past and is_direct
-                tile(
-                    own,
-                    lead,
-                    1.0,
-                    offset,
-                    0,
-                    1.0,
-                    rows,
-                    ld,
-                    1,
-                    others,
-                    dp,
-                    depth,
-                    is_past,
-                    columns,
-                    lines,
-                    begin,
-                    end,
-                    each,
-                )
-                begin += each * chunks * (columns // UNIT)
+            rows, is_past = at(panel, i * ld), past and is_direct
+            begin = multiply_listed(
+                goal, lead, line, 0, rows, ld, 1, matrix, dp, UNIT, dp, depth, False, is_past, lines, begin, end, each
+            )
             if not is_direct:
                 store_rows(part(place, first + i, min(UNIT, some - i)), result, dp)
 

@@ -134,35 +134,23 @@ def multiply_add(c, ldc, base, ld_base, a, row, column, b, ldb, m, n, k, upper, 
     tiles = m // UNIT * (n // UNIT)
     if upper:
         tiles = (tiles + m // UNIT) // 2
+    end, each = list_lines(lines, tiles * chunks_of_a_tile(c, k), ahead, places)
+    multiply_listed(c, ldc, base, ld_base, a, row, column, b, ldb, m, n, k, upper, False, lines, 0, end, each)
+
+
+@njit
+def multiply_listed(c, ldc, base, ld_base, a, row, column, b, ldb, m, n, k, upper, past, lines, begin, end, each):
+    """As `multiply_add`, or past the caches, with a list that is there, from `begin` on; the place that it came to."""
     chunks = chunks_of_a_tile(c, k)
-    end, each = list_lines(lines, tiles * chunks, ahead, places)
-    begin = 0
     for pair in range(0, n, WIDE):
         for i in range(0, min(m, pair + WIDE) if upper else m, UNIT):
             j = pair + UNIT if upper and i > pair else pair
             columns = min(n, pair + WIDE) - j
             own, start, first, second = at(c, i * ldc + j), at(base, i * ld_base + j), at(a, i * row), at(b, j)
-            tile(
-                own,
-                ldc,
-                1.0,
-                start,
-                ld_base,
-                1.0,
-                first,
-                row,
-                column,
-                second,
-                ldb,
-                k,
-                False,
-                columns,
-                lines,
-                begin,
-                end,
-                each,
-            )
+            of_c, of_a = (own, ldc, 1.0, start, ld_base, 1.0), (first, row, column)
+            tile(*of_c, *of_a, second, ldb, k, past, columns, lines, begin, end, each)
             begin += each * chunks * (columns // UNIT)
+    return begin
 
 
 @njit

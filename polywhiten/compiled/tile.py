@@ -174,13 +174,13 @@ def tile(
         columns = args[13]
         vector = _Vector(builder, context.get_value_type(signature.args[0].dtype), signature.args[0].dtype)
         if _ABREAST * vector.length <= UNIT:
-            _products(builder, vector, _ABREAST, *args)
+            _products(builder, vector, _ABREAST, args)
         else:
             with builder.if_else(builder.icmp_signed("<", columns, _INT(WIDE))) as (narrow, wide):
                 with narrow:
-                    _products(builder, vector, UNIT // vector.length, *args)
+                    _products(builder, vector, UNIT // vector.length, args)
                 with wide:
-                    _products(builder, vector, _ABREAST, *args)
+                    _products(builder, vector, _ABREAST, args)
         return context.get_dummy_value()
 
     integer = types.int64
@@ -205,30 +205,9 @@ def _prefetch(builder: ir.IRBuilder, place: ir.Value) -> None:
     builder.call(function, [builder.inttoptr(place, byte), flag(0), flag(2), flag(1)])
 
 
-def _products(
-    builder: ir.IRBuilder,
-    vector: _Vector,
-    width: int,
-    c: ir.Value,
-    ldc: ir.Value,
-    beta: ir.Value,
-    base: ir.Value,
-    ld_base: ir.Value,
-    alpha: ir.Value,
-    a: ir.Value,
-    row: ir.Value,
-    column: ir.Value,
-    b: ir.Value,
-    ldb: ir.Value,
-    k: ir.Value,
-    past: ir.Value,
-    columns: ir.Value,
-    lines: ir.Value,
-    begin: ir.Value,
-    end: ir.Value,
-    each: ir.Value,
-) -> None:
-    """As `tile`, by blocks of so many vectors in each row of results."""
+def _products(builder: ir.IRBuilder, vector: _Vector, width: int, args: Sequence[ir.Value]) -> None:
+    """`tile` of these arguments, by blocks of so many vectors in each row of results."""
+    c, ldc, beta, base, ld_base, alpha, a, row, column, b, ldb, k, past, columns, lines, begin, end, each = args
     height = min(UNIT, _MOST_VECTORS // width)
     fma = vector.function("llvm.fmuladd", 3)
     chunks = builder.udiv(builder.add(k, _INT(CHUNK - 1)), _INT(CHUNK))
