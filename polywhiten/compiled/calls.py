@@ -75,8 +75,7 @@ class Calls(NamedTuple):
             workers = min(workers, number)
         result, steps = solve(self.library, solver, eps, phased, *given)
         own = scratch(workers, 1 if phased else newton.memory(d, derivative), dtype)
-        for step in steps:
-            run([step], workers, own)
+        run(steps, workers, own)
         return result
 
     def are_phases_shared(self, solver: Newton, number: int, d: int) -> bool:

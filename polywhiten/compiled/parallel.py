@@ -38,16 +38,21 @@ class Step(NamedTuple):
 
 
 def run(steps: Sequence[Step], workers: int, scratch: np.ndarray[Any, Any], shares: int | None = None) -> None:
-    """For every share of the work, call the steps' kernels one after another: kernel(numbers, scratch, share).
+    """Call the steps' kernels for every share of the work: kernel(numbers, scratch, share).
 
-    A worker takes adjacent shares, one if their number isn't given, and has scratch memory of its own. A kernel's first
-    number is that of shares; numbers and memory are pointers.
+    A worker takes adjacent shares, and all steps of a share follow each other. Without their number every worker has
+    one, and a step begins when all workers have ended the one before. Workers have scratch memory of their own. A
+    kernel's first number is that of shares; numbers and memory are pointers.
     """
+    openmp = None if FORKED else _openmp()
+    if shares is None and workers > 1 and openmp is None:
+        for step in steps:
+            run([step], workers, scratch, workers)
+        return
+    functions = (openmp.thread, openmp.threads, openmp.barrier if shares is None else 0) if openmp else (0, 0, 0)
     shares = workers if shares is None else shares
     if FORKED:
         workers = 1
-    openmp = _openmp()
-    functions = openmp.functions if openmp else (0, 0)
     data = array("q", (address(scratch), scratch.strides[0], workers, shares, *functions, len(steps)))
     numbers = [array("q", (shares, *step.numbers)) for step in steps]
     for step, given in zip(steps, numbers, strict=True):
@@ -90,7 +95,9 @@ def bits(value: float) -> int:
 
 class _OpenMP(NamedTuple):
     parallel: Any  # of a function, the address of its data, a number of threads, and flags
-    functions: list[int]  # addresses of those that say which thread is calling, of how many
+    thread: int  # address of the function that says which thread is calling
+    threads: int  # and of how many
+    barrier: int  # of that which waits for all of them
 
 
 def _openmp() -> _OpenMP | None:
@@ -100,11 +107,11 @@ def _openmp() -> _OpenMP | None:
     """
     if not _FOUND and _PROCESS is not None:
         with suppress(AttributeError):
-            functions = [_PROCESS.omp_get_thread_num, _PROCESS.omp_get_num_threads]
+            functions = _PROCESS.omp_get_thread_num, _PROCESS.omp_get_num_threads, _PROCESS.GOMP_barrier
             parallel = _PROCESS.GOMP_parallel
             parallel.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
             parallel.restype = None
-            _FOUND.append(_OpenMP(parallel, [ctypes.cast(f, ctypes.c_void_p).value or 0 for f in functions]))
+            _FOUND.append(_OpenMP(parallel, *(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in functions)))
     return _FOUND[0] if _FOUND else None
 
 
@@ -161,11 +168,15 @@ def _version() -> str:
 
 @njit
 def _work(data, worker):
-    """One worker's part of what `run` describes."""
-    memory, distance, workers, shares, steps = data[0], data[1], data[2], data[3], data[6]
-    for share in range(worker * shares // workers, (worker + 1) * shares // workers):
-        for step in range(steps):
-            _call(data[7 + 2 * step], data[8 + 2 * step], memory + worker * distance, share)
+    """All steps of one worker's shares of what `run` describes."""
+    for share in range(worker * data[3] // data[2], (worker + 1) * data[3] // data[2]):
+        for step in range(data[7]):
+            _take(data, step, worker, share)
+
+
+@njit
+def _take(data, step, worker, share):
+    _call(data[8 + 2 * step], data[9 + 2 * step], data[0] + worker * data[1], share)
 
 
 @cache
@@ -196,8 +207,15 @@ def _region() -> int:
     """Address of what each of OpenMP's threads calls."""
 
     def region(data: Any) -> None:
-        for worker in range(_ask(data[4]), data[2], _ask(data[5])):  # OpenMP may give fewer threads
-            _work(data, worker)
+        first, threads, workers, barrier = _ask(data[4]), _ask(data[5]), data[2], data[6]
+        if barrier == 0:
+            for worker in range(first, workers, threads):  # OpenMP may give fewer threads
+                _work(data, worker)
+            return
+        for step in range(data[7]):
+            for worker in range(first, workers, threads):
+                _take(data, step, worker, worker)
+            _wait(barrier)
 
     return int(_kept(region, "", cfunc, types.void(_NUMBERS)).address)
 
@@ -221,6 +239,17 @@ def _ask(typingctx: Any, function: Any) -> Any:
         return builder.sext(builder.call(builder.inttoptr(args[0], kind.as_pointer()), []), _INT)
 
     return types.int64(types.int64), generate
+
+
+@intrinsic
+def _wait(typingctx: Any, function: Any) -> Any:
+    """Until every thread does so."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        builder.call(builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), []).as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @intrinsic

@@ -135,11 +135,7 @@ class WholeWhitening:
         ), []
 
     def _run(self, steps: Sequence[Step], own: np.ndarray[Any, Any]) -> None:
-        if self._by_block:
-            run(steps, self._workers, own, self._layout.blocks)
-        else:
-            for step in steps:
-                run([step], self._workers, own)
+        run(steps, self._workers, own, self._layout.blocks if self._by_block else None)
 
     @property
     def _phased(self) -> bool:
