@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -127,6 +128,10 @@ def _triangle(d: int) -> tuple[Tensor, Tensor]:
     return rows * d + columns, places.reshape(-1)
 
 
+# else PyTorch finds it out in every call, which takes as long as a small kernel
+_Whiten.forward.__signature__ = signature(_Whiten.forward)  # type: ignore[attr-defined]
+
+
 class TorchBackend(Backend):
     """PyTorch's kernels, with whitening as an operation of its own."""
 
@@ -134,6 +139,9 @@ class TorchBackend(Backend):
 
     def whiten(self, plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
         """Y and the statistics, all differentiable."""
+        given = [tensor for tensor in (x, weight, bias) if tensor is not None]
+        if not torch.compiler.is_compiling() and is_unobserved(given):
+            return self.kernels.whiten(plan, x, weight, bias)
         y, *stats = _Whiten.apply(x, weight, bias, plan)
         return y, Statistics(*stats)
 

@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import polywhiten.torch.namespace as xp
 from polywhiten.kernels import Kernels, Term, regularized
@@ -165,8 +166,8 @@ def folded(terms: Sequence[Term], bias: Tensor | None) -> Tensor:
 def is_unobserved(tensors: Sequence[Tensor]) -> bool:
     """Whether nobody but the caller sees how a result comes about.
 
-    PyTorch does where it records operations for a derivative of theirs, in the transforms of `torch.func`, while it
-    traces, and where tensors are of subclasses.
+    PyTorch does where it records operations for a derivative of theirs, where tensors may have tangents, in the
+    transforms of `torch.func`, while it traces, and where tensors are of subclasses.
     """
     return (
         not torch._C._are_functorch_transforms_active()
@@ -180,6 +181,7 @@ def _have_memory(tensors: Sequence[Tensor]) -> bool:
     plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
     return (
         plain
+        and forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._dispatch_tls_is_dispatch_key_included(_OLD_VMAP)

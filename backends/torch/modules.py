@@ -187,16 +187,17 @@ class IterNorm(nn.Module):
     @torch.no_grad()
     def _update(self, stats: WhiteningStats) -> None:
         # what isn't finite makes a sum so; a whitener's elements are too small for theirs to overflow
-        finite = torch.isfinite(stats.mean).all() & torch.isfinite(stats.whitener.sum())
+        largest = torch.linalg.vector_norm(stats.mean, math.inf)
+        finite = torch.abs(largest + stats.whitener.sum()) < math.inf
         if self.on_nonfinite == "raise" and not finite:
             raise ValueError("x has NaN or infinity, or values too large for its dtype (on_nonfinite='raise')")
         count = self.get_buffer("num_batches_tracked")
         count.add_(finite)
-        factor = 1 / count.clamp(min=1) if self.momentum is None else self.momentum
         for name, batch in (("running_mean", stats.mean), (self._matrices, getattr(stats, self.track))):
             running = self.get_buffer(name)
-            newer = running + factor * (batch - running)
-            running.copy_(torch.where(finite, newer, running))
+            newest = torch.where(finite, batch, running)
+            factor = 1 / count.clamp(min=1).to(newest.dtype) if self.momentum is None else self.momentum
+            running.copy_(torch.lerp(running.to(newest.dtype), newest, factor))
 
     def extra_repr(self) -> str:
         """Arguments, as `repr` shows them."""
