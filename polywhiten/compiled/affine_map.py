@@ -131,9 +131,9 @@ def _map_rows(place, x, other, terms, centres, matrix, line, panel, result, ahea
     are_direct = d == dp and layout.outer == 1 and layout.d_stride == 1
     for first in range(0, n, several):
         some = min(several, n - first)
-        load_rows(panel, ld, part(x, first, some), centres[0])
+        load_rows(panel, ld, part(x, first, some), centres[0], result)  # sums that nobody asks for
         if terms == 2:
-            load_rows(at(panel, dp), ld, part(other, first, some), centres[1])
+            load_rows(at(panel, dp), ld, part(other, first, some), centres[1], result)
         for i in range(0, some, UNIT):
             goal, lead, is_direct = result, dp, are_direct and i + UNIT <= some
             if is_direct:

@@ -20,12 +20,11 @@ from polywhiten.compiled.panels import (
     padded,
     panels_memory,
     sum_columns,
-    sum_rows,
     total_of,
     transposed,
     width,
 )
-from polywhiten.compiled.tile import at, doubles, get, integers, number, pointer, put
+from polywhiten.compiled.tile import UNIT, at, centred_rows, doubles, get, integers, number, pointer, put
 
 
 def moments(numbers, scratch, share):
@@ -55,18 +54,15 @@ def moments(numbers, scratch, share):
             off = at(means, (block * panels + panel) * dp)
             clear(off, 0, 1, dp)
             if as_rows:
-                load_rows(rows, ld, here, first)
-                sum_rows(off, rows, ld, d, n)
+                load_rows(rows, ld, here, first, off)
             else:
                 load_columns(columns, ldc, here, first, own)
                 sum_columns(off, columns, ldc, d, n)
             for c in range(d):
                 put(off, c, get(off, c) / n)
             if as_rows:
-                for t in range(n):
-                    row = at(rows, t * ld)
-                    for c in range(d):
-                        put(row, c, get(row, c) - get(off, c))
+                for c in range(0, dp, UNIT):  # sums that nobody asks for go where columns would be
+                    centred_rows(at(rows, c), ld, at(rows, c), ld, n, at(off, c), columns)
             else:
                 transposed(rows, ld, columns, ldc, dp, padded(n), off)
             multiply_add(
@@ -134,7 +130,7 @@ def cross_moments(numbers, scratch, share):
     gradient = at(columns, dp * ldc)
     zeros = at(gradient, max(dp * ldc, COLUMNS * ld))
     centre = at(zeros, max(dp, COLUMNS))
-    panel_sums, own = at(centre, dp), at(centre, 2 * dp)
+    own = at(centre, dp)
     matrix = at(own, OWN)
     white, lines = at(matrix, dp * dp), integers(at(scratch, panels_memory(d)))
     clear(zeros, 0, 1, max(dp, COLUMNS) + dp)
@@ -158,12 +154,8 @@ def cross_moments(numbers, scratch, share):
             next_x, next_dy = Place(x, layout, block, start + n, left), Place(dy, dy_layout, block, start + n, left)
             ahead, row, column = (next_x, next_dy, next_dy), ldc, 1
             if as_rows:
-                load_rows(rows, ld, here, centre)
-                load_rows(gradient, ld, there, zeros)
-                clear(panel_sums, 0, 1, dp)
-                sum_rows(panel_sums, gradient, ld, d, n)
-                for c in range(d):
-                    put(total, c, get(total, c) + get(panel_sums, c))
+                load_rows(rows, ld, here, centre, columns)  # sums that nobody asks for
+                load_rows(gradient, ld, there, zeros, total)
                 row, column = 1, ld
             else:
                 load_columns(columns, ldc, here, centre, own)

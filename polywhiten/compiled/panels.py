@@ -18,6 +18,7 @@ from polywhiten.compiled.tile import (
     address,
     at,
     blocks_of_a_tile,
+    centred_rows,
     gathered,
     get,
     number,
@@ -29,6 +30,7 @@ from polywhiten.compiled.tile import (
 
 COLUMNS = 256
 APART = UNIT
+_NEAR = 4 * UNIT  # rows that are read column by column: the pages of more aren't all at hand
 PLACES = 3  # that memory is asked for at most
 OWN = max(3 * UNIT * UNIT, 2 * COLUMNS)  # numbers that `load_columns`, `store_columns` and `gather_channels` work in
 
@@ -187,14 +189,28 @@ def _listed(lines, count, most, place):
     while done < place.samples:
         n = min(layout.inner - j, place.samples - done)
         if layout.d_stride == 1:
-            for t in range(j, j + n):
-                count = _run(lines, count, most, at(row, t * layout.inner_stride), layout.d)
+            for t in range(j, j + n, _NEAR):
+                some = min(_NEAR, j + n - t)
+                count = _rows(lines, count, most, at(row, t * layout.inner_stride), layout, some)
         elif layout.inner_stride == 1 and layout.d_stride == layout.inner and n == layout.inner:
             count = _run(lines, count, most, row, layout.d * n)
         elif layout.inner_stride == 1:
             for c in range(layout.d):
                 count = _run(lines, count, most, at(row, c * layout.d_stride + j), n)
         row, done, j = at(row, layout.outer_stride), done + n, 0
+    return count
+
+
+@njit
+def _rows(lines, count, most, start, layout, n):
+    """The first lines of every row, then the second ones: LLVM has vectors for that."""
+    distance = address(at(start, layout.inner_stride)) - address(start)
+    size = address(at(start, layout.d)) - address(start)
+    lead = address(start) % LINE if distance % LINE == 0 else LINE - 1
+    for i in range(min((lead + size + LINE - 1) // LINE, (most - count) // n)):
+        for t in range(n):
+            put(lines, count + t, address(start) + t * distance + i * LINE)
+        count += n
     return count
 
 
@@ -335,21 +351,25 @@ def load_first(target, array, layout, block):
 
 
 @njit
-def load_rows(target, ld, place, centre):
-    """A panel less its centre, as rows."""
+def load_rows(target, ld, place, centre, sums):
+    """A panel less its centre, as rows; what they add up to is added to `sums`."""
     layout, count, d = place.layout, place.samples, place.layout.d
-    block = at(place.array, place.block * layout.block_stride)
+    block, done, whole = at(place.array, place.block * layout.block_stride), 0, d // UNIT * UNIT
     outer, j = divmod(place.start, layout.inner)
-    for t in range(count):
+    while done < count:
+        n = min(layout.inner - j, count - done, _NEAR)
         source = at(block, outer * layout.outer_stride + j * layout.inner_stride)
-        row = at(target, t * ld)
-        if layout.d_stride == 1:
-            for c in range(d):
-                put(row, c, get(source, c) - get(centre, c))
-        else:
-            for c in range(d):
-                put(row, c, get(source, c * layout.d_stride) - get(centre, c))
-        j += 1
+        rows = at(target, done * ld)
+        for c in range(0, whole, UNIT):
+            centred_rows(at(rows, c), ld, at(source, c), layout.inner_stride, n, at(centre, c), at(sums, c))
+        for c in range(whole, d):
+            total = number(target, 0.0)
+            for t in range(n):
+                value = get(source, t * layout.inner_stride + c) - get(centre, c)
+                put(rows, t * ld + c, value)
+                total += value
+            put(sums, c, get(sums, c) + total)
+        done, j = done + n, j + n
         if j == layout.inner:
             outer, j = outer + 1, 0
     clear(at(target, d), ld, count, padded(d) - d)
@@ -389,15 +409,6 @@ def sum_columns(sums, columns, ld, d, count):
     """Add those of each of d rows."""
     for c in range(d):
         put(sums, c, get(sums, c) + total_of(at(columns, c * ld), count))
-
-
-@njit
-def sum_rows(sums, rows, ld, d, count):
-    """Add those over the rows."""
-    for t in range(count):
-        row = at(rows, t * ld)
-        for c in range(d):
-            put(sums, c, get(sums, c) + get(row, c))
 
 
 @njit
