@@ -249,17 +249,18 @@ def listed(x, layout, start, samples, lines):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2)], ids=["columns", "rows"])
+@pytest.mark.parametrize("d", [19, 32])  # of 32 every row begins at the same place of a line
 @pytest.mark.parametrize(("inner", "start", "samples"), [(100, 30, 200), (5, 0, 250), (5, 3, 90), (300, 256, 44)])
-def test_lines_of_a_panel_are_listed(dtype, order, inner, start, samples):
+def test_lines_of_a_panel_are_listed(dtype, order, d, inner, start, samples):
     """All of its memory and no other's; as many as there is room for."""
-    x = in_memory(random(64, 2, 19, inner, dtype=dtype), order)
+    x = in_memory(random(64, 2, d, inner, dtype=dtype), order)
     strides = [stride // x.itemsize for stride in x.strides]
-    layout = panels.Layout(2, 64, 19, inner, strides[1], strides[0], strides[2], strides[3])
-    lines = np.zeros(steps.list_memory(19) // 2, np.int64)
+    layout = panels.Layout(2, 64, d, inner, strides[1], strides[0], strides[2], strides[3])
+    lines = np.zeros(steps.list_memory(d) // 2, np.int64)
     count, each = listed(x, layout, start, samples, lines)
     assert (each - 1) * 7 < count <= 7 * each
     numbers = np.arange(x.size).reshape(x.transpose(order).shape).transpose(np.argsort(order))
-    numbers = numbers[:, 1].swapaxes(1, 2).reshape(-1, 19)[start : start + samples]
+    numbers = numbers[:, 1].swapaxes(1, 2).reshape(-1, d)[start : start + samples]
     wanted = (parallel.address(x.transpose(order)) + numbers.astype(np.int64) * x.itemsize) // tile.LINE * tile.LINE
     assert set(lines[:count]) == set(wanted.ravel())
     assert not lines[count:].any()
@@ -399,7 +400,7 @@ def test_memory_that_is_too_large_to_keep(compiled, monkeypatch):
 def test_sums_of_many_samples_are_exact(compiled):
     dy = np.full((300_000, 1, 16, 1), 0.1, "float32")
     s, _ = compiled.cross_moments(dy, dy, np.zeros((1, 16), "float32"), 1)
-    np.testing.assert_allclose(s, 30_000, rtol=3e-5)
+    np.testing.assert_allclose(s, 30_000, rtol=1e-6)
     x, dy = random(1, 30_000, 16, dtype="float32"), np.full((1, 30_000, 16), 0.1, "float32")
     plan, bias = Plan(SampleGroups(2, 1), NEWTON, 1e-3), np.zeros(16, "float32")
     _, stats = forward(compiled, plan, x, None, bias)

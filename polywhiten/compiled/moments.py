@@ -26,6 +26,8 @@ from polywhiten.compiled.panels import (
 )
 from polywhiten.compiled.tile import UNIT, at, centred_rows, doubles, get, integers, number, pointer, put
 
+_ROWS = 1 << 12  # numbers of either array
+
 
 def moments(numbers, scratch, share):
     """A share of the products of panels about their own means, and these means less a block's first sample.
@@ -124,13 +126,15 @@ def cross_moments(numbers, scratch, share):
     gradients = doubles(at(scratch, numbers[9]))
     dy_layout, layout = layout_at(numbers, 12), layout_at(numbers, 20)
     d, count, step = layout.d, layout.outer * layout.inner, width(layout)
+    if as_rows and d <= 4 * UNIT:
+        step = min(step, _ROWS // padded(d) // UNIT * UNIT)  # of both arrays in the first cache, and sums that stay there
     dp, panels, tasks = padded(d), (count + step - 1) // step, layout.blocks * chunks
     ld, ldc, size = dp + APART, COLUMNS + APART, dp * (dp + 1)
     rows, columns = scratch, at(scratch, COLUMNS * ld)
     gradient = at(columns, dp * ldc)
     zeros = at(gradient, max(dp * ldc, COLUMNS * ld))
     centre = at(zeros, max(dp, COLUMNS))
-    own = at(centre, dp)
+    panel_sums, lost, own = at(centre, dp), at(centre, 2 * dp), at(centre, 3 * dp)
     matrix = at(own, OWN)
     white, lines = at(matrix, dp * dp), integers(at(scratch, panels_memory(d)))
     clear(zeros, 0, 1, max(dp, COLUMNS) + dp)
@@ -139,6 +143,7 @@ def cross_moments(numbers, scratch, share):
         products = at(sums, task * size)
         total = at(products, dp * dp)
         clear(products, 0, 1, size)
+        clear(lost, 0, 1, dp)
         for c in range(d):
             put(centre, c, get(mean, block * d + c))
         if affine:
@@ -155,7 +160,9 @@ def cross_moments(numbers, scratch, share):
             ahead, row, column = (next_x, next_dy, next_dy), ldc, 1
             if as_rows:
                 load_rows(rows, ld, here, centre, columns)  # sums that nobody asks for
-                load_rows(gradient, ld, there, zeros, total)
+                clear(panel_sums, 0, 1, dp)
+                load_rows(gradient, ld, there, zeros, panel_sums)
+                _add_exactly(total, lost, panel_sums, d)
                 row, column = 1, ld
             else:
                 load_columns(columns, ldc, here, centre, own)
@@ -188,6 +195,15 @@ def cross_moments(numbers, scratch, share):
                 else:
                     sum_columns(total, gradient, ldc, d, n)
             multiply_add(products, dp, products, dp, gradient, row, column, rows, ld, dp, dp, n, False, ahead, 2, lines)
+
+
+@njit
+def _add_exactly(totals, lost, values, count):
+    """Kahan's sum: what a total is too large by is taken off with the next value."""
+    for c in range(count):
+        value, before = get(values, c) - get(lost, c), get(totals, c)
+        put(totals, c, before + value)
+        put(lost, c, (get(totals, c) - before) - value)
 
 
 @njit(fastmath={"reassoc"})

@@ -30,7 +30,7 @@ from polywhiten.compiled.tile import (
 
 COLUMNS = 256
 APART = UNIT
-_NEAR = 4 * UNIT  # rows that are read column by column: the pages of more aren't all at hand
+_NEAR = 4 * UNIT  # rows that are gone through column by column: the pages of more aren't all at hand
 PLACES = 3  # that memory is asked for at most
 OWN = max(3 * UNIT * UNIT, 2 * COLUMNS)  # numbers that `load_columns`, `store_columns` and `gather_channels` work in
 
@@ -189,9 +189,7 @@ def _listed(lines, count, most, place):
     while done < place.samples:
         n = min(layout.inner - j, place.samples - done)
         if layout.d_stride == 1:
-            for t in range(j, j + n, _NEAR):
-                some = min(_NEAR, j + n - t)
-                count = _rows(lines, count, most, at(row, t * layout.inner_stride), layout, some)
+            count = _rows(lines, count, most, at(row, j * layout.inner_stride), layout, n)
         elif layout.inner_stride == 1 and layout.d_stride == layout.inner and n == layout.inner:
             count = _run(lines, count, most, row, layout.d * n)
         elif layout.inner_stride == 1:
@@ -203,14 +201,20 @@ def _listed(lines, count, most, place):
 
 @njit
 def _rows(lines, count, most, start, layout, n):
-    """The first lines of every row, then the second ones: LLVM has vectors for that."""
+    """Go on with those of so many rows."""
     distance = address(at(start, layout.inner_stride)) - address(start)
-    size = address(at(start, layout.d)) - address(start)
-    lead = address(start) % LINE if distance % LINE == 0 else LINE - 1
-    for i in range(min((lead + size + LINE - 1) // LINE, (most - count) // n)):
+    if distance % LINE != 0:
         for t in range(n):
-            put(lines, count + t, address(start) + t * distance + i * LINE)
-        count += n
+            count = _run(lines, count, most, at(start, t * layout.inner_stride), layout.d)
+        return count
+    first = address(start) // LINE * LINE
+    number = (address(at(start, layout.d)) + LINE - 1 - first) // LINE
+    for t in range(0, n, _NEAR):
+        for i in range(number):  # the first line of every row, then the second one: LLVM has vectors for that
+            some = min(_NEAR, n - t, most - count)
+            for k in range(some):
+                put(lines, count + k, first + (t + k) * distance + i * LINE)
+            count += some
     return count
 
 
