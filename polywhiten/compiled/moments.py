@@ -12,6 +12,7 @@ from polywhiten.compiled.panels import (
     clear,
     gather_channels,
     has_runs,
+    is_run,
     layout_at,
     load_columns,
     load_first,
@@ -19,10 +20,13 @@ from polywhiten.compiled.panels import (
     multiply_add,
     padded,
     panels_memory,
+    run_of,
     sum_columns,
+    total_about,
     total_of,
     transposed,
-    width,
+    transposed_run,
+    width_of_runs,
 )
 from polywhiten.compiled.tile import UNIT, at, centred_rows, doubles, get, integers, number, pointer, put
 
@@ -37,7 +41,7 @@ def moments(numbers, scratch, share):
     """
     shares, chunks, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, 6)
     x, sums, means = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)
-    d, count, step = layout.d, layout.outer * layout.inner, width(layout)
+    d, count, step = layout.d, layout.outer * layout.inner, width_of_runs(layout)
     dp, panels, tasks = padded(d), (count + step - 1) // step, layout.blocks * chunks
     ld, ldc = dp + APART, COLUMNS + APART
     rows, columns = scratch, at(scratch, COLUMNS * ld)
@@ -57,19 +61,29 @@ def moments(numbers, scratch, share):
             clear(off, 0, 1, dp)
             if as_rows:
                 load_rows(rows, ld, here, first, off)
+                _divide(off, d, n)
+                for c in range(0, dp, UNIT):  # sums that nobody asks for go where columns would be
+                    centred_rows(at(rows, c), ld, at(rows, c), ld, n, at(off, c), columns)
+            elif is_run(here):
+                run, centre = run_of(here), columns
+                for c in range(d):
+                    put(centre, c, get(first, c) + total_about(at(run, c * layout.d_stride), n, get(first, c)) / n)
+                    put(off, c, get(centre, c) - get(first, c))
+                transposed_run(rows, ld, here, centre, own)
             else:
                 load_columns(columns, ldc, here, first, own)
                 sum_columns(off, columns, ldc, d, n)
-            for c in range(d):
-                put(off, c, get(off, c) / n)
-            if as_rows:
-                for c in range(0, dp, UNIT):  # sums that nobody asks for go where columns would be
-                    centred_rows(at(rows, c), ld, at(rows, c), ld, n, at(off, c), columns)
-            else:
+                _divide(off, d, n)
                 transposed(rows, ld, columns, ldc, dp, padded(n), off)
             multiply_add(
                 products, dp, products, dp, rows, 1, ld, rows, ld, dp, dp, n, True, (ahead, ahead, ahead), 1, lines
             )
+
+
+@njit
+def _divide(values, count, divisor):
+    for i in range(count):
+        put(values, i, get(values, i) / divisor)
 
 
 def whole_moments(numbers, scratch, share):
@@ -82,7 +96,7 @@ def whole_moments(numbers, scratch, share):
     sums, means = pointer(numbers[4], scratch), pointer(numbers[5], scratch)
     mean, cov = pointer(numbers[14], scratch), pointer(numbers[15], scratch)
     x, first = pointer(numbers[3], scratch), scratch
-    d, count, step = layout.d, layout.outer * layout.inner, width(layout)
+    d, count, step = layout.d, layout.outer * layout.inner, width_of_runs(layout)
     dp, panels = padded(d), (count + step - 1) // step
     for block in range(share * layout.blocks // shares, (share + 1) * layout.blocks // shares):
         products = _sum_of_chunks(sums, block, chunks, dp * dp)
@@ -125,7 +139,7 @@ def cross_moments(numbers, scratch, share):
     weight, channels = pointer(numbers[8], scratch), Channels(numbers[10], numbers[11])
     gradients = doubles(at(scratch, numbers[9]))
     dy_layout, layout = layout_at(numbers, 12), layout_at(numbers, 20)
-    d, count, step = layout.d, layout.outer * layout.inner, width(layout)
+    d, count, step = layout.d, layout.outer * layout.inner, width_of_runs(layout)
     if as_rows and d <= 4 * UNIT:
         step = min(step, _ROWS // padded(d) // UNIT * UNIT)  # of both arrays in the first cache, and sums that stay there
     dp, panels, tasks = padded(d), (count + step - 1) // step, layout.blocks * chunks
@@ -157,7 +171,7 @@ def cross_moments(numbers, scratch, share):
             left = min(step, count - start - n)
             here, there = Place(x, layout, block, start, n), Place(dy, dy_layout, block, start, n)
             next_x, next_dy = Place(x, layout, block, start + n, left), Place(dy, dy_layout, block, start + n, left)
-            ahead, row, column = (next_x, next_dy, next_dy), ldc, 1
+            ahead, factors, row, column = (next_x, next_dy, next_dy), gradient, ldc, 1
             if as_rows:
                 load_rows(rows, ld, here, centre, columns)  # sums that nobody asks for
                 clear(panel_sums, 0, 1, dp)
@@ -165,27 +179,16 @@ def cross_moments(numbers, scratch, share):
                 _add_exactly(total, lost, panel_sums, d)
                 row, column = 1, ld
             else:
-                load_columns(columns, ldc, here, centre, own)
-                transposed(rows, ld, columns, ldc, dp, padded(n), zeros)
-                load_columns(gradient, ldc, there, zeros, own)
+                if is_run(here) and is_run(there) and (not affine or has_runs(layout, channels)):
+                    transposed_run(rows, ld, here, centre, own)
+                    factors, row = run_of(there), dy_layout.d_stride
+                else:
+                    load_columns(columns, ldc, here, centre, own)
+                    transposed(rows, ld, columns, ldc, dp, padded(n), zeros)
+                    load_columns(gradient, ldc, there, zeros, own)
                 if affine and has_runs(layout, channels):
-                    _add_runs(
-                        products,
-                        total,
-                        white,
-                        zeros,
-                        matrix,
-                        gradient,
-                        ldc,
-                        rows,
-                        ld,
-                        here,
-                        channels,
-                        weight,
-                        gradients,
-                        ahead,
-                        lines,
-                    )
+                    given = products, total, white, zeros, matrix, factors, row, rows, ld, here
+                    _add_runs(*given, channels, weight, gradients, ahead, lines)
                     continue
                 if affine:
                     multiply_add(
@@ -193,8 +196,8 @@ def cross_moments(numbers, scratch, share):
                     )
                     gather_channels(gradient, white, ldc, here, channels, weight, total, gradients, own)
                 else:
-                    sum_columns(total, gradient, ldc, d, n)
-            multiply_add(products, dp, products, dp, gradient, row, column, rows, ld, dp, dp, n, False, ahead, 2, lines)
+                    sum_columns(total, factors, row, d, n)
+            multiply_add(products, dp, products, dp, factors, row, column, rows, ld, dp, dp, n, False, ahead, 2, lines)
 
 
 @njit

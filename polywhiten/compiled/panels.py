@@ -128,6 +128,32 @@ def width(layout):
 
 
 @njit
+def width_of_runs(layout):
+    """As `width`, such that each panel is in one run of (inner) where that is no shorter than half of COLUMNS."""
+    if layout.inner_stride == 1 and not is_interleaved(layout):
+        for n in range(min(COLUMNS, layout.inner), COLUMNS // 2 - 1, -1):
+            if layout.inner % n == 0:
+                return n
+    return width(layout)
+
+
+@njit
+def is_run(place):
+    """Whether a panel's samples are adjacent, of d rows that need no padding."""
+    layout = place.layout
+    whole = place.start % layout.inner + place.samples <= layout.inner
+    return whole and layout.inner_stride == 1 and layout.d_stride != 1 and layout.d % UNIT == 0
+
+
+@njit
+def run_of(place):
+    """Its first number."""
+    layout = place.layout
+    outer, j = divmod(place.start, layout.inner)
+    return at(place.array, place.block * layout.block_stride + outer * layout.outer_stride + j)
+
+
+@njit
 def multiply_add(c, ldc, base, ld_base, a, row, column, b, ldb, m, n, k, upper, ahead, places, lines):
     """C = base + A B, of padded sizes; where `upper`, only the tiles on the diagonal and above it.
 
@@ -408,6 +434,15 @@ def total_of(numbers, count):
     return value
 
 
+@njit(fastmath={"reassoc"})
+def total_about(numbers, count, offset):
+    """Of numbers less an offset."""
+    value = get(numbers, 0) - offset
+    for t in range(1, count):
+        value += get(numbers, t) - offset
+    return value
+
+
 @njit
 def sum_columns(sums, columns, ld, d, count):
     """Add those of each of d rows."""
@@ -429,6 +464,20 @@ def transposed(target, ldt, source, lds, m, n, centre):
     for i in range(0, m, UNIT):
         for j in range(0, n, UNIT):
             transposed_tile(at(target, j * ldt + i), ldt, at(source, i * lds + j), lds, at(centre, i))
+
+
+@njit
+def transposed_run(target, ldt, place, centre, own):
+    """A panel that is a run, less its centre, as rows; `own` is memory for a tile."""
+    source, lds, n = run_of(place), place.layout.d_stride, place.samples
+    whole = n // UNIT * UNIT
+    transposed(target, ldt, source, lds, place.layout.d, whole, centre)
+    if whole < n:  # what comes after a run may be nobody's memory
+        for i in range(0, place.layout.d, UNIT):
+            for k in range(UNIT):
+                for t in range(n - whole):
+                    put(own, k * UNIT + t, get(source, (i + k) * lds + whole + t))
+            transposed_tile(at(target, whole * ldt + i), ldt, own, UNIT, at(centre, i))
 
 
 @njit

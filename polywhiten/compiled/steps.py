@@ -26,7 +26,7 @@ from polywhiten.compiled.panels import (
     list_memory,
     padded,
     panels_memory,
-    width,
+    width_of_runs,
 )
 from polywhiten.compiled.parallel import Step, bits
 from polywhiten.compiled.parallel import address as memory
@@ -213,7 +213,7 @@ class Steps(NamedTuple):
 
 def panels(layout: Layout) -> int:
     """How many a block has."""
-    return int(-(-layout.outer * layout.inner // width(layout)))
+    return int(-(-layout.outer * layout.inner // width_of_runs(layout)))
 
 
 class _Kept(threading.local):
