@@ -249,7 +249,7 @@ def listed(x, layout, start, samples, lines):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2)], ids=["columns", "rows"])
-@pytest.mark.parametrize("d", [19, 32])  # of 32 every row begins at the same place of a line
+@pytest.mark.parametrize("d", [19, 64])  # of 64 every row begins at the same place of a line
 @pytest.mark.parametrize(("inner", "start", "samples"), [(100, 30, 200), (5, 0, 250), (5, 3, 90), (300, 256, 44)])
 def test_lines_of_a_panel_are_listed(dtype, order, d, inner, start, samples):
     """All of its memory and no other's; as many as there is room for."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from polywhiten.compiled import is_available
 from polywhiten.compiled.large_pages import ask_for_large_pages
@@ -64,6 +65,23 @@ class CPUKernels(TorchKernels):
             return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
         result: Tensor = _calls().inverse_sqrt_adjoint(solver, cov, grad, eps)
         return result
+
+    def average(
+        self,
+        averages: Sequence[Tensor],
+        statistics: Sequence[Tensor],
+        judged: tuple[Tensor, Tensor],
+        count: Tensor,
+        momentum: float | None,
+    ) -> None:
+        """In one call."""
+        given = averages, statistics, judged, count, momentum
+        if not (_serves(statistics, *judged, *averages) and all(running.is_contiguous() for running in averages)):
+            super().average(*given)
+            return
+        _calls().average(*given)
+        for each in (*averages, count):  # as operations in place do, for those who need the former values
+            increment_version(each)
 
     def keeps_statistics(self, solver: Solver, x: Tensor) -> bool:
         """Not for compiled kernels, which take a tenth of a step for them."""
@@ -139,4 +157,4 @@ def _serves(arrays: Sequence[Tensor], *others: Tensor | None) -> bool:
 
 def _are_readable(tensors: Sequence[Tensor]) -> bool:
     """Whether tensors are what a CPU's memory holds, and PyTorch need not look into what is done with them."""
-    return all(tensor.device.type == "cpu" and not tensor.is_neg() for tensor in tensors) and is_unobserved(tensors)
+    return all(tensor.is_cpu and not tensor.is_neg() for tensor in tensors) and is_unobserved(tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
@@ -148,6 +149,22 @@ class TorchKernels(Kernels):
         with self.on_its_device(x):
             return backward(self, plan, x, weight, bias, stats, dy, dstats)
 
+    def average(
+        self,
+        averages: Sequence[Tensor],
+        statistics: Sequence[Tensor],
+        judged: tuple[Tensor, Tensor],
+        count: Tensor,
+        momentum: float | None,
+    ) -> None:
+        """A step of running averages, in place; none where what is judged, mean and whitener, isn't finite."""
+        finite = are_finite(*judged)
+        count.add_(finite)
+        for running, batch in zip(averages, statistics, strict=True):
+            newest = torch.where(finite, batch, running)
+            factor = 1 / count.clamp(min=1).to(newest.dtype) if momentum is None else momentum
+            running.copy_(torch.lerp(running.to(newest.dtype), newest, factor))
+
     def keeps_statistics(self, solver: Solver, x: Tensor) -> bool:
         """Whether backward is to have all of them: else it computes again what isn't small beside x."""
         return True
@@ -161,6 +178,12 @@ def folded(terms: Sequence[Term], bias: Tensor | None) -> Tensor:
     """What the terms' centres and the bias (blocks, d) add to every sample, (blocks, d, 1)."""
     offset: Tensor = -sum(matrix @ centre.unsqueeze(-1) for matrix, _, centre in terms)
     return offset if bias is None else offset + bias.unsqueeze(-1)
+
+
+def are_finite(mean: Tensor, whitener: Tensor) -> Tensor:
+    """Whether all numbers of both are, as a tensor of one."""
+    largest = torch.linalg.vector_norm(mean, math.inf) + torch.linalg.vector_norm(whitener, math.inf)
+    return largest < math.inf
 
 
 def is_unobserved(tensors: Sequence[Tensor]) -> bool:

@@ -16,6 +16,7 @@ from polywhiten.functional import apply_frozen, whiten_channels, whiten_samples
 from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
 from polywhiten.solvers import solver_for
 from polywhiten.torch.autograd import BACKEND
+from polywhiten.torch.kernels import are_finite
 
 ON_NONFINITE = ("skip", "raise")
 
@@ -186,18 +187,12 @@ class IterNorm(nn.Module):
 
     @torch.no_grad()
     def _update(self, stats: WhiteningStats) -> None:
-        # what isn't finite makes a sum so; a whitener's elements are too small for theirs to overflow
-        largest = torch.linalg.vector_norm(stats.mean, math.inf)
-        finite = torch.abs(largest + stats.whitener.sum()) < math.inf
-        if self.on_nonfinite == "raise" and not finite:
+        judged = stats.mean, stats.whitener
+        if self.on_nonfinite == "raise" and not are_finite(*judged):
             raise ValueError("x has NaN or infinity, or values too large for its dtype (on_nonfinite='raise')")
-        count = self.get_buffer("num_batches_tracked")
-        count.add_(finite)
-        for name, batch in (("running_mean", stats.mean), (self._matrices, getattr(stats, self.track))):
-            running = self.get_buffer(name)
-            newest = torch.where(finite, batch, running)
-            factor = 1 / count.clamp(min=1).to(newest.dtype) if self.momentum is None else self.momentum
-            running.copy_(torch.lerp(running.to(newest.dtype), newest, factor))
+        averages = self.get_buffer("running_mean"), self.get_buffer(self._matrices)
+        batch, count = (stats.mean, getattr(stats, self.track)), self.get_buffer("num_batches_tracked")
+        BACKEND.kernels.average(averages, batch, judged, count, self.momentum)
 
     def extra_repr(self) -> str:
         """Arguments, as `repr` shows them."""

@@ -125,7 +125,7 @@ def _map_rows(place, x, other, terms, centres, matrix, line, panel, result, ahea
     """Of a panel, few rows after another: they are read while the products of those before are computed."""
     layout, n, d = place.layout, place.samples, place.layout.d
     dp = padded(d)
-    depth, several = terms * dp, UNIT * max(1, 4 * UNIT // dp)
+    depth, several = terms * dp, UNIT * max(1, 8 * UNIT // dp)
     ld, tiles = depth + APART, padded(n) // UNIT * (dp // UNIT)
     begin, (end, each) = 0, list_lines(lines, tiles * chunks_of_a_tile(line, depth), ahead, 2)
     are_direct = d == dp and layout.outer == 1 and layout.d_stride == 1

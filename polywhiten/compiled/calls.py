@@ -10,8 +10,9 @@ import numba
 
 from polywhiten._types import Array
 from polywhiten.compiled import newton
+from polywhiten.compiled.averages import average
 from polywhiten.compiled.panels import Layout, padded
-from polywhiten.compiled.parallel import Step, run
+from polywhiten.compiled.parallel import Step, bits, run
 from polywhiten.compiled.steps import Library, Steps, panels, scratch, scratch_size, solve
 from polywhiten.kernels import Term
 from polywhiten.solvers.newton import Newton
@@ -31,10 +32,10 @@ class Calls(NamedTuple):
         layout = steps.layout(x)
         workers, chunks = self.shares(layout)
         result, sums, whole = steps.moments(x, chunks)
-        self._run(sums, workers, layout.d, x)
+        self._run([sums], workers, layout.d, x)
         dp = padded(layout.d)
         workers = min(workers, layout.blocks, self._workers(layout.blocks * dp * dp * (chunks + panels(layout))))
-        self._run(whole, workers, layout.d, x)
+        self._run([whole], workers, layout.d, x)
         return result
 
     def cross_moments(self, dy: Array, x: Array, mean: Array, block_axis: int) -> tuple[Array, Array]:
@@ -43,9 +44,9 @@ class Calls(NamedTuple):
         layout = steps.layout(x)
         workers, chunks = self.shares(layout)
         result, sums, whole = steps.cross_moments(dy, x, mean, chunks)
-        self._run(sums, workers, layout.d, x)
+        self._run([sums], workers, layout.d, x)
         workers = min(workers, layout.blocks, self._workers(layout.blocks * padded(layout.d) ** 2 * chunks))
-        self._run(whole, workers, layout.d, x)
+        self._run([whole], workers, layout.d, x)
         return result
 
     def affine_map(self, terms: Sequence[Term], shift: Array | None, block_axis: int) -> Array:
@@ -53,9 +54,7 @@ class Calls(NamedTuple):
         steps = Steps(self.library, block_axis)
         y, arranged, mapped = steps.affine_map(terms, shift, False)
         layout = steps.layout(y)
-        few = min(layout.blocks, self._workers(layout.blocks * len(terms) * padded(layout.d) ** 2))
-        self._run(arranged, few, layout.d, y)
-        self._run(mapped, self.shares(layout, len(terms))[0], layout.d, y)
+        self._run([arranged, mapped], self.shares(layout, len(terms))[0], layout.d, y)
         return y
 
     def inverse_sqrt(self, solver: Newton, cov: Array, eps: float) -> Array:
@@ -65,6 +64,24 @@ class Calls(NamedTuple):
     def inverse_sqrt_adjoint(self, solver: Newton, cov: Array, grad: Array, eps: float) -> Array:
         """Gradient with respect to cov."""
         return self._solve(solver, eps, cov, grad)
+
+    def average(
+        self,
+        averages: Sequence[Array],
+        statistics: Sequence[Array],
+        judged: Sequence[Array],
+        count: Array,
+        momentum: float | None,
+    ) -> None:
+        """A step of running averages, in place, of arrays that are contiguous."""
+        library, like = self.library, averages[0]
+        statistics, judged = ([library.contiguous(each) for each in given] for given in (statistics, judged))
+        numbers = [bits(-1.0 if momentum is None else momentum), library.address(count), len(judged), len(averages)]
+        for each in judged:
+            numbers += [math.prod(each.shape), library.address(each)]
+        for each, newest in zip(averages, statistics, strict=True):
+            numbers += [math.prod(each.shape), library.address(each), library.address(newest)]
+        run([Step(average, numbers)], 1, scratch(1, 1, library.dtype(like)))
 
     def _solve(self, solver: Newton, eps: float, *given: Array) -> Array:
         *blocks, d, _ = given[0].shape
@@ -85,8 +102,8 @@ class Calls(NamedTuple):
     def _newton_workers(self, solver: Newton, number: int, d: int) -> int:
         return self._workers(number * padded(d) ** 3 * solver.iterations)
 
-    def _run(self, step: Step, workers: int, d: int, like: Array) -> None:
-        run([step], workers, scratch(workers, scratch_size(d), self.library.dtype(like)))
+    def _run(self, steps: Sequence[Step], workers: int, d: int, like: Array) -> None:
+        run(steps, workers, scratch(workers, scratch_size(d), self.library.dtype(like)))
 
     def shares(self, layout: Layout, terms: int = 1) -> tuple[int, int]:
         """Threads, and in how many parts they share a block."""

@@ -30,7 +30,7 @@ from polywhiten.compiled.panels import (
 )
 from polywhiten.compiled.tile import UNIT, at, centred_rows, doubles, get, integers, number, pointer, put
 
-_ROWS = 1 << 12  # numbers of either array
+_ROWS = 1 << 12  # numbers of dY, and as many of X, that the first cache has room for beside their products
 
 
 def moments(numbers, scratch, share):
@@ -141,7 +141,7 @@ def cross_moments(numbers, scratch, share):
     dy_layout, layout = layout_at(numbers, 12), layout_at(numbers, 20)
     d, count, step = layout.d, layout.outer * layout.inner, width_of_runs(layout)
     if as_rows and d <= 4 * UNIT:
-        step = min(step, _ROWS // padded(d) // UNIT * UNIT)  # of both arrays in the first cache, and sums that stay there
+        step = min(step, _ROWS // padded(d) // UNIT * UNIT)
     dp, panels, tasks = padded(d), (count + step - 1) // step, layout.blocks * chunks
     ld, ldc, size = dp + APART, COLUMNS + APART, dp * (dp + 1)
     rows, columns = scratch, at(scratch, COLUMNS * ld)

@@ -304,16 +304,16 @@ def transposed_tile(typingctx: Any, target: Any, ldt: Any, source: Any, lds: Any
 
 
 @intrinsic
-def centred_rows(typingctx: Any, target: Any, ldt: Any, source: Any, lds: Any, rows: Any, centre: Any, sums: Any) -> Any:
-    """UNIT columns of so many rows less their centre; what they add up to is added to `sums`."""
+def centred_rows(typingctx: Any, target: Any, ldt: Any, source: Any, lds: Any, n: Any, centre: Any, sums: Any) -> Any:
+    """UNIT columns of n rows less their centre; what they add up to is added to `sums`."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
-        target, ldt, source, lds, rows, centre, sums = args
+        target, ldt, source, lds, n, centre, sums = args
         vector = _Vector(builder, context.get_value_type(signature.args[0].dtype), signature.args[0].dtype)
         places = [_INT(k) for k in range(0, UNIT, vector.length)]
         centres = [vector.load(builder.gep(centre, [place])) for place in places]
         totals = [cgutils.alloca_once_value(builder, ir.Constant(vector.type, [0.0] * vector.length)) for _ in places]
-        with cgutils.for_range(builder, rows) as loop:
+        with cgutils.for_range(builder, n) as loop:
             given, own = (builder.gep(a, [builder.mul(loop.index, ld)]) for a, ld in ((source, lds), (target, ldt)))
             for place, middle, total in zip(places, centres, totals, strict=True):
                 value = builder.fsub(vector.load(builder.gep(given, [place])), middle)
