@@ -84,12 +84,22 @@ def test_channels_over_the_batch(compiled, shape, dtype, order):
         assert found.flags.c_contiguous or order != (0, 1, 2, 3)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2)], ids=["columns", "rows"])
+@pytest.mark.parametrize("shape", [(3, 2, 16, 300), (9, 2, 16, 49)], ids=["runs", "across runs"])
+def test_means_of_many_deviations_cost_no_digit_of_covariances(compiled, shape, order):
+    x = in_memory(random(*shape, dtype="float32") + 1e4 * random(1, shape[1], shape[2], 1, dtype="float32"), order)
+    _, cov = compiled.moments(x, 1)
+    _, wanted = EXACT.moments(x.astype("float64"), 1)
+    np.testing.assert_allclose(cov, wanted, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize(
     ("shape", "axis", "groups"),
     [
         ((3, 8, 5, 7), 1, 4),  # channels first: several, and one channel of a group in a panel
         ((2, 6, 300), 1, 3),
+        ((3, 32, 10, 14), 1, 16),  # panels that are runs
         ((3, 5, 7, 8), 3, 4),  # channels last: short runs, of one channel, long, and longer than a panel
         ((2, 300, 6), 2, 6),
         ((2, 9, 2, 80), 3, 4),

@@ -10,6 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch.autograd import forward_ad  # noqa: E402
+
 import polywhiten as pw  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
 
@@ -67,6 +69,24 @@ def test_statistics_are_differentiable():
     x = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: tuple(pw.whitening_stats(x, group_size=3)), x)
     assert torch.autograd.gradcheck(lambda x: pw.inverse_sqrt(x @ x.T + 5 * torch.eye(9)), x)
+
+
+def test_tangents_of_forward_mode():
+    """They aren't lost in compiled kernels, which know nothing of them."""
+    layer = trained(IterNorm(6, group_size=4, dtype=torch.float64), False).requires_grad_(False)
+    for run, x in ((layer, torch.randn(5, 6).double()), (pw.inverse_sqrt, torch.eye(3).double() + 1)):
+        dx = torch.randn_like(x)
+        with torch.no_grad(), forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(run(forward_ad.make_dual(x, dx))).tangent
+        torch.testing.assert_close(tangent, (run(x + 1e-6 * dx) - run(x - 1e-6 * dx)) / 2e-6, rtol=1e-6, atol=1e-6)
+
+
+def test_running_averages_that_a_backward_needs_are_known_to_have_changed():
+    layer = trained(IterNorm(6), False)
+    y = layer(torch.randn(5, 6, requires_grad=True))
+    layer.train()(torch.randn(5, 6))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_backward_keeps_the_input_and_no_copy_of_it():

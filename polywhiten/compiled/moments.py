@@ -65,11 +65,10 @@ def moments(numbers, scratch, share):
                 for c in range(0, dp, UNIT):  # sums that nobody asks for go where columns would be
                     centred_rows(at(rows, c), ld, at(rows, c), ld, n, at(off, c), columns)
             elif is_run(here):
-                run, centre = run_of(here), columns
+                run = run_of(here)
                 for c in range(d):
-                    put(centre, c, get(first, c) + total_about(at(run, c * layout.d_stride), n, get(first, c)) / n)
-                    put(off, c, get(centre, c) - get(first, c))
-                transposed_run(rows, ld, here, centre, own)
+                    put(off, c, total_about(at(run, c * layout.d_stride), n, get(first, c)) / n)
+                transposed_run(rows, ld, here, first, off, own)
             else:
                 load_columns(columns, ldc, here, first, own)
                 sum_columns(off, columns, ldc, d, n)
@@ -180,7 +179,7 @@ def cross_moments(numbers, scratch, share):
                 row, column = 1, ld
             else:
                 if is_run(here) and is_run(there) and (not affine or has_runs(layout, channels)):
-                    transposed_run(rows, ld, here, centre, own)
+                    transposed_run(rows, ld, here, centre, zeros, own)
                     factors, row = run_of(there), dy_layout.d_stride
                 else:
                     load_columns(columns, ldc, here, centre, own)

@@ -19,6 +19,7 @@ from polywhiten.compiled.tile import (
     at,
     blocks_of_a_tile,
     centred_rows,
+    centred_tile,
     gathered,
     get,
     number,
@@ -467,17 +468,18 @@ def transposed(target, ldt, source, lds, m, n, centre):
 
 
 @njit
-def transposed_run(target, ldt, place, centre, own):
-    """A panel that is a run, less its centre, as rows; `own` is memory for a tile."""
+def transposed_run(target, ldt, place, centre, second, own):
+    """A panel that is a run, less its centre and the second one, as rows; `own` is memory for a tile."""
     source, lds, n = run_of(place), place.layout.d_stride, place.samples
-    whole = n // UNIT * UNIT
-    transposed(target, ldt, source, lds, place.layout.d, whole, centre)
-    if whole < n:  # what comes after a run may be nobody's memory
+    for j in range(0, n, UNIT):
         for i in range(0, place.layout.d, UNIT):
-            for k in range(UNIT):
-                for t in range(n - whole):
-                    put(own, k * UNIT + t, get(source, (i + k) * lds + whole + t))
-            transposed_tile(at(target, whole * ldt + i), ldt, own, UNIT, at(centre, i))
+            given, ld_given = at(source, i * lds + j), lds
+            if n - j < UNIT:  # what comes after a run may be nobody's memory
+                for k in range(UNIT):
+                    for t in range(n - j):
+                        put(own, k * UNIT + t, get(given, k * lds + t))
+                given, ld_given = own, UNIT
+            centred_tile(at(target, j * ldt + i), ldt, given, ld_given, at(centre, i), at(second, i))
 
 
 @njit
