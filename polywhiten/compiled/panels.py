@@ -471,8 +471,8 @@ def transposed(target, ldt, source, lds, m, n, centre):
 def transposed_run(target, ldt, place, centre, second, own):
     """A panel that is a run, less its centre and the second one, as rows; `own` is memory for a tile."""
     source, lds, n = run_of(place), place.layout.d_stride, place.samples
-    for j in range(0, n, UNIT):
-        for i in range(0, place.layout.d, UNIT):
+    for i in range(0, place.layout.d, UNIT):
+        for j in range(0, n, UNIT):
             given, ld_given = at(source, i * lds + j), lds
             if n - j < UNIT:  # what comes after a run may be nobody's memory
                 for k in range(UNIT):
