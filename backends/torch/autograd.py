@@ -56,8 +56,7 @@ class _Whiten(torch.autograd.Function):
         x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y, stats = BACKEND.kernels.whiten(plan, x, weight, bias)
-        # as a tensor of its own: a view that a function returns beside others can't be changed in place, by ReLU say
-        return torch.ops.aten._unsafe_view(y, y.shape), *stats
+        return _own(y), *stats
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -82,6 +81,16 @@ class _Whiten(torch.autograd.Function):
         stats = Statistics(*kept, *[None] * (3 - len(kept)))
         gradients = BACKEND.kernels.whiten_adjoint(ctx.plan, x, weight, bias, stats, dy, Statistics(*dstats))
         return *gradients, None
+
+
+def _own(y: Tensor) -> Tensor:
+    """Y, which is nobody else's, as no view.
+
+    One that a function returns beside others can't be changed in place, by ReLU say, nor can one of no_grad's with
+    what has a gradient.
+    """
+    result: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return result
 
 
 def _kept(plan: Plan, x: Tensor, stats: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -141,7 +150,8 @@ class TorchBackend(Backend):
         """Y and the statistics, all differentiable."""
         given = [tensor for tensor in (x, weight, bias) if tensor is not None]
         if not torch.compiler.is_compiling() and is_unobserved(given):
-            return self.kernels.whiten(plan, x, weight, bias)
+            y, stats = self.kernels.whiten(plan, x, weight, bias)
+            return _own(y), stats
         y, *stats = _Whiten.apply(x, weight, bias, plan)
         return y, Statistics(*stats)
 

@@ -76,7 +76,13 @@ class CPUKernels(TorchKernels):
     ) -> None:
         """In one call."""
         given = averages, statistics, judged, count, momentum
-        if not (_serves(statistics, *judged, *averages) and all(running.is_contiguous() for running in averages)):
+        fit = all(
+            running.is_contiguous() and running.shape == batch.shape
+            for running, batch in zip(averages, statistics, strict=True)
+        )
+        if not (
+            fit and count.dtype == torch.int64 and _serves(statistics, *judged, *averages) and _are_readable([count])
+        ):
             super().average(*given)
             return
         _calls().average(*given)

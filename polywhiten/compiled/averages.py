@@ -37,6 +37,8 @@ def _are_finite(values, count):
 
 @njit
 def _approach(averages, values, count, factor):
-    own = number(averages, factor)
+    """From the nearer end, so that a factor of 1 gives the values."""
+    own, rest = number(averages, factor), number(averages, 1.0 - factor)
     for i in range(count):
-        put(averages, i, get(averages, i) + own * (get(values, i) - get(averages, i)))
+        before, value = get(averages, i), get(values, i)
+        put(averages, i, before + own * (value - before) if factor < 0.5 else value - rest * (value - before))

@@ -22,7 +22,7 @@ _SHARED = 160  # as large are matrices whose phases are worth a call each
 
 
 class Calls(NamedTuple):
-    """The five kernels over a library."""
+    """The five kernels over a library, and running averages."""
 
     library: Library
 

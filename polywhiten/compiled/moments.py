@@ -1,5 +1,6 @@
 """Mean and covariance of blocks, and the cross moments that their gradient needs, in one pass over the arrays."""
 
+import numpy as np
 from numba import njit
 
 from polywhiten.compiled.panels import (
@@ -139,8 +140,10 @@ def cross_moments(numbers, scratch, share):
     gradients = doubles(at(scratch, numbers[9]))
     dy_layout, layout = layout_at(numbers, 12), layout_at(numbers, 20)
     d, count, step = layout.d, layout.outer * layout.inner, width_of_runs(layout)
+    together = 1
     if as_rows and d <= 4 * UNIT:
         step = min(step, _ROWS // padded(d) // UNIT * UNIT)
+        together = COLUMNS // step
     dp, panels, tasks = padded(d), (count + step - 1) // step, layout.blocks * chunks
     ld, ldc, size = dp + APART, COLUMNS + APART, dp * (dp + 1)
     rows, columns = scratch, at(scratch, COLUMNS * ld)
@@ -164,7 +167,8 @@ def cross_moments(numbers, scratch, share):
             for i in range(d):
                 for j in range(d):
                     put(matrix, i * dp + j, get(whitener, (block * d + i) * d + j))
-        for panel in range(chunk * panels // chunks, (chunk + 1) * panels // chunks):
+        first, end = chunk * panels // chunks, (chunk + 1) * panels // chunks
+        for panel in range(first, end):
             start = panel * step
             n = min(step, count - start)
             left = min(step, count - start - n)
@@ -196,7 +200,13 @@ def cross_moments(numbers, scratch, share):
                     gather_channels(gradient, white, ldc, here, channels, weight, total, gradients, own)
                 else:
                     sum_columns(total, factors, row, d, n)
-            multiply_add(products, dp, products, dp, factors, row, column, rows, ld, dp, dp, n, False, ahead, 2, lines)
+            target, base, ld_base, turn = products, products, dp, (panel - first) % together
+            if together > 1:  # sums of as many samples as larger panels have
+                target, base, ld_base = (matrix, zeros, 0) if turn == 0 else (matrix, matrix, dp)
+            multiply_add(target, dp, base, ld_base, factors, row, column, rows, ld, dp, dp, n, False, ahead, 2, lines)
+            if together > 1 and (turn == together - 1 or panel == end - 1):
+                for i in range(dp * dp):
+                    put(products, i, get(products, i) + get(matrix, i))
 
 
 @njit
@@ -205,7 +215,8 @@ def _add_exactly(totals, lost, values, count):
     for c in range(count):
         value, before = get(values, c) - get(lost, c), get(totals, c)
         put(totals, c, before + value)
-        put(lost, c, (get(totals, c) - before) - value)
+        more = (get(totals, c) - before) - value
+        put(lost, c, more if abs(more) < number(lost, np.inf) else number(lost, 0.0))
 
 
 @njit(fastmath={"reassoc"})

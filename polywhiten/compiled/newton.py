@@ -226,7 +226,7 @@ def _product(target, beta, base, alpha, a, b, n, ld, symmetric, zeros, share, sh
             tile(own, ld, beta, start, ld, alpha, first, ld, 1, second, ld, n, False, columns, integers(zeros), 0, 0, 0)
             for k in range(j, j + columns, UNIT):
                 if symmetric and i < k:
-                    transposed_tile(at(target, k * ld + i), ld, at(target, i * ld + k), ld, zeros)
+                    transposed_tile(at(target, k * ld + i), ld, at(target, i * ld + k), ld, (zeros,))
 
 
 @njit
@@ -235,7 +235,7 @@ def _add_transposed(target, m, factor, n, ld, zeros, share, shares):
     for j in range(share * UNIT, n, shares * UNIT):
         for i in range(0, n, UNIT):
             own, given = at(target, i * ld + j), at(m, i * ld + j)
-            transposed_tile(own, ld, at(m, j * ld + i), ld, zeros)
+            transposed_tile(own, ld, at(m, j * ld + i), ld, (zeros,))
             for k in range(UNIT):
                 row, other = at(own, k * ld), at(given, k * ld)
                 for l in range(UNIT):

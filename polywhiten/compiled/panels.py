@@ -19,7 +19,6 @@ from polywhiten.compiled.tile import (
     at,
     blocks_of_a_tile,
     centred_rows,
-    centred_tile,
     gathered,
     get,
     number,
@@ -33,7 +32,7 @@ COLUMNS = 256
 APART = UNIT
 _NEAR = 4 * UNIT  # rows that are gone through column by column: the pages of more aren't all at hand
 PLACES = 3  # that memory is asked for at most
-OWN = max(3 * UNIT * UNIT, 2 * COLUMNS)  # numbers that `load_columns`, `store_columns` and `gather_channels` work in
+OWN = max(3 * UNIT * UNIT, 2 * COLUMNS)  # numbers that what loads and stores columns and `gather_channels` work in
 
 
 class Layout(NamedTuple):
@@ -130,8 +129,8 @@ def width(layout):
 
 @njit
 def width_of_runs(layout):
-    """As `width`, such that each panel is in one run of (inner) where that is no shorter than half of COLUMNS."""
-    if layout.inner_stride == 1 and not is_interleaved(layout):
+    """As `width`, such that each panel is a run where (inner) has a divisor from half of COLUMNS to COLUMNS."""
+    if layout.inner_stride == 1 and layout.d % UNIT == 0 and not is_interleaved(layout):
         for n in range(min(COLUMNS, layout.inner), COLUMNS // 2 - 1, -1):
             if layout.inner % n == 0:
                 return n
@@ -305,7 +304,7 @@ def _load_interleaved(target, ld, layout, source, n, centre, own):
                         put(own, i * UNIT + j, get(given, i * lines + j))
                 given, ld_given = own, UNIT
             turned = at(own, UNIT * UNIT)
-            transposed_tile(turned, UNIT, given, ld_given, zeros)
+            transposed_tile(turned, UNIT, given, ld_given, (zeros,))
             c, j = divmod(k, layout.inner)
             for i in range(columns):
                 row, line, middle = at(target, c * ld + j * n + o), at(turned, i * UNIT), get(centre, c)
@@ -364,10 +363,10 @@ def _store_interleaved(target, layout, n, columns, ld, shift, own):
                     c, j = c + 1, 0
             place = at(target, o * lines + k)
             if rows == UNIT and numbers == UNIT:
-                transposed_tile(place, lines, own, UNIT, zeros)
+                transposed_tile(place, lines, own, UNIT, (zeros,))
             else:
                 turned = at(own, UNIT * UNIT)
-                transposed_tile(turned, UNIT, own, UNIT, zeros)
+                transposed_tile(turned, UNIT, own, UNIT, (zeros,))
                 for i in range(rows):
                     for j in range(numbers):
                         put(place, i * lines + j, get(turned, i * UNIT + j))
@@ -383,7 +382,7 @@ def load_first(target, array, layout, block):
 
 @njit
 def load_rows(target, ld, place, centre, sums):
-    """A panel less its centre, as rows; what they add up to is added to `sums`."""
+    """A panel less its centre, as rows; what they add up to is added to `sums`. Channels are adjacent."""
     layout, count, d = place.layout, place.samples, place.layout.d
     block, done, whole = at(place.array, place.block * layout.block_stride), 0, d // UNIT * UNIT
     outer, j = divmod(place.start, layout.inner)
@@ -464,7 +463,7 @@ def transposed(target, ldt, source, lds, m, n, centre):
     """Rows (m, n) less their centres as columns (n, m), of padded sizes."""
     for i in range(0, m, UNIT):
         for j in range(0, n, UNIT):
-            transposed_tile(at(target, j * ldt + i), ldt, at(source, i * lds + j), lds, at(centre, i))
+            transposed_tile(at(target, j * ldt + i), ldt, at(source, i * lds + j), lds, (at(centre, i),))
 
 
 @njit
@@ -479,7 +478,7 @@ def transposed_run(target, ldt, place, centre, second, own):
                     for t in range(n - j):
                         put(own, k * UNIT + t, get(given, k * lds + t))
                 given, ld_given = own, UNIT
-            centred_tile(at(target, j * ldt + i), ldt, given, ld_given, at(centre, i), at(second, i))
+            transposed_tile(at(target, j * ldt + i), ldt, given, ld_given, (at(centre, i), at(second, i)))
 
 
 @njit

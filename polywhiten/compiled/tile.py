@@ -275,51 +275,38 @@ def _products(builder: ir.IRBuilder, vector: _Vector, width: int, args: Sequence
 
 
 @intrinsic
-def transposed_tile(typingctx: Any, target: Any, ldt: Any, source: Any, lds: Any, centre: Any) -> Any:
-    """UNIT x UNIT numbers, rows less their centres, as columns."""
+def transposed_tile(typingctx: Any, target: Any, ldt: Any, source: Any, lds: Any, centres: Any) -> Any:
+    """UNIT x UNIT numbers, rows less their centres, as columns.
+
+    Where there are two centres of a row, the rounding of a large first one costs nothing.
+    """
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
-        target, ldt, source, lds, *centres = args
-        _transpose(_Vector.of(context, builder, signature), target, ldt, source, lds, centres)
+        target, ldt, source, lds, _ = args
+        centres = cgutils.unpack_tuple(builder, args[4])
+        vector = _Vector.of(context, builder, signature)
+        n = vector.length
+        with (
+            cgutils.for_range_slice(builder, _INT(0), _INT(UNIT), _INT(n), _INT) as (top, _),
+            cgutils.for_range_slice(builder, _INT(0), _INT(UNIT), _INT(n), _INT) as (left, _),
+        ):
+            rows = []
+            for i in range(n):
+                k = builder.add(top, _INT(i))
+                row = vector.load(builder.gep(source, [builder.add(builder.mul(k, lds), left)]))
+                for centre in centres:
+                    row = builder.fsub(row, vector.repeated(builder.load(builder.gep(centre, [k]))))
+                rows.append(row)
+            distance = 1
+            while distance < n:
+                rows = vector.exchanged(rows, distance)
+                distance *= 2
+            for i, row in enumerate(rows):
+                k = builder.add(left, _INT(i))
+                vector.store(row, builder.gep(target, [builder.add(builder.mul(k, ldt), top)]))
         return context.get_dummy_value()
 
-    return types.void(target, types.int64, source, types.int64, centre), generate
-
-
-@intrinsic
-def centred_tile(typingctx: Any, target: Any, ldt: Any, source: Any, lds: Any, centre: Any, second: Any) -> Any:
-    """As `transposed_tile`, less second centres too: a large centre's rounding is nothing to what is left then."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
-        target, ldt, source, lds, *centres = args
-        _transpose(_Vector.of(context, builder, signature), target, ldt, source, lds, centres)
-        return context.get_dummy_value()
-
-    return types.void(target, types.int64, source, types.int64, centre, second), generate
-
-
-def _transpose(
-    vector: _Vector, target: ir.Value, ldt: ir.Value, source: ir.Value, lds: ir.Value, centres: Sequence[ir.Value]
-) -> None:
-    builder, n = vector.builder, vector.length
-    with (
-        cgutils.for_range_slice(builder, _INT(0), _INT(UNIT), _INT(n), _INT) as (top, _),
-        cgutils.for_range_slice(builder, _INT(0), _INT(UNIT), _INT(n), _INT) as (left, _),
-    ):
-        rows = []
-        for i in range(n):
-            k = builder.add(top, _INT(i))
-            row = vector.load(builder.gep(source, [builder.add(builder.mul(k, lds), left)]))
-            for centre in centres:
-                row = builder.fsub(row, vector.repeated(builder.load(builder.gep(centre, [k]))))
-            rows.append(row)
-        distance = 1
-        while distance < n:
-            rows = vector.exchanged(rows, distance)
-            distance *= 2
-        for i, row in enumerate(rows):
-            k = builder.add(left, _INT(i))
-            vector.store(row, builder.gep(target, [builder.add(builder.mul(k, ldt), top)]))
+    return types.void(target, types.int64, source, types.int64, centres), generate
 
 
 @intrinsic
@@ -395,7 +382,7 @@ class _Vector:
     """A vector of the processor's width."""
 
     def __init__(self, builder: ir.IRBuilder, number: ir.Type, dtype: Any) -> None:
-        self.builder, self._number, self._alignment = builder, number, dtype.bitwidth // 8
+        self._builder, self._number, self._alignment = builder, number, dtype.bitwidth // 8
         self.length = _length(dtype)
         self.type = ir.VectorType(number, self.length)
         self._suffix = f"v{self.length}f{dtype.bitwidth}"
@@ -408,23 +395,23 @@ class _Vector:
 
     def function(self, name: str, operands: int) -> ir.Function:
         kind = ir.FunctionType(self.type, [self.type] * operands)
-        return cgutils.get_or_insert_function(self.builder.module, kind, f"{name}.{self._suffix}")
+        return cgutils.get_or_insert_function(self._builder.module, kind, f"{name}.{self._suffix}")
 
     def load(self, place: ir.Value) -> ir.Value:
-        value = self.builder.load(self.builder.bitcast(place, self.type.as_pointer()))
+        value = self._builder.load(self._builder.bitcast(place, self.type.as_pointer()))
         value.align = self._alignment
         return value
 
     def store(self, value: ir.Value, place: ir.Value, past: bool = False) -> None:
         """Past the caches, to a multiple of the vector's size, if `past`: other threads see that after a `fence`."""
-        store = self.builder.store(value, self.builder.bitcast(place, self.type.as_pointer()))
+        store = self._builder.store(value, self._builder.bitcast(place, self.type.as_pointer()))
         store.align = _BYTES if past else self._alignment
         if past:
-            store.set_metadata("nontemporal", self.builder.module.add_metadata([ir.IntType(32)(1)]))
+            store.set_metadata("nontemporal", self._builder.module.add_metadata([ir.IntType(32)(1)]))
 
     def repeated(self, number: ir.Value) -> ir.Value:
         empty = ir.Constant(self.type, ir.Undefined)
-        first = self.builder.insert_element(empty, number, ir.IntType(32)(0))
+        first = self._builder.insert_element(empty, number, ir.IntType(32)(0))
         return self._shuffled(first, empty, [0] * self.length)
 
     def exchanged(self, rows: list[ir.Value], distance: int) -> list[ir.Value]:
@@ -442,4 +429,4 @@ class _Vector:
 
     def _shuffled(self, a: ir.Value, b: ir.Value, order: list[int]) -> ir.Value:
         mask = ir.Constant(ir.VectorType(ir.IntType(32), self.length), order)
-        return self.builder.shuffle_vector(a, b, mask)
+        return self._builder.shuffle_vector(a, b, mask)
