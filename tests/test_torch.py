@@ -268,6 +268,15 @@ def test_output_can_be_changed_in_place(make, training, affine, channels_last):
 
 
 @each_layer
+def test_output_without_gradients_is_no_view(make):
+    """Nothing that has a gradient could be added to such a view in place, as a reentrant checkpoint's block does."""
+    with torch.no_grad():
+        y = make()(torch.randn(5, 6, 4, 4))
+    y += torch.ones((), requires_grad=True)
+    assert y.requires_grad
+
+
+@each_layer
 @in_both_modes
 @pytest.mark.parametrize(
     "view",

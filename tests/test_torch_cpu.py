@@ -1,6 +1,9 @@
 """The compiled kernels on PyTorch's tensors, beside what the conformance suite and `test_compiled.py` hold them to."""
 
 import mmap
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -11,6 +14,7 @@ import polywhiten as pw  # noqa: E402
 from polywhiten.compiled import calls, large_pages, parallel  # noqa: E402
 from polywhiten.compiled.steps import Steps  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm, cpu  # noqa: E402
+from polywhiten.torch.kernels import TorchKernels  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +131,61 @@ def test_half_of_a_covariance_on_another_default_device_and_of_half_precision():
     half = x.detach().bfloat16().requires_grad_()
     (dx,) = torch.autograd.grad(layer(half).float().pow(3).sum(), half)
     torch.testing.assert_close(dx.float(), again.detach(), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.7, 1.0, None])
+@pytest.mark.parametrize("track", ["whitener", "covariance"])
+def test_running_averages_are_those_of_plain_operations(momentum, track, monkeypatch):
+    layers = [IterNorm(6, momentum=momentum, track=track, group_size=4) for _ in range(2)]
+    batches = 1e4 * torch.randn(3, 40, 6)
+    batches[1, 2, 3] = torch.inf
+    for batch in batches:
+        layers[0](batch)
+    monkeypatch.setattr(cpu.CPUKernels, "average", TorchKernels.average)
+    for batch in batches:
+        layers[1](batch)
+    assert layers[0].num_batches_tracked == 2
+    torch.testing.assert_close(layers[0].state_dict(), layers[1].state_dict(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    {
+        "half": ("running_whitener", lambda t: t.half()),
+        "float64": ("running_mean", lambda t: t.double()),
+        "strides": ("running_whitener", lambda t: t.mT.contiguous().mT),
+        "a count of int32": ("num_batches_tracked", lambda t: t.int()),
+    }.values(),
+    ids=["half", "float64", "strides", "int32"],
+)
+def test_buffers_that_were_exchanged(name, change):
+    x, layers = torch.randn(40, 6), [IterNorm(6, group_size=3) for _ in range(2)]
+    setattr(layers[0], name, change(getattr(layers[0], name)))
+    for layer in layers:
+        layer(x)
+    for own, wanted in zip(layers[0].buffers(), layers[1].buffers(), strict=True):
+        torch.testing.assert_close(own.to(wanted.dtype), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_buffers_of_another_shape_are_an_error():
+    layer = IterNorm(6)
+    layer.running_mean = torch.zeros(12)
+    with pytest.raises(RuntimeError, match="size"):
+        layer(torch.randn(40, 6))
+
+
+def test_fewer_threads_than_asked_for():
+    """Each takes the work of several, and all wait for each other between steps."""
+    code = (
+        "import torch, polywhiten as pw; torch.manual_seed(0); x = torch.randn(500, 64); print(pw.iter_norm(x).std())"
+    )
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **limit}, check=True, capture_output=True
+        ).stdout
+        for limit in ({}, {"OMP_THREAD_LIMIT": "1"})
+    ]
+    assert outputs[0] == outputs[1] != b""
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux has large pages to ask for")
