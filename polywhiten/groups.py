@@ -63,8 +63,10 @@ def join_statistics(xp: Namespace, parts: list[Statistics]) -> WhiteningStats:
 
 
 def take_groups(matrices: Array, part: slice, size: int) -> Array:
-    """The matrices (groups, size, size) of the channels `part`, out of (groups, d, d)."""
+    """The matrices (groups, size, size) of the channels `part`, out of (groups, d, d); these themselves for all."""
     d = matrices.shape[-1]
+    if size == d and part.start == 0 and part.stop == d * matrices.shape[0]:
+        return matrices
     return matrices[part.start // d : -(-part.stop // d), :size, :size]
 
 

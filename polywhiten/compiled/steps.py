@@ -141,10 +141,10 @@ class Steps(NamedTuple):
         blocks, d, dp = layout.blocks, layout.d, padded(layout.d)
         shift = self._given(shift, blocks, d)
         before, after, bias = (self._given(values, channels.number) for values in (before, after, bias))
-        numbers, kept = [], [y, shift, before, after, bias]
+        numbers, kept, order = [], [y, shift, before, after, bias], self._order(layout)
         for term in terms:
             array, own = term.array, self.layout(term.array)
-            if self._order(own) != self._order(layout):
+            if self._order(own) != order:
                 array = library.in_order_of(array, y)
                 own = self.layout(array)
             kept += [array, self._given(term.matrix, blocks, d, d), self._given(term.centre, blocks, d)]
@@ -153,11 +153,11 @@ class Steps(NamedTuple):
             numbers += [0, 0, 0, *layout]
         arranged = _workspace("matrices", blocks * len(terms) * dp * dp, library.dtype(x))
         values = map(self._address, (shift, before, after, bias))
-        as_rows = self._as_rows(layout)
+        as_rows, _ = order
         panels_first = not by_block and (as_rows or layout.block_stride < layout.outer_stride)
         places = memory(arranged), address(y), *values
-        order = panels_first, as_rows and self._go_past_caches(y, layout)
-        numbers = [len(terms), as_rows, *places, channels.positions, *order, *numbers, *layout]
+        how = panels_first, as_rows and self._go_past_caches(y, layout)
+        numbers = [len(terms), as_rows, *places, channels.positions, *how, *numbers, *layout]
         kept.append(arranged)
         return y, Step(arrange, numbers, kept), Step(affine_map, numbers, kept)
 
@@ -208,7 +208,8 @@ class Steps(NamedTuple):
 
     def _order(self, layout: Layout) -> tuple[bool, bool]:
         """In which a panel's samples are counted."""
-        return self._as_rows(layout), is_interleaved(layout)
+        interleaved = is_interleaved.py_func(layout)  # a call of what is compiled takes ten times as long
+        return self._as_rows(layout), interleaved
 
 
 def panels(layout: Layout) -> int:
