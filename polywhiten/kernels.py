@@ -69,6 +69,12 @@ class Kernels:
             result += along(bias, block_axis)
         return self.xp.astype(result, dtype, copy=False)
 
+    def scaled_map(self, weight: Array | None, term: Term, bias: Array | None, block_axis: int, dtype: Any) -> Array:
+        """The affine map of one term, times the weight (blocks, d) of its rows where there is one, plus bias."""
+        if weight is not None:
+            term = term._replace(matrix=term.matrix * weight[..., None])
+        return self.affine_map([term], bias, block_axis, dtype)
+
     def cross_moments(self, dy: Array, x: Array, mean: Array, block_axis: int) -> tuple[Array, Array]:
         """S = dY 1 (blocks, d) and K = dY (X - mean)' (blocks, d, d)."""
         dy = self.for_statistics(dy)

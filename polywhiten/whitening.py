@@ -83,10 +83,9 @@ def affine(
     xp = kernels.xp
     x4 = kernels.split(blocks, x)
     if isinstance(blocks, ChannelGroups):  # the variables are channels: one affine map does it all
-        shift = None if bias is None else _per_variable(kernels, bias, mean)
-        matrix = whitener if weight is None else _scaled(kernels, whitener, weight)
-        terms = [Term(matrix, x4, mean)]
-        return xp.reshape(kernels.affine_map(terms, shift, blocks.block_axis, x.dtype), kernels.shape(x))
+        factor, shift = (None if each is None else _per_variable(kernels, each, mean) for each in (weight, bias))
+        y = kernels.scaled_map(factor, Term(whitener, x4, mean), shift, blocks.block_axis, x.dtype)
+        return xp.reshape(y, kernels.shape(x))
     dtype = x.dtype if weight is None and bias is None else mean.dtype
     y = xp.reshape(kernels.affine_map([Term(whitener, x4, mean)], None, blocks.block_axis, dtype), kernels.shape(x))
     shape = channel_shape(x.ndim, blocks.axis)

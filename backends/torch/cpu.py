@@ -51,6 +51,17 @@ class CPUKernels(TorchKernels):
         return y.to(dtype)
 
     @full_precision
+    def scaled_map(
+        self, weight: Tensor | None, term: Term, bias: Tensor | None, block_axis: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Likewise, with the weight taken in while matrices are arranged."""
+        if not _serves([term.array], term.matrix, term.centre, weight, bias):
+            return super().scaled_map(weight, term, bias, block_axis, dtype)
+        term = term._replace(array=self.for_statistics(term.array))
+        y: Tensor = _calls().affine_map([term], bias, block_axis, weight)
+        return y.to(dtype)
+
+    @full_precision
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
         """W, every matrix in the cache."""
         if not (isinstance(solver, Newton) and _serves([cov])):

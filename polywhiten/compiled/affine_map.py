@@ -26,7 +26,8 @@ from polywhiten.compiled.panels import (
 )
 from polywhiten.compiled.tile import UNIT, at, fence, get, integers, is_null, pointer, put
 
-_TERMS, _TERM, _Y = 12, 11, 34  # among the numbers: where the terms begin, how many each takes, the layout of y
+# among the numbers: where the terms begin, how many each takes, the layout of y, and the weight
+_TERMS, _TERM, _Y, _WEIGHT = 12, 11, 34, 42
 
 
 @njit
@@ -40,10 +41,10 @@ def _term_at(numbers, k, scratch):
 def arrange(numbers, scratch, share):
     """A share of the blocks' matrices, padded, as panels are multiplied with them: side by side, or stacked.
 
-    Numbers: as of `affine_map`.
+    The first ones' rows are multiplied with the weight (blocks, d), if there is one. Numbers: as of `affine_map`.
     """
     shares, terms, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, _Y)
-    arranged = pointer(numbers[3], scratch)
+    arranged, weight = pointer(numbers[3], scratch), pointer(numbers[_WEIGHT], scratch)
     clear(scratch, 0, 1, padded(layout.d))
     d, dp = layout.d, padded(layout.d)
     depth = terms * dp
@@ -60,6 +61,11 @@ def arrange(numbers, scratch, share):
                     for j in range(d):
                         place = (term * dp + j) * dp + i if as_rows else i * depth + term * dp + j
                         put(own, place, get(matrix, i * d + j))
+        if not is_null(weight):
+            for i in range(d):
+                row = at(own, i * (dp if as_rows else depth))
+                for j in range(d):
+                    put(row, j, get(row, j) * get(weight, block * d + (j if as_rows else i)))
 
 
 def affine_map(numbers, scratch, share):
@@ -69,7 +75,8 @@ def affine_map(numbers, scratch, share):
     result with `after`, and `bias` is added to it; panels must not be rows where there are any. Numbers: shares, terms,
     whether panels are rows, the addresses of the arranged matrices, of y, of shift or 0, of these three, how many
     positions a channel has, whether panels are counted before blocks, and whether rows go past the caches; for two
-    terms the addresses of array, matrix and centre, and the array's layout; the layout of y.
+    terms the addresses of array, matrix and centre, and the array's layout; the layout of y; the address of a weight or
+    0, which `arrange` alone asks for.
     """
     shares, terms, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, _Y)
     arranged, target, shift = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)

@@ -49,10 +49,12 @@ class Calls(NamedTuple):
         self._run([whole], workers, layout.d, x)
         return result
 
-    def affine_map(self, terms: Sequence[Term], shift: Array | None, block_axis: int) -> Array:
-        """The sum of the terms, plus shift (blocks, d)."""
+    def affine_map(
+        self, terms: Sequence[Term], shift: Array | None, block_axis: int, weight: Array | None = None
+    ) -> Array:
+        """The sum of the terms, plus shift (blocks, d); the first one times the weight (blocks, d) of its rows."""
         steps = Steps(self.library, block_axis)
-        y, arranged, mapped = steps.affine_map(terms, shift, False)
+        y, arranged, mapped = steps.affine_map(terms, shift, False, weight=weight)
         layout = steps.layout(y)
         self._run([arranged, mapped], self.shares(layout, len(terms))[0], layout.d, y)
         return y

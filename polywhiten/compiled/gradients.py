@@ -1,29 +1,24 @@
 """What a block's d x d matrices go through between the moments and the map: the weight, and the terms of dX."""
 
-from polywhiten.compiled.tile import get, is_null, number, pointer, put
+from polywhiten.compiled.tile import get, number, pointer, put
 
 
 def fold_weight(numbers, scratch, share):
-    """A share of A = diag(weight) W (blocks, d, d), or of A' where there is K.
+    """A share of A' (blocks, d, d), of A = diag(weight) W, and of the weight's gradient (blocks, d).
 
-    Where there is K, the weight's gradient (blocks, d) is the sum of its rows times those of W. Numbers: shares,
-    blocks, d, the addresses of W, weight, A, K or 0 and the gradient.
+    That is the sum of the rows of K times those of W. Numbers: shares, blocks, d, the addresses of W, weight, A', K and
+    the gradient.
     """
     shares, blocks, d = numbers[0], numbers[1], numbers[2]
     w, weight, a = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)
     k, gradient = pointer(numbers[6], scratch), pointer(numbers[7], scratch)
     for row in range(share * blocks // shares * d, (share + 1) * blocks // shares * d):
         block, i = divmod(row, d)
-        factor = get(weight, row)
-        if is_null(k):
-            for j in range(d):
-                put(a, row * d + j, factor * get(w, row * d + j))
-        else:
-            total = 0.0
-            for j in range(d):
-                total += get(k, row * d + j) * get(w, row * d + j)
-                put(a, (block * d + j) * d + i, factor * get(w, row * d + j))
-            put(gradient, row, total)
+        factor, total = get(weight, row), 0.0
+        for j in range(d):
+            total += get(k, row * d + j) * get(w, row * d + j)
+            put(a, (block * d + j) * d + i, factor * get(w, row * d + j))
+        put(gradient, row, total)
 
 
 def gradient_terms(numbers, scratch, share):

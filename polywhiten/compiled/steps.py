@@ -128,20 +128,22 @@ class Steps(NamedTuple):
         before: Array | None = None,
         after: Array | None = None,
         bias: Array | None = None,
+        weight: Array | None = None,
     ) -> tuple[Array, Step, Step]:
         """The sum of the terms, plus shift (blocks, d): matrices as panels are multiplied with them, and the map.
 
-        The channels' values, where there are any: the first term's array is multiplied with `before`, or the result
-        with `after`, and `bias` is added to it. Parts of the map are whole blocks, one after another, if `by_block`.
+        The rows of the first term's matrices are multiplied with the weight (blocks, d), if any. The channels' values,
+        where there are any: the first term's array is multiplied with `before`, or the result with `after`, and `bias`
+        is added to it. Parts of the map are whole blocks, one after another, if `by_block`.
         """
         library, address = self.library, self.library.address
         x = terms[-1].array  # of two, that which is no gradient
         y = library.empty_like(x)
         layout = self.layout(y)
         blocks, d, dp = layout.blocks, layout.d, padded(layout.d)
-        shift = self._given(shift, blocks, d)
+        shift, weight = self._given(shift, blocks, d), self._given(weight, blocks, d)
         before, after, bias = (self._given(values, channels.number) for values in (before, after, bias))
-        numbers, kept, order = [], [y, shift, before, after, bias], self._order(layout)
+        numbers, kept, order = [], [y, shift, before, after, bias, weight], self._order(layout)
         for term in terms:
             array, own = term.array, self.layout(term.array)
             if self._order(own) != order:
@@ -157,18 +159,17 @@ class Steps(NamedTuple):
         panels_first = not by_block and (as_rows or layout.block_stride < layout.outer_stride)
         places = memory(arranged), address(y), *values
         how = panels_first, as_rows and self._go_past_caches(y, layout)
-        numbers = [len(terms), as_rows, *places, channels.positions, *how, *numbers, *layout]
+        numbers = [len(terms), as_rows, *places, channels.positions, *how, *numbers, *layout, self._address(weight)]
         kept.append(arranged)
         return y, Step(arrange, numbers, kept), Step(affine_map, numbers, kept)
 
-    def fold_weight(self, w: Array, weight: Array, k: Array | None = None) -> tuple[Array, Array | None, Step]:
-        """A = diag(weight) W; or, where there is K, A' and the weight's gradient."""
+    def fold_weight(self, w: Array, weight: Array, k: Array) -> tuple[Array, Array, Step]:
+        """A', of A = diag(weight) W, and the weight's gradient."""
         blocks, d, _ = w.shape
         w, weight = self._given(w, blocks, d, d), self._given(weight, blocks, d)
-        a = self.library.empty((blocks, d, d), w)
-        gradient = None if k is None else self.library.empty((blocks, d), w)
+        a, gradient = self.library.empty((blocks, d, d), w), self.library.empty((blocks, d), w)
         arrays = w, weight, a, k, gradient
-        return a, gradient, Step(fold_weight, (blocks, d, *map(self._address, arrays)), arrays)
+        return a, gradient, Step(fold_weight, (blocks, d, *map(self.library.address, arrays)), arrays)
 
     def gradient_terms(self, ds: Array, s: Array, count: int) -> tuple[Array, Step]:
         """S / M, and (dS + dS') / M in place of dS."""

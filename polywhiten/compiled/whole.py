@@ -56,11 +56,9 @@ class WholeWhitening:
             given = None, self._by_block, self._channels, None, *self._of_channels(weight, bias)
             y, *mapped = self._steps.affine_map([Term(whitener, self._x, mean)], *given)
         else:
-            matrix = whitener
-            if weight is not None:
-                matrix, _, folded = self._steps.fold_weight(whitener, self._of_variables(weight))
-                steps.append(folded)
-            y, *mapped = self._steps.affine_map([Term(matrix, self._x, mean)], self._of_variables(bias), self._by_block)
+            given = self._of_variables(bias), self._by_block
+            terms = [Term(whitener, self._x, mean)]
+            y, *mapped = self._steps.affine_map(terms, *given, weight=self._of_variables(weight))
         self._run([*steps, *mapped], own)
         return y, stats
 
