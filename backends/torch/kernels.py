@@ -183,7 +183,8 @@ def folded(terms: Sequence[Term], bias: Tensor | None) -> Tensor:
 def are_finite(mean: Tensor, whitener: Tensor) -> Tensor:
     """Whether all numbers of both are, as a tensor of one."""
     largest = torch.linalg.vector_norm(mean, math.inf) + torch.linalg.vector_norm(whitener, math.inf)
-    return largest < math.inf
+    result: Tensor = largest < math.inf
+    return result
 
 
 def is_unobserved(tensors: Sequence[Tensor]) -> bool:
