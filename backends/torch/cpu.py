@@ -56,9 +56,9 @@ class CPUKernels(TorchKernels):
     ) -> Tensor:
         """Likewise, with the weight taken in while matrices are arranged."""
         if not _serves([term.array], term.matrix, term.centre, weight, bias):
-            return super().scaled_map(weight, term, bias, block_axis, dtype)
-        term = term._replace(array=self.for_statistics(term.array))
-        y: Tensor = _calls().affine_map([term], bias, block_axis, weight)
+            y: Tensor = super().scaled_map(weight, term, bias, block_axis, dtype)
+        else:
+            y = _calls().affine_map([term._replace(array=self.for_statistics(term.array))], bias, block_axis, weight)
         return y.to(dtype)
 
     @full_precision

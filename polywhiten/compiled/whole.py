@@ -56,9 +56,8 @@ class WholeWhitening:
             given = None, self._by_block, self._channels, None, *self._of_channels(weight, bias)
             y, *mapped = self._steps.affine_map([Term(whitener, self._x, mean)], *given)
         else:
-            given = self._of_variables(bias), self._by_block
-            terms = [Term(whitener, self._x, mean)]
-            y, *mapped = self._steps.affine_map(terms, *given, weight=self._of_variables(weight))
+            terms, shift, factor = [Term(whitener, self._x, mean)], self._of_variables(bias), self._of_variables(weight)
+            y, *mapped = self._steps.affine_map(terms, shift, self._by_block, weight=factor)
         self._run([*steps, *mapped], own)
         return y, stats
 
