@@ -14,7 +14,7 @@ from numba import njit
 import polywhiten as pw
 from polywhiten import dispatch
 from polywhiten.blocks import ChannelGroups, SampleGroups
-from polywhiten.compiled import calls, kernels, panels, parallel, steps, tile, whole
+from polywhiten.compiled import calls, kernels, panels, parallel, products, steps, tile, whole
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import solver_for
 from polywhiten.whitening import NO_STATISTICS, Plan, Statistics, backward, forward
@@ -245,7 +245,7 @@ def test_memory_of_workers_begins_where_lines_do(dtype):
 @njit
 def listed(x, layout, start, samples, lines):
     place = panels.Place(tile.pointer(x.ctypes.data, x), layout, 1, start, samples)
-    return panels.list_lines(tile.pointer(lines.ctypes.data, lines), 7, (place, place, place), 1)
+    return products.list_lines(tile.pointer(lines.ctypes.data, lines), 7, (place, place, place), 1)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -257,7 +257,7 @@ def test_lines_of_a_panel_are_listed(dtype, order, d, inner, start, samples):
     x = in_memory(random(64, 2, d, inner, dtype=dtype), order)
     strides = [stride // x.itemsize for stride in x.strides]
     layout = panels.Layout(2, 64, d, inner, strides[1], strides[0], strides[2], strides[3])
-    lines = np.zeros(steps.list_memory(d) // 2, np.int64)
+    lines = np.zeros(products.list_memory(d) // 2, np.int64)
     count, each = listed(x, layout, start, samples, lines)
     assert (each - 1) * 7 < count <= 7 * each
     numbers = np.arange(x.size).reshape(x.transpose(order).shape).transpose(np.argsort(order))

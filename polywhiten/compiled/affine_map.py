@@ -7,14 +7,10 @@ from polywhiten.compiled.panels import (
     COLUMNS,
     Channels,
     Place,
-    chunks_of_a_tile,
     clear,
     layout_at,
-    list_lines,
     load_columns,
     load_rows,
-    multiply_add,
-    multiply_listed,
     padded,
     panels_memory,
     part,
@@ -24,6 +20,7 @@ from polywhiten.compiled.panels import (
     transposed,
     width,
 )
+from polywhiten.compiled.products import chunks_of_a_tile, list_lines, multiply_add, multiply_listed
 from polywhiten.compiled.tile import UNIT, at, fence, get, integers, is_null, pointer, put
 
 # among the numbers: where the terms begin, how many each takes, the layout of y, and the weight

@@ -18,7 +18,6 @@ from polywhiten.compiled.panels import (
     load_columns,
     load_first,
     load_rows,
-    multiply_add,
     padded,
     panels_memory,
     run_of,
@@ -29,6 +28,7 @@ from polywhiten.compiled.panels import (
     transposed_run,
     width_of_runs,
 )
+from polywhiten.compiled.products import multiply_add
 from polywhiten.compiled.tile import UNIT, at, centred_rows, doubles, get, integers, number, pointer, put
 
 _ROWS = 1 << 12  # numbers of dY, and as many of X, that the first cache has room for beside their products

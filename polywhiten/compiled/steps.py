@@ -23,13 +23,13 @@ from polywhiten.compiled.panels import (
     Channels,
     Layout,
     is_interleaved,
-    list_memory,
     padded,
     panels_memory,
     width_of_runs,
 )
 from polywhiten.compiled.parallel import Step, bits
 from polywhiten.compiled.parallel import address as memory
+from polywhiten.compiled.products import list_memory
 from polywhiten.compiled.tile import LINE
 from polywhiten.kernels import Term
 from polywhiten.solvers.newton import Newton
