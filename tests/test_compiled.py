@@ -327,6 +327,10 @@ def test_what_is_not_a_number_stays_so(compiled):
     assert np.isnan(mean).sum() == 1
     assert np.isnan(cov).sum() == 7
     assert np.isnan(compiled.inverse_sqrt(NEWTON, cov, 1e-5)[0]).all()
+    dy = np.ones((600, 1, 64, 1))
+    dy[3, 0, 5, 0] = np.inf
+    s, _ = compiled.cross_moments(dy, np.ones_like(dy), np.zeros((1, 64)), 1)
+    np.testing.assert_array_equal(s[0], np.where(np.arange(64) == 5, np.inf, 600))
 
 
 def test_odd_arrays_are_left_to_the_plain_kernels(monkeypatch):
