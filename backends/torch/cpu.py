@@ -55,10 +55,11 @@ class CPUKernels(TorchKernels):
         self, weight: Tensor | None, term: Term, bias: Tensor | None, block_axis: int, dtype: torch.dtype
     ) -> Tensor:
         """Likewise, with the weight taken in while matrices are arranged."""
-        if not _serves([term.array], term.matrix, term.centre, weight, bias):
-            y: Tensor = super().scaled_map(weight, term, bias, block_axis, dtype)
-        else:
-            y = _calls().affine_map([term._replace(array=self.for_statistics(term.array))], bias, block_axis, weight)
+        if weight is None or not _serves([term.array], term.matrix, term.centre, weight, bias):
+            plain: Tensor = super().scaled_map(weight, term, bias, block_axis, dtype)
+            return plain
+        term = term._replace(array=self.for_statistics(term.array))
+        y: Tensor = _calls().affine_map([term], bias, block_axis, weight)
         return y.to(dtype)
 
     @full_precision
