@@ -19,7 +19,7 @@ def inverse_sqrt(cov, method="eigh", iterations=None):
         scale = np.sqrt(np.sum(values**2))
         x = np.sqrt(values / scale)
         sigma = x.copy()
-        for a, b, c in minimax_steps(iterations or 5):
+        for a, b, c in (*minimax_steps(iterations or 5), (15 / 8, -10 / 8, 3 / 8)):  # the last is flat at 1
             sigma = a * sigma + b * sigma**3 + c * sigma**5
         roots = sigma / x / np.sqrt(scale)
     return vectors * roots @ vectors.T

@@ -1,5 +1,6 @@
 """What only JAX has: gradients under its transformations, mapped axes, symbolic sizes, precisions of products."""
 
+import warnings
 from functools import partial
 
 import numpy as np
@@ -76,6 +77,22 @@ def test_first_and_second_derivatives(name, method):
     for transform in (lambda f: f, squared_gradient):
         actual, expected = (jax.jit(jax.grad(transform(f), (0, 1, 2)))(*arguments) for f in (ours, theirs))
         assert_close(actual, expected)
+
+
+def test_many_iterations_in_float32_work_in_float64_for_a_while():
+    x, dy = normal(32, 6), normal(32, 6, seed=1)
+    loss = lambda x, **arguments: (pw.iter_norm(x, **arguments) * dy.astype(x.dtype)).sum()
+    second = lambda x, **arguments: jax.grad(lambda x: (jax.grad(partial(loss, **arguments))(x) ** 2).sum())(x)
+    expected = second(x, method="eigh")
+    with jax.enable_x64(False), warnings.catch_warnings():
+        warnings.simplefilter("error")  # JAX warns where it takes float32 for float64
+        single = x.astype("float32")
+        for arguments in ({"iterations": 15}, {"method": "minimax", "iterations": 5}):
+            derivative = partial(second, **arguments)
+            results = derivative(single), jax.jit(derivative)(single), jax.vmap(derivative)(single[None])[0]
+            for result in results:
+                assert result.dtype == "float32"
+                np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_second_derivatives_with_equal_eigenvalues():

@@ -46,7 +46,25 @@ def test_minimax_adds_digits_once_every_condition_is_reached():
     assert np.max(np.abs(w @ cov @ w - np.eye(8))) < 1e-9
 
 
-@pytest.mark.parametrize("iterations", [1, 3, 5, 9])
+@pytest.mark.parametrize(("iterations", "condition"), [(3, 30), (4, 500), (5, 1e4), (6, 1e5), (7, 1e6), (8, 1e7)])
+def test_the_gradient_of_minimax_is_that_of_the_inverse_square_root(iterations, condition):
+    cov, rng = matrix(16, condition), np.random.default_rng(1)
+    for grad in rng.normal(size=(5, 16, 16)):
+        gradient = solver_for("minimax", iterations).adjoint(xp, cov, grad)
+        assert relative_error(gradient, Eigh().adjoint(xp, cov, grad)) < 1e-7
+
+
+def test_more_steps_than_a_dtype_has_digits_for_change_nothing():
+    cov = matrix(8, 1e3)
+    for dtype in ("float32", "float64"):
+        given = cov.astype(dtype)
+        for method, most in (("newton", 47), ("minimax", 8)):
+            w = solver_for(method, most).inverse_sqrt(xp, given)
+            assert w.dtype == dtype
+            np.testing.assert_array_equal(solver_for(method, 10_000).inverse_sqrt(xp, given), w)
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 5, 8])
 def test_a_minimax_step_is_the_best_quintic(iterations):
     """The error of the best polynomial takes its maximum at four points, with alternating sign (Chebyshev)."""
     steps, lower, upper = minimax_steps(iterations), None, 1.0

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from polywhiten._types import Array
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import Solver
-from polywhiten.solvers.newton import Newton
+from polywhiten.solvers.newton import Newton, is_iterated_in
 
 TYPES = {"float16": "half", "float32": "float", "float64": "double"}  # by the dtype's name, in CUDA
 SIZES = (4, 16, 32, 64)  # variables that a variant is made for; it serves fewer too
@@ -138,14 +138,14 @@ class CupyKernels(Kernels):
 
     def inverse_sqrt(self, solver: Solver, cov: Array, eps: float = 0.0) -> Array:
         """W = (cov + eps I)^(-1/2); of Newton's iteration in one launch."""
-        if not (isinstance(solver, Newton) and self._is_iterated(cov, matrices=3)):
+        if not (is_iterated_in(cov.itemsize, solver) and self._is_iterated(cov, matrices=3)):
             return super().inverse_sqrt(solver, cov, eps)
         return self._newton("newton", solver, [cov], eps, matrices=3)
 
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array, eps: float = 0.0) -> Array:
         """Gradient of a loss with respect to cov; of Newton's iteration in one launch."""
         alike = grad.dtype == cov.dtype and grad.shape == cov.shape
-        if not (isinstance(solver, Newton) and alike and self._is_iterated(cov, matrices=6)):
+        if not (is_iterated_in(cov.itemsize, solver) and alike and self._is_iterated(cov, matrices=6)):
             return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
         return self._newton("newton_adjoint", solver, [cov, grad], eps, matrices=6)
 

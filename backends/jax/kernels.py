@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -13,6 +14,7 @@ from jax import Array
 from polywhiten.kernels import Kernels, regularized
 from polywhiten.solvers import Solver
 from polywhiten.solvers.eigh import Eigh
+from polywhiten.solvers.iteration import ScaledIteration
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -63,10 +65,20 @@ def full_precision(kernel: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def _with_float64(solver: Solver, cov: Array) -> AbstractContextManager[object]:
+    """Where a solver works in float64, let JAX have it: without the context it takes float32 instead."""
+    return jax.enable_x64(True) if _works_in_float64(solver, cov) else nullcontext()
+
+
+def _works_in_float64(solver: Solver, cov: Array) -> bool:
+    return isinstance(solver, ScaledIteration) and solver.needs_float64(float(xp.finfo(cov.dtype).eps))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _inverse_sqrt(solver: Solver, cov: Array) -> Array:
     """W = S^(-1/2) with the solver's own derivative."""
-    result: Array = solver.inverse_sqrt(xp, cov)
+    with _with_float64(solver, cov):
+        result: Array = solver.inverse_sqrt(xp, cov)
     return result
 
 
@@ -82,23 +94,32 @@ _inverse_sqrt.defvjp(_inverse_sqrt_forward, _inverse_sqrt_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _eigh_adjoint(solver: Eigh, cov: Array, grad: Array) -> Array:
-    """The adjoint of "eigh", whose derivative must not be JAX's of eigh: that is NaN for equal eigenvalues."""
-    result: Array = solver.adjoint(xp, cov, grad)
+def _adjoint(solver: Solver, cov: Array, grad: Array) -> Array:
+    """A solver's adjoint where JAX can't differentiate it by itself.
+
+    That is "eigh", whose derivative by JAX is NaN for equal eigenvalues, and what works in float64 for a while.
+    """
+    with _with_float64(solver, cov):
+        result: Array = solver.adjoint(xp, cov, grad)
     return result
 
 
-def _eigh_adjoint_forward(solver: Eigh, cov: Array, grad: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _eigh_adjoint(solver, cov, grad), (cov, grad)
+def _adjoint_forward(solver: Solver, cov: Array, grad: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _adjoint(solver, cov, grad), (cov, grad)
 
 
 @full_precision
-def _eigh_adjoint_backward(solver: Eigh, given: tuple[Array, Array], direction: Array) -> tuple[Array, Array]:
+def _adjoint_backward(solver: Solver, given: tuple[Array, Array], direction: Array) -> tuple[Array, Array]:
     cov, grad = given
-    return solver.second(xp, cov, grad, direction), _eigh_adjoint(solver, cov, direction)
+    if isinstance(solver, Eigh):
+        return solver.second(xp, cov, grad, direction), _adjoint(solver, cov, direction)
+    with _with_float64(solver, cov):
+        _, pullback = jax.vjp(partial(solver.adjoint, xp), cov, grad)
+        gradients: tuple[Array, Array] = pullback(direction)
+    return gradients
 
 
-_eigh_adjoint.defvjp(_eigh_adjoint_forward, _eigh_adjoint_backward)
+_adjoint.defvjp(_adjoint_forward, _adjoint_backward)
 
 
 class JaxKernels(Kernels):
@@ -119,8 +140,8 @@ class JaxKernels(Kernels):
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array, eps: float = 0.0) -> Array:
         """Gradient with respect to cov."""
         cov = regularized(xp, cov, eps)
-        if isinstance(solver, Eigh):
-            return _eigh_adjoint(solver, *varying_alike((cov, grad)))
+        if isinstance(solver, Eigh) or _works_in_float64(solver, cov):
+            return _adjoint(solver, *varying_alike((cov, grad)))
         result: Array = solver.adjoint(xp, cov, grad)
         return result
 

@@ -16,6 +16,7 @@ class _Namespace(ModuleType):
     """A namespace of the array API, as far as whitening goes."""
 
     float32 = tf.float32
+    float64 = tf.float64
     abs = staticmethod(tf.abs)
     all = staticmethod(tf.reduce_all)
     expand_dims = staticmethod(tf.expand_dims)

@@ -16,6 +16,11 @@ def matrix_transpose(x: Tensor) -> Tensor:
     return x.mT
 
 
+def widened(x: Tensor) -> Tensor:
+    """X in float64; as it is on Apple's GPUs, which have no float64."""
+    return x if x.device.type == "mps" else x.double()
+
+
 def multiply_add(beta: float, c: Tensor, alpha: float, a: Tensor, b: Tensor) -> Tensor:
     """Beta c + alpha a b of matrices (..., d, d), in one call."""
     if a.ndim == 3:

@@ -13,7 +13,7 @@ from polywhiten.compiled.parallel import address, threads
 from polywhiten.compiled.whole import WholeWhitening
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import Solver
-from polywhiten.solvers.newton import Newton
+from polywhiten.solvers.newton import is_iterated_in
 from polywhiten.whitening import Plan, Whole
 
 
@@ -78,13 +78,13 @@ class NumPyKernels(Kernels):
 
     def inverse_sqrt(self, solver: Solver, cov: Array, eps: float = 0.0) -> Array:
         """W, every matrix in the cache."""
-        if not (isinstance(solver, Newton) and _serves(cov)):
+        if not (is_iterated_in(cov.itemsize, solver) and _serves(cov)):
             return super().inverse_sqrt(solver, cov, eps)
         return _CALLS.inverse_sqrt(solver, cov, eps)
 
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array, eps: float = 0.0) -> Array:
         """Gradient with respect to cov, every matrix in the cache."""
-        if not (isinstance(solver, Newton) and _serves(cov, grad)):
+        if not (is_iterated_in(cov.itemsize, solver) and _serves(cov, grad)):
             return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
         return _CALLS.inverse_sqrt_adjoint(solver, cov, grad, eps)
 

@@ -1,9 +1,10 @@
-"""Newton's iteration on R and its derivative, see `polywhiten.solvers.newton`, in phases.
+"""Newton's iteration on r = R / 3 and its derivative, see `polywhiten.solvers.newton`, in phases.
 
 What is symmetric is computed above its diagonal, and copied. A phase needs all of the phases before it, and each of its
 columns of tiles nothing of the others: several workers can share a matrix, if they begin every phase together.
 """
 
+import numpy as np
 from numba import njit
 
 from polywhiten.compiled.panels import APART, clear, padded
@@ -80,11 +81,11 @@ def _value(numbers, own, phase, block, share, shares):
     elif phase == last:
         _put_whitener(w, own, z, ld, d, share, shares)
     elif step == 0:
-        _product(q, -6.0, r, 1.0, r, r, dp, ld, True, own, share, shares)
+        _product(q, 1.0, r, -1.0, r, r, dp, ld, True, own, share, shares)
     elif step == 1:
-        _product(next_r, 2.25, r, 0.25, r, q, dp, ld, True, own, share, shares)
+        _product(next_r, 2.25, q, -2.25, q, r, dp, ld, True, own, share, shares)
     else:
-        _product(next_z, 1.5, z, -0.5, z, next_r, dp, ld, True, own, share, shares)
+        _product(next_z, 1.5, z, -1.5, z, next_r, dp, ld, True, own, share, shares)
 
 
 @njit
@@ -125,19 +126,19 @@ def _derivative(numbers, own, phase, block, share, shares):
         if numbers[12] != 0:
             _put_whitener(at(pointer(numbers[12], own), block * d * d), own, z, ld, d, share, shares)
     elif step == 0:
-        _product(p, -4.0, dr, 1.0, r, dr, dp, ld, False, own, share, shares)
-        _product(q, -6.0, r, 1.0, r, r, dp, ld, True, own, share, shares)
+        _product(p, 1 / 3, dr, -1.0, dr, r, dp, ld, False, own, share, shares)
+        _product(q, 1.0, r, -1.0, r, r, dp, ld, True, own, share, shares)
     elif step == 1:
-        _add_transposed(more, p, 0.5, dp, ld, own, share, shares)
-        _product(next_r, 2.25, r, 0.25, r, q, dp, ld, True, own, share, shares)
+        _add_transposed(more, p, 0.5, dp, ld, own, share, shares)  # (dr - 2 dr r - r dr) / 2
+        _product(next_r, 2.25, q, -2.25, q, r, dp, ld, True, own, share, shares)
     elif step == 2:
-        _product(half, 1.125, dr, 0.25, r, more, dp, ld, False, own, share, shares)
-        _product(p, 1.5, dz, -0.5, dz, next_r, dp, ld, True, own, share, shares)
-        _product(next_z, 1.5, z, -0.5, z, next_r, dp, ld, True, own, share, shares)
+        _product(half, 2.25, more, -2.25, more, r, dp, ld, False, own, share, shares)
+        _product(p, 1.5, dz, -1.5, dz, next_r, dp, ld, True, own, share, shares)
+        _product(next_z, 1.5, z, -1.5, z, next_r, dp, ld, True, own, share, shares)
     elif step == 3:
         _add_transposed(next_dr, half, 1.0, dp, ld, own, share, shares)
     else:
-        _product(next_dz, 1.0, p, -0.5, z, next_dr, dp, ld, True, own, share, shares)
+        _product(next_dz, 1.0, p, -1.5, z, next_dr, dp, ld, True, own, share, shares)
 
 
 @njit
@@ -158,7 +159,9 @@ def _factor(weight, i):
 def _inner(a, b, n):
     total = 0.0
     for i in range(n):
-        total += get(a, i) * get(b, i)
+        total += np.float64(get(a, i)) * get(
+            b, i
+        )  # numbers whose product may be too large for their dtype, or too small
     return total
 
 
@@ -173,7 +176,7 @@ def _diagonal(m, ld, d):
 
 @njit
 def _start(own, r, z, cov, dp, ld, d, eps, tiny, share, shares):
-    """R = (cov + eps I) / trace and Z = (3 I - R) / 2."""
+    """r = (cov + eps I) / trace / 3 and Z = 3/2 (I - r)."""
     scale = _diagonal(cov, d, d) + d * eps
     if scale < tiny:  # eps = 0 and constant channels: S is 0, and so is R
         scale = tiny
@@ -187,17 +190,17 @@ def _start(own, r, z, cov, dp, ld, d, eps, tiny, share, shares):
         clear(z_row, 0, 1, dp)
         if i < d:
             for j in range(d):
-                value = get(given, j) / divisor
+                value = get(given, j) / divisor / number(r, 3.0)
                 put(row, j, value)
-                put(z_row, j, number(r, -0.5) * value)
-            diagonal = (get(given, i) + eps) / scale
+                put(z_row, j, number(r, -1.5) * value)
+            diagonal = (get(given, i) + eps) / scale / 3
             put(row, i, diagonal)
-            put(z_row, i, 1.5 - 0.5 * diagonal)
+            put(z_row, i, 1.5 - 1.5 * diagonal)
 
 
 @njit
 def _start_derivative(dr, dz, grad, weight, dp, ld, d, share, shares):
-    """Those of R and Z along the symmetric part of a gradient, its rows times the weight."""
+    """Those of r and Z along the symmetric part of a gradient, its rows times the weight."""
     for i in range(share, dp, shares):
         row, z_row = at(dr, i * ld), at(dz, i * ld)
         clear(row, 0, 1, dp)
@@ -205,9 +208,9 @@ def _start_derivative(dr, dz, grad, weight, dp, ld, d, share, shares):
         if i < d:
             factor = _factor(weight, i)
             for j in range(d):
-                value = number(dr, 0.5) * (factor * get(grad, i * d + j) + _factor(weight, j) * get(grad, j * d + i))
-                put(row, j, value)
-                put(z_row, j, number(dr, -0.5) * value)
+                both = factor * get(grad, i * d + j) + _factor(weight, j) * get(grad, j * d + i)
+                put(row, j, both / number(dr, 6.0))
+                put(z_row, j, number(dr, -0.25) * both)
 
 
 @njit

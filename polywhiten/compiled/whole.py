@@ -16,7 +16,7 @@ from polywhiten.compiled.panels import Channels, padded
 from polywhiten.compiled.parallel import Step, run
 from polywhiten.compiled.steps import NO_CHANNELS, Steps, scratch, scratch_size, solve
 from polywhiten.kernels import Kernels, Term
-from polywhiten.solvers.newton import Newton
+from polywhiten.solvers.newton import is_iterated_in
 from polywhiten.whitening import Plan, Statistics, as_dtype_of
 
 _CACHED = 1 << 19  # bytes of a block of channels; a sample's are read in their order anyway
@@ -42,7 +42,9 @@ class WholeWhitening:
         self._workers, self._chunks = calls.shares(layout)
         lines = self._count * padded(layout.d) * np.dtype(self._dtype).itemsize
         even = layout.blocks % self._workers == 0 or layout.blocks >= 4 * self._workers
-        self._by_block = isinstance(plan.solver, Newton) and even and (self._channels.number > 0 or lines <= _CACHED)
+        # the solver, if its steps are among the compiled ones
+        self._newton = plan.solver if is_iterated_in(np.dtype(self._dtype).itemsize, plan.solver) else None
+        self._by_block = self._newton is not None and even and (self._channels.number > 0 or lines <= _CACHED)
         if self._by_block:
             self._chunks = 1
 
@@ -79,7 +81,7 @@ class WholeWhitening:
         if mean is None:
             (mean, cov), *known = steps.moments(self._x, self._chunks)
         computed = None
-        if whitener is None and isinstance(self._plan.solver, Newton) and not number:
+        if whitener is None and self._newton is not None and not number:
             whitener = computed = self._calls.library.empty(cov.shape, cov)  # with the adjoint, which takes it anyway
         elif whitener is None:
             whitener, known = self._whitener(own, known, cov)
@@ -103,8 +105,8 @@ class WholeWhitening:
     def _whitener(self, own: np.ndarray[Any, Any], steps: list[Step], cov: Array) -> tuple[Array, list[Step]]:
         """W, and the steps that are still to be run for it."""
         solver, eps = self._plan.solver, self._plan.eps
-        if isinstance(solver, Newton):
-            whitener, solving = solve(self._calls.library, solver, eps, self._phased, cov)
+        if self._newton is not None:
+            whitener, solving = solve(self._calls.library, self._newton, eps, self._phased, cov)
             return whitener, [*steps, *solving]
         self._run(steps, own)
         return self._kernels.inverse_sqrt(solver, cov, eps), []
@@ -123,8 +125,8 @@ class WholeWhitening:
         Newton's iteration gives W again, in `whitener`.
         """
         solver, eps = self._plan.solver, self._plan.eps
-        if isinstance(solver, Newton):
-            ds, solving = solve(self._calls.library, solver, eps, self._phased, cov, grad, weight, whitener)
+        if self._newton is not None:
+            ds, solving = solve(self._calls.library, self._newton, eps, self._phased, cov, grad, weight, whitener)
             return ds, [*steps, *solving]
         self._run(steps, own)
         return self._kernels.inverse_sqrt_adjoint(
@@ -136,10 +138,9 @@ class WholeWhitening:
 
     @property
     def _phased(self) -> bool:
-        solver, layout = self._plan.solver, self._layout
-        if self._by_block or not isinstance(solver, Newton):
+        if self._by_block or self._newton is None:
             return False
-        return self._calls.are_phases_shared(solver, layout.blocks, layout.d)
+        return self._calls.are_phases_shared(self._newton, self._layout.blocks, self._layout.d)
 
     def _scratch_size(self, derivative: bool) -> int:
         d = self._layout.d

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from polywhiten._types import Array, Namespace
-from polywhiten.solvers.iteration import identity_like, symmetric_part
+from polywhiten.solvers.iteration import identity_like, positive, symmetric_part, trace
 
 
 @dataclass(frozen=True)
@@ -16,15 +16,16 @@ class Eigh:
     """
 
     def inverse_sqrt(self, xp: Namespace, cov: Array) -> Array:
-        root, vectors, poison = _decompose(xp, cov)
-        return _in_basis(xp, vectors, identity_like(xp, cov) / root[..., None]) + poison
+        t, root, vectors, poison = _decompose(xp, cov)
+        return _in_basis(xp, vectors, identity_like(xp, cov) / root[..., None]) / xp.sqrt(t) + poison
 
     def adjoint(self, xp: Namespace, cov: Array, grad: Array) -> Array:
         """Gradient with respect to `cov`: divided differences of l^(-1/2), which have no 1 / (l_i - l_j)."""
-        root, vectors, poison = _decompose(xp, cov)
+        t, root, vectors, poison = _decompose(xp, cov)
         rows, columns = root[..., :, None], root[..., None, :]
         differences = -1 / (rows * columns * (rows + columns))
-        return _in_basis(xp, vectors, differences * _to_basis(xp, vectors, symmetric_part(xp, grad))) + poison
+        gradient = _in_basis(xp, vectors, differences * _to_basis(xp, vectors, symmetric_part(xp, grad)))
+        return gradient / t / xp.sqrt(t) + poison
 
     def second(self, xp: Namespace, cov: Array, grad: Array, direction: Array) -> Array:
         """Gradient of <adjoint(cov, grad), direction> with respect to `cov`.
@@ -32,14 +33,14 @@ class Eigh:
         With X and Y the derivatives of W along both, W X + X W = -P G P where P = W W; a derivative of that gives
         Z W + W Z = P V P G P + P G P V P - X Y - Y X for the second.
         """
-        root, vectors, poison = _decompose(xp, cov)
+        t, root, vectors, poison = _decompose(xp, cov)
         rows, columns = root[..., :, None], root[..., None, :]
         g, v = (_to_basis(xp, vectors, symmetric_part(xp, m)) for m in (grad, direction))
         differences = -1 / (rows * columns * (rows + columns))
         x, y = differences * g, differences * v
         products = v @ (g / rows**2) / (rows * columns) ** 2 - x @ y
         products = products + xp.matrix_transpose(products)
-        return _in_basis(xp, vectors, products / (1 / rows + 1 / columns)) + poison
+        return _in_basis(xp, vectors, products / (1 / rows + 1 / columns)) / t / t / xp.sqrt(t) + poison
 
 
 def eigenpairs(xp: Namespace, cov: Array) -> tuple[Array, Array, Array]:
@@ -50,14 +51,17 @@ def eigenpairs(xp: Namespace, cov: Array) -> tuple[Array, Array, Array]:
     return values, vectors, xp.sum(0 * cov, axis=(-2, -1), keepdims=True)
 
 
-def _decompose(xp: Namespace, cov: Array) -> tuple[Array, Array, Array]:
-    """`eigenpairs` with the square roots of the eigenvalues."""
-    values, vectors, poison = eigenpairs(xp, cov)
+def _decompose(xp: Namespace, cov: Array) -> tuple[Array, Array, Array, Array]:
+    """The trace t, and of S / t the square roots of the eigenvalues and the rest of `eigenpairs`.
+
+    Divided first, as the cubes of large deviations overflow float32, and those of small ones vanish.
+    """
+    t = positive(xp, trace(xp, cov), cov.dtype)
+    values, vectors, poison = eigenpairs(xp, cov / t)
     # rounding can turn the smallest eigenvalues negative where the largest are much larger
-    info = xp.finfo(cov.dtype)
-    floor = xp.clip(xp.max(values, axis=-1, keepdims=True) * float(info.eps), min=float(info.smallest_normal))
-    root = xp.sqrt(xp.maximum(values, floor))
-    return root, vectors, poison
+    largest = xp.clip(xp.max(values, axis=-1, keepdims=True), min=1 / cov.shape[-1])  # less where S is 0
+    root = xp.sqrt(xp.maximum(values, largest * float(xp.finfo(cov.dtype).eps)))
+    return t, root, vectors, poison
 
 
 def _in_basis(xp: Namespace, vectors: Array, matrix: Array) -> Array:

@@ -6,6 +6,10 @@ With S scaled to S / t, eigenvalues in (0, 1], every step multiplies by a polyno
     R = Z Y      Q = a I + b R + c R R      Z = Q Z      Y = Y Q
     W = Z / sqrt(t)
 
+The polynomial of all steps together differs from the inverse square root by little, and oscillates, so that its
+derivative differs from that of the inverse square root by much. The last step is therefore one more, a polynomial that
+is flat at 1: a derivative that passes through it is that of the inverse square root itself.
+
 The order of the products matters: Y Z and Z Q would be the same in exact arithmetic, and diverge in floating
 point (N. J. Higham, Functions of Matrices, 2008, eq. 6.35).
 """
@@ -18,24 +22,26 @@ from typing import Any
 import numpy as np
 
 from polywhiten._types import Array, Namespace
-from polywhiten.solvers.iteration import ScaledIteration, identity_like, inner, symmetric_part, trace
+from polywhiten.solvers.iteration import ScaledIteration, identity_like, inner, positive, symmetric_part, trace
 
 Step = tuple[float, float, float]  # a, b, c
 Pair = tuple[Array, Array]  # a matrix, and its directional derivative where that is wanted
 
 _TARGET = 1e-4  # the largest |1 - p| that the last step may leave
-_LOWEST = 1e-4  # lower end of the widest first interval: norm(S) / (smallest eigenvalue) = 1e8
+_LOWEST = 1e-4  # lower end of the widest first interval in float64: norm(S) / (smallest eigenvalue) = 1e8
+_FLAT = (15 / 8, -10 / 8, 3 / 8)  # the quintic that is 1 at 1, with first and second derivative 0
 _NARROW = 1e-3  # width of an interval below which the exchange is ill-conditioned, and its limit as good
 
 
 @dataclass(frozen=True)
 class Minimax(ScaledIteration):
-    """T steps, each the odd quintic that is closest to 1 where the scaled singular values then lie.
+    """T steps, each the odd quintic that is closest to 1 where the scaled singular values then lie, and a flat one.
 
-    The first interval is as wide as T steps can bring within 1e-4 of 1, so T sets the condition number that is whitened
-    exactly: with S scaled by its Frobenius norm, norm(S) / (smallest eigenvalue) may be 1.5e3 for T = 4, 2.7e4 for 5,
-    4.9e5 for 6 and 9e6 for 7; from 8 on it is 1e8 and every further step adds digits. Smaller eigenvalues are whitened
-    in part, as by Newton's iteration.
+    The first interval is as wide as T steps can bring within 1e-4 of 1, which the flat step brings within 1e-11. So T sets
+    the condition number that is whitened exactly: with S scaled by its Frobenius norm, norm(S) / (smallest eigenvalue)
+    may be 1.5e3 for T = 4, 2.7e4 for 5, 4.9e5 for 6 and 9e6 for 7; for 8 it is 1e8, and more steps are not taken (of
+    float32 covariances, more than 7). Smaller eigenvalues are whitened in part, as by Newton's iteration. The gradient is
+    that of the inverse square root, up to 1e-5, for the eigenvalues that are whitened exactly.
 
     References
     ----------
@@ -44,26 +50,29 @@ class Minimax(ScaledIteration):
 
     iterations: int = 5
 
+    @property
+    def lost_bits(self) -> float:
+        return -2 * math.log2(widest_interval(self.iterations, _LOWEST))
+
     def scale(self, xp: Namespace, cov: Array) -> Array:
-        t = trace(xp, cov)  # divided out first: the squares of large variances overflow float32
-        t = xp.clip(t, min=float(xp.finfo(cov.dtype).smallest_normal))
+        t = positive(xp, trace(xp, cov), cov.dtype)  # divided out first: squares of large variances overflow float32
         return t * xp.sqrt(inner(xp, cov / t, cov / t))
 
     def scale_gradient(self, xp: Namespace, cov: Array, scale: Array) -> Array:
         return cov / scale
 
-    def value(self, xp: Namespace, s: Array) -> Array:
-        return self._iterate(xp, s)[0]
+    def value(self, xp: Namespace, s: Array, epsilon: float) -> Array:
+        return self._iterate(xp, s, None, epsilon)[0]
 
-    def value_and_derivative(self, xp: Namespace, s: Array, ds: Array) -> Pair:
-        return self._iterate(xp, s, ds)
+    def value_and_derivative(self, xp: Namespace, s: Array, ds: Array, epsilon: float) -> Pair:
+        return self._iterate(xp, s, ds, epsilon)
 
-    def _iterate(self, xp: Namespace, s: Array, ds: Array = None) -> Pair:
+    def _iterate(self, xp: Namespace, s: Array, ds: Array | None, epsilon: float) -> Pair:
         """Z, and its directional derivative along ds where that is given."""
         eye = identity_like(xp, s)
         y: Pair = s, ds
         z: Any = None
-        steps = minimax_steps(self.iterations)
+        steps = (*minimax_steps(self.iterations, max(_LOWEST, math.sqrt(epsilon))), _FLAT)
         for k, (a, b, c) in enumerate(steps):
             r, dr = y if z is None else _times(z, y)
             r, dr = symmetric_part(xp, r), None if dr is None else symmetric_part(xp, dr)
@@ -81,22 +90,30 @@ def _times(m: Pair, n: Pair) -> Pair:
     return a @ b, None if da is None else da @ b + a @ db
 
 
-def minimax_steps(iterations: int) -> tuple[Step, ...]:
-    """Coefficients of the steps, computed once for every number of them."""
-    return _widest_schedule(iterations)
+def minimax_steps(iterations: int, lowest: float = _LOWEST) -> tuple[Step, ...]:
+    """Coefficients of the steps, computed once for every number of them; of fewer, if these reach the lowest value."""
+    return _steps_and_interval(iterations, lowest)[0]
+
+
+def widest_interval(iterations: int, lowest: float) -> float:
+    """Lower end of the first interval, with 1 as the upper one, that so many steps bring within the target of 1."""
+    return _steps_and_interval(iterations, lowest)[1]
 
 
 @lru_cache
-def _widest_schedule(iterations: int) -> tuple[Step, ...]:
-    """The steps whose first interval is the widest that ends within the target."""
-    low, high = math.log10(_LOWEST), 0.0
+def _steps_and_interval(iterations: int, lowest: float) -> tuple[tuple[Step, ...], float]:
+    for fewer in range(1, iterations + 1):
+        steps, error = _schedule(lowest, fewer)
+        if error <= _TARGET:
+            return steps, lowest
+    low, high = math.log10(lowest), 0.0
     for _ in range(40):
         middle = (low + high) / 2
         if _schedule(10**middle, iterations)[1] <= _TARGET:
             high = middle
         else:
             low = middle
-    return _schedule(10**high, iterations)[0]
+    return _schedule(10**high, iterations)[0], 10**high
 
 
 def _schedule(lower: float, iterations: int) -> tuple[tuple[Step, ...], float]:

@@ -10,10 +10,14 @@ dR R, and a step with its derivative costs seven products. With r = R / 3 the st
 r <- 9/4 (v - v r), v = r - r r: nothing but differences.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 from polywhiten._types import Array, Namespace
-from polywhiten.solvers.iteration import ScaledIteration, identity_like, trace
+from polywhiten.solvers.iteration import DOUBLE, SINGLE, ScaledIteration, identity_like, most_steps, trace
+
+_GROWTH = 9 / 4  # of small eigenvalues of R in a step
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,8 @@ class Newton(ScaledIteration):
     """T steps of Newton's iteration from S / trace(S).
 
     The same Z as IterNorm's P <- (3 P - P^3 S) / 2 in exact arithmetic, by a recurrence that is stable for every T.
-    An eigenvalue that is small beside the trace is whitened in part: T sets how much.
+    An eigenvalue that is small beside the trace is whitened in part: T sets how much. More than 22 steps are not
+    taken of float32 covariances, nor more than 47 of float64: what these leave is smaller than rounding.
 
     References
     ----------
@@ -30,24 +35,28 @@ class Newton(ScaledIteration):
 
     iterations: int = 5
 
+    @property
+    def lost_bits(self) -> float:
+        return self.iterations * math.log2(_GROWTH)
+
     def scale(self, xp: Namespace, cov: Array) -> Array:
         return trace(xp, cov)
 
     def scale_gradient(self, xp: Namespace, cov: Array, scale: Array) -> Array:
         return identity_like(xp, cov)
 
-    def value(self, xp: Namespace, s: Array) -> Array:
+    def value(self, xp: Namespace, s: Array, epsilon: float) -> Array:
         r = s / 3
         z = 1.5 * (identity_like(xp, s) - r)
-        for _ in range(self.iterations - 1):
+        for _ in range(self._steps(epsilon) - 1):
             r = _step(xp, r)
             z = _reduced(xp, 1.5, z, z, r)
         return z
 
-    def value_and_derivative(self, xp: Namespace, s: Array, ds: Array) -> tuple[Array, Array]:
+    def value_and_derivative(self, xp: Namespace, s: Array, ds: Array, epsilon: float) -> tuple[Array, Array]:
         r, dr = s / 3, ds / 3
         z, dz = 1.5 * (identity_like(xp, s) - r), -1.5 * dr
-        for _ in range(self.iterations - 1):
+        for _ in range(self._steps(epsilon) - 1):
             p = dr @ r
             p = dr - p - (p + xp.matrix_transpose(p))
             p = _reduced(xp, 1.125, p, p, r)
@@ -56,6 +65,20 @@ class Newton(ScaledIteration):
             dz = _reduced(xp, 1.5, _reduced(xp, 1.0, dz, dz, r), z, dr)
             z = _reduced(xp, 1.5, z, z, r)
         return z, dz
+
+    def _steps(self, epsilon: float) -> int:
+        return min(self.iterations, most_steps(_GROWTH, epsilon))
+
+
+def is_iterated_in(itemsize: int, solver: Any) -> TypeGuard[Newton]:
+    """Whether a solver is Newton's iteration with no more steps than kernels can take in numbers of so many bytes.
+
+    Kernels take all of a solver's steps in the dtype of the statistics, which is float32 for half precision.
+    """
+    if not isinstance(solver, Newton):
+        return False
+    epsilon = DOUBLE if itemsize == 8 else SINGLE
+    return not solver.needs_float64(epsilon) and solver.iterations <= most_steps(_GROWTH, epsilon)
 
 
 def _step(xp: Namespace, r: Array) -> Array:

@@ -51,6 +51,44 @@ def test_output_and_gradient_are_finite(library, name, method, x, eps):
     assert np.all(np.isfinite(dx))
 
 
+STEPS = [("newton", t) for t in (12, 13, 20, 60)] + [("minimax", t) for t in (4, 5, 7, 60)] + [("eigh", None)]
+
+
+@pytest.mark.parametrize(("method", "iterations"), STEPS)
+@pytest.mark.parametrize("std", [1, 10])  # eps=1e-5 is above rounding in float32, and far below it
+def test_fewer_samples_than_channels_for_any_number_of_iterations(library, method, iterations, std):
+    x, dy = (std * normal(32, 64)).astype("float32"), normal(32, 64, seed=1).astype("float32")
+    solver = {"method": method, "iterations": iterations}
+    y, (dx, _, _) = library.vjp("iter_norm", dy, x=x, **solver)
+    expected, pullback = pw.iter_norm_vjp(np.float64(x), **solver)
+    assert np.linalg.norm(y - expected) < 2e-3 * np.linalg.norm(expected)
+    wanted, _, _ = pullback(np.float64(dy))
+    assert np.linalg.norm(dx - wanted) < 5e-3 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(("method", "iterations"), STEPS)
+def test_equal_channels_for_any_number_of_iterations(library, method, iterations):
+    x, dy = normal(500, 8)[:, [0, 0, 2, 3, 4, 4, 6, 7]].astype("float32"), normal(500, 8, seed=1).astype("float32")
+    solver = {"method": method, "iterations": iterations}
+    y, (dx, _, _) = library.vjp("iter_norm", dy, x=x, **solver)
+    expected, pullback = pw.iter_norm_vjp(np.float64(x), **solver)
+    assert np.linalg.norm(y - expected) < 1e-4 * np.linalg.norm(expected)
+    wanted, _, _ = pullback(np.float64(dy))
+    assert np.linalg.norm(dx - wanted) < 5e-3 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("scale", [2.0**-53, 2.0**-43, 2.0**43, 2.0**53])  # 1e-16 to 1e16
+def test_every_scale_that_float32_holds(library, name, method, scale):
+    x, dy = normal(400, 8, 3).astype("float32"), normal(400, 8, 3, seed=1).astype("float32")
+    arguments = {"method": method, "eps": 0.0, **CALLS[name]}
+    expected, (wanted, _, _) = library.vjp(name, dy, x=x, **arguments)
+    y, (dx, _, _) = library.vjp(name, dy, x=np.float32(scale) * x, **arguments)
+    np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(np.float64(dx) * scale, wanted, rtol=1e-3, atol=1e-3 * np.max(np.abs(wanted)))
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CALLS)
 def test_constant_without_eps_is_zero(library, name, method):

@@ -11,7 +11,7 @@ from torch import Tensor
 from polywhiten.blocks import ChannelGroups
 from polywhiten.kernels import Term
 from polywhiten.solvers import Solver
-from polywhiten.solvers.newton import Newton
+from polywhiten.solvers.newton import is_iterated_in
 from polywhiten.torch.cpu import CPUKernels
 from polywhiten.torch.fused import affine_map, moments, newton
 from polywhiten.torch.fused.group_whitening import WholeGroupWhitening
@@ -53,14 +53,14 @@ class FusedKernels(CPUKernels):
 
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
         """W, all iterations in one launch."""
-        if not (isinstance(solver, Newton) and self._serves(cov)):
+        if not (is_iterated_in(cov.element_size(), solver) and self._serves(cov)):
             return super().inverse_sqrt(solver, cov, eps)
         with self.on_its_device(cov):
             return newton.inverse_sqrt(cov, eps, solver.iterations)
 
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor:
         """Gradient with respect to cov, all iterations in one launch."""
-        if not (isinstance(solver, Newton) and self._serves(cov, grad)):
+        if not (is_iterated_in(cov.element_size(), solver) and self._serves(cov, grad)):
             return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
         with self.on_its_device(cov):
             return newton.inverse_sqrt_adjoint(cov, grad, eps, solver.iterations)
@@ -73,7 +73,7 @@ class FusedKernels(CPUKernels):
         """Of Newton's solver."""
         if not self._is_on_device(x):
             return super().whole(plan, x, *others)
-        if not isinstance(plan.solver, Newton):
+        if not is_iterated_in(x.element_size(), plan.solver):
             return None
         x4 = self.split(plan.blocks, x)
         if not self._serves(x4, *others):
