@@ -20,7 +20,7 @@ from polywhiten.groups import (
     take_groups,
 )
 from polywhiten.kernels import Kernels
-from polywhiten.solvers import Solver, solver_for
+from polywhiten.solvers import Solver, regularized_solver, solver_for
 from polywhiten.whitening import Plan, affine, backward, forward, statistics
 
 Pullback = Callable[[Array], tuple[Array, Array | None, Array | None]]
@@ -36,6 +36,7 @@ def iter_norm(
     method: str = "newton",
     iterations: int | None = None,
     eps: float = 1e-5,
+    relative_eps: bool = False,
     all_reduce: AllReduce | None = None,
 ) -> Array:
     r"""Whiten groups of channels over the batch: iterative normalization.
@@ -60,7 +61,11 @@ def iter_norm(
     iterations : int, optional
         Steps of "newton" and "minimax", 5 by default; "eigh" has none.
     eps : float
-        Added to the diagonal of the covariance.
+        Added to the diagonal of the covariance, so in units of the squared data.
+    relative_eps : bool
+        Whether eps is a fraction of each group's mean variance instead, trace(covariance) / d. Take this for data that
+        are far from variance 1, such as embeddings of length 1, whose variances are about 1 / C: there eps=1e-5 is not
+        small.
     all_reduce : callable, optional
         Of an array, returns its sum over the workers that share a batch, as a new array: the statistics are then those
         of the joined batch, and how many samples that has is not checked.
@@ -96,7 +101,7 @@ def iter_norm(
     True
     """
     backend, x, axis = checked_input(x, weight, bias, axis)
-    solver, eps = solver_for(method, iterations), checks.check_eps(eps)
+    solver, eps = regularized_solver(method, iterations, eps, relative_eps)
     if all_reduce is None:  # else the workers' samples together count
         checks.check_batch(x, axis)
     return whiten_channels(backend, x, weight, bias, group_size, axis, solver, eps, all_reduce)[0]
@@ -112,6 +117,7 @@ def group_whiten(
     method: str = "newton",
     iterations: int | None = None,
     eps: float = 1e-5,
+    relative_eps: bool = False,
 ) -> Array:
     r"""Whiten groups of channels against each other, within every sample: group whitening.
 
@@ -129,7 +135,7 @@ def group_whiten(
         g, the size of the covariance matrix; divides C.
     axis : int
         The channel axis, not 0.
-    method, iterations, eps
+    method, iterations, eps, relative_eps
         As for `iter_norm`.
 
     Returns
@@ -159,7 +165,7 @@ def group_whiten(
     True
     """
     backend, x, axis = checked_input(x, weight, bias, axis, first_axis=1)
-    solver, eps = solver_for(method, iterations), checks.check_eps(eps)
+    solver, eps = regularized_solver(method, iterations, eps, relative_eps)
     return whiten_samples(backend, x, weight, bias, num_groups, axis, solver, eps)
 
 
@@ -173,13 +179,14 @@ def iter_norm_vjp(
     method: str = "newton",
     iterations: int | None = None,
     eps: float = 1e-5,
+    relative_eps: bool = False,
     all_reduce: AllReduce | None = None,
 ) -> tuple[Array, Pullback]:
     """`iter_norm` and its gradient, for libraries that don't differentiate; named as `jax.vjp`.
 
     Parameters
     ----------
-    x, weight, bias, group_size, axis, method, iterations, eps, all_reduce
+    x, weight, bias, group_size, axis, method, iterations, eps, relative_eps, all_reduce
         As for `iter_norm`.
 
     Returns
@@ -207,7 +214,7 @@ def iter_norm_vjp(
     ((32, 8), (8,), True)
     """
     backend, x, axis = checked_input(x, weight, bias, axis)
-    solver, eps = solver_for(method, iterations), checks.check_eps(eps)
+    solver, eps = regularized_solver(method, iterations, eps, relative_eps)
     if all_reduce is None:
         checks.check_batch(x, axis)
     plans = _channel_plans(x, group_size, axis, solver, eps, all_reduce)
@@ -224,12 +231,13 @@ def group_whiten_vjp(
     method: str = "newton",
     iterations: int | None = None,
     eps: float = 1e-5,
+    relative_eps: bool = False,
 ) -> tuple[Array, Pullback]:
     """`group_whiten` and its gradient, for libraries that don't differentiate; named as `jax.vjp`.
 
     Parameters
     ----------
-    x, weight, bias, num_groups, axis, method, iterations, eps
+    x, weight, bias, num_groups, axis, method, iterations, eps, relative_eps
         As for `group_whiten`.
 
     Returns
@@ -256,7 +264,7 @@ def group_whiten_vjp(
     (2, 8, 5, 5)
     """
     backend, x, axis = checked_input(x, weight, bias, axis, first_axis=1)
-    solver, eps = solver_for(method, iterations), checks.check_eps(eps)
+    solver, eps = regularized_solver(method, iterations, eps, relative_eps)
     plan = _sample_plan(x, num_groups, axis, solver, eps)
     return _vjp(backend.kernels, [(slice(0, x.shape[axis]), plan)], axis, x, weight, bias)
 
@@ -269,13 +277,14 @@ def whitening_stats(
     method: str = "newton",
     iterations: int | None = None,
     eps: float = 1e-5,
+    relative_eps: bool = False,
     all_reduce: AllReduce | None = None,
 ) -> WhiteningStats:
     """Mean, covariance and whitener of groups of channels, for `apply_whitening`.
 
     Parameters
     ----------
-    x, group_size, axis, method, iterations, eps, all_reduce
+    x, group_size, axis, method, iterations, eps, relative_eps, all_reduce
         As for `iter_norm`.
 
     Returns
@@ -300,7 +309,7 @@ def whitening_stats(
     (100, 80)
     """
     backend, x, axis = checked_input(x, None, None, axis)
-    solver, eps = solver_for(method, iterations), checks.check_eps(eps)
+    solver, eps = regularized_solver(method, iterations, eps, relative_eps)
     if all_reduce is None:
         checks.check_batch(x, axis)
     plans = _channel_plans(x, group_size, axis, solver, eps, all_reduce)

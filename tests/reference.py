@@ -25,11 +25,12 @@ def inverse_sqrt(cov, method="eigh", iterations=None):
     return vectors * roots @ vectors.T
 
 
-def whiten(x, eps=1e-5, **solver):
+def whiten(x, eps=1e-5, relative_eps=False, **solver):
     """The block x (d, M): W (x - mean)."""
     centred = x - x.mean(axis=1, keepdims=True)
-    cov = centred @ centred.T / x.shape[1] + eps * np.eye(len(x))
-    return inverse_sqrt(cov, **solver) @ centred
+    cov = centred @ centred.T / x.shape[1]
+    added = eps * np.trace(cov) / len(cov) if relative_eps else eps
+    return inverse_sqrt(cov + added * np.eye(len(x)), **solver) @ centred
 
 
 def iter_norm(x, weight=None, bias=None, group_size=64, axis=1, **options):

@@ -27,6 +27,7 @@ def iter_norm(
     method: str = "newton",
     iterations: int | None = None,
     eps: float = 1e-5,
+    relative_eps: bool = False,
     all_reduce: AllReduce | None = None,
     axis_name: AxisName | None = None,
 ) -> Array:
@@ -34,7 +35,7 @@ def iter_norm(
 
     Parameters
     ----------
-    x, weight, bias, group_size, axis, method, iterations, eps, all_reduce
+    x, weight, bias, group_size, axis, method, iterations, eps, relative_eps, all_reduce
         As for `polywhiten.iter_norm`.
     axis_name : hashable or tuple of hashables, optional
         Mapped axes of `jax.shard_map`, `jax.pmap` or `jax.vmap`: statistics and gradients are those of their joined
@@ -74,6 +75,7 @@ def iter_norm(
         method=method,
         iterations=iterations,
         eps=eps,
+        relative_eps=relative_eps,
         all_reduce=_all_reduce(all_reduce, axis_name),
     )
     return y
@@ -89,6 +91,7 @@ def iter_norm_vjp(
     method: str = "newton",
     iterations: int | None = None,
     eps: float = 1e-5,
+    relative_eps: bool = False,
     all_reduce: AllReduce | None = None,
     axis_name: AxisName | None = None,
 ) -> tuple[Array, Pullback]:
@@ -96,7 +99,7 @@ def iter_norm_vjp(
 
     Parameters
     ----------
-    x, weight, bias, group_size, axis, method, iterations, eps, all_reduce
+    x, weight, bias, group_size, axis, method, iterations, eps, relative_eps, all_reduce
         As for `polywhiten.iter_norm`.
     axis_name : hashable or tuple of hashables, optional
         As for `iter_norm`.
@@ -134,6 +137,7 @@ def iter_norm_vjp(
         method=method,
         iterations=iterations,
         eps=eps,
+        relative_eps=relative_eps,
         all_reduce=_all_reduce(all_reduce, axis_name),
     )
 
@@ -146,6 +150,7 @@ def whitening_stats(
     method: str = "newton",
     iterations: int | None = None,
     eps: float = 1e-5,
+    relative_eps: bool = False,
     all_reduce: AllReduce | None = None,
     axis_name: AxisName | None = None,
 ) -> WhiteningStats:
@@ -153,7 +158,7 @@ def whitening_stats(
 
     Parameters
     ----------
-    x, group_size, axis, method, iterations, eps, all_reduce
+    x, group_size, axis, method, iterations, eps, relative_eps, all_reduce
         As for `polywhiten.iter_norm`.
     axis_name : hashable or tuple of hashables, optional
         As for `iter_norm`.
@@ -186,6 +191,7 @@ def whitening_stats(
         method=method,
         iterations=iterations,
         eps=eps,
+        relative_eps=relative_eps,
         all_reduce=_all_reduce(all_reduce, axis_name),
     )
 

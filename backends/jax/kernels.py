@@ -12,9 +12,7 @@ import jax.numpy as xp
 from jax import Array
 
 from polywhiten.kernels import Kernels, regularized
-from polywhiten.solvers import Solver
-from polywhiten.solvers.eigh import Eigh
-from polywhiten.solvers.iteration import ScaledIteration
+from polywhiten.solvers import Solver, is_twice_differentiable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -67,11 +65,11 @@ def full_precision(kernel: Callable[P, R]) -> Callable[P, R]:
 
 def _with_float64(solver: Solver, cov: Array) -> AbstractContextManager[object]:
     """Where a solver works in float64, let JAX have it: without the context it takes float32 instead."""
-    return jax.enable_x64(True) if _works_in_float64(solver, cov) else nullcontext()
+    return jax.enable_x64(True) if _needs_float64(solver, cov) else nullcontext()
 
 
-def _works_in_float64(solver: Solver, cov: Array) -> bool:
-    return isinstance(solver, ScaledIteration) and solver.needs_float64(float(xp.finfo(cov.dtype).eps))
+def _needs_float64(solver: Solver, cov: Array) -> bool:
+    return solver.needs_float64(float(xp.finfo(cov.dtype).eps))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -111,7 +109,7 @@ def _adjoint_forward(solver: Solver, cov: Array, grad: Array) -> tuple[Array, tu
 @full_precision
 def _adjoint_backward(solver: Solver, given: tuple[Array, Array], direction: Array) -> tuple[Array, Array]:
     cov, grad = given
-    if isinstance(solver, Eigh):
+    if is_twice_differentiable(solver):
         return solver.second(xp, cov, grad, direction), _adjoint(solver, cov, direction)
     with _with_float64(solver, cov):
         _, pullback = jax.vjp(partial(solver.adjoint, xp), cov, grad)
@@ -140,7 +138,7 @@ class JaxKernels(Kernels):
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array, eps: float = 0.0) -> Array:
         """Gradient with respect to cov."""
         cov = regularized(xp, cov, eps)
-        if isinstance(solver, Eigh) or _works_in_float64(solver, cov):
+        if is_twice_differentiable(solver) or _needs_float64(solver, cov):
             return _adjoint(solver, *varying_alike((cov, grad)))
         result: Array = solver.adjoint(xp, cov, grad)
         return result

@@ -10,8 +10,7 @@ import tensorflow as tf
 
 from polywhiten._types import Shape
 from polywhiten.kernels import Kernels, Term, along, outer_square, regularized
-from polywhiten.solvers import Solver
-from polywhiten.solvers.eigh import Eigh
+from polywhiten.solvers import Solver, is_twice_differentiable
 from polywhiten.tensorflow.namespace import Tensor, small_xp, xp
 
 # all as measured on a CPU
@@ -119,7 +118,7 @@ class TensorFlowKernels(Kernels):
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor:
         """Gradient with respect to cov; that of "eigh" with a derivative that equal eigenvalues don't disturb."""
         cov = regularized(xp, cov, eps)
-        if not isinstance(solver, Eigh):
+        if not is_twice_differentiable(solver):
             return _one_by_one(solver.adjoint, cov, grad)
 
         @tf.custom_gradient

@@ -14,8 +14,7 @@ from torch.autograd import forward_ad
 
 import polywhiten.torch.namespace as xp
 from polywhiten.kernels import Kernels, Term, regularized
-from polywhiten.solvers import Solver
-from polywhiten.solvers.eigh import Eigh
+from polywhiten.solvers import Solver, is_twice_differentiable
 from polywhiten.whitening import Plan, Statistics, backward, forward
 
 _ACCELERATOR = getattr(torch.accelerator.current_accelerator(), "type", "cpu")
@@ -47,25 +46,25 @@ class _InverseSqrt(torch.autograd.Function):
         return TorchKernels(xp).inverse_sqrt_adjoint(ctx.solver, cov, grad), None
 
 
-class _EighAdjoint(torch.autograd.Function):
-    """The adjoint of "eigh", whose derivative must not be PyTorch's of eigh: that is NaN for equal eigenvalues."""
+class _Adjoint(torch.autograd.Function):
+    """The adjoint of a solver with a second derivative of its own: PyTorch's of eigh is NaN for equal eigenvalues."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(cov: Tensor, grad: Tensor, solver: Eigh) -> Tensor:
+    def forward(cov: Tensor, grad: Tensor, solver: Solver) -> Tensor:
         result: Tensor = solver.adjoint(xp, cov, grad)
         return result
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Eigh], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Solver], output: Tensor) -> None:
         cov, grad, ctx.solver = inputs
         ctx.save_for_backward(cov, grad)
 
     @staticmethod
     def backward(ctx: Any, direction: Tensor) -> tuple[Tensor, Tensor, None]:
         cov, grad = ctx.saved_tensors
-        return ctx.solver.second(xp, cov, grad, direction), _EighAdjoint.apply(cov, direction, ctx.solver), None
+        return ctx.solver.second(xp, cov, grad, direction), _Adjoint.apply(cov, direction, ctx.solver), None
 
 
 def full_precision(kernel: Callable[P, R]) -> Callable[P, R]:
@@ -124,8 +123,8 @@ class TorchKernels(Kernels):
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor:
         """Gradient with respect to cov."""
         cov = regularized(xp, cov, eps)
-        exact = isinstance(solver, Eigh)
-        result: Tensor = _EighAdjoint.apply(cov, grad, solver) if exact else solver.adjoint(xp, cov, grad)
+        own = is_twice_differentiable(solver)
+        result: Tensor = _Adjoint.apply(cov, grad, solver) if own else solver.adjoint(xp, cov, grad)
         return result
 
     @full_precision

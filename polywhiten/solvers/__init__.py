@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from polywhiten._types import Array, Namespace
-from polywhiten.checks import check_choice, check_positive
+from polywhiten.checks import check_choice, check_eps, check_positive
 from polywhiten.solvers.eigh import Eigh
 from polywhiten.solvers.minimax import Minimax
 from polywhiten.solvers.newton import Newton
+from polywhiten.solvers.relative import Relative
 
 METHODS = ("newton", "eigh", "minimax")
 DEFAULT_ITERATIONS = 5
@@ -17,9 +18,35 @@ DEFAULT_ITERATIONS = 5
 class Solver(Protocol):
     """W = S^(-1/2) of S (..., d, d), and the gradient with respect to S."""
 
+    @property
+    def has_second(self) -> bool:
+        """Whether it is a `TwiceDifferentiable`."""
+
+    def needs_float64(self, epsilon: float) -> bool:
+        """Whether it works in float64 on matrices of that machine epsilon, if their device has float64."""
+
     def inverse_sqrt(self, xp: Namespace, cov: Array) -> Array: ...
 
     def adjoint(self, xp: Namespace, cov: Array, grad: Array) -> Array: ...
+
+
+class TwiceDifferentiable(Solver, Protocol):
+    """A solver whose adjoint has a derivative of its own, as automatic differentiation of it would fail."""
+
+    def second(self, xp: Namespace, cov: Array, grad: Array, direction: Array) -> Array:
+        """Gradient of <adjoint(cov, grad), direction> with respect to cov."""
+
+
+def is_twice_differentiable(solver: Solver) -> TypeGuard[TwiceDifferentiable]:
+    return solver.has_second
+
+
+def regularized_solver(
+    method: str, iterations: int | None, eps: float, relative_eps: bool, name: str = "eps"
+) -> tuple[Solver, float]:
+    """The solver of checked arguments, and what is to be added to the covariance's diagonal before it."""
+    solver, eps = solver_for(method, iterations), check_eps(eps, name)
+    return (Relative(solver, eps), 0.0) if relative_eps else (solver, eps)
 
 
 def solver_for(method: str, iterations: int | None) -> Solver:

@@ -1,6 +1,7 @@
 """Eigendecomposition: exact ZCA whitening, as in decorrelated batch normalization."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from polywhiten._types import Array, Namespace
 from polywhiten.solvers.iteration import identity_like, positive, symmetric_part, trace
@@ -14,6 +15,11 @@ class Eigh:
     ----------
     Huang et al., Decorrelated Batch Normalization, CVPR 2018, arXiv:1804.08450.
     """
+
+    has_second: ClassVar[bool] = True
+
+    def needs_float64(self, epsilon: float) -> bool:
+        return False
 
     def inverse_sqrt(self, xp: Namespace, cov: Array) -> Array:
         t, root, vectors, poison = _decompose(xp, cov)

@@ -1,8 +1,8 @@
 """What iterations for the inverse square root share: the scaling, how a derivative makes a gradient, and its digits.
 
-An iteration multiplies the smallest directions of S / t by a constant in every step, until they reach 1. Rounding errors
-of these directions grow with them. Where S is singular, as it is for fewer samples than channels, nothing else is there to
-grow, and the gradient, a difference of two terms that grow alike, shows it first. Therefore
+An iteration multiplies the smallest eigenvalues of S / t by a constant in every step, until they reach 1. Rounding
+errors beside them grow as they do. Where S is singular, as it is for fewer samples than channels, nothing else is there
+to grow, and the gradient, a difference of two terms that grow alike, shows it first. Therefore
 
 - an iteration that multiplies them by so much that rounding in float32 would show works in float64, and
 - no iteration takes more steps than bring eigenvalues of a quarter of the covariance's machine epsilon to 1: what only
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from polywhiten._types import Array, Namespace
 
@@ -55,6 +55,8 @@ class ScaledIteration(ABC):
 
     A subclass says which t, and how it comes to Z.
     """
+
+    has_second: ClassVar[bool] = False  # the adjoint is made of products, which every library differentiates
 
     @property
     @abstractmethod

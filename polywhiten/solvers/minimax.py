@@ -37,11 +37,11 @@ _NARROW = 1e-3  # width of an interval below which the exchange is ill-condition
 class Minimax(ScaledIteration):
     """T steps, each the odd quintic that is closest to 1 where the scaled singular values then lie, and a flat one.
 
-    The first interval is as wide as T steps can bring within 1e-4 of 1, which the flat step brings within 1e-11. So T sets
-    the condition number that is whitened exactly: with S scaled by its Frobenius norm, norm(S) / (smallest eigenvalue)
-    may be 1.5e3 for T = 4, 2.7e4 for 5, 4.9e5 for 6 and 9e6 for 7; for 8 it is 1e8, and more steps are not taken (of
-    float32 covariances, more than 7). Smaller eigenvalues are whitened in part, as by Newton's iteration. The gradient is
-    that of the inverse square root, up to 1e-5, for the eigenvalues that are whitened exactly.
+    The first interval is as wide as T steps can bring within 1e-4 of 1, which the flat step brings within 1e-11. So T
+    sets the condition number that is whitened exactly: with S scaled by its Frobenius norm, norm(S) / (smallest
+    eigenvalue) may be 1.5e3 for T = 4, 2.7e4 for 5, 4.9e5 for 6, 9e6 for 7 and 1e8 for 8. More than 8 steps are not
+    taken, nor more than 7 of float32 covariances: what these leave is smaller than rounding. Smaller eigenvalues are
+    whitened in part, as by Newton's iteration.
 
     References
     ----------

@@ -52,6 +52,7 @@ def problems(draw, dtypes=("float32", "float64")):
         "axis": draw(st.sampled_from((axis, axis - rank))),
         "method": method,
         "eps": draw(st.sampled_from((1e-5, 1e-3))),
+        "relative_eps": draw(st.sampled_from((False, False, True))),
     }
     if method != "eigh":
         arguments["iterations"] = draw(st.sampled_from((1, 3, 5, 8)))
@@ -220,3 +221,14 @@ def test_same_input_same_output(library, method):
         (y, first), (again, second) = (library.vjp(name, dy, x=x, method=method, **grouping) for _ in range(2))
         np.testing.assert_array_equal(y, again)
         np.testing.assert_array_equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_relative_eps_whitens_embeddings_of_length_1_as_it_does_those_of_variance_1(library, method):
+    x = np.random.default_rng(0).normal(size=(600, 256)).astype("float32")
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    arguments = {"group_size": 256, "method": method, "eps": 1e-5, "relative_eps": True}
+    y = library.call("iter_norm", x=x, **arguments)
+    np.testing.assert_allclose(y, library.call("iter_norm", x=np.float32(16) * x, **arguments), rtol=1e-4, atol=1e-4)
+    if method == "eigh":
+        assert np.linalg.norm(np.cov(y.T, bias=True) - np.eye(256), 2) < 1e-3  # with eps=1e-5 absolute it is 0.03
