@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from polywhiten import checks
 from polywhiten.analysis.constraints import InfeasibleWarning, batch_objection, sample_objection
@@ -17,11 +18,12 @@ from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
 from polywhiten.solvers import solver_for
 from polywhiten.torch.autograd import BACKEND
 from polywhiten.torch.kernels import are_finite
+from polywhiten.torch.leaf import LeafModule
 
 ON_NONFINITE = ("skip", "raise")
 
 
-class IterNorm(nn.Module):
+class IterNorm(LeafModule):
     r"""Iterative normalization: whitens groups of channels over the batch.
 
     In place of `torch.nn.BatchNorm1d`, `BatchNorm2d` or `BatchNorm3d`, with their arguments in their order up to
@@ -203,7 +205,7 @@ class IterNorm(nn.Module):
         )
 
 
-class GroupWhitening(nn.Module):
+class GroupWhitening(LeafModule):
     r"""Group whitening: whitens groups of channels against each other, within every sample.
 
     In place of `torch.nn.GroupNorm`, with its arguments in their order. Training and evaluation are the same:
@@ -317,6 +319,11 @@ class GroupWhitening(nn.Module):
 
 def _check_input(x: Tensor, channels: int, name: str) -> None:
     if not isinstance(x, Tensor):
+        if isinstance(x, Proxy):
+            raise TypeError(
+                "x is a torch.fx.Proxy: torch.fx records a whitening layer as one call by the module that has it; "
+                "trace that module, or torch.nn.Sequential(layer)"
+            )
         raise TypeError(f"x is a {type(x).__module__}.{type(x).__qualname__}: pass a tensor, as torch.as_tensor(x)")
     checks.check_channels(x, channels, name)
     checks.check_array(BACKEND.kernels.xp, x)
@@ -329,7 +336,7 @@ def _warn_once(layer: IterNorm | GroupWhitening, objection: Callable[..., str | 
     text = objection(*sizes)
     if text is not None:
         layer._warned = True
-        warnings.warn(f"{type(layer).__name__}: {text}", InfeasibleWarning, stacklevel=5)  # at the layer's call
+        warnings.warn(f"{type(layer).__name__}: {text}", InfeasibleWarning, stacklevel=6)  # at the layer's call
 
 
 def _register_affine(layer: IterNorm | GroupWhitening, channels: int, factory: dict[str, Any]) -> None:
