@@ -16,6 +16,7 @@ import polywhiten.torch.namespace as xp
 from polywhiten.kernels import Kernels, Term, regularized
 from polywhiten.solvers import Solver
 from polywhiten.solvers.eigh import Eigh
+from polywhiten.solvers.newton import Newton
 from polywhiten.whitening import Plan, Statistics, backward, forward
 
 _ACCELERATOR = getattr(torch.accelerator.current_accelerator(), "type", "cpu")
@@ -102,13 +103,13 @@ class TorchKernels(Kernels):
         def for_every_product(matrix: Tensor) -> Tensor:
             return matrix.unsqueeze(1 - block_axis).expand(*shape[:2], -1, -1).reshape(-1, *matrix.shape[-2:])
 
-        result = for_every_product(offset) if wide else offset.mT
+        result = for_every_product(offset) if wide else offset.transpose(1, 2)
         for matrix, array, _ in terms:
             x = self.for_statistics(array)
             if wide:
                 result = torch.baddbmm(result, for_every_product(matrix), x.reshape(-1, *shape[2:]))
             else:
-                result = torch.baddbmm(result, self._rows(x, block_axis), matrix.mT)
+                result = torch.baddbmm(result, self._rows(x, block_axis), matrix.transpose(1, 2))
         result = result.reshape(shape) if wide else self._from_rows(result, shape, block_axis)
         return result.to(dtype)
 
@@ -116,8 +117,12 @@ class TorchKernels(Kernels):
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
         """W = (cov + eps I)^(-1/2)."""
         cov = regularized(xp, cov, eps)
+        tracing = is_tracing()
+        if isinstance(solver, Eigh) and (tracing or torch.onnx.is_in_onnx_export()):
+            solver = _exact_newton(cov.dtype)
         # an operation of its own costs as much as some of the solver's products: only where its derivative is asked for
-        result: Tensor = _InverseSqrt.apply(cov, solver) if torch.is_grad_enabled() else solver.inverse_sqrt(xp, cov)
+        own = torch.is_grad_enabled() and not tracing
+        result: Tensor = _InverseSqrt.apply(cov, solver) if own else solver.inverse_sqrt(xp, cov)
         return result
 
     @full_precision
@@ -172,6 +177,22 @@ class TorchKernels(Kernels):
     def on_its_device(self, x: Tensor) -> AbstractContextManager[object]:
         """Where launches go to the device of x."""
         return nullcontext()
+
+
+def is_tracing() -> bool:
+    """Whether a trace is recorded, by `torch.jit.trace` or for ONNX: none can be saved with an operation of our own."""
+    result: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return result
+
+
+def _exact_newton(dtype: torch.dtype) -> Newton:
+    """As many of Newton's steps as make it exact: what stands for "eigh" in graphs that can't have that.
+
+    ONNX has no eigendecomposition, and the derivative that a trace would record is NaN for equal eigenvalues. A step
+    multiplies a small eigenvalue of W S W by 9/4: the first steps bring one that rounding just lets stand, beside a
+    trace of a thousand larger ones, near 1, and the last ones from there to 1.
+    """
+    return Newton(math.ceil(math.log(1e3 / torch.finfo(dtype).eps) / math.log(9 / 4)) + 6)
 
 
 def folded(terms: Sequence[Term], bias: Tensor | None) -> Tensor:

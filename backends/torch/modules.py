@@ -86,6 +86,8 @@ class IterNorm(LeafModule):
     Statistics are computed in float32 for half precision, under autocast too; the output has the input's dtype and
     memory format. Statistics are this process's own; `polywhiten.iter_norm` shares them with `all_reduce`. What looks
     for batch normalization by PyTorch's own class, as `torch.optim.swa_utils.update_bn` does, doesn't find this one.
+    ONNX has no eigendecomposition: `torch.onnx.export` of a module writes "eigh" as so many of Newton's steps that they
+    are as exact. Of what `torch.export` has made of a module before, it can't.
 
     References
     ----------
@@ -252,7 +254,7 @@ class GroupWhitening(LeafModule):
     Notes
     -----
     Statistics are computed in float32 for half precision, under autocast too; the output has the input's dtype and
-    memory format.
+    memory format. "eigh" is exported to ONNX as by `IterNorm`.
 
     References
     ----------
