@@ -16,8 +16,13 @@ LIBRARIES = {
     "dask": ("[dask]", [["dask"]]),
     "cupy": ("[cupy13]", [["cupy"]]),
 }
-# What compiles GPU kernels where there is no GPU.
-COMPILERS = {"torch": "triton", "cupy": "nvidia-cuda-nvrtc"}
+# What more their tests need: what compiles GPU kernels where there is no GPU, and what runs exported models.
+COMPANIONS = {
+    "torch": ["triton", "onnx", "onnxruntime", "onnxscript", "pillow", "pyyaml"],
+    "cupy": ["nvidia-cuda-nvrtc"],
+}
+# Other people's networks with the layers in them; installed without what they ask for, which is another PyTorch.
+NETWORKS = {"torch": ["timm", "torchvision"]}
 
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
@@ -39,8 +44,10 @@ def lint(session: nox.Session) -> None:
 @nox.parametrize("library", list(LIBRARIES), ids=list(LIBRARIES))
 def tests(session: nox.Session, library: str) -> None:
     extras, runs = LIBRARIES[library]
-    compiler = [COMPILERS[library]] if library in COMPILERS else []
-    install(session, f".{extras}", *compiler, "pytest", "pytest-xdist", "hypothesis", "array-api-strict")
+    companions = COMPANIONS.get(library, [])
+    install(session, f".{extras}", *companions, "pytest", "pytest-xdist", "hypothesis", "array-api-strict")
+    if library in NETWORKS:
+        install(session, "--no-deps", *NETWORKS[library])
     # tests mostly compile, or build graphs, on one core: as many at a time as there are cores, and quick compilation
     workers, one_core = ["--numprocesses=auto"], {"OMP_NUM_THREADS": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     for rows in runs:

@@ -67,7 +67,7 @@ def take_groups(matrices: Array, part: slice, size: int) -> Array:
     d = matrices.shape[-1]
     if size == d and part.start == 0 and part.stop == d * matrices.shape[0]:
         return matrices
-    return matrices[part.start // d : -(-part.stop // d), :size, :size]
+    return matrices[part.start // d : (part.stop + d - 1) // d, :size, :size]  # ONNX doesn't round -(-a // d) up
 
 
 def whitener_of(kernels: Kernels, covariance: Array, channels: int, solver: Solver, eps: float) -> Array:

@@ -307,6 +307,22 @@ def test_an_exported_model_needs_tensorflow_alone(tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), model.predict(x, verbose=0), atol=1e-5)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="the other backends export to ONNX by way of other packages")
+@pytest.mark.parametrize("shape", [(6, 6, 3), (None, None, 3)], ids=["of one size", "of any size"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning")
+def test_a_model_exported_to_onnx_has_the_same_outputs(tmp_path, shape):
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    layers = IterNorm(group_size=4), IterNorm(group_size=4, method="eigh", track="covariance"), GroupWhitening(5)
+    model = network(*layers, shape=shape)
+    x = normal(12, 6, 6, 3)
+    model.fit(x, normal(12, 2), verbose=0)
+    model.export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (result,) = session.run(None, {session.get_inputs()[0].name: x[:5]})
+    np.testing.assert_allclose(result, model.predict(x[:5], verbose=0), atol=1e-5)
+
+
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
 @pytest.mark.parametrize("make", [lambda p: IterNorm(group_size=4, dtype=p), lambda p: GroupWhitening(3, dtype=p)])
 def test_dtype_policies(make, policy):

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 from torch.autograd import forward_ad  # noqa: E402
 
 import polywhiten as pw  # noqa: E402
+from polywhiten.analysis import InfeasibleWarning  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
 
 METHODS = ("newton", "eigh", "minimax")
@@ -382,6 +383,14 @@ def test_meta_device_then_to_empty():
     layer = IterNorm(6, device="meta").to_empty(device="cpu")
     layer.reset_parameters()
     assert torch.isfinite(layer(torch.randn(4, 6, 2))).all()
+
+
+@each_layer
+def test_warnings_name_the_line_of_the_layers_call(make):
+    layer, x = make(), torch.randn(2, 6, 1)
+    with pytest.warns(InfeasibleWarning) as warned:
+        layer(x)
+    assert warned[0].filename == __file__
 
 
 WRONG = {

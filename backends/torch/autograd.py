@@ -18,7 +18,7 @@ from polywhiten.compiled import is_available
 from polywhiten.dispatch import Backend, framework_module
 from polywhiten.solvers.minimax import minimax_steps
 from polywhiten.torch.cpu import CPUKernels
-from polywhiten.torch.kernels import TorchKernels, is_unobserved
+from polywhiten.torch.kernels import TorchKernels, is_tracing, is_unobserved
 from polywhiten.whitening import NO_STATISTICS, Plan, Statistics
 
 
@@ -152,13 +152,16 @@ class TorchBackend(Backend):
         if not torch.compiler.is_compiling() and is_unobserved(given):
             y, stats = self.kernels.whiten(plan, x, weight, bias)
             return _own(y), stats
+        if is_tracing():
+            return self.kernels.whiten(plan, x, weight, bias)
         y, *stats = _Whiten.apply(x, weight, bias, plan)
         return y, Statistics(*stats)
 
     def in_memory_order(self, x: Tensor, axis: int) -> tuple[Tensor, int, Callable[[Tensor], Tensor]]:
         """Channels-last tensors as they are in memory: they aren't copied, and the result is channels-last too."""
         if axis == 1 and x.ndim > 2 and x.stride(1) == 1 != x.stride(-1):
-            return x.movedim(1, -1), x.ndim - 1, lambda y: y.movedim(-1, 1)
+            last = x.ndim - 1
+            return x.permute(0, *range(2, x.ndim), 1), last, lambda y: y.permute(0, last, *range(1, last))
         return x, axis, lambda y: y
 
 

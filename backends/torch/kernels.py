@@ -101,13 +101,13 @@ class TorchKernels(Kernels):
         def for_every_product(matrix: Tensor) -> Tensor:
             return matrix.unsqueeze(1 - block_axis).expand(*shape[:2], -1, -1).reshape(-1, *matrix.shape[-2:])
 
-        result = for_every_product(offset) if wide else offset.mT
+        result = for_every_product(offset) if wide else offset.transpose(1, 2)
         for matrix, array, _ in terms:
             x = self.for_statistics(array)
             if wide:
                 result = torch.baddbmm(result, for_every_product(matrix), x.reshape(-1, *shape[2:]))
             else:
-                result = torch.baddbmm(result, self._rows(x, block_axis), matrix.mT)
+                result = torch.baddbmm(result, self._rows(x, block_axis), matrix.transpose(1, 2))
         result = result.reshape(shape) if wide else self._from_rows(result, shape, block_axis)
         return result.to(dtype)
 
@@ -115,8 +115,13 @@ class TorchKernels(Kernels):
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
         """W = (cov + eps I)^(-1/2)."""
         cov = regularized(xp, cov, eps)
+        tracing = is_tracing()
+        if tracing or torch.onnx.is_in_onnx_export():
+            # ONNX has no eigendecomposition, and the derivative that a trace records is NaN for equal eigenvalues
+            solver = solver.by_products()
         # an operation of its own costs as much as some of the solver's products: only where its derivative is asked for
-        result: Tensor = _InverseSqrt.apply(cov, solver) if torch.is_grad_enabled() else solver.inverse_sqrt(xp, cov)
+        own = torch.is_grad_enabled() and not tracing
+        result: Tensor = _InverseSqrt.apply(cov, solver) if own else solver.inverse_sqrt(xp, cov)
         return result
 
     @full_precision
@@ -171,6 +176,12 @@ class TorchKernels(Kernels):
     def on_its_device(self, x: Tensor) -> AbstractContextManager[object]:
         """Where launches go to the device of x."""
         return nullcontext()
+
+
+def is_tracing() -> bool:
+    """Whether a trace is recorded, by `torch.jit.trace` or for ONNX: none can be saved with an operation of our own."""
+    result: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return result
 
 
 def folded(terms: Sequence[Term], bias: Tensor | None) -> Tensor:

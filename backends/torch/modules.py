@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from polywhiten import checks
 from polywhiten.analysis.constraints import InfeasibleWarning, batch_objection, sample_objection
@@ -17,11 +18,12 @@ from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
 from polywhiten.solvers import solver_for
 from polywhiten.torch.autograd import BACKEND
 from polywhiten.torch.kernels import are_finite
+from polywhiten.torch.leaf import LeafModule
 
 ON_NONFINITE = ("skip", "raise")
 
 
-class IterNorm(nn.Module):
+class IterNorm(LeafModule):
     r"""Iterative normalization: whitens groups of channels over the batch.
 
     In place of `torch.nn.BatchNorm1d`, `BatchNorm2d` or `BatchNorm3d`, with their arguments in their order up to
@@ -84,6 +86,8 @@ class IterNorm(nn.Module):
     Statistics are computed in float32 for half precision, under autocast too; the output has the input's dtype and
     memory format. Statistics are this process's own; `polywhiten.iter_norm` shares them with `all_reduce`. What looks
     for batch normalization by PyTorch's own class, as `torch.optim.swa_utils.update_bn` does, doesn't find this one.
+    ONNX has no eigendecomposition: `torch.onnx.export` of a module writes "eigh" as so many of Newton's steps that they
+    are as exact. Of what `torch.export` has made of a module before, it can't.
 
     References
     ----------
@@ -203,7 +207,7 @@ class IterNorm(nn.Module):
         )
 
 
-class GroupWhitening(nn.Module):
+class GroupWhitening(LeafModule):
     r"""Group whitening: whitens groups of channels against each other, within every sample.
 
     In place of `torch.nn.GroupNorm`, with its arguments in their order. Training and evaluation are the same:
@@ -250,7 +254,7 @@ class GroupWhitening(nn.Module):
     Notes
     -----
     Statistics are computed in float32 for half precision, under autocast too; the output has the input's dtype and
-    memory format.
+    memory format. "eigh" is exported to ONNX as by `IterNorm`.
 
     References
     ----------
@@ -317,6 +321,11 @@ class GroupWhitening(nn.Module):
 
 def _check_input(x: Tensor, channels: int, name: str) -> None:
     if not isinstance(x, Tensor):
+        if isinstance(x, Proxy):
+            raise TypeError(
+                "x is a torch.fx.Proxy: torch.fx records a whitening layer as one call by the module that has it; "
+                "trace that module, or torch.nn.Sequential(layer)"
+            )
         raise TypeError(f"x is a {type(x).__module__}.{type(x).__qualname__}: pass a tensor, as torch.as_tensor(x)")
     checks.check_channels(x, channels, name)
     checks.check_array(BACKEND.kernels.xp, x)
@@ -329,7 +338,7 @@ def _warn_once(layer: IterNorm | GroupWhitening, objection: Callable[..., str | 
     text = objection(*sizes)
     if text is not None:
         layer._warned = True
-        warnings.warn(f"{type(layer).__name__}: {text}", InfeasibleWarning, stacklevel=5)  # at the layer's call
+        warnings.warn(f"{type(layer).__name__}: {text}", InfeasibleWarning, stacklevel=6)  # at the layer's call
 
 
 def _register_affine(layer: IterNorm | GroupWhitening, channels: int, factory: dict[str, Any]) -> None:

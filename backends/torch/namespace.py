@@ -12,8 +12,12 @@ def identity_like(matrices: Tensor) -> Tensor:
 
 
 def matrix_transpose(x: Tensor) -> Tensor:
-    """X' of matrices (..., m, n); `swapaxes`, as the namespace has it, has no rule for gradients in batches."""
-    return x.mT
+    """X' of matrices (..., m, n).
+
+    `swapaxes`, as the namespace has it, has no rule for gradients in batches, and `mT` none in the older ONNX
+    exporter.
+    """
+    return x.transpose(-2, -1)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from polywhiten._types import Array, Namespace
 from polywhiten.solvers.iteration import identity_like, positive, symmetric_part, trace
+from polywhiten.solvers.newton import ALL_STEPS, Newton
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,10 @@ class Eigh:
 
     def needs_float64(self, epsilon: float) -> bool:
         return False
+
+    def by_products(self) -> Newton:
+        """Newton's iteration with all steps that the digits allow, which make it exact."""
+        return Newton(ALL_STEPS)
 
     def inverse_sqrt(self, xp: Namespace, cov: Array) -> Array:
         t, root, vectors, poison = _decompose(xp, cov)

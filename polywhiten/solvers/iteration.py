@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from polywhiten._types import Array, Namespace
 
@@ -82,6 +82,9 @@ class ScaledIteration(ABC):
     def needs_float64(self, epsilon: float) -> bool:
         """Whether the steps would make rounding visible, in numbers of that machine epsilon."""
         return epsilon > DOUBLE and self.lost_bits > _SINGLE_BITS
+
+    def by_products(self) -> Self:
+        return self
 
     def inverse_sqrt(self, xp: Namespace, cov: Array) -> Array:
         dtype, epsilon, (cov,) = self._prepared(xp, cov)

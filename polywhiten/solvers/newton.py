@@ -18,6 +18,7 @@ from polywhiten._types import Array, Namespace
 from polywhiten.solvers.iteration import DOUBLE, SINGLE, ScaledIteration, identity_like, most_steps, trace
 
 _GROWTH = 9 / 4  # of small eigenvalues of R in a step
+ALL_STEPS = most_steps(_GROWTH, DOUBLE)  # more are not taken, and fewer of float32
 
 
 @dataclass(frozen=True)

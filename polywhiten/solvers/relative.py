@@ -35,6 +35,9 @@ class Relative:
     def needs_float64(self, epsilon: float) -> bool:
         return self.solver.needs_float64(epsilon)
 
+    def by_products(self) -> Relative:
+        return Relative(self.solver.by_products(), self.eps)
+
     def inverse_sqrt(self, xp: Namespace, cov: Array) -> Array:
         return self.solver.inverse_sqrt(xp, self._shifted(xp, cov))
 

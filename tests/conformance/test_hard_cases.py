@@ -74,7 +74,8 @@ def test_equal_channels_for_any_number_of_iterations(library, method, iterations
     expected, pullback = pw.iter_norm_vjp(np.float64(x), **solver)
     assert np.linalg.norm(y - expected) < 1e-4 * np.linalg.norm(expected)
     wanted, _, _ = pullback(np.float64(dy))
-    assert np.linalg.norm(dx - wanted) < 5e-3 * np.linalg.norm(wanted)
+    bound = 3e-2 if method == "eigh" else 5e-3  # LAPACK has few digits of eigenvalues that are 1e-6 of the largest
+    assert np.linalg.norm(dx - wanted) < bound * np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,181 @@
+"""The layers as networks' `norm_layer=` calls them: the channels first, and for timm with an activation."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from polywhiten.torch.modules import GroupWhitening, IterNorm
+
+
+class GroupWhiteningLayer(GroupWhitening):
+    """`GroupWhitening` with the channels first, for networks that call `norm_layer(channels)`.
+
+    torchvision's networks take `functools.partial(GroupWhitening, 32)` too. timm's keep a partial's keywords alone, and
+    `GroupWhitening` can't have its number of groups by keyword where the channels come first.
+
+    Parameters
+    ----------
+    num_channels, num_groups
+        As for `GroupWhitening`.
+    **kwargs
+        The others of `GroupWhitening`, by keyword.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As by `GroupWhitening`.
+
+    Examples
+    --------
+    >>> import functools
+    >>> from polywhiten.torch.norm_layers import GroupWhiteningLayer
+    >>> norm_layer = functools.partial(GroupWhiteningLayer, num_groups=8, eps=1e-3)
+    >>> norm_layer(64)
+    GroupWhiteningLayer(64, num_groups=8, eps=0.001, affine=True, method='newton', iterations=5)
+    """
+
+    # a class, as timm takes no other where activations are in normalization layers: a function would leave them out
+    def __init__(self, num_channels: int, num_groups: int = 32, **kwargs: Any) -> None:
+        super().__init__(num_groups, num_channels, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Arguments, as `repr` shows them."""
+        first, others = f"{self.num_groups}, {self.num_channels}", super().extra_repr()
+        return f"{self.num_channels}, num_groups={self.num_groups}{others.removeprefix(first)}"
+
+
+def iter_norm_act(
+    num_features: int,
+    *,
+    act_layer: str | Callable[..., nn.Module] | None,
+    apply_act: bool = True,
+    act_kwargs: Mapping[str, Any] | None = None,
+    inplace: bool = True,
+    drop_layer: Callable[[], nn.Module] | None = None,
+    **kwargs: Any,
+) -> NormAct:
+    """`IterNorm` and an activation, for those of timm's networks whose normalization layers activate too.
+
+    These are EfficientNet, RegNet, ResNetV2, DenseNet and others: where timm says "No equivalent norm_act layer" of
+    `IterNorm`. Of layers that aren't its own timm takes functions alone there, and hands them no activation: pass
+    the network's own by `functools.partial`.
+
+    Parameters
+    ----------
+    num_features : int
+        As for `IterNorm`.
+    act_layer : str, callable or None
+        The activation: a name that timm knows, or a class of modules; None for none.
+    apply_act : bool
+        Whether this layer has an activation. timm's networks say it.
+    act_kwargs : mapping, optional
+        Arguments of the activation.
+    inplace : bool
+        Whether the activation works in place, where it can.
+    drop_layer : callable, optional
+        What makes a module that stands between normalization and activation.
+    **kwargs
+        The others of `IterNorm`.
+
+    Returns
+    -------
+    NormAct
+
+    Raises
+    ------
+    TypeError, ValueError
+        As by `IterNorm`.
+
+    Examples
+    --------
+    >>> import functools
+    >>> import timm  # doctest: +SKIP
+    >>> from polywhiten.torch.norm_layers import iter_norm_act
+    >>> norm_layer = functools.partial(iter_norm_act, act_layer="silu", group_size=16)
+    >>> model = timm.create_model("efficientnet_b0", norm_layer=norm_layer)  # doctest: +SKIP
+    """
+    layer = IterNorm(num_features, **kwargs)
+    return _with_activation(layer, act_layer if apply_act else None, act_kwargs, inplace, drop_layer)
+
+
+def group_whitening_act(
+    num_channels: int,
+    num_groups: int = 32,
+    *,
+    act_layer: str | Callable[..., nn.Module] | None,
+    apply_act: bool = True,
+    act_kwargs: Mapping[str, Any] | None = None,
+    inplace: bool = True,
+    drop_layer: Callable[[], nn.Module] | None = None,
+    **kwargs: Any,
+) -> NormAct:
+    """`GroupWhitening` and an activation, for those of timm's networks whose normalization layers activate too.
+
+    Parameters
+    ----------
+    num_channels, num_groups
+        As for `GroupWhitening`.
+    act_layer, apply_act, act_kwargs, inplace, drop_layer
+        As for `iter_norm_act`.
+    **kwargs
+        The others of `GroupWhitening`.
+
+    Returns
+    -------
+    NormAct
+
+    Raises
+    ------
+    TypeError, ValueError
+        As by `GroupWhitening`.
+
+    Examples
+    --------
+    >>> import functools
+    >>> import timm  # doctest: +SKIP
+    >>> from polywhiten.torch.norm_layers import group_whitening_act
+    >>> norm_layer = functools.partial(group_whitening_act, num_groups=8, act_layer="relu")
+    >>> model = timm.create_model("regnetx_002", norm_layer=norm_layer)  # doctest: +SKIP
+    """
+    layer = GroupWhitening(num_groups, num_channels, **kwargs)
+    return _with_activation(layer, act_layer if apply_act else None, act_kwargs, inplace, drop_layer)
+
+
+class NormAct(nn.Sequential):
+    """A normalization layer `norm`, a layer `drop` and an activation `act`, one after another.
+
+    Attributes
+    ----------
+    weight, bias : Parameter or None
+        Those of `norm`, where timm's networks look for them to initialize them.
+    """
+
+    norm: IterNorm | GroupWhitening
+
+    def __init__(self, norm: IterNorm | GroupWhitening, drop: nn.Module, act: nn.Module) -> None:
+        super().__init__(OrderedDict(norm=norm, drop=drop, act=act))
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        return self.norm.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.norm.bias
+
+
+def _with_activation(
+    layer: IterNorm | GroupWhitening,
+    act_layer: str | Callable[..., nn.Module] | None,
+    act_kwargs: Mapping[str, Any] | None,
+    inplace: bool,
+    drop_layer: Callable[[], nn.Module] | None,
+) -> NormAct:
+    from timm.layers import create_act_layer
+
+    act = create_act_layer(act_layer, **{"inplace": inplace, **(act_kwargs or {})})
+    return NormAct(layer, nn.Identity() if drop_layer is None else drop_layer(), nn.Identity() if act is None else act)

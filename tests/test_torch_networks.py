@@ -1,0 +1,186 @@
+"""The layers as `norm_layer=` of torchvision's and timm's own networks, and torch.fx as these two use it."""
+
+import functools
+import importlib.util
+import pickle
+from collections import Counter
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if importlib.util.find_spec("torchvision") is None or importlib.util.find_spec("timm") is None:
+    pytest.skip("needs torchvision and timm", allow_module_level=True)
+
+from torch import nn  # noqa: E402
+
+from polywhiten.torch import GroupWhitening, IterNorm, track  # noqa: E402
+from polywhiten.torch.norm_layers import GroupWhiteningLayer, NormAct, group_whitening_act, iter_norm_act  # noqa: E402
+
+try:
+    import torchvision
+except RuntimeError:  # built for CUDA beside a PyTorch for CPUs: its operators, for detection alone, are missing
+    OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision
+
+import timm  # noqa: E402
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::polywhiten.analysis.InfeasibleWarning")  # of few and small pictures
+
+OURS = (IterNorm, GroupWhitening)
+THEIRS = (nn.BatchNorm2d, nn.GroupNorm)
+WITHOUT_ACTIVATION = {
+    "IterNorm": IterNorm,
+    "IterNorm with arguments": functools.partial(IterNorm, group_size=16),
+    "GroupWhitening": functools.partial(GroupWhiteningLayer, num_groups=4, eps=1e-3),
+}
+WITH_ACTIVATION = {
+    "IterNorm": functools.partial(iter_norm_act, group_size=16),
+    "GroupWhitening": functools.partial(group_whitening_act, num_groups=4, eps=1e-3),
+}
+# small ones of the families that the README names, and the activation of each
+FAMILIES = {
+    "EfficientNet": (functools.partial(timm.create_model, "test_efficientnet"), "silu"),
+    "RegNet": (
+        lambda **k: timm.models.RegNet(timm.models.regnet.RegNetCfg(depth=4, w0=16, wa=8, wm=1.4, group_size=8, **k)),
+        nn.ReLU,
+    ),
+    "ResNetV2": (functools.partial(timm.models.ResNetV2, [1, 1], (128, 256), stem_chs=32), "relu"),
+    "DenseNet": (functools.partial(timm.models.DenseNet, growth_rate=8, block_config=(2, 2)), "relu"),
+}
+without_activation = pytest.mark.parametrize("norm_layer", WITHOUT_ACTIVATION.values(), ids=WITHOUT_ACTIVATION)
+with_activation = pytest.mark.parametrize("norm_layer", WITH_ACTIVATION.values(), ids=WITH_ACTIVATION)
+each_family = pytest.mark.parametrize(("make", "activation"), FAMILIES.values(), ids=FAMILIES)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def small_resnet(norm_layer):
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], 10, norm_layer=norm_layer)
+
+
+def count(network, kinds):
+    return sum(isinstance(module, kinds) for module in network.modules())
+
+
+def activations(network):
+    """How many of each kind."""
+    kinds = nn.ReLU, nn.SiLU
+    return Counter(type(module).__name__ for module in network.modules() if isinstance(module, kinds))
+
+
+def check_training(network):
+    """A step of training makes the loss smaller, and what it leaves can be evaluated."""
+    x, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    loss = nn.functional.cross_entropy(network(x), labels)
+    loss.backward()
+    torch.optim.SGD(network.parameters(), lr=0.01).step()
+    assert nn.functional.cross_entropy(network(x), labels) < loss
+    assert torch.isfinite(network.eval()(x)).all()
+
+
+@pytest.mark.parametrize(
+    "norm_layer",
+    [*WITHOUT_ACTIVATION.values(), functools.partial(GroupWhitening, 4)],
+    ids=[*WITHOUT_ACTIVATION, "GroupWhitening by position"],
+)
+def test_torchvision(norm_layer):
+    network = small_resnet(norm_layer)
+    assert count(network, OURS) == count(small_resnet(nn.BatchNorm2d), THEIRS)
+    check_training(network)
+
+
+@without_activation
+def test_timm(norm_layer):
+    network = timm.create_model("test_resnet", norm_layer=norm_layer)
+    assert count(network, OURS) == count(timm.create_model("test_resnet"), THEIRS)
+    check_training(network)
+
+
+@each_family
+@with_activation
+def test_timm_where_normalization_layers_activate(make, activation, norm_layer):
+    """As many normalization layers and activations as the network has by default, at the same places."""
+    default, network = make(), make(norm_layer=functools.partial(norm_layer, act_layer=activation))
+    assert count(network, OURS) == count(default, THEIRS) > 0
+    assert not count(network, THEIRS)
+    assert activations(network) == activations(default)
+    places = {name for name, module in default.named_modules() if isinstance(module, THEIRS)}
+    assert {name for name, module in network.named_modules() if isinstance(module, NormAct)} == places
+    check_training(network)
+
+
+@pytest.mark.parametrize("make", [iter_norm_act, group_whitening_act])
+def test_arguments_that_timm_gives_normalization_layers_with_activation(make):
+    x = torch.randn(8, 32, 6, 6)
+    activated = make(32, act_layer="leaky_relu", act_kwargs={"negative_slope": 0.5}, drop_layer=nn.Dropout)
+    assert activated.act.negative_slope == 0.5
+    assert activated.act.inplace
+    assert isinstance(activated.drop, nn.Dropout)
+    assert not make(32, act_layer=nn.ReLU, inplace=False).act.inplace
+    for plain in (make(32, act_layer=nn.ReLU, apply_act=False), make(32, act_layer=None)):
+        assert plain(x).min() < 0
+        torch.testing.assert_close(plain.eval()(x), plain.norm(x))
+    assert plain.weight is plain.norm.weight
+    assert plain.bias is plain.norm.bias
+
+
+@pytest.mark.parametrize("norm_layer", [iter_norm_act, group_whitening_act])
+def test_activation_is_asked_for(norm_layer):
+    """A default would take the place of the network's own, without a word."""
+    with pytest.raises(TypeError, match="act_layer"):
+        timm.create_model("test_efficientnet", norm_layer=norm_layer)
+
+
+@each_family
+@without_activation
+def test_timm_takes_no_layer_without_activation_where_that_would_leave_out_the_networks(make, activation, norm_layer):
+    with pytest.raises(AssertionError, match="No equivalent norm_act layer"):
+        make(norm_layer=norm_layer)
+
+
+@pytest.mark.parametrize("norm_layer", [*WITHOUT_ACTIVATION.values(), *WITH_ACTIVATION.values()])
+def test_norm_layers_can_be_pickled_with_their_networks(norm_layer):
+    assert repr(pickle.loads(pickle.dumps(norm_layer))) == repr(norm_layer)
+
+
+def test_tracking_measures_what_is_white_and_not_what_is_activated():
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), iter_norm_act(16, act_layer="relu", method="eigh"))
+    with track(network, every=1) as tracking:
+        network(torch.randn(32, 3, 8, 8))
+    (row,) = tracking.rows
+    assert row.output_condition_number < 1.1
+
+
+@pytest.mark.parametrize("norm_layer", [IterNorm, functools.partial(GroupWhitening, 16)], ids=["IterNorm", "GW"])
+def test_torchvision_extracts_features_of_a_resnet(norm_layer):
+    network = torchvision.models.resnet18(norm_layer=norm_layer)
+    names, _ = get_graph_node_names(network)
+    assert {"bn1", "layer1.0.bn1", "layer2.0.downsample.1", "layer4.1.bn2"} <= set(names)
+    wanted = ["layer1.0.bn2", "layer3", "fc"]
+    extractor, found = create_feature_extractor(network, wanted), {}
+    for name in wanted:  # hooks see outputs before what follows changes them in place
+        network.get_submodule(name).register_forward_hook(lambda _, __, y, name=name: found.update({name: y.clone()}))
+    x = torch.randn(4, 3, 32, 32)
+    extractor.train()(x)["fc"].sum().backward()
+    assert extractor.get_submodule("layer1.0.bn1").weight.grad.abs().sum() > 0
+    features = extractor.eval()(x)
+    network.eval()(x)
+    for name in wanted:
+        torch.testing.assert_close(features[name], found[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "norm_layer"),
+    [("test_resnet", IterNorm), ("test_efficientnet", functools.partial(iter_norm_act, act_layer="silu"))],
+)
+def test_timm_extracts_features(name, norm_layer):
+    network = timm.create_model(name, norm_layer=norm_layer)
+    extractor = timm.models.FeatureGraphNet(network, out_indices=(1, 3)).eval()
+    x = torch.randn(4, 3, 64, 64)
+    torch.testing.assert_close(extractor(x), network.eval().forward_intermediates(x, [1, 3], intermediates_only=True))
