@@ -354,7 +354,10 @@ LARGEST_SPILL = 512  # bytes a thread
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 
-def compile_offline(kernel, arguments, constants, capability):
+EAGER, INDUCTOR = ("i32", "fp32"), ("i64", "fp64")  # what whole numbers and floats are to the kernels that they launch
+
+
+def compile_offline(kernel, arguments, constants, capability, scalars=EAGER):
     """A launch's kernel, compiled as Triton would for such arguments; registers, spilled bytes and shared memory."""
     from triton.backends import nvidia
     from triton.backends.compiler import GPUTarget
@@ -371,8 +374,9 @@ def compile_offline(kernel, arguments, constants, capability):
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
         else:
-            signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
-        if signature[parameter.name] in POINTERS.values() or (signature[parameter.name] == "i32" and value % 16 == 0):
+            signature[parameter.name] = scalars[0 if isinstance(value, int) else 1]
+        kind = signature[parameter.name]
+        if kind in POINTERS.values() or (kind == scalars[0] and value % 16 == 0):
             multiples_of_16[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, fixed, multiples_of_16)
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -407,16 +411,21 @@ CASES = {
 }
 
 
-@compiled
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("case", CASES)
-def test_kernels_compile_within_the_resources_of_devices(case, capability, launches, record_property):
+def launch_a_step(case):
+    """Forward and backward."""
     shape, blocks, dtype = CASES[case]
     x, plan = torch.empty(shape, dtype=dtype), Plan(blocks, solver_for("newton", 5), 1e-5)
     weight = torch.empty(shape[blocks.axis])
     y, stats = FUSED.whiten(plan, x, weight, weight)
     FUSED.whiten_adjoint(plan, x, weight, weight, stats, y, NO_STATISTICS)
+
+
+@compiled
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_compile_within_the_resources_of_devices(case, capability, launches, record_property):
+    launch_a_step(case)
     assert len(launches) >= 5
     for kernel, arguments, constants in launches:
         registers, spilled, shared = compile_offline(kernel, arguments, constants, capability)
@@ -427,6 +436,15 @@ def test_kernels_compile_within_the_resources_of_devices(case, capability, launc
         )
         assert shared <= SHARED_MEMORY[capability], kernel.__name__
         assert spilled <= LARGEST_SPILL, kernel.__name__
+
+
+@compiled
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("case", [list(CASES)[0], list(CASES)[-1]])  # all kernels
+def test_kernels_compile_with_the_scalars_of_torch_compile(case, launches):
+    launch_a_step(case)
+    for kernel, arguments, constants in launches:
+        compile_offline(kernel, arguments, constants, 90, INDUCTOR)
 
 
 @compiled

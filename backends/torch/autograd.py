@@ -16,7 +16,7 @@ from torch import Tensor
 import polywhiten.torch.namespace as xp
 from polywhiten.compiled import is_available
 from polywhiten.dispatch import Backend, framework_module
-from polywhiten.solvers.minimax import minimax_steps
+from polywhiten.solvers.minimax import minimax_steps, widest_interval
 from polywhiten.torch.cpu import CPUKernels
 from polywhiten.torch.kernels import TorchKernels, is_tracing, is_unobserved
 from polywhiten.whitening import NO_STATISTICS, Plan, Statistics
@@ -168,5 +168,5 @@ class TorchBackend(Backend):
 BACKEND = TorchBackend(_kernels())
 
 # torch.compile need trace neither how a backend is found nor how coefficients are computed: its constants
-for _constant in (framework_module, minimax_steps):
+for _constant in (framework_module, minimax_steps, widest_interval):
     torch.compiler.assume_constant_result(_constant)

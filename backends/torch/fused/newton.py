@@ -107,6 +107,7 @@ def _multiply(
 @triton.jit
 def _start(cov, start, z, d, eps, SMALLEST: tl.constexpr, HEIGHT: tl.constexpr, TILE: tl.constexpr):
     # S / t and what a step makes of the identity, Z; returns t. What lies outside of the matrix is 0 in all of them.
+    eps = tl.cast(eps, tl.float32)  # torch.compile hands over a float64
     columns = tl.arange(0, HEIGHT)
     t = tl.sum(tl.load(cov + columns * (d + 1), mask=columns < d, other=0.0), axis=0) + d * eps
     t = tl.where(t < SMALLEST, SMALLEST, t)  # NaN stays NaN
