@@ -1,5 +1,8 @@
 """Whitening of activations in every Python array library: IterNorm and group whitening."""
 
+from pathlib import Path
+
+from polywhiten._checkout import backends_beside
 from polywhiten.functional import (
     apply_whitening,
     group_whiten,
@@ -12,6 +15,8 @@ from polywhiten.functional import (
 from polywhiten.groups import WhiteningStats
 
 __version__ = "0.1.0"
+
+__path__ += backends_beside(Path(__path__[0]))
 
 __all__ = [
     "WhiteningStats",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import polywhiten as pw
+from polywhiten._checkout import backends_beside
 from polywhiten.dispatch import backend_of
 
 
@@ -37,3 +38,15 @@ def test_a_subclass_of_ndarray_is_a_numpy_array():
 
     x = np.random.default_rng(0).normal(size=(8, 4))
     np.testing.assert_allclose(pw.iter_norm(x.view(Mine)), pw.iter_norm(x), rtol=1e-12)
+
+
+def test_backends_beside_the_package_are_those_of_its_own_checkout_alone(tmp_path):
+    package, backends, project = tmp_path / "polywhiten", tmp_path / "backends", tmp_path / "pyproject.toml"
+    package.mkdir()
+    assert backends_beside(package) == []  # installed
+    backends.mkdir()
+    assert backends_beside(package) == []  # installed beside another package that is named so
+    project.write_text('[project]\nname = "others"\n', encoding="utf-8")
+    assert backends_beside(package) == []
+    project.write_text('[project]\nname = "polywhiten"\n', encoding="utf-8")
+    assert backends_beside(package) == [str(backends)]

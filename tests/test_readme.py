@@ -1,25 +1,45 @@
 """The README's examples run as they stand there."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-TEXT = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = {m[1]: m[2] for m in re.finditer(r"^### ([^\n]+)\n(?:(?!^#).)*?^```python\n(.*?)^```", TEXT, re.M | re.S)}
+
+
+def skip_without_frameworks(example):
+    if ".plot(" in example:
+        pytest.importorskip("matplotlib")
+    for framework in ("torch", "tensorflow", "jax", "keras"):
+        if re.search(rf"^import {framework}|polywhiten\.{framework}", example, re.M):
+            pytest.importorskip(framework)  # for Keras, its backend too
+    if re.search(r"^import cupy", example, re.M) and not pytest.importorskip("cupy").cuda.is_available():
+        pytest.skip("CuPy sees no CUDA device")
 
 
 @pytest.mark.parametrize("title", EXAMPLES)
 def test_example_runs(title, tmp_path, monkeypatch):
+    skip_without_frameworks(EXAMPLES[title])
     monkeypatch.chdir(tmp_path)  # where it may leave files
-    if ".plot(" in EXAMPLES[title]:
-        pytest.importorskip("matplotlib")
-    for framework in ("torch", "tensorflow", "jax", "keras"):
-        if re.search(rf"^import {framework}|polywhiten\.{framework}", EXAMPLES[title], re.M):
-            pytest.importorskip(framework)  # for Keras, its backend too
-    if re.search(r"^import cupy", EXAMPLES[title], re.M) and not pytest.importorskip("cupy").cuda.is_available():
-        pytest.skip("CuPy sees no CUDA device")
     exec(compile(EXAMPLES[title], f"README, {title}", "exec"), {})
+
+
+@pytest.mark.parametrize("title", EXAMPLES)
+def test_example_runs_at_the_root_of_a_checkout(title, tmp_path):
+    """There the folder `polywhiten` is found before the installed package."""
+    skip_without_frameworks(EXAMPLES[title])
+    example = EXAMPLES[title].replace("whitening.png", (tmp_path / "whitening.png").as_posix())
+    # by plain kernels: compiling those of the checkout would take half a minute
+    code = f"import sys; sys.modules['numba'] = None; sys.path[0] == '' or sys.exit('not at the root')\n{example}"
+    code += "\nimport polywhiten; print(polywhiten.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.splitlines()[-1]).parent == ROOT / "polywhiten"
 
 
 def test_there_are_examples():

@@ -76,11 +76,16 @@ def run(steps: Sequence[Step], workers: int, scratch: np.ndarray[Any, Any], shar
 
 
 def threads() -> int:
-    """How many Numba uses."""
+    """How many NumPy's arrays get: as many as Numba uses, and no more than PyTorch does where it is loaded.
+
+    PyTorch's number is 1 in the processes of its `DataLoader`, which share the cores.
+    """
     if FORKED:
         return 1
     _start_threads()
-    return int(numba.get_num_threads())
+    count = int(numba.get_num_threads())
+    torch = sys.modules.get("torch")
+    return count if torch is None else min(count, torch.get_num_threads())
 
 
 def address(numbers: np.ndarray[Any, Any]) -> int:
