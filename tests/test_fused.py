@@ -440,7 +440,7 @@ def test_kernels_compile_within_the_resources_of_devices(case, capability, launc
 
 @compiled
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("case", [list(CASES)[0], list(CASES)[-1]])  # all kernels
+@pytest.mark.parametrize("case", [*CASES][::4])  # the first and the last, which have all kernels
 def test_kernels_compile_with_the_scalars_of_torch_compile(case, launches):
     launch_a_step(case)
     for kernel, arguments, constants in launches:
