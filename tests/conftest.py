@@ -19,7 +19,7 @@ OWNERS |= {
     f"test_{name}.py": "torch"
     for name in ("cli", "forked", "fused", "study", "torch_cpu", "torch_export", "torch_networks", "tracking")
 }
-OWNERS |= {"test_compiled.py": "numpy"}
+OWNERS |= {f"test_{name}.py": "numpy" for name in ("compiled", "kernel_cache")}
 OWNERS |= {f"test_{name}.py": "keras" for name in ("keras_demo", "keras_tracking")}
 
 

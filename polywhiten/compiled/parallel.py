@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+import warnings
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -21,12 +22,14 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import cfunc, njit, prange, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 from polywhiten.compiled import FORKED
 
 _INT = ir.IntType(64)
 _NUMBERS = types.CPointer(types.int64)
+_LOOP = types.void(types.int64[::1], types.int64)  # named here, for the loop to be compiled at once
 
 
 class Step(NamedTuple):
@@ -156,12 +159,42 @@ def _kept(function: Callable[..., None], dtype: str, compiler: Callable[..., Any
     """
     named = FunctionType(function.__code__, function.__globals__, function.__name__, None, function.__closure__)
     named.__qualname__ = f"{function.__name__}_{dtype}_{_version()}"
+    keep = compiler(*args, cache=True, **options)
     try:
-        return compiler(*args, cache=True, **options)(named)
-    except RuntimeError as error:
-        if "cannot cache" not in str(error):
-            raise
-        return compiler(*args, **options)(named)
+        return keep(named)
+    except OSError as error:  # the disk is full, say
+        _warn_of_nothing_kept(error.strerror or type(error).__name__)
+    except Exception as error:  # no folder to write to; or a damaged file, which raises what it will when it is read
+        if not (isinstance(error, RuntimeError) and "cannot cache" in str(error)):
+            with suppress(OSError):
+                return _replaced(named, keep, error)
+    return compiler(*args, **options)(named)
+
+
+def _replaced(named: FunctionType, keep: Callable[[FunctionType], Any], error: Exception) -> Any:
+    """A function compiled anew, in place of files that can't be read."""
+    kept = FunctionCache(named)
+    damaged = sorted(map(str, Path(kept.cache_path).glob(f"*{named.__qualname__}*")))
+    kept.flush()
+    compiled = keep(named)  # what is wrong with the function itself, and not with a file, is raised here again
+    warnings.warn(
+        f"polywhiten: a compiled kernel could not be read ({error!r}), and has been compiled and written again: "
+        f"{', '.join(damaged)}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return compiled
+
+
+@cache  # Numba changes Python's filters meanwhile, which then show a warning again
+def _warn_of_nothing_kept(reason: str) -> None:
+    """Once for all kernels."""
+    warnings.warn(
+        f"polywhiten: compiled kernels can't be kept ({reason}), and every process will compile them again: make "
+        "room, or set NUMBA_CACHE_DIR to a folder that can be written to",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 @cache
@@ -203,7 +236,7 @@ def _in_parallel() -> Callable[..., None]:
         for worker in prange(workers):
             _work(data, worker)
 
-    compiled: Callable[..., None] = _kept(loop, "", njit, parallel=True, nogil=True)
+    compiled: Callable[..., None] = _kept(loop, "", njit, _LOOP, parallel=True, nogil=True)
     return compiled
 
 

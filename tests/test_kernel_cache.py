@@ -1,0 +1,90 @@
+"""Compiled kernels on disk: damaged files are replaced, and where none can be written, everything works."""
+
+import errno
+import os
+import warnings
+
+import pytest
+
+numba = pytest.importorskip("numba")
+
+from numba import cfunc, njit, types  # noqa: E402
+from numba.core.caching import IndexDataCacheFile  # noqa: E402
+
+from polywhiten.compiled import parallel  # noqa: E402
+
+
+def double(x):
+    return 2 * x
+
+
+COMPILERS = {"cfunc": lambda kept: kept.ctypes(21), "njit": lambda kept: kept(21)}
+
+
+@pytest.fixture(params=COMPILERS)
+def doubled(request, tmp_path, monkeypatch):
+    """What the kernel makes of 21, as a new process would come to it."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    compiler = {"cfunc": cfunc, "njit": njit}[request.param]
+    return lambda: COMPILERS[request.param](parallel._kept(double, "d", compiler, types.int64(types.int64)))
+
+
+def files(folder, ending):
+    return list(folder.rglob(f"*double*.{ending}"))
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "random": lambda content: os.urandom(len(content)),
+    "another pickle": lambda content: b"\x80\x04K\x05.",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("ending", ["nbi", "nbc"], ids=["index", "machine code"])
+def test_a_damaged_file_is_replaced_with_a_warning_that_names_it(doubled, tmp_path, ending, damage):
+    assert doubled() == 42
+    (file,) = files(tmp_path, ending)
+    file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert doubled() == 42
+    if caught:  # an index of another version of Numba is none, and nothing that is wrong
+        (warning,) = caught
+        assert str(file) in str(warning.message)
+    else:
+        assert ending == "nbi"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert doubled() == 42
+    assert len(files(tmp_path, "nbc")) == 1
+
+
+def test_a_full_disk_keeps_nothing_and_says_so_once(doubled, tmp_path, monkeypatch):
+    def full(self, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    parallel._warn_of_nothing_kept.cache_clear()
+    monkeypatch.setattr(IndexDataCacheFile, "_open_for_write", full)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        assert doubled() == doubled() == 42
+    (warning,) = caught
+    assert "No space left on device" in str(warning.message)
+    assert "NUMBA_CACHE_DIR" in str(warning.message)
+    assert not files(tmp_path, "nb?")
+
+
+def test_a_folder_that_vanishes_is_no_error(doubled, tmp_path):
+    assert doubled() == 42
+    for file in files(tmp_path, "nb?"):
+        file.unlink()
+    (folder,) = tmp_path.iterdir()
+    folder.rmdir()
+    assert doubled() == 42
+
+
+def test_what_is_wrong_with_a_kernel_itself_is_raised(doubled):
+    with pytest.raises(numba.TypingError):
+        parallel._kept(lambda x: x.nothing, "d", cfunc, types.int64(types.int64))
