@@ -160,6 +160,18 @@ def test_a_batch_that_is_masked_as_a_whole_is_not_averaged():
         np.testing.assert_array_equal(value, before[name])
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 6), (5, 0, 6)], ids=str)
+@pytest.mark.parametrize("make", [IterNorm, lambda **k: GroupWhitening(3, **k)], ids=["IterNorm", "GroupWhitening"])
+def test_what_has_no_samples_passes_with_gradients_of_zero_and_changes_no_average(make, shape):
+    layer, untrained = make(dtype="float64", epsilon=0), make(dtype="float64", epsilon=0)
+    untrained.build(shape)
+    y, (dx, *affine) = api.gradients(layer, np.zeros(shape), np.zeros(shape))
+    assert y.shape == dx.shape == shape
+    np.testing.assert_array_equal(affine, np.zeros((2, 6)))
+    for name, value in api.running(layer).items():
+        np.testing.assert_array_equal(value, api.running(untrained)[name])
+
+
 def test_a_mask_comes_from_the_layer_before():
     x = normal(4, 7, 5)
     x[:, 5:] = 0

@@ -308,6 +308,24 @@ def test_empty_batch(training):
 
 
 @each_layer
+@in_both_modes
+@pytest.mark.parametrize("shape", [(0, 6), (0, 6, 4, 4), (4, 6, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_what_has_no_samples_passes_with_gradients_of_zero_and_changes_no_average(make, training, shape, dtype):
+    """As the share of one process of a distributed run may be."""
+    layer = trained(make(), training)
+    before = copy.deepcopy(layer.state_dict())
+    x = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    y = torch.relu_(layer(x))
+    assert (y.shape, y.dtype) == (shape, dtype)
+    y.sum().backward()
+    assert x.grad.shape == shape
+    for parameter in layer.parameters():
+        torch.testing.assert_close(parameter.grad, torch.zeros(6))
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+@each_layer
 def test_evaluation_has_gradients_of_everything(make):
     layer = trained(make(), False)
     x = torch.randn(4, 6, 3, requires_grad=True)

@@ -12,7 +12,7 @@ from keras import KerasTensor, constraints, initializers, ops, regularizers
 from polywhiten import checks
 from polywhiten.analysis.constraints import InfeasibleWarning, batch_objection, sample_objection
 from polywhiten.dispatch import Backend, backend_of
-from polywhiten.functional import apply_frozen, whiten_channels, whiten_samples
+from polywhiten.functional import apply_frozen, whiten_channels, whiten_nothing, whiten_samples
 from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
 from polywhiten.masking import whiten_masked_channels
 from polywhiten.solvers import solver_for
@@ -190,7 +190,8 @@ class IterNorm(_WhiteningLayer):
     `BatchNormalization` does. A batch whose statistics aren't finite never enters
     the moving averages; its outputs aren't finite either, and
     `keras.callbacks.TerminateOnNaN` stops training there. Nor does a batch of one
-    sample, which has no covariance: its outputs are `beta`. Statistics are
+    sample, which has no covariance: its outputs are `beta`. A batch of no
+    samples is returned empty. Statistics are
     computed in float32 for half precision.
 
     Example:
@@ -270,6 +271,8 @@ class IterNorm(_WhiteningLayer):
             self._check_mask(mask, x, axis)
         if not (training and self.trainable):
             return self._frozen(backend, x, axis, gamma, beta)
+        if 0 in x.shape and not self.synchronized:  # else this replica still takes part in the exchange
+            return whiten_nothing(backend, x, gamma, beta, axis)
         options = self.group_size, axis, self._solver, self.epsilon, self._all_reduce
         if mask is None:
             sizes = (*x.shape[:axis], *x.shape[axis + 1 :])
@@ -441,6 +444,8 @@ class GroupWhitening(_WhiteningLayer):
 
     def call(self, inputs: Tensor) -> Tensor:
         backend, x, axis, gamma, beta = self._given(inputs)
+        if 0 in x.shape:
+            return whiten_nothing(backend, x, gamma, beta, axis)
         y = whiten_samples(backend, x, gamma, beta, self._groups, axis, self._solver, self.epsilon)
         sizes = tuple(x.shape[1:])
         if self._may_warn(sizes):

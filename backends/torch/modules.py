@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from polywhiten import checks
 from polywhiten.analysis.constraints import InfeasibleWarning, batch_objection, sample_objection
-from polywhiten.functional import apply_frozen, whiten_channels, whiten_samples
+from polywhiten.functional import apply_frozen, whiten_channels, whiten_nothing, whiten_samples
 from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
 from polywhiten.solvers import solver_for
 from polywhiten.torch.autograd import BACKEND
@@ -82,7 +82,8 @@ class IterNorm(nn.Module):
     Notes
     -----
     Statistics are computed in float32 for half precision, under autocast too; the output has the input's dtype and
-    memory format. Statistics are this process's own; `polywhiten.iter_norm` shares them with `all_reduce`. What looks
+    memory format. A batch of no samples, as a process of several may get, is returned empty and changes no average.
+    Statistics are this process's own; `polywhiten.iter_norm` shares them with `all_reduce`. What looks
     for batch normalization by PyTorch's own class, as `torch.optim.swa_utils.update_bn` does, doesn't find this one.
 
     References
@@ -169,6 +170,8 @@ class IterNorm(nn.Module):
         _check_input(x, self.num_features, "num_features")
         if self.track_running_stats and not self.training:
             return self._frozen(x)
+        if x.numel() == 0:
+            return _whiten_nothing(self, x)
         checks.check_batch(x, 1)
         _warn_once(self, batch_objection, self.group_size, self.num_features, x.numel() // self.num_features)
         y, stats = whiten_channels(BACKEND, x, self.weight, self.bias, self.group_size, 1, self._solver, self.eps)
@@ -303,6 +306,8 @@ class GroupWhitening(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Whiten every sample of x, shape (N, num_channels, ...)."""
         _check_input(x, self.num_channels, "num_channels")
+        if x.numel() == 0:
+            return _whiten_nothing(self, x)
         y: Tensor = whiten_samples(BACKEND, x, self.weight, self.bias, self.num_groups, 1, self._solver, self.eps)
         _warn_once(self, sample_objection, self.num_groups, self.num_channels, math.prod(x.shape[1:]))
         return y
@@ -320,6 +325,11 @@ def _check_input(x: Tensor, channels: int, name: str) -> None:
         raise TypeError(f"x is a {type(x).__module__}.{type(x).__qualname__}: pass a tensor, as torch.as_tensor(x)")
     checks.check_channels(x, channels, name)
     checks.check_array(BACKEND.kernels.xp, x)
+
+
+def _whiten_nothing(layer: IterNorm | GroupWhitening, x: Tensor) -> Tensor:
+    y: Tensor = whiten_nothing(BACKEND, x, layer.weight, layer.bias, 1)
+    return y
 
 
 def _warn_once(layer: IterNorm | GroupWhitening, objection: Callable[..., str | None], *sizes: Any) -> None:
