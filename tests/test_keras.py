@@ -192,6 +192,21 @@ def test_frozen_layers_whiten_by_their_averages():
     assert not layer.trainable_weights
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's tensors alone change in place")
+@pytest.mark.parametrize("track", ["whitener", "covariance"])
+def test_gradient_in_inference_is_that_of_its_own_averages(track):
+    import torch
+
+    layer, x = IterNorm(group_size=4, track=track, momentum=0.5), torch.randn(16, 6, requires_grad=True)
+    layer(x, training=True)
+    leaves = x, *(weight.value for weight in layer.trainable_weights)
+    expected = torch.autograd.grad(layer(x).square().sum(), leaves)
+    loss = layer(x).square().sum()
+    layer(7 * x, training=True)
+    for found, wanted in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 # ---------------------------------------------------------------- models
 
 

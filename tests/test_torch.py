@@ -81,12 +81,49 @@ def test_tangents_of_forward_mode():
         torch.testing.assert_close(tangent, (run(x + 1e-6 * dx) - run(x - 1e-6 * dx)) / 2e-6, rtol=1e-6, atol=1e-6)
 
 
-def test_running_averages_that_a_backward_needs_are_known_to_have_changed():
-    layer = trained(IterNorm(6), False)
-    y = layer(torch.randn(5, 6, requires_grad=True))
-    layer.train()(torch.randn(5, 6))
+def test_running_averages_that_a_users_graph_needs_are_known_to_have_changed():
+    layer, weight = IterNorm(6), torch.ones(6, requires_grad=True)
+    y = weight * layer.running_mean
+    layer(torch.randn(5, 6))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+CHANGES = {
+    "a step of training": lambda layer: layer.train()(7 * torch.randn(50, 6)),
+    "reset_running_stats": lambda layer: layer.reset_running_stats(),
+    "load_state_dict": lambda layer: layer.load_state_dict(IterNorm(6, group_size=4, track=layer.track).state_dict()),
+    "in place": lambda layer: [each.mul_(2) for each in layer.buffers()],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("track", ["whitener", "covariance"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradient_of_an_evaluation_is_that_of_its_own_statistics(change, track, dtype):
+    """Whatever happens to the running averages before backward."""
+    layer = trained(IterNorm(6, group_size=4, track=track, dtype=dtype), False)
+    x = torch.randn(5, 6, dtype=dtype, requires_grad=True)
+    leaves = x, *layer.parameters()
+    expected = torch.autograd.grad(layer(x).pow(2).sum(), leaves)
+    loss = layer(x).pow(2).sum()
+    _, pullback = torch.func.vjp(layer, x.detach())
+    (of_ones,) = torch.autograd.grad(layer(x).sum(), x)
+    change(layer)
+    for found, wanted in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(pullback(torch.ones(5, 6, dtype=dtype))[0], of_ones)
+
+
+def test_evaluation_without_a_graph_copies_no_statistics(monkeypatch):
+    layer = trained(IterNorm(6, group_size=4), False).requires_grad_(False)
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "clone", copied.append)
+    layer(torch.randn(5, 6))
+    layer.requires_grad_()
+    with torch.no_grad():
+        layer(torch.randn(5, 6))
+    assert not copied
 
 
 def test_backward_keeps_the_input_and_no_copy_of_it():

@@ -310,7 +310,7 @@ class IterNorm(_WhiteningLayer):
         return sum_over_replicas
 
     def _frozen(self, backend: Backend, x: Tensor, axis: int, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-        mean, matrices = (backend.tensor(moving.value) for moving in self._moving)
+        mean, matrices = (backend.snapshot(backend.tensor(moving.value), x, gamma, beta) for moving in self._moving)
         if self.track == "covariance":
             full = backend.kernels.for_statistics(matrices)
             matrices = whitener_of(backend.kernels, full, x.shape[axis], self._solver, self.epsilon)

@@ -181,11 +181,13 @@ class IterNorm(nn.Module):
         return result
 
     def _frozen(self, x: Tensor) -> Tensor:
-        whitener = self.get_buffer(self._matrices)
+        affine = self.weight, self.bias
+        averages = self.get_buffer("running_mean"), self.get_buffer(self._matrices)
+        mean, whitener = (BACKEND.snapshot(each, x, *affine) for each in averages)
         if self.track == "covariance":
             full = BACKEND.kernels.for_statistics(whitener)
             whitener = whitener_of(BACKEND.kernels, full, self.num_features, self._solver, self.eps)
-        y: Tensor = apply_frozen(BACKEND, x, self.get_buffer("running_mean"), whitener, self.weight, self.bias, 1)
+        y: Tensor = apply_frozen(BACKEND, x, mean, whitener, *affine, 1)
         return y
 
     @torch.no_grad()
