@@ -261,6 +261,16 @@ def test_averages_stay_finite_in_half_precision():
     assert all(np.all(np.isfinite(value)) for value in api.running(layer).values())
 
 
+def test_averages_take_what_they_can_hold():
+    """A variance of 1e5 is above the largest float16, a hundredth of it isn't."""
+    x, layers = normal(400, 6) * 316, [IterNorm(dtype=d, track="covariance") for d in ("float16", "float32")]
+    for layer in layers:
+        layer(x, training=True)
+    half, full = (api.running(layer)["covariance"].astype("float32") for layer in layers)
+    np.testing.assert_allclose(half, full, rtol=2e-3, atol=1)
+    assert np.min(np.diagonal(half[0])) > 500
+
+
 class Subclassed(keras.Model):
     """A model in the style of many papers' code."""
 

@@ -14,6 +14,8 @@ from torch.autograd import forward_ad  # noqa: E402
 
 import polywhiten as pw  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
+from polywhiten.torch.autograd import BACKEND  # noqa: E402
+from polywhiten.torch.kernels import TorchKernels  # noqa: E402
 
 METHODS = ("newton", "eigh", "minimax")
 LAYERS = {
@@ -418,6 +420,44 @@ def test_nonfinite_batches_raise_an_error_on_demand(bad):
     x[3, 4, 1] = bad
     with pytest.raises(ValueError, match="on_nonfinite='raise'"):
         IterNorm(5, group_size=3, on_nonfinite="raise")(x)
+
+
+@pytest.mark.parametrize("track", ["whitener", "covariance"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_running_averages_stay_finite_in_their_own_dtype(dtype, track):
+    """Whatever the dtype of the statistics can hold."""
+    layer, x = IterNorm(6, track=track, dtype=dtype, momentum=0.5), torch.randn(40, 6, dtype=torch.float64)
+    before = copy.deepcopy(layer.state_dict())
+    large = x * 1e25 + 1e39
+    assert torch.isfinite(layer(large)).all()
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+    layer(x)
+    assert layer.num_batches_tracked == 1
+    layer.on_nonfinite = "raise"
+    with pytest.raises(ValueError, match=r"too large .* of the running averages"):
+        layer(large)
+
+
+def test_running_averages_take_what_they_can_hold():
+    """A variance of 1e5 is above the largest float16; a tenth of it isn't, nor are several numbers of 4e4."""
+    noise = torch.randn(400, 6)
+    for momentum, x in ((0.1, 316 * noise), (1.0, 200 * noise + 4e4)):
+        layers = [IterNorm(6, track="covariance", momentum=momentum, dtype=t) for t in (torch.float16, torch.float32)]
+        for layer in layers:
+            layer(x)
+            assert layer.num_batches_tracked == 1
+        torch.testing.assert_close(
+            layers[0].running_covariance.float(), layers[1].running_covariance, rtol=2e-3, atol=1
+        )
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.9, None])
+def test_no_arithmetic_of_running_averages_makes_finite_numbers_infinite(momentum):
+    largest = torch.finfo(torch.float32).max
+    for kernels in (BACKEND.kernels, TorchKernels(BACKEND.kernels.xp)):
+        running, count = torch.tensor([-largest, 1.0]), torch.tensor(1)
+        kernels.average((running,), (torch.tensor([largest, 2.0]),), (), count, momentum)
+        assert torch.isfinite(running).all()
 
 
 def test_without_running_statistics_every_input_is_whitened_by_itself():

@@ -188,11 +188,12 @@ class IterNorm(_WhiteningLayer):
 
     With `layer.trainable = False` the layer runs in inference mode, as
     `BatchNormalization` does. A batch whose statistics aren't finite never enters
-    the moving averages; its outputs aren't finite either, and
+    the moving averages, nor does one that would make them infinite in their own
+    dtype; in the first case its outputs aren't finite either, and
     `keras.callbacks.TerminateOnNaN` stops training there. Nor does a batch of one
     sample, which has no covariance: its outputs are `beta`. A batch of no
-    samples is returned empty. Statistics are
-    computed in float32 for half precision.
+    samples is returned empty. Statistics are computed in float32 for half
+    precision.
 
     Example:
 
@@ -317,16 +318,20 @@ class IterNorm(_WhiteningLayer):
         return apply_frozen(backend, x, mean, matrices, gamma, beta, axis)
 
     def _update(self, stats: WhiteningStats, count: Any) -> None:
-        """Average, but for statistics that aren't finite or of one sample, which has no covariance."""
-        tracked = zip(self._moving, (stats.mean, getattr(stats, self.track)), strict=True)
-        batches = [ops.cast(batch, variable.dtype) for variable, batch in tracked]
-        usable = count > 1
-        for values in (*batches, stats.whitener):
+        """Average, but for statistics of one sample, which has no covariance, and for those that aren't finite.
+
+        Nor may the averages in their own dtype become infinite.
+        """
+        usable, newest = count > 1, []
+        for variable, batch in zip(self._moving, (stats.mean, getattr(stats, self.track)), strict=True):
+            dtypes = variable.dtype, keras.backend.standardize_dtype(batch.dtype)
+            full = "float64" if "float64" in dtypes else "float32"
+            newer = ops.cast(variable.value, full) * self.momentum + ops.cast(batch, full) * (1 - self.momentum)
+            newest.append(ops.cast(newer, variable.dtype))
+        for values in (*newest, stats.whitener):
             usable = ops.logical_and(usable, ops.all(ops.isfinite(values)))
-        for variable, batch in zip(self._moving, batches, strict=True):
-            moving = variable.value
-            newer = moving * self.momentum + batch * (1 - self.momentum)
-            variable.assign(ops.where(usable, newer, moving))
+        for variable, newer in zip(self._moving, newest, strict=True):
+            variable.assign(ops.where(usable, newer, variable.value))
 
     def get_config(self) -> dict[str, Any]:
         names = ("momentum", "synchronized", "group_size", "track")

@@ -16,7 +16,6 @@ from polywhiten.functional import apply_frozen, whiten_channels, whiten_nothing,
 from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
 from polywhiten.solvers import solver_for
 from polywhiten.torch.autograd import BACKEND
-from polywhiten.torch.kernels import are_finite
 
 ON_NONFINITE = ("skip", "raise")
 
@@ -52,9 +51,10 @@ class IterNorm(nn.Module):
         What is averaged: the whitener as in the paper, or the covariance, from which the whitener is derived in every
         evaluation. The covariance is the better estimate, above all for "eigh".
     on_nonfinite : {"skip", "raise"}
-        What to do with a batch whose statistics aren't finite. They never enter the running averages. "skip": such a
-        batch leaves them as they were, without a word (its output is NaN). "raise": a ValueError, at the price of a
-        synchronization with the device, and of a graph break in `torch.compile`.
+        What to do with a batch whose statistics aren't finite, or with which a running average wouldn't be in its own
+        dtype. It never enters the running averages. "skip": such a batch leaves them as they were, without a word (its
+        output is NaN in the first case). "raise": a ValueError, at the price of a synchronization with the device, and
+        of a graph break in `torch.compile`.
     device, dtype
         Of the parameters and running averages.
 
@@ -192,12 +192,15 @@ class IterNorm(nn.Module):
 
     @torch.no_grad()
     def _update(self, stats: WhiteningStats) -> None:
-        judged = stats.mean, stats.whitener
-        if self.on_nonfinite == "raise" and not are_finite(*judged):
-            raise ValueError("x has NaN or infinity, or values too large for its dtype (on_nonfinite='raise')")
         averages = self.get_buffer("running_mean"), self.get_buffer(self._matrices)
         batch, count = (stats.mean, getattr(stats, self.track)), self.get_buffer("num_batches_tracked")
-        BACKEND.kernels.average(averages, batch, judged, count, self.momentum)
+        others = () if self.track == "whitener" else (stats.whitener,)
+        finite = BACKEND.kernels.average(averages, batch, others, count, self.momentum)
+        if self.on_nonfinite == "raise" and not finite:
+            raise ValueError(
+                "x has NaN or infinity, or values too large for its dtype or for that of the running averages "
+                "(on_nonfinite='raise')"
+            )
 
     def extra_repr(self) -> str:
         """Arguments, as `repr` shows them."""
