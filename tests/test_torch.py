@@ -466,6 +466,45 @@ def test_without_running_statistics_every_input_is_whitened_by_itself():
     torch.testing.assert_close(layer.eval()(x), layer.train()(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("track", ["whitener", "covariance"])
+def test_averages_set_to_none_are_those_of_batch_norm(track):
+    """In evaluation the batch's statistics are used, in training nothing is averaged; the batches are counted."""
+    x, layer = torch.randn(16, 6, 4), trained(IterNorm(6, track=track), False)
+    layer.running_mean = None
+    for use in (lambda: layer.train()(x), lambda: layer.eval()(x)):
+        with pytest.raises(ValueError, match=f"running_mean is None and running_{track} isn't: set both to None"):
+            use()
+    setattr(layer, f"running_{track}", None)
+    torch.testing.assert_close(layer.eval()(x), layer.train()(x))
+    assert layer.num_batches_tracked == 2
+    layer.num_batches_tracked = None
+    torch.testing.assert_close(layer.eval()(x), layer.train()(x))
+    layer.reset_running_stats()
+    assert not list(layer.buffers())
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_averages_without_a_count_are_those_of_batch_norm(momentum):
+    """They go on with a momentum, and stand still for the plain average."""
+    x, norm, layer = torch.randn(16, 6) + 3, torch.nn.BatchNorm1d(6, momentum=momentum), IterNorm(6, momentum=momentum)
+    norm.num_batches_tracked = layer.num_batches_tracked = None
+    for each in (norm, layer):
+        each(x)
+    torch.testing.assert_close(layer.running_mean, norm.running_mean)
+    layer.eval()(x)
+    layer.reset_running_stats()
+    torch.testing.assert_close(layer.running_mean, torch.zeros(6))
+
+
+def test_a_layer_that_no_longer_tracks_evaluates_by_its_averages_as_batch_norm_does():
+    x, norm, layer = torch.randn(16, 1) + 3, torch.nn.BatchNorm1d(1), IterNorm(1, method="eigh", momentum=0.0)
+    for each in (norm, layer):
+        each.track_running_stats = False
+        each(x)
+    torch.testing.assert_close(layer.eval()(x), norm.eval()(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.running_mean, norm.running_mean)
+
+
 def test_reset_forgets():
     layer = trained(IterNorm(6, group_size=4), True)
     layer.reset_parameters()

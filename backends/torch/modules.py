@@ -64,7 +64,9 @@ class IterNorm(nn.Module):
     running_mean : Tensor, shape (C,), or None
     running_whitener or running_covariance : Tensor, shape (groups, d, d), or None
         Where the last group is smaller, its matrix stands in the upper left corner and the identity fills the rest.
+        As of batch normalization, both averages may be set to None: every input is then whitened by its own batch.
     num_batches_tracked : Tensor, shape (), or None
+        Set to None, nothing is averaged for momentum None.
 
     Raises
     ------
@@ -101,6 +103,8 @@ class IterNorm(nn.Module):
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+    running_mean: Tensor | None
+    num_batches_tracked: Tensor | None
     _warned = False  # that the group size or the number of groups is infeasible
 
     def __init__(
@@ -153,12 +157,14 @@ class IterNorm(nn.Module):
 
     def reset_running_stats(self) -> None:
         """Forget the running averages: mean 0, whitener or covariance the identity."""
-        if self.track_running_stats:
-            matrices = self.get_buffer(self._matrices)
-            with torch.no_grad():
-                self.get_buffer("running_mean").zero_()
+        averages = self._averages()
+        with torch.no_grad():
+            if averages is not None:
+                mean, matrices = averages
+                mean.zero_()
                 matrices.copy_(torch.eye(matrices.shape[-1], device=matrices.device))
-                self.get_buffer("num_batches_tracked").zero_()
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.zero_()
 
     def reset_parameters(self) -> None:
         """Weight 1, bias 0, and no running averages."""
@@ -168,22 +174,32 @@ class IterNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Whiten x, shape (N, num_features, ...): by its batch in training, else by the running averages."""
         _check_input(x, self.num_features, "num_features")
-        if self.track_running_stats and not self.training:
-            return self._frozen(x)
+        averages = self._averages()
+        if averages is not None and not self.training:
+            return self._frozen(x, *averages)
         if x.numel() == 0:
             return _whiten_nothing(self, x)
         checks.check_batch(x, 1)
         _warn_once(self, batch_objection, self.group_size, self.num_features, x.numel() // self.num_features)
         y, stats = whiten_channels(BACKEND, x, self.weight, self.bias, self.group_size, 1, self._solver, self.eps)
-        if self.track_running_stats:
-            self._update(stats)
+        if self.training and self.track_running_stats:
+            self._update(stats, averages)
         result: Tensor = y
         return result
 
-    def _frozen(self, x: Tensor) -> Tensor:
+    def _averages(self) -> tuple[Tensor, Tensor] | None:
+        """The running averages; None where a user has set both to None, or there have never been any."""
+        mean, matrices = self.running_mean, getattr(self, self._matrices)
+        if mean is not None and matrices is not None:
+            return mean, matrices
+        if mean is not None or matrices is not None:
+            missing, other = ("running_mean", self._matrices)[:: 1 if mean is None else -1]
+            raise ValueError(f"{missing} is None and {other} isn't: set both to None to whiten every batch by itself")
+        return None
+
+    def _frozen(self, x: Tensor, mean: Tensor, whitener: Tensor) -> Tensor:
         affine = self.weight, self.bias
-        averages = self.get_buffer("running_mean"), self.get_buffer(self._matrices)
-        mean, whitener = (BACKEND.snapshot(each, x, *affine) for each in averages)
+        mean, whitener = (BACKEND.snapshot(each, x, *affine) for each in (mean, whitener))
         if self.track == "covariance":
             full = BACKEND.kernels.for_statistics(whitener)
             whitener = whitener_of(BACKEND.kernels, full, self.num_features, self._solver, self.eps)
@@ -191,11 +207,12 @@ class IterNorm(nn.Module):
         return y
 
     @torch.no_grad()
-    def _update(self, stats: WhiteningStats) -> None:
-        averages = self.get_buffer("running_mean"), self.get_buffer(self._matrices)
-        batch, count = (stats.mean, getattr(stats, self.track)), self.get_buffer("num_batches_tracked")
+    def _update(self, stats: WhiteningStats, averages: tuple[Tensor, Tensor] | None) -> None:
+        batch = stats.mean, getattr(stats, self.track)
         others = () if self.track == "whitener" else (stats.whitener,)
-        finite = BACKEND.kernels.average(averages, batch, others, count, self.momentum)
+        # without averages batches are counted all the same
+        given: tuple[Any, Any, Any] = ((), (), batch + others) if averages is None else (averages, batch, others)
+        finite = BACKEND.kernels.average(*given, self.num_batches_tracked, self.momentum)
         if self.on_nonfinite == "raise" and not finite:
             raise ValueError(
                 "x has NaN or infinity, or values too large for its dtype or for that of the running averages "
