@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import io
 import pickle
 
@@ -405,6 +406,38 @@ def test_arguments_in_the_order_of_batch_norm_and_group_norm():
     ours, theirs = GroupWhitening(2, 4, 1e-3, False), torch.nn.GroupNorm(2, 4, 1e-3, False)
     for name in ("num_groups", "num_channels", "eps", "affine"):
         assert getattr(ours, name) == getattr(theirs, name)
+
+
+PAIRS = {
+    "BatchNorm": (torch.nn.BatchNorm2d, IterNorm, (6,)),
+    "GroupNorm": (torch.nn.GroupNorm, GroupWhitening, (3, 6)),
+}
+
+
+@pytest.mark.parametrize(("theirs", "ours", "sizes"), PAIRS.values(), ids=PAIRS)
+def test_every_argument_of_pytorchs_own_layer_is_taken(theirs, ours, sizes):
+    wanted = inspect.signature(theirs).parameters
+    assert wanted.keys() <= inspect.signature(ours).parameters.keys()
+
+
+@pytest.mark.parametrize(("theirs", "ours", "sizes"), PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+def test_a_layer_without_a_bias_has_the_weight_alone(theirs, ours, sizes, affine):
+    layer = ours(*sizes, affine=affine, bias=False)
+    if "bias" in inspect.signature(theirs).parameters:  # of PyTorch 2.13
+        norm = theirs(*sizes, affine=affine, bias=False)
+        assert [name for name, _ in layer.named_parameters()] == [name for name, _ in norm.named_parameters()]
+    assert layer.bias is None
+    assert (layer.weight is not None) == affine
+    assert f"affine={affine}, bias=False" in repr(layer)
+    assert "affine=True, bias=True" in repr(ours(*sizes))
+    layer.reset_parameters()
+    x = torch.randn(8, 6, 5, requires_grad=True)
+    torch.testing.assert_close(layer(x), ours(*sizes)(x))
+    if affine:
+        layer(x).pow(3).sum().backward()
+        assert layer.weight.grad.abs().sum() > 0
+    layer.eval()(x)
 
 
 def test_no_momentum_is_the_plain_average():

@@ -41,6 +41,8 @@ class IterNorm(nn.Module):
         Whether to learn a weight and a bias for every channel.
     track_running_stats : bool
         Whether to keep running averages for evaluation mode. Without them every input is whitened by its own batch.
+    bias : bool
+        Whether an affine layer has a bias beside its weight.
     group_size : int
         Channels whitened together; the last group is smaller where this doesn't divide C. 1 is batch normalization.
     method : {"newton", "eigh", "minimax"}
@@ -115,6 +117,7 @@ class IterNorm(nn.Module):
         affine: bool = True,
         track_running_stats: bool = True,
         *,
+        bias: bool = True,
         group_size: int = 64,
         method: str = "newton",
         iterations: int | None = None,
@@ -137,7 +140,7 @@ class IterNorm(nn.Module):
         self.track = checks.check_choice("track", track, TRACKED)
         self.on_nonfinite = checks.check_choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        _register_affine(self, num_features, factory)
+        _register_affine(self, num_features, bias, factory)
         d = min(self.group_size, num_features)
         for name, shape in (("running_mean", (num_features,)), (self._matrices, (-(-num_features // d), d, d))):
             self.register_buffer(name, torch.empty(shape, **factory) if track_running_stats else None)
@@ -223,8 +226,8 @@ class IterNorm(nn.Module):
         """Arguments, as `repr` shows them."""
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}, group_size={self.group_size}, "
-            f"method={self.method!r}, iterations={self.iterations}, track={self.track!r}"
+            f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}, "
+            f"group_size={self.group_size}, method={self.method!r}, iterations={self.iterations}, track={self.track!r}"
         )
 
 
@@ -248,6 +251,8 @@ class GroupWhitening(nn.Module):
         Added to the diagonal of the covariance.
     affine : bool
         Whether to learn a weight and a bias for every channel.
+    bias : bool
+        Whether an affine layer has a bias beside its weight.
     method : {"newton", "eigh", "minimax"}
         As for `polywhiten.iter_norm`.
     iterations : int, optional
@@ -301,6 +306,7 @@ class GroupWhitening(nn.Module):
         eps: float = 1e-5,
         affine: bool = True,
         *,
+        bias: bool = True,
         method: str = "newton",
         iterations: int | None = None,
         device: torch.device | str | None = None,
@@ -313,7 +319,7 @@ class GroupWhitening(nn.Module):
         self.affine = affine
         self.method = method
         self._solver = solver_for(method, iterations)
-        _register_affine(self, num_channels, {"device": device, "dtype": dtype})
+        _register_affine(self, num_channels, bias, {"device": device, "dtype": dtype})
         self.reset_parameters()
 
     @property
@@ -338,7 +344,7 @@ class GroupWhitening(nn.Module):
         """Arguments, as `repr` shows them."""
         return (
             f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, "
-            f"method={self.method!r}, iterations={self.iterations}"
+            f"bias={self.bias is not None}, method={self.method!r}, iterations={self.iterations}"
         )
 
 
@@ -364,12 +370,13 @@ def _warn_once(layer: IterNorm | GroupWhitening, objection: Callable[..., str | 
         warnings.warn(f"{type(layer).__name__}: {text}", InfeasibleWarning, stacklevel=5)  # at the layer's call
 
 
-def _register_affine(layer: IterNorm | GroupWhitening, channels: int, factory: dict[str, Any]) -> None:
-    for name in ("weight", "bias"):
-        layer.register_parameter(name, nn.Parameter(torch.empty(channels, **factory)) if layer.affine else None)
+def _register_affine(layer: IterNorm | GroupWhitening, channels: int, bias: bool, factory: dict[str, Any]) -> None:
+    for name, wanted in (("weight", layer.affine), ("bias", layer.affine and bias)):
+        layer.register_parameter(name, nn.Parameter(torch.empty(channels, **factory)) if wanted else None)
 
 
 def _reset_affine(layer: IterNorm | GroupWhitening) -> None:
-    if layer.weight is not None and layer.bias is not None:
+    if layer.weight is not None:
         nn.init.ones_(layer.weight)
+    if layer.bias is not None:
         nn.init.zeros_(layer.bias)
