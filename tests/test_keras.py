@@ -1,5 +1,6 @@
 """What Keras' users do with its own normalization layers, on the backend in use."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -56,6 +57,14 @@ HARNESS = {
         {"gamma_regularizer": "l2", "beta_regularizer": "l2", "gamma_constraint": "non_neg", "epsilon": 1e-3},
         (8, 6),
     ),
+    "initial averages": (
+        IterNorm,
+        {
+            "moving_mean_initializer": "ones",
+            "moving_variance_initializer": {"class_name": "Constant", "config": {"value": 4.0}},
+        },
+        (8, 6),
+    ),
     "groups of rows": (GroupWhitening, {"groups": 2}, (8, 6)),
     "groups of sequences, channels first": (GroupWhitening, {"groups": 3, "axis": 1, "scale": False}, (4, 6, 5)),
     "as many groups as channels": (GroupWhitening, {"groups": -1, "method": "eigh"}, (4, 5, 5, 6)),
@@ -93,6 +102,61 @@ def test_arguments_in_the_order_of_keras_own_layers():
     for name in ("groups", "axis", "epsilon", "center", "scale"):
         assert getattr(ours, name) == getattr(theirs, name)
     assert (IterNorm().momentum, GroupWhitening().groups) == (0.99, 32)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(IterNorm, keras.layers.BatchNormalization), (GroupWhitening, keras.layers.GroupNormalization)],
+    ids=["BatchNormalization", "GroupNormalization"],
+)
+def test_every_argument_of_keras_own_layer_is_taken_in_its_order(ours, theirs):
+    names, wanted = (list(inspect.signature(each).parameters) for each in (ours, theirs))
+    positional = wanted[: wanted.index("gamma_constraint") + 1]
+    assert names[: len(positional)] == positional
+    assert set(wanted) - set(names) <= {"renorm", "renorm_clipping", "renorm_momentum"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "arguments"),
+    [
+        (IterNorm, keras.layers.BatchNormalization, {"momentum": 0.5, "moving_variance_initializer": "zeros"}),
+        (IterNorm, keras.layers.BatchNormalization, {"dtype": "mixed_float16", "gamma_regularizer": "l2"}),
+        (GroupWhitening, keras.layers.GroupNormalization, {"groups": 2, "beta_initializer": "ones"}),
+    ],
+)
+def test_layers_of_the_configuration_of_keras_own(ours, theirs, arguments):
+    norm = theirs(axis=1, epsilon=0.1, center=False, trainable=False, name="norm", **arguments)
+    config = norm.get_config()
+    layer = ours.from_config(config)
+    mine, again = layer.get_config(), ours.from_config(layer.get_config()).get_config()
+    assert mine == again
+    assert {name: mine[name] for name in config if not name.startswith("renorm")} == {
+        name: value for name, value in config.items() if not name.startswith("renorm")
+    }
+    assert layer(normal(8, 6)).shape == (8, 6)
+
+
+def test_a_configuration_with_renorm_is_an_error():
+    config = IterNorm().get_config() | {"renorm": True, "renorm_clipping": {}, "renorm_momentum": 0.99}
+    with pytest.raises(ValueError, match="renorm=True: IterNorm has no batch renormalization"):
+        IterNorm.from_config(config)
+
+
+@pytest.mark.parametrize("track", ["whitener", "covariance"])
+@pytest.mark.parametrize(
+    "variance",
+    ["ones", "zeros", keras.initializers.Constant(4.0), lambda shape, dtype: 1 + keras.ops.arange(*shape, dtype=dtype)],
+)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_untrained_layer_infers_as_batch_normalization_does(track, variance, dtype):
+    initial = {"moving_mean_initializer": "ones", "moving_variance_initializer": variance}
+    layer = IterNorm(group_size=4, track=track, method="eigh", epsilon=1e-3, dtype=dtype, **initial)
+    norm, x = keras.layers.BatchNormalization(dtype=dtype, **initial), normal(8, 6).astype(dtype)
+    tolerance = {"float32": 1e-5, "float16": 2e-3}[dtype]
+    y, expected = (api.evaluate(each, x) for each in (layer, norm))
+    np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance)
+    if track == "whitener":
+        np.testing.assert_array_equal(api.running(layer)["whitener"][1, 2:], [[0, 0, 1, 0], [0, 0, 0, 1]])
 
 
 WRONG = {

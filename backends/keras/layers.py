@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import keras
@@ -110,7 +111,8 @@ class IterNorm(_WhiteningLayer):
     """Iterative normalization: whitens groups of channels over the batch.
 
     In place of `keras.layers.BatchNormalization`, with its arguments in their
-    order up to `moving_mean_initializer`, the others by keyword. Where batch
+    order up to `gamma_constraint`, the others by keyword; there is no `renorm`.
+    `from_config` takes its configurations too. Where batch
     normalization divides every channel by its deviation, this layer multiplies
     every group of channels by the inverse square root of its covariance, so
     that they have variance 1 and are uncorrelated:
@@ -135,7 +137,12 @@ class IterNorm(_WhiteningLayer):
         beta_initializer: Initializer of beta. Defaults to `"zeros"`.
         gamma_initializer: Initializer of gamma. Defaults to `"ones"`.
         moving_mean_initializer: Initializer of the moving mean. Defaults to
-            `"zeros"`. The moving whitener or covariance starts as the identity.
+            `"zeros"`.
+        moving_variance_initializer: Initializer of the channels' variances.
+            The moving covariance starts as the diagonal matrix of these, the
+            moving whitener as that of `1 / sqrt(variance + epsilon)`, so that
+            an untrained layer does what `BatchNormalization` does. Defaults to
+            `"ones"`.
         beta_regularizer: Optional regularizer of beta.
         gamma_regularizer: Optional regularizer of gamma.
         beta_constraint: Optional constraint of beta.
@@ -218,11 +225,12 @@ class IterNorm(_WhiteningLayer):
         beta_initializer: Any = "zeros",
         gamma_initializer: Any = "ones",
         moving_mean_initializer: Any = "zeros",
-        *,
+        moving_variance_initializer: Any = "ones",
         beta_regularizer: Any = None,
         gamma_regularizer: Any = None,
         beta_constraint: Any = None,
         gamma_constraint: Any = None,
+        *,
         synchronized: bool = False,
         group_size: int = 64,
         method: str = "newton",
@@ -251,6 +259,7 @@ class IterNorm(_WhiteningLayer):
             )
         self.momentum = checks.check_momentum(momentum)
         self.moving_mean_initializer = initializers.get(moving_mean_initializer)
+        self.moving_variance_initializer = initializers.get(moving_variance_initializer)
         self.synchronized = synchronized
         self.group_size = checks.check_positive("group_size", group_size)
         self.track = checks.check_choice("track", track, TRACKED)
@@ -263,8 +272,20 @@ class IterNorm(_WhiteningLayer):
         self.moving_mean = self.add_weight(
             shape=(channels,), name="moving_mean", initializer=self.moving_mean_initializer, **moving
         )
-        weight = self.add_weight(shape=matrices, name=f"moving_{self.track}", initializer=_identities, **moving)
+        weight = self.add_weight(
+            shape=matrices, name=f"moving_{self.track}", initializer=partial(self._initial_matrices, channels), **moving
+        )
         setattr(self, f"moving_{self.track}", weight)
+
+    def _initial_matrices(self, channels: int, shape: tuple[int, int, int], dtype: str) -> Tensor:
+        """Diagonal covariances of the initial variances, or their whiteners; the identity beside the last group."""
+        groups, d, _ = shape
+        full = "float64" if dtype == "float64" else "float32"  # epsilon may be too small for half precision
+        values = ops.cast(self.moving_variance_initializer((channels,), dtype=dtype), full)
+        if self.track == "whitener":
+            values = ops.rsqrt(values + self.epsilon)
+        values = ops.concatenate([values, ops.ones((groups * d - channels,), dtype=full)])
+        return ops.cast(ops.reshape(values, (groups, d, 1)) * ops.eye(d, dtype=full), dtype)
 
     def call(self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None) -> Tensor:
         backend, x, axis, gamma, beta = self._given(inputs)
@@ -336,8 +357,20 @@ class IterNorm(_WhiteningLayer):
     def get_config(self) -> dict[str, Any]:
         names = ("momentum", "synchronized", "group_size", "track")
         config = {name: getattr(self, name) for name in names}
-        config["moving_mean_initializer"] = initializers.serialize(self.moving_mean_initializer)
+        for name in ("moving_mean_initializer", "moving_variance_initializer"):
+            config[name] = initializers.serialize(getattr(self, name))
         return {**super().get_config(), **config}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> IterNorm:
+        """Layer of a configuration: of its own, or of one of `keras.layers.BatchNormalization`."""
+        config = dict(config)
+        if config.pop("renorm", False):
+            raise ValueError("renorm=True: IterNorm has no batch renormalization, set it to False in the configuration")
+        for name in ("renorm_clipping", "renorm_momentum"):  # without a meaning where renorm is False
+            config.pop(name, None)
+        layer: IterNorm = super().from_config(config)
+        return layer
 
 
 @keras.saving.register_keras_serializable(package="polywhiten")
@@ -467,7 +500,3 @@ def _torch_compiles() -> bool:
     import torch
 
     return bool(torch.compiler.is_compiling())
-
-
-def _identities(shape: tuple[int, int, int], dtype: str | None = None) -> Tensor:
-    return ops.zeros(shape, dtype=dtype) + ops.eye(shape[-1], dtype=dtype)
