@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,8 @@ import keras
 from keras import KerasTensor, constraints, initializers, ops, regularizers
 
 from polywhiten import checks
-from polywhiten.analysis.constraints import InfeasibleWarning, batch_objection, sample_objection
+from polywhiten.analysis.constraints import batch_objection, sample_objection
+from polywhiten.analysis.notices import Framework, Notice
 from polywhiten.dispatch import Backend, backend_of
 from polywhiten.functional import apply_frozen, whiten_channels, whiten_nothing, whiten_samples
 from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
@@ -58,7 +59,7 @@ class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no
         self.gamma = None
         self.beta = None
         self.supports_masking = True
-        self._warned = False  # that the group size or the number of groups is infeasible
+        self._notice = Notice()  # that the layer is infeasible
 
     def _build_affine(self, input_shape: tuple[int | None, ...], first_axis: int) -> int:
         """Add gamma and beta; the number of channels."""
@@ -86,14 +87,10 @@ class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no
         gamma, beta = (None if weight is None else backend.tensor(weight.value) for weight in (self.gamma, self.beta))
         return backend, x, self.axis % len(x.shape), gamma, beta
 
-    def _warn(self, objection: str | None) -> None:
-        if objection is not None:
-            self._warned = True
-            warnings.warn(f"{self.name}: {objection}", InfeasibleWarning, stacklevel=2)
-
-    def _may_warn(self, sizes: tuple[int | None, ...]) -> bool:
-        """Once, where all sizes are known, and not in what PyTorch compiles."""
-        return not (self._warned or _torch_compiles()) and all(isinstance(size, int) for size in sizes)
+    def _take_notice(self, objection: str | None) -> None:
+        """Of a pass, and what is infeasible in it; not in what PyTorch compiles."""
+        if not _torch_compiles():
+            self._notice.run(_FRAMEWORK, self, objection)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return input_shape
@@ -189,9 +186,11 @@ class IterNorm(_WhiteningLayer):
         ValueError: An argument or an input doesn't fit.
 
     Warns:
-        polywhiten.analysis.InfeasibleWarning: Once, in training, where the
-            samples, batch size times positions, are fewer than whitening the
-            group size takes, and their number is known while graphs are traced.
+        polywhiten.analysis.InfeasibleWarning: In training, where the samples,
+            batch size times positions, are fewer than whitening the group size
+            takes, and their number is known while graphs are traced. Once for a
+            network, when its layers have run, with their number and the first
+            one's path; the warning's `layers` has them all.
 
     With `layer.trainable = False` the layer runs in inference mode, as
     `BatchNormalization` does. A batch whose statistics aren't finite never enters
@@ -293,13 +292,12 @@ class IterNorm(_WhiteningLayer):
             self._check_mask(mask, x, axis)
         if not (training and self.trainable):
             return self._frozen(backend, x, axis, gamma, beta)
+        unknown = self.synchronized or mask is not None  # how many samples count
+        self._take_notice(None if unknown else self._objection(x, axis))
         if 0 in x.shape and not self.synchronized:  # else this replica still takes part in the exchange
             return whiten_nothing(backend, x, gamma, beta, axis)
         options = self.group_size, axis, self._solver, self.epsilon, self._all_reduce
         if mask is None:
-            sizes = (*x.shape[:axis], *x.shape[axis + 1 :])
-            if not self.synchronized and self._may_warn(sizes):  # else the replicas' joined batch counts
-                self._warn(batch_objection(self.group_size, x.shape[axis], math.prod(sizes)))
             y, stats = whiten_channels(backend, x, gamma, beta, *options)
             shape = backend.kernels.shape(x)
             count = math.prod(shape[:axis]) * math.prod(shape[axis + 1 :])
@@ -310,6 +308,10 @@ class IterNorm(_WhiteningLayer):
             y, stats, count = whiten_masked_channels(backend, x, keep, gamma, beta, *options)
         self._update(stats, count)
         return y
+
+    def _objection(self, x: Tensor, axis: int) -> str | None:
+        sizes = (*x.shape[:axis], *x.shape[axis + 1 :])
+        return batch_objection(self.group_size, x.shape[axis], math.prod(sizes)) if _are_known(sizes) else None
 
     def _check_mask(self, mask: Tensor, x: Tensor, axis: int) -> None:
         shape = (*x.shape[:axis], *x.shape[axis + 1 :])
@@ -421,8 +423,9 @@ class GroupWhitening(_WhiteningLayer):
             sample.
 
     Warns:
-        polywhiten.analysis.InfeasibleWarning: Once, where samples have fewer
-            values, channels times positions, than whitening so many groups takes.
+        polywhiten.analysis.InfeasibleWarning: Where samples have fewer values,
+            channels times positions, than whitening so many groups takes. Once
+            for a network, as that of `IterNorm`.
 
     Statistics are computed in float32 for half precision. A mask is handed on to
     the next layer and not used, as by `GroupNormalization`.
@@ -485,13 +488,29 @@ class GroupWhitening(_WhiteningLayer):
         if 0 in x.shape:
             return whiten_nothing(backend, x, gamma, beta, axis)
         y = whiten_samples(backend, x, gamma, beta, self._groups, axis, self._solver, self.epsilon)
-        sizes = tuple(x.shape[1:])
-        if self._may_warn(sizes):
-            self._warn(sample_objection(self._groups, x.shape[axis], math.prod(sizes), "groups"))
+        known = _are_known(x.shape[1:])
+        objection = sample_objection(self._groups, x.shape[axis], math.prod(x.shape[1:]), "groups") if known else None
+        self._take_notice(objection)
         return y
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "groups": self.groups}
+
+
+def _layers_of(network: keras.layers.Layer) -> dict[str, _WhiteningLayer]:
+    """Those that training may find infeasible: inference, which Keras begins with, has other batches."""
+    return {
+        layer.path: layer
+        for layer in network._flatten_layers()
+        if isinstance(layer, GroupWhitening) or (isinstance(layer, IterNorm) and layer.trainable)
+    }
+
+
+_FRAMEWORK = Framework(keras.layers.Layer, lambda network: network.name, _layers_of)
+
+
+def _are_known(sizes: Sequence[Any]) -> bool:
+    return all(isinstance(size, int) for size in sizes)
 
 
 def _torch_compiles() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from polywhiten import checks
-from polywhiten.analysis.constraints import InfeasibleWarning, batch_objection, sample_objection
+from polywhiten.analysis.constraints import batch_objection, sample_objection
+from polywhiten.analysis.notices import Framework, Notice
 from polywhiten.functional import apply_frozen, whiten_channels, whiten_nothing, whiten_samples
 from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
 from polywhiten.solvers import solver_for
@@ -80,8 +80,9 @@ class IterNorm(nn.Module):
     Warns
     -----
     polywhiten.analysis.InfeasibleWarning
-        Once, in training, where a batch has fewer samples, batch size times positions, than whitening the group size
-        takes. Not in compiled code.
+        In training, where a batch has fewer samples, batch size times positions, than whitening the group size takes.
+        Once for a network, when its layers have run, with their number and the first one's name; the warning's
+        `layers` has them all. Not in compiled code.
 
     Notes
     -----
@@ -107,7 +108,6 @@ class IterNorm(nn.Module):
     bias: nn.Parameter | None
     running_mean: Tensor | None
     num_batches_tracked: Tensor | None
-    _warned = False  # that the group size or the number of groups is infeasible
 
     def __init__(
         self,
@@ -127,6 +127,7 @@ class IterNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self._notice = Notice()  # that the layer is infeasible
         self.num_features = checks.check_positive("num_features", num_features)
         self.group_size = checks.check_positive("group_size", group_size)
         self.eps = checks.check_eps(eps)
@@ -183,7 +184,7 @@ class IterNorm(nn.Module):
         if x.numel() == 0:
             return _whiten_nothing(self, x)
         checks.check_batch(x, 1)
-        _warn_once(self, batch_objection, self.group_size, self.num_features, x.numel() // self.num_features)
+        _take_notice(self, batch_objection, self.group_size, self.num_features, x.numel() // self.num_features)
         y, stats = whiten_channels(BACKEND, x, self.weight, self.bias, self.group_size, 1, self._solver, self.eps)
         if self.training and self.track_running_stats:
             self._update(stats, averages)
@@ -274,8 +275,8 @@ class GroupWhitening(nn.Module):
     Warns
     -----
     polywhiten.analysis.InfeasibleWarning
-        Once, in training, where a sample has fewer values, channels times positions, than whitening so many groups
-        takes. Not in compiled code.
+        In training, where a sample has fewer values, channels times positions, than whitening so many groups takes.
+        Once for a network, as that of `IterNorm`. Not in compiled code.
 
     Notes
     -----
@@ -297,7 +298,6 @@ class GroupWhitening(nn.Module):
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
-    _warned = False  # that the group size or the number of groups is infeasible
 
     def __init__(
         self,
@@ -313,6 +313,7 @@ class GroupWhitening(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self._notice = Notice()  # that the layer is infeasible
         self.num_channels = checks.check_positive("num_channels", num_channels)
         self.num_groups = checks.check_num_groups(num_groups, num_channels)
         self.eps = checks.check_eps(eps)
@@ -337,7 +338,7 @@ class GroupWhitening(nn.Module):
         if x.numel() == 0:
             return _whiten_nothing(self, x)
         y: Tensor = whiten_samples(BACKEND, x, self.weight, self.bias, self.num_groups, 1, self._solver, self.eps)
-        _warn_once(self, sample_objection, self.num_groups, self.num_channels, math.prod(x.shape[1:]))
+        _take_notice(self, sample_objection, self.num_groups, self.num_channels, math.prod(x.shape[1:]))
         return y
 
     def extra_repr(self) -> str:
@@ -360,14 +361,21 @@ def _whiten_nothing(layer: IterNorm | GroupWhitening, x: Tensor) -> Tensor:
     return y
 
 
-def _warn_once(layer: IterNorm | GroupWhitening, objection: Callable[..., str | None], *sizes: Any) -> None:
+def _take_notice(layer: IterNorm | GroupWhitening, objection: Callable[..., str | None], *sizes: Any) -> None:
     """In training; compiled code has no place for it, nor tracers' symbols."""
-    if not layer.training or torch.compiler.is_compiling() or layer._warned or type(sizes[-1]) is not int:
-        return
-    text = objection(*sizes)
-    if text is not None:
-        layer._warned = True
-        warnings.warn(f"{type(layer).__name__}: {text}", InfeasibleWarning, stacklevel=5)  # at the layer's call
+    if layer.training and not torch.compiler.is_compiling() and type(sizes[-1]) is int:
+        layer._notice.run(_FRAMEWORK, layer, objection(*sizes))
+
+
+def _layers_in_training(network: nn.Module) -> dict[str, nn.Module]:
+    return {
+        f"{name} ({type(module).__name__})" if name else type(module).__name__: module
+        for name, module in network.named_modules()
+        if isinstance(module, IterNorm | GroupWhitening) and module.training
+    }
+
+
+_FRAMEWORK = Framework(nn.Module, lambda network: type(network).__name__, _layers_in_training)
 
 
 def _register_affine(layer: IterNorm | GroupWhitening, channels: int, bias: bool, factory: dict[str, Any]) -> None:
