@@ -46,6 +46,10 @@ class Backend:
         """X itself, or the tensor that a framework's variable holds."""
         return x
 
+    def snapshot(self, state: Array, *given: Array | None) -> Array:
+        """A layer's state, or a copy where it may change in place while the gradient of `given` still needs it."""
+        return state
+
     def in_memory_order(self, x: Array, axis: int) -> tuple[Array, int, Callable[[Array], Array]]:
         """A view of x with its axes as they lie in memory, its channel axis, and what puts a result's axes back.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from polywhiten import checks
 from polywhiten._types import AllReduce, Array
-from polywhiten.blocks import ChannelGroups, SampleGroups
+from polywhiten.blocks import ChannelGroups, SampleGroups, channel_shape
 from polywhiten.dispatch import Backend, backend_of
 from polywhiten.groups import (
     WhiteningStats,
@@ -80,10 +80,13 @@ def iter_norm(
     TypeError
         x is no array, or has no real floating-point dtype.
     ValueError
-        An argument doesn't fit, or there is one sample a channel.
+        An argument doesn't fit, or there are fewer than two samples a channel.
 
     Notes
     -----
+    A batch of no samples is an error, as it has no statistics and so most likely is a mistake. A worker's share of one
+    may be empty, with `all_reduce`; and layers, which have to go on, return such a batch as it is.
+
     Statistics are computed in float32 for half precision, else in the dtype of x. NaN or infinity anywhere in a group
     makes all of that group's output NaN.
 
@@ -148,7 +151,7 @@ def group_whiten(
     TypeError
         x is no array, or has no real floating-point dtype.
     ValueError
-        An argument doesn't fit, or a group has one value a sample.
+        An argument doesn't fit, or a group has fewer than two values a sample.
 
     References
     ----------
@@ -445,6 +448,20 @@ def whiten_samples(
     x, axis, restore = backend.in_memory_order(x, axis)
     plan = _sample_plan(x, num_groups, axis, solver, eps)
     return restore(backend.whiten(plan, x, weight, bias)[0])
+
+
+def whiten_nothing(backend: Backend, x: Array, weight: Array | None, bias: Array | None, axis: int) -> Array:
+    """An array without elements, whitened; with gradients of 0 for weight and bias; for layers."""
+
+    def along_channels(values: Array) -> Array:
+        return xp.reshape(xp.astype(values, x.dtype, copy=False), channel_shape(x.ndim, axis))
+
+    xp, y = backend.kernels.xp, x + 0  # a new array, which may be changed in place
+    if weight is not None:
+        y = y * along_channels(weight)
+    if bias is not None:
+        y = y + along_channels(bias)
+    return y
 
 
 def apply_frozen(

@@ -1,9 +1,11 @@
 """The measures against closed forms and plain definitions, the constraints against equations that are counted."""
 
+import gc
 import itertools
 import math
 import re
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -492,3 +494,121 @@ def test_keras_layers_say_once_what_is_infeasible_and_what_is_not(said):
     assert said(layer, x) == []
     assert said(GroupWhitening(groups=8), x) == []
     assert said(GroupWhitening(), keras.Input((64,))) == []
+
+
+@pytest.fixture
+def caught():
+    """All such warnings of a test."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", analysis.InfeasibleWarning)
+        yield found
+
+
+def pytorch_network():
+    torch = pytest.importorskip("torch")
+    from polywhiten.torch import GroupWhitening, IterNorm
+
+    block = torch.nn.Sequential(IterNorm(64), torch.nn.ReLU(), IterNorm(64))
+    return torch.nn.Sequential(IterNorm(64, group_size=8), block, GroupWhitening(32, 64), IterNorm(64))
+
+
+def test_a_pytorch_network_says_once_how_many_layers_are_infeasible_and_which_is_the_first(caught):
+    torch = pytest.importorskip("torch")
+    for number in (1, 2):  # each of several networks
+        network = pytorch_network()
+        for _ in range(3):
+            network(torch.randn(20, 64))
+        assert len(caught) == number
+        text = str(caught[-1].message)
+        assert text.startswith(
+            "1.0 (IterNorm), the first of 4 infeasible layers of Sequential: group_size=64 is infeas"
+        )
+        names = ["1.0 (IterNorm)", "1.2 (IterNorm)", "2 (GroupWhitening)", "3 (IterNorm)"]
+        assert list(caught[-1].message.layers) == names
+        assert caught[-1].message.layers[names[2]].startswith("num_groups=32 is infeasible")
+        assert caught[-1].filename == __file__, "where the network was called"
+
+
+def test_a_warning_keeps_no_network_alive(caught):
+    torch = pytest.importorskip("torch")
+    network = pytorch_network()
+    network(torch.randn(20, 64))
+    alive = weakref.ref(network)
+    del network
+    gc.collect()
+    assert alive() is None
+    assert len(caught) == 1
+
+
+def test_a_network_of_one_infeasible_layer_names_it(caught):
+    torch = pytest.importorskip("torch")
+    from polywhiten.torch import IterNorm
+
+    network = torch.nn.Sequential(IterNorm(64, group_size=8), IterNorm(64))
+    network(torch.randn(20, 64))
+    assert str(caught[0].message).startswith("1 (IterNorm) of Sequential: group_size=64 is infeasible")
+
+
+def test_layers_that_a_pass_leaves_out_are_waited_for_until_the_next_one(caught):
+    torch = pytest.importorskip("torch")
+    from polywhiten.torch import IterNorm
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = torch.nn.Sequential(IterNorm(64), IterNorm(64)), IterNorm(64)
+
+        def forward(self, x):
+            return self.used(x)
+
+    network = Network()
+    network(torch.randn(20, 64))
+    assert not caught
+    for _ in range(2):
+        network(torch.randn(20, 64))
+    (text,) = messages(caught)
+    assert text.startswith("used.0 (IterNorm), the first of 2 infeasible layers of Network: group_size=64")
+
+
+def test_layers_in_evaluation_are_not_waited_for(caught):
+    torch = pytest.importorskip("torch")
+    network = pytorch_network()
+    network[1][2].eval()
+    network(torch.randn(20, 64))
+    (text,) = messages(caught)
+    assert "the first of 3 infeasible layers" in text
+
+
+def test_pythons_filters_turn_the_warning_off_or_into_an_error():
+    torch = pytest.importorskip("torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=analysis.InfeasibleWarning)
+        pytorch_network()(torch.randn(20, 64))
+        warnings.filterwarnings("error", category=analysis.InfeasibleWarning)
+        with pytest.raises(analysis.InfeasibleWarning, match="the first of 4 infeasible layers"):
+            pytorch_network()(torch.randn(20, 64))
+
+
+@pytest.mark.parametrize("by", ["call", "fit"])
+def test_a_keras_model_says_once_how_many_layers_are_infeasible_and_which_is_the_first(caught, by):
+    """Also where a pass of inference, which `fit` begins with on some backends, finds one alone."""
+    keras = pytest.importorskip("keras")
+    from polywhiten.keras import GroupWhitening, IterNorm
+
+    for number in (1, 2):
+        block = keras.Sequential([IterNorm(group_size=8), IterNorm(name="first"), IterNorm()], name="block")
+        layers = [keras.Input((64,), batch_size=20), block, GroupWhitening(32, name="groups"), IterNorm(group_size=8)]
+        model = keras.Sequential(layers, name=f"network_{number}")
+        x = np.random.default_rng(0).normal(size=(20, 64)).astype("float32")
+        if by == "call":
+            for _ in range(2):
+                model(x, training=True)
+        else:
+            model.compile("sgd", "mse")
+            model.fit(x, x, batch_size=20, epochs=2, verbose=0)
+        (text,) = messages(caught)[number - 1 :]
+        assert re.match(rf"\S*(first|groups), the first of 3 infeasible layers of network_{number}: group", text)
+        assert len(caught[-1].message.layers) == 3
+        assert caught[-1].filename == __file__

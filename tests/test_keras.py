@@ -1,5 +1,6 @@
 """What Keras' users do with its own normalization layers, on the backend in use."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -56,6 +57,14 @@ HARNESS = {
         {"gamma_regularizer": "l2", "beta_regularizer": "l2", "gamma_constraint": "non_neg", "epsilon": 1e-3},
         (8, 6),
     ),
+    "initial averages": (
+        IterNorm,
+        {
+            "moving_mean_initializer": "ones",
+            "moving_variance_initializer": {"class_name": "Constant", "config": {"value": 4.0}},
+        },
+        (8, 6),
+    ),
     "groups of rows": (GroupWhitening, {"groups": 2}, (8, 6)),
     "groups of sequences, channels first": (GroupWhitening, {"groups": 3, "axis": 1, "scale": False}, (4, 6, 5)),
     "as many groups as channels": (GroupWhitening, {"groups": -1, "method": "eigh"}, (4, 5, 5, 6)),
@@ -93,6 +102,61 @@ def test_arguments_in_the_order_of_keras_own_layers():
     for name in ("groups", "axis", "epsilon", "center", "scale"):
         assert getattr(ours, name) == getattr(theirs, name)
     assert (IterNorm().momentum, GroupWhitening().groups) == (0.99, 32)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(IterNorm, keras.layers.BatchNormalization), (GroupWhitening, keras.layers.GroupNormalization)],
+    ids=["BatchNormalization", "GroupNormalization"],
+)
+def test_every_argument_of_keras_own_layer_is_taken_in_its_order(ours, theirs):
+    names, wanted = (list(inspect.signature(each).parameters) for each in (ours, theirs))
+    positional = wanted[: wanted.index("gamma_constraint") + 1]
+    assert names[: len(positional)] == positional
+    assert set(wanted) - set(names) <= {"renorm", "renorm_clipping", "renorm_momentum"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "arguments"),
+    [
+        (IterNorm, keras.layers.BatchNormalization, {"momentum": 0.5, "moving_variance_initializer": "zeros"}),
+        (IterNorm, keras.layers.BatchNormalization, {"dtype": "mixed_float16", "gamma_regularizer": "l2"}),
+        (GroupWhitening, keras.layers.GroupNormalization, {"groups": 2, "beta_initializer": "ones"}),
+    ],
+)
+def test_layers_of_the_configuration_of_keras_own(ours, theirs, arguments):
+    norm = theirs(axis=1, epsilon=0.1, center=False, trainable=False, name="norm", **arguments)
+    config = norm.get_config()
+    layer = ours.from_config(config)
+    mine, again = layer.get_config(), ours.from_config(layer.get_config()).get_config()
+    assert mine == again
+    assert {name: mine[name] for name in config if not name.startswith("renorm")} == {
+        name: value for name, value in config.items() if not name.startswith("renorm")
+    }
+    assert layer(normal(8, 6)).shape == (8, 6)
+
+
+def test_a_configuration_with_renorm_is_an_error():
+    config = IterNorm().get_config() | {"renorm": True, "renorm_clipping": {}, "renorm_momentum": 0.99}
+    with pytest.raises(ValueError, match="renorm=True: IterNorm has no batch renormalization"):
+        IterNorm.from_config(config)
+
+
+@pytest.mark.parametrize("track", ["whitener", "covariance"])
+@pytest.mark.parametrize(
+    "variance",
+    ["ones", "zeros", keras.initializers.Constant(4.0), lambda shape, dtype: 1 + keras.ops.arange(*shape, dtype=dtype)],
+)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_untrained_layer_infers_as_batch_normalization_does(track, variance, dtype):
+    initial = {"moving_mean_initializer": "ones", "moving_variance_initializer": variance}
+    layer = IterNorm(group_size=4, track=track, method="eigh", epsilon=1e-3, dtype=dtype, **initial)
+    norm, x = keras.layers.BatchNormalization(dtype=dtype, **initial), normal(8, 6).astype(dtype)
+    tolerance = {"float32": 1e-5, "float16": 2e-3}[dtype]
+    y, expected = (api.evaluate(each, x) for each in (layer, norm))
+    np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance)
+    if track == "whitener":
+        np.testing.assert_array_equal(api.running(layer)["whitener"][1, 2:], [[0, 0, 1, 0], [0, 0, 0, 1]])
 
 
 WRONG = {
@@ -160,6 +224,18 @@ def test_a_batch_that_is_masked_as_a_whole_is_not_averaged():
         np.testing.assert_array_equal(value, before[name])
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 6), (5, 0, 6)], ids=str)
+@pytest.mark.parametrize("make", [IterNorm, lambda **k: GroupWhitening(3, **k)], ids=["IterNorm", "GroupWhitening"])
+def test_what_has_no_samples_passes_with_gradients_of_zero_and_changes_no_average(make, shape):
+    layer, untrained = make(dtype="float64", epsilon=0), make(dtype="float64", epsilon=0)
+    untrained.build(shape)
+    y, (dx, *affine) = api.gradients(layer, np.zeros(shape), np.zeros(shape))
+    assert y.shape == dx.shape == shape
+    np.testing.assert_array_equal(affine, np.zeros((2, 6)))
+    for name, value in api.running(layer).items():
+        np.testing.assert_array_equal(value, api.running(untrained)[name])
+
+
 def test_a_mask_comes_from_the_layer_before():
     x = normal(4, 7, 5)
     x[:, 5:] = 0
@@ -178,6 +254,21 @@ def test_frozen_layers_whiten_by_their_averages():
     for name, value in api.running(layer).items():
         np.testing.assert_array_equal(value, before[name])
     assert not layer.trainable_weights
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's tensors alone change in place")
+@pytest.mark.parametrize("track", ["whitener", "covariance"])
+def test_gradient_in_inference_is_that_of_its_own_averages(track):
+    import torch
+
+    layer, x = IterNorm(group_size=4, track=track, momentum=0.5), torch.randn(16, 6, requires_grad=True)
+    layer(x, training=True)
+    leaves = x, *(weight.value for weight in layer.trainable_weights)
+    expected = torch.autograd.grad(layer(x).square().sum(), leaves)
+    loss = layer(x).square().sum()
+    layer(7 * x, training=True)
+    for found, wanted in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 # ---------------------------------------------------------------- models
@@ -232,6 +323,16 @@ def test_averages_stay_finite_in_half_precision():
     for _ in range(3):
         layer(3000 * normal(64, 6), training=True)  # of variance 9e6, above the largest float16
     assert all(np.all(np.isfinite(value)) for value in api.running(layer).values())
+
+
+def test_averages_take_what_they_can_hold():
+    """A variance of 1e5 is above the largest float16, a hundredth of it isn't."""
+    x, layers = normal(400, 6) * 316, [IterNorm(dtype=d, track="covariance") for d in ("float16", "float32")]
+    for layer in layers:
+        layer(x, training=True)
+    half, full = (api.running(layer)["covariance"].astype("float32") for layer in layers)
+    np.testing.assert_allclose(half, full, rtol=2e-3, atol=1)
+    assert np.min(np.diagonal(half[0])) > 500
 
 
 class Subclassed(keras.Model):

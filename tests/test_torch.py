@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import io
 import pickle
 
@@ -15,6 +16,8 @@ from torch.autograd import forward_ad  # noqa: E402
 import polywhiten as pw  # noqa: E402
 from polywhiten.analysis import InfeasibleWarning  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
+from polywhiten.torch.autograd import BACKEND  # noqa: E402
+from polywhiten.torch.kernels import TorchKernels  # noqa: E402
 
 METHODS = ("newton", "eigh", "minimax")
 LAYERS = {
@@ -82,12 +85,49 @@ def test_tangents_of_forward_mode():
         torch.testing.assert_close(tangent, (run(x + 1e-6 * dx) - run(x - 1e-6 * dx)) / 2e-6, rtol=1e-6, atol=1e-6)
 
 
-def test_running_averages_that_a_backward_needs_are_known_to_have_changed():
-    layer = trained(IterNorm(6), False)
-    y = layer(torch.randn(5, 6, requires_grad=True))
-    layer.train()(torch.randn(5, 6))
+def test_running_averages_that_a_users_graph_needs_are_known_to_have_changed():
+    layer, weight = IterNorm(6), torch.ones(6, requires_grad=True)
+    y = weight * layer.running_mean
+    layer(torch.randn(5, 6))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+CHANGES = {
+    "a step of training": lambda layer: layer.train()(7 * torch.randn(50, 6)),
+    "reset_running_stats": lambda layer: layer.reset_running_stats(),
+    "load_state_dict": lambda layer: layer.load_state_dict(IterNorm(6, group_size=4, track=layer.track).state_dict()),
+    "in place": lambda layer: [each.mul_(2) for each in layer.buffers()],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("track", ["whitener", "covariance"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradient_of_an_evaluation_is_that_of_its_own_statistics(change, track, dtype):
+    """Whatever happens to the running averages before backward."""
+    layer = trained(IterNorm(6, group_size=4, track=track, dtype=dtype), False)
+    x = torch.randn(5, 6, dtype=dtype, requires_grad=True)
+    leaves = x, *layer.parameters()
+    expected = torch.autograd.grad(layer(x).pow(2).sum(), leaves)
+    loss = layer(x).pow(2).sum()
+    _, pullback = torch.func.vjp(layer, x.detach())
+    (of_ones,) = torch.autograd.grad(layer(x).sum(), x)
+    change(layer)
+    for found, wanted in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(pullback(torch.ones(5, 6, dtype=dtype))[0], of_ones)
+
+
+def test_evaluation_without_a_graph_copies_no_statistics(monkeypatch):
+    layer = trained(IterNorm(6, group_size=4), False).requires_grad_(False)
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "clone", copied.append)
+    layer(torch.randn(5, 6))
+    layer.requires_grad_()
+    with torch.no_grad():
+        layer(torch.randn(5, 6))
+    assert not copied
 
 
 def test_backward_keeps_the_input_and_no_copy_of_it():
@@ -309,6 +349,24 @@ def test_empty_batch(training):
 
 
 @each_layer
+@in_both_modes
+@pytest.mark.parametrize("shape", [(0, 6), (0, 6, 4, 4), (4, 6, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_what_has_no_samples_passes_with_gradients_of_zero_and_changes_no_average(make, training, shape, dtype):
+    """As the share of one process of a distributed run may be."""
+    layer = trained(make(), training)
+    before = copy.deepcopy(layer.state_dict())
+    x = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    y = torch.relu_(layer(x))
+    assert (y.shape, y.dtype) == (shape, dtype)
+    y.sum().backward()
+    assert x.grad.shape == shape
+    for parameter in layer.parameters():
+        torch.testing.assert_close(parameter.grad, torch.zeros(6))
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+@each_layer
 def test_evaluation_has_gradients_of_everything(make):
     layer = trained(make(), False)
     x = torch.randn(4, 6, 3, requires_grad=True)
@@ -351,6 +409,38 @@ def test_arguments_in_the_order_of_batch_norm_and_group_norm():
         assert getattr(ours, name) == getattr(theirs, name)
 
 
+PAIRS = {
+    "BatchNorm": (torch.nn.BatchNorm2d, IterNorm, (6,)),
+    "GroupNorm": (torch.nn.GroupNorm, GroupWhitening, (3, 6)),
+}
+
+
+@pytest.mark.parametrize(("theirs", "ours", "sizes"), PAIRS.values(), ids=PAIRS)
+def test_every_argument_of_pytorchs_own_layer_is_taken(theirs, ours, sizes):
+    wanted = inspect.signature(theirs).parameters
+    assert wanted.keys() <= inspect.signature(ours).parameters.keys()
+
+
+@pytest.mark.parametrize(("theirs", "ours", "sizes"), PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+def test_a_layer_without_a_bias_has_the_weight_alone(theirs, ours, sizes, affine):
+    layer = ours(*sizes, affine=affine, bias=False)
+    if "bias" in inspect.signature(theirs).parameters:  # of PyTorch 2.13
+        norm = theirs(*sizes, affine=affine, bias=False)
+        assert [name for name, _ in layer.named_parameters()] == [name for name, _ in norm.named_parameters()]
+    assert layer.bias is None
+    assert (layer.weight is not None) == affine
+    assert f"affine={affine}, bias=False" in repr(layer)
+    assert "affine=True, bias=True" in repr(ours(*sizes))
+    layer.reset_parameters()
+    x = torch.randn(8, 6, 5, requires_grad=True)
+    torch.testing.assert_close(layer(x), ours(*sizes)(x))
+    if affine:
+        layer(x).pow(3).sum().backward()
+        assert layer.weight.grad.abs().sum() > 0
+    layer.eval()(x)
+
+
 def test_no_momentum_is_the_plain_average():
     x, layer = torch.randn(16, 5, 4, dtype=torch.float64), IterNorm(5, momentum=None, dtype=torch.float64)
     for shift in (1.0, 2.0, 6.0):
@@ -366,10 +456,87 @@ def test_nonfinite_batches_raise_an_error_on_demand(bad):
         IterNorm(5, group_size=3, on_nonfinite="raise")(x)
 
 
+@pytest.mark.parametrize("track", ["whitener", "covariance"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_running_averages_stay_finite_in_their_own_dtype(dtype, track):
+    """Whatever the dtype of the statistics can hold."""
+    layer, x = IterNorm(6, track=track, dtype=dtype, momentum=0.5), torch.randn(40, 6, dtype=torch.float64)
+    before = copy.deepcopy(layer.state_dict())
+    large = x * 1e25 + 1e39
+    assert torch.isfinite(layer(large)).all()
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+    layer(x)
+    assert layer.num_batches_tracked == 1
+    layer.on_nonfinite = "raise"
+    with pytest.raises(ValueError, match=r"too large .* of the running averages"):
+        layer(large)
+
+
+def test_running_averages_take_what_they_can_hold():
+    """A variance of 1e5 is above the largest float16; a tenth of it isn't, nor are several numbers of 4e4."""
+    noise = torch.randn(400, 6)
+    for momentum, x in ((0.1, 316 * noise), (1.0, 200 * noise + 4e4)):
+        layers = [IterNorm(6, track="covariance", momentum=momentum, dtype=t) for t in (torch.float16, torch.float32)]
+        for layer in layers:
+            layer(x)
+            assert layer.num_batches_tracked == 1
+        torch.testing.assert_close(
+            layers[0].running_covariance.float(), layers[1].running_covariance, rtol=2e-3, atol=1
+        )
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.9, None])
+def test_no_arithmetic_of_running_averages_makes_finite_numbers_infinite(momentum):
+    largest = torch.finfo(torch.float32).max
+    for kernels in (BACKEND.kernels, TorchKernels(BACKEND.kernels.xp)):
+        running, count = torch.tensor([-largest, 1.0]), torch.tensor(1)
+        kernels.average((running,), (torch.tensor([largest, 2.0]),), (), count, momentum)
+        assert torch.isfinite(running).all()
+
+
 def test_without_running_statistics_every_input_is_whitened_by_itself():
     x, layer = torch.randn(16, 5, 4), IterNorm(5, track_running_stats=False)
     assert not list(layer.buffers())
     torch.testing.assert_close(layer.eval()(x), layer.train()(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("track", ["whitener", "covariance"])
+def test_averages_set_to_none_are_those_of_batch_norm(track):
+    """In evaluation the batch's statistics are used, in training nothing is averaged; the batches are counted."""
+    x, layer = torch.randn(16, 6, 4), trained(IterNorm(6, track=track), False)
+    layer.running_mean = None
+    for use in (lambda: layer.train()(x), lambda: layer.eval()(x)):
+        with pytest.raises(ValueError, match=f"running_mean is None and running_{track} isn't: set both to None"):
+            use()
+    setattr(layer, f"running_{track}", None)
+    torch.testing.assert_close(layer.eval()(x), layer.train()(x))
+    assert layer.num_batches_tracked == 2
+    layer.num_batches_tracked = None
+    torch.testing.assert_close(layer.eval()(x), layer.train()(x))
+    layer.reset_running_stats()
+    assert not list(layer.buffers())
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_averages_without_a_count_are_those_of_batch_norm(momentum):
+    """They go on with a momentum, and stand still for the plain average."""
+    x, norm, layer = torch.randn(16, 6) + 3, torch.nn.BatchNorm1d(6, momentum=momentum), IterNorm(6, momentum=momentum)
+    norm.num_batches_tracked = layer.num_batches_tracked = None
+    for each in (norm, layer):
+        each(x)
+    torch.testing.assert_close(layer.running_mean, norm.running_mean)
+    layer.eval()(x)
+    layer.reset_running_stats()
+    torch.testing.assert_close(layer.running_mean, torch.zeros(6))
+
+
+def test_a_layer_that_no_longer_tracks_evaluates_by_its_averages_as_batch_norm_does():
+    x, norm, layer = torch.randn(16, 1) + 3, torch.nn.BatchNorm1d(1), IterNorm(1, method="eigh", momentum=0.0)
+    for each in (norm, layer):
+        each.track_running_stats = False
+        each(x)
+    torch.testing.assert_close(layer.eval()(x), norm.eval()(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.running_mean, norm.running_mean)
 
 
 def test_reset_forgets():

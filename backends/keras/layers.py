@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import keras
 from keras import KerasTensor, constraints, initializers, ops, regularizers
 
 from polywhiten import checks
-from polywhiten.analysis.constraints import InfeasibleWarning, batch_objection, sample_objection
+from polywhiten.analysis.constraints import batch_objection, sample_objection
+from polywhiten.analysis.notices import Framework, Notice
 from polywhiten.dispatch import Backend, backend_of
-from polywhiten.functional import apply_frozen, whiten_channels, whiten_samples
+from polywhiten.functional import apply_frozen, whiten_channels, whiten_nothing, whiten_samples
 from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
 from polywhiten.masking import whiten_masked_channels
 from polywhiten.solvers import solver_for
@@ -57,7 +59,7 @@ class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no
         self.gamma = None
         self.beta = None
         self.supports_masking = True
-        self._warned = False  # that the group size or the number of groups is infeasible
+        self._notice = Notice()  # that the layer is infeasible
 
     def _build_affine(self, input_shape: tuple[int | None, ...], first_axis: int) -> int:
         """Add gamma and beta; the number of channels."""
@@ -85,14 +87,10 @@ class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no
         gamma, beta = (None if weight is None else backend.tensor(weight.value) for weight in (self.gamma, self.beta))
         return backend, x, self.axis % len(x.shape), gamma, beta
 
-    def _warn(self, objection: str | None) -> None:
-        if objection is not None:
-            self._warned = True
-            warnings.warn(f"{self.name}: {objection}", InfeasibleWarning, stacklevel=2)
-
-    def _may_warn(self, sizes: tuple[int | None, ...]) -> bool:
-        """Once, where all sizes are known, and not in what PyTorch compiles."""
-        return not (self._warned or _torch_compiles()) and all(isinstance(size, int) for size in sizes)
+    def _take_notice(self, objection: str | None) -> None:
+        """Of a pass, and what is infeasible in it; not in what PyTorch compiles."""
+        if not _torch_compiles():
+            self._notice.run(_FRAMEWORK, self, objection)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return input_shape
@@ -110,7 +108,8 @@ class IterNorm(_WhiteningLayer):
     """Iterative normalization: whitens groups of channels over the batch.
 
     In place of `keras.layers.BatchNormalization`, with its arguments in their
-    order up to `moving_mean_initializer`, the others by keyword. Where batch
+    order up to `gamma_constraint`, the others by keyword; there is no `renorm`.
+    `from_config` takes its configurations too. Where batch
     normalization divides every channel by its deviation, this layer multiplies
     every group of channels by the inverse square root of its covariance, so
     that they have variance 1 and are uncorrelated:
@@ -135,7 +134,12 @@ class IterNorm(_WhiteningLayer):
         beta_initializer: Initializer of beta. Defaults to `"zeros"`.
         gamma_initializer: Initializer of gamma. Defaults to `"ones"`.
         moving_mean_initializer: Initializer of the moving mean. Defaults to
-            `"zeros"`. The moving whitener or covariance starts as the identity.
+            `"zeros"`.
+        moving_variance_initializer: Initializer of the channels' variances.
+            The moving covariance starts as the diagonal matrix of these, the
+            moving whitener as that of `1 / sqrt(variance + epsilon)`, so that
+            an untrained layer does what `BatchNormalization` does. Defaults to
+            `"ones"`.
         beta_regularizer: Optional regularizer of beta.
         gamma_regularizer: Optional regularizer of gamma.
         beta_constraint: Optional constraint of beta.
@@ -182,16 +186,20 @@ class IterNorm(_WhiteningLayer):
         ValueError: An argument or an input doesn't fit.
 
     Warns:
-        polywhiten.analysis.InfeasibleWarning: Once, in training, where the
-            samples, batch size times positions, are fewer than whitening the
-            group size takes, and their number is known while graphs are traced.
+        polywhiten.analysis.InfeasibleWarning: In training, where the samples,
+            batch size times positions, are fewer than whitening the group size
+            takes, and their number is known while graphs are traced. Once for a
+            network, when its layers have run, with their number and the first
+            one's path; the warning's `layers` has them all.
 
     With `layer.trainable = False` the layer runs in inference mode, as
     `BatchNormalization` does. A batch whose statistics aren't finite never enters
-    the moving averages; its outputs aren't finite either, and
+    the moving averages, nor does one that would make them infinite in their own
+    dtype; in the first case its outputs aren't finite either, and
     `keras.callbacks.TerminateOnNaN` stops training there. Nor does a batch of one
-    sample, which has no covariance: its outputs are `beta`. Statistics are
-    computed in float32 for half precision.
+    sample, which has no covariance: its outputs are `beta`. A batch of no
+    samples is returned empty. Statistics are computed in float32 for half
+    precision.
 
     Example:
 
@@ -216,11 +224,12 @@ class IterNorm(_WhiteningLayer):
         beta_initializer: Any = "zeros",
         gamma_initializer: Any = "ones",
         moving_mean_initializer: Any = "zeros",
-        *,
+        moving_variance_initializer: Any = "ones",
         beta_regularizer: Any = None,
         gamma_regularizer: Any = None,
         beta_constraint: Any = None,
         gamma_constraint: Any = None,
+        *,
         synchronized: bool = False,
         group_size: int = 64,
         method: str = "newton",
@@ -249,6 +258,7 @@ class IterNorm(_WhiteningLayer):
             )
         self.momentum = checks.check_momentum(momentum)
         self.moving_mean_initializer = initializers.get(moving_mean_initializer)
+        self.moving_variance_initializer = initializers.get(moving_variance_initializer)
         self.synchronized = synchronized
         self.group_size = checks.check_positive("group_size", group_size)
         self.track = checks.check_choice("track", track, TRACKED)
@@ -261,8 +271,20 @@ class IterNorm(_WhiteningLayer):
         self.moving_mean = self.add_weight(
             shape=(channels,), name="moving_mean", initializer=self.moving_mean_initializer, **moving
         )
-        weight = self.add_weight(shape=matrices, name=f"moving_{self.track}", initializer=_identities, **moving)
+        weight = self.add_weight(
+            shape=matrices, name=f"moving_{self.track}", initializer=partial(self._initial_matrices, channels), **moving
+        )
         setattr(self, f"moving_{self.track}", weight)
+
+    def _initial_matrices(self, channels: int, shape: tuple[int, int, int], dtype: str) -> Tensor:
+        """Diagonal covariances of the initial variances, or their whiteners; the identity beside the last group."""
+        groups, d, _ = shape
+        full = "float64" if dtype == "float64" else "float32"  # epsilon may be too small for half precision
+        values = ops.cast(self.moving_variance_initializer((channels,), dtype=dtype), full)
+        if self.track == "whitener":
+            values = ops.rsqrt(values + self.epsilon)
+        values = ops.concatenate([values, ops.ones((groups * d - channels,), dtype=full)])
+        return ops.cast(ops.reshape(values, (groups, d, 1)) * ops.eye(d, dtype=full), dtype)
 
     def call(self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None) -> Tensor:
         backend, x, axis, gamma, beta = self._given(inputs)
@@ -270,11 +292,12 @@ class IterNorm(_WhiteningLayer):
             self._check_mask(mask, x, axis)
         if not (training and self.trainable):
             return self._frozen(backend, x, axis, gamma, beta)
+        unknown = self.synchronized or mask is not None  # how many samples count
+        self._take_notice(None if unknown else self._objection(x, axis))
+        if 0 in x.shape and not self.synchronized:  # else this replica still takes part in the exchange
+            return whiten_nothing(backend, x, gamma, beta, axis)
         options = self.group_size, axis, self._solver, self.epsilon, self._all_reduce
         if mask is None:
-            sizes = (*x.shape[:axis], *x.shape[axis + 1 :])
-            if not self.synchronized and self._may_warn(sizes):  # else the replicas' joined batch counts
-                self._warn(batch_objection(self.group_size, x.shape[axis], math.prod(sizes)))
             y, stats = whiten_channels(backend, x, gamma, beta, *options)
             shape = backend.kernels.shape(x)
             count = math.prod(shape[:axis]) * math.prod(shape[axis + 1 :])
@@ -285,6 +308,10 @@ class IterNorm(_WhiteningLayer):
             y, stats, count = whiten_masked_channels(backend, x, keep, gamma, beta, *options)
         self._update(stats, count)
         return y
+
+    def _objection(self, x: Tensor, axis: int) -> str | None:
+        sizes = (*x.shape[:axis], *x.shape[axis + 1 :])
+        return batch_objection(self.group_size, x.shape[axis], math.prod(sizes)) if _are_known(sizes) else None
 
     def _check_mask(self, mask: Tensor, x: Tensor, axis: int) -> None:
         shape = (*x.shape[:axis], *x.shape[axis + 1 :])
@@ -307,29 +334,45 @@ class IterNorm(_WhiteningLayer):
         return sum_over_replicas
 
     def _frozen(self, backend: Backend, x: Tensor, axis: int, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
-        mean, matrices = (backend.tensor(moving.value) for moving in self._moving)
+        mean, matrices = (backend.snapshot(backend.tensor(moving.value), x, gamma, beta) for moving in self._moving)
         if self.track == "covariance":
             full = backend.kernels.for_statistics(matrices)
             matrices = whitener_of(backend.kernels, full, x.shape[axis], self._solver, self.epsilon)
         return apply_frozen(backend, x, mean, matrices, gamma, beta, axis)
 
     def _update(self, stats: WhiteningStats, count: Any) -> None:
-        """Average, but for statistics that aren't finite or of one sample, which has no covariance."""
-        tracked = zip(self._moving, (stats.mean, getattr(stats, self.track)), strict=True)
-        batches = [ops.cast(batch, variable.dtype) for variable, batch in tracked]
-        usable = count > 1
-        for values in (*batches, stats.whitener):
+        """Average, but for statistics of one sample, which has no covariance, and for those that aren't finite.
+
+        Nor may the averages in their own dtype become infinite.
+        """
+        usable, newest = count > 1, []
+        for variable, batch in zip(self._moving, (stats.mean, getattr(stats, self.track)), strict=True):
+            dtypes = variable.dtype, keras.backend.standardize_dtype(batch.dtype)
+            full = "float64" if "float64" in dtypes else "float32"
+            newer = ops.cast(variable.value, full) * self.momentum + ops.cast(batch, full) * (1 - self.momentum)
+            newest.append(ops.cast(newer, variable.dtype))
+        for values in (*newest, stats.whitener):
             usable = ops.logical_and(usable, ops.all(ops.isfinite(values)))
-        for variable, batch in zip(self._moving, batches, strict=True):
-            moving = variable.value
-            newer = moving * self.momentum + batch * (1 - self.momentum)
-            variable.assign(ops.where(usable, newer, moving))
+        for variable, newer in zip(self._moving, newest, strict=True):
+            variable.assign(ops.where(usable, newer, variable.value))
 
     def get_config(self) -> dict[str, Any]:
         names = ("momentum", "synchronized", "group_size", "track")
         config = {name: getattr(self, name) for name in names}
-        config["moving_mean_initializer"] = initializers.serialize(self.moving_mean_initializer)
+        for name in ("moving_mean_initializer", "moving_variance_initializer"):
+            config[name] = initializers.serialize(getattr(self, name))
         return {**super().get_config(), **config}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> IterNorm:
+        """Layer of a configuration: of its own, or of one of `keras.layers.BatchNormalization`."""
+        config = dict(config)
+        if config.pop("renorm", False):
+            raise ValueError("renorm=True: IterNorm has no batch renormalization, set it to False in the configuration")
+        for name in ("renorm_clipping", "renorm_momentum"):  # without a meaning where renorm is False
+            config.pop(name, None)
+        layer: IterNorm = super().from_config(config)
+        return layer
 
 
 @keras.saving.register_keras_serializable(package="polywhiten")
@@ -380,8 +423,9 @@ class GroupWhitening(_WhiteningLayer):
             sample.
 
     Warns:
-        polywhiten.analysis.InfeasibleWarning: Once, where samples have fewer
-            values, channels times positions, than whitening so many groups takes.
+        polywhiten.analysis.InfeasibleWarning: Where samples have fewer values,
+            channels times positions, than whitening so many groups takes. Once
+            for a network, as that of `IterNorm`.
 
     Statistics are computed in float32 for half precision. A mask is handed on to
     the next layer and not used, as by `GroupNormalization`.
@@ -441,14 +485,32 @@ class GroupWhitening(_WhiteningLayer):
 
     def call(self, inputs: Tensor) -> Tensor:
         backend, x, axis, gamma, beta = self._given(inputs)
+        if 0 in x.shape:
+            return whiten_nothing(backend, x, gamma, beta, axis)
         y = whiten_samples(backend, x, gamma, beta, self._groups, axis, self._solver, self.epsilon)
-        sizes = tuple(x.shape[1:])
-        if self._may_warn(sizes):
-            self._warn(sample_objection(self._groups, x.shape[axis], math.prod(sizes), "groups"))
+        known = _are_known(x.shape[1:])
+        objection = sample_objection(self._groups, x.shape[axis], math.prod(x.shape[1:]), "groups") if known else None
+        self._take_notice(objection)
         return y
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "groups": self.groups}
+
+
+def _layers_of(network: keras.layers.Layer) -> dict[str, _WhiteningLayer]:
+    """Those that training may find infeasible: inference, which Keras begins with, has other batches."""
+    return {
+        layer.path: layer
+        for layer in network._flatten_layers()
+        if isinstance(layer, GroupWhitening) or (isinstance(layer, IterNorm) and layer.trainable)
+    }
+
+
+_FRAMEWORK = Framework(keras.layers.Layer, lambda network: network.name, _layers_of)
+
+
+def _are_known(sizes: Sequence[Any]) -> bool:
+    return all(isinstance(size, int) for size in sizes)
 
 
 def _torch_compiles() -> bool:
@@ -457,7 +519,3 @@ def _torch_compiles() -> bool:
     import torch
 
     return bool(torch.compiler.is_compiling())
-
-
-def _identities(shape: tuple[int, int, int], dtype: str | None = None) -> Tensor:
-    return ops.zeros(shape, dtype=dtype) + ops.eye(shape[-1], dtype=dtype)

@@ -157,6 +157,11 @@ class TorchBackend(Backend):
         y, *stats = _Whiten.apply(x, weight, bias, plan)
         return y, Statistics(*stats)
 
+    def snapshot(self, state: Tensor, *given: Tensor | None) -> Tensor:
+        """A copy where a graph of operations on what is given is recorded."""
+        recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
+        return state.clone() if recorded else state
+
     def in_memory_order(self, x: Tensor, axis: int) -> tuple[Tensor, int, Callable[[Tensor], Tensor]]:
         """Channels-last tensors as they are in memory: they aren't copied, and the result is channels-last too."""
         if axis == 1 and x.ndim > 2 and x.stride(1) == 1 != x.stride(-1):

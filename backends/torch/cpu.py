@@ -82,24 +82,28 @@ class CPUKernels(TorchKernels):
         self,
         averages: Sequence[Tensor],
         statistics: Sequence[Tensor],
-        judged: tuple[Tensor, Tensor],
-        count: Tensor,
+        judged: Sequence[Tensor],
+        count: Tensor | None,
         momentum: float | None,
-    ) -> None:
+    ) -> Tensor | bool:
         """In one call."""
         given = averages, statistics, judged, count, momentum
         fit = all(
             running.is_contiguous() and running.shape == batch.shape
             for running, batch in zip(averages, statistics, strict=True)
         )
-        if not (
-            fit and count.dtype == torch.int64 and _serves(statistics, *judged, *averages) and _are_readable([count])
+        if (
+            not (fit and averages and _serves(statistics, *judged, *averages))
+            or count is None
+            or count.dtype != torch.int64
+            or not _are_readable([count])
         ):
-            super().average(*given)
-            return
+            return super().average(*given)
+        before = count.item()
         _calls().average(*given)
         for each in (*averages, count):  # as operations in place do, for those who need the former values
             increment_version(each)
+        return count.item() > before
 
     def keeps_statistics(self, solver: Solver, x: Tensor) -> bool:
         """Not for compiled kernels, which take a tenth of a step for them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
+from functools import reduce, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -157,17 +157,28 @@ class TorchKernels(Kernels):
         self,
         averages: Sequence[Tensor],
         statistics: Sequence[Tensor],
-        judged: tuple[Tensor, Tensor],
-        count: Tensor,
+        judged: Sequence[Tensor],
+        count: Tensor | None,
         momentum: float | None,
-    ) -> None:
-        """A step of running averages, in place; none where what is judged, mean and whitener, isn't finite."""
-        finite = are_finite(*judged)
-        count.add_(finite)
+    ) -> Tensor | bool:
+        """A step of running averages, in place, and whether it was taken.
+
+        It isn't where an average in its own dtype wouldn't be finite any more, or one of `judged`, other statistics,
+        isn't. The plain average of all batches, `momentum` None, takes a count.
+        """
+        newest = []
         for running, batch in zip(averages, statistics, strict=True):
-            newest = torch.where(finite, batch, running)
-            factor = 1 / count.clamp(min=1).to(newest.dtype) if momentum is None else momentum
-            running.copy_(torch.lerp(running.to(newest.dtype), newest, factor))
+            if momentum is not None:
+                factor: Any = momentum
+            else:
+                factor = 0.0 if count is None else 1 / (count + 1).to(batch.dtype)
+            newest.append(torch.lerp(running.to(batch.dtype), batch, factor).to(running.dtype))
+        finite = are_finite(*judged, *newest)
+        for running, new in zip(averages, newest, strict=True):
+            running.copy_(torch.where(finite, new, running))
+        if count is not None:
+            count.add_(finite)
+        return finite
 
     def keeps_statistics(self, solver: Solver, x: Tensor) -> bool:
         """Whether backward is to have all of them: else it computes again what isn't small beside x."""
@@ -190,9 +201,9 @@ def folded(terms: Sequence[Term], bias: Tensor | None) -> Tensor:
     return offset if bias is None else offset + bias.unsqueeze(-1)
 
 
-def are_finite(mean: Tensor, whitener: Tensor) -> Tensor:
-    """Whether all numbers of both are, as a tensor of one."""
-    largest = torch.linalg.vector_norm(mean, math.inf) + torch.linalg.vector_norm(whitener, math.inf)
+def are_finite(*tensors: Tensor) -> Tensor:
+    """Whether all numbers of all are, as a tensor of one."""
+    largest = reduce(torch.maximum, (torch.linalg.vector_norm(tensor, math.inf) for tensor in tensors))
     result: Tensor = largest < math.inf
     return result
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +11,12 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from polywhiten import checks
-from polywhiten.analysis.constraints import InfeasibleWarning, batch_objection, sample_objection
-from polywhiten.functional import apply_frozen, whiten_channels, whiten_samples
+from polywhiten.analysis.constraints import batch_objection, sample_objection
+from polywhiten.analysis.notices import Framework, Notice
+from polywhiten.functional import apply_frozen, whiten_channels, whiten_nothing, whiten_samples
 from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
 from polywhiten.solvers import solver_for
 from polywhiten.torch.autograd import BACKEND
-from polywhiten.torch.kernels import are_finite
 from polywhiten.torch.leaf import LeafModule
 
 ON_NONFINITE = ("skip", "raise")
@@ -44,6 +43,8 @@ class IterNorm(LeafModule):
         Whether to learn a weight and a bias for every channel.
     track_running_stats : bool
         Whether to keep running averages for evaluation mode. Without them every input is whitened by its own batch.
+    bias : bool
+        Whether an affine layer has a bias beside its weight.
     group_size : int
         Channels whitened together; the last group is smaller where this doesn't divide C. 1 is batch normalization.
     method : {"newton", "eigh", "minimax"}
@@ -54,9 +55,10 @@ class IterNorm(LeafModule):
         What is averaged: the whitener as in the paper, or the covariance, from which the whitener is derived in every
         evaluation. The covariance is the better estimate, above all for "eigh".
     on_nonfinite : {"skip", "raise"}
-        What to do with a batch whose statistics aren't finite. They never enter the running averages. "skip": such a
-        batch leaves them as they were, without a word (its output is NaN). "raise": a ValueError, at the price of a
-        synchronization with the device, and of a graph break in `torch.compile`.
+        What to do with a batch whose statistics aren't finite, or with which a running average wouldn't be in its own
+        dtype. It never enters the running averages. "skip": such a batch leaves them as they were, without a word (its
+        output is NaN in the first case). "raise": a ValueError, at the price of a synchronization with the device, and
+        of a graph break in `torch.compile`.
     device, dtype
         Of the parameters and running averages.
 
@@ -66,7 +68,9 @@ class IterNorm(LeafModule):
     running_mean : Tensor, shape (C,), or None
     running_whitener or running_covariance : Tensor, shape (groups, d, d), or None
         Where the last group is smaller, its matrix stands in the upper left corner and the identity fills the rest.
+        As of batch normalization, both averages may be set to None: every input is then whitened by its own batch.
     num_batches_tracked : Tensor, shape (), or None
+        Set to None, nothing is averaged for momentum None.
 
     Raises
     ------
@@ -78,13 +82,15 @@ class IterNorm(LeafModule):
     Warns
     -----
     polywhiten.analysis.InfeasibleWarning
-        Once, in training, where a batch has fewer samples, batch size times positions, than whitening the group size
-        takes. Not in compiled code.
+        In training, where a batch has fewer samples, batch size times positions, than whitening the group size takes.
+        Once for a network, when its layers have run, with their number and the first one's name; the warning's
+        `layers` has them all. Not in compiled code.
 
     Notes
     -----
     Statistics are computed in float32 for half precision, under autocast too; the output has the input's dtype and
-    memory format. Statistics are this process's own; `polywhiten.iter_norm` shares them with `all_reduce`. What looks
+    memory format. A batch of no samples, as a process of several may get, is returned empty and changes no average.
+    Statistics are this process's own; `polywhiten.iter_norm` shares them with `all_reduce`. What looks
     for batch normalization by PyTorch's own class, as `torch.optim.swa_utils.update_bn` does, doesn't find this one.
     ONNX has no eigendecomposition: `torch.onnx.export` of a module writes "eigh" as so many of Newton's steps that they
     are as exact. Of what `torch.export` has made of a module before, it can't.
@@ -104,7 +110,8 @@ class IterNorm(LeafModule):
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
-    _warned = False  # that the group size or the number of groups is infeasible
+    running_mean: Tensor | None
+    num_batches_tracked: Tensor | None
 
     def __init__(
         self,
@@ -114,6 +121,7 @@ class IterNorm(LeafModule):
         affine: bool = True,
         track_running_stats: bool = True,
         *,
+        bias: bool = True,
         group_size: int = 64,
         method: str = "newton",
         iterations: int | None = None,
@@ -123,6 +131,7 @@ class IterNorm(LeafModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self._notice = Notice()  # that the layer is infeasible
         self.num_features = checks.check_positive("num_features", num_features)
         self.group_size = checks.check_positive("group_size", group_size)
         self.eps = checks.check_eps(eps)
@@ -136,7 +145,7 @@ class IterNorm(LeafModule):
         self.track = checks.check_choice("track", track, TRACKED)
         self.on_nonfinite = checks.check_choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        _register_affine(self, num_features, factory)
+        _register_affine(self, num_features, bias, factory)
         d = min(self.group_size, num_features)
         for name, shape in (("running_mean", (num_features,)), (self._matrices, (-(-num_features // d), d, d))):
             self.register_buffer(name, torch.empty(shape, **factory) if track_running_stats else None)
@@ -156,12 +165,14 @@ class IterNorm(LeafModule):
 
     def reset_running_stats(self) -> None:
         """Forget the running averages: mean 0, whitener or covariance the identity."""
-        if self.track_running_stats:
-            matrices = self.get_buffer(self._matrices)
-            with torch.no_grad():
-                self.get_buffer("running_mean").zero_()
+        averages = self._averages()
+        with torch.no_grad():
+            if averages is not None:
+                mean, matrices = averages
+                mean.zero_()
                 matrices.copy_(torch.eye(matrices.shape[-1], device=matrices.device))
-                self.get_buffer("num_batches_tracked").zero_()
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.zero_()
 
     def reset_parameters(self) -> None:
         """Weight 1, bias 0, and no running averages."""
@@ -171,39 +182,57 @@ class IterNorm(LeafModule):
     def forward(self, x: Tensor) -> Tensor:
         """Whiten x, shape (N, num_features, ...): by its batch in training, else by the running averages."""
         _check_input(x, self.num_features, "num_features")
-        if self.track_running_stats and not self.training:
-            return self._frozen(x)
+        averages = self._averages()
+        if averages is not None and not self.training:
+            return self._frozen(x, *averages)
+        if x.numel() == 0:
+            return _whiten_nothing(self, x)
         checks.check_batch(x, 1)
-        _warn_once(self, batch_objection, self.group_size, self.num_features, x.numel() // self.num_features)
+        _take_notice(self, batch_objection, self.group_size, self.num_features, x.numel() // self.num_features)
         y, stats = whiten_channels(BACKEND, x, self.weight, self.bias, self.group_size, 1, self._solver, self.eps)
-        if self.track_running_stats:
-            self._update(stats)
+        if self.training and self.track_running_stats:
+            self._update(stats, averages)
         result: Tensor = y
         return result
 
-    def _frozen(self, x: Tensor) -> Tensor:
-        whitener = self.get_buffer(self._matrices)
+    def _averages(self) -> tuple[Tensor, Tensor] | None:
+        """The running averages; None where a user has set both to None, or there have never been any."""
+        mean, matrices = self.running_mean, getattr(self, self._matrices)
+        if mean is not None and matrices is not None:
+            return mean, matrices
+        if mean is not None or matrices is not None:
+            missing, other = ("running_mean", self._matrices)[:: 1 if mean is None else -1]
+            raise ValueError(f"{missing} is None and {other} isn't: set both to None to whiten every batch by itself")
+        return None
+
+    def _frozen(self, x: Tensor, mean: Tensor, whitener: Tensor) -> Tensor:
+        affine = self.weight, self.bias
+        mean, whitener = (BACKEND.snapshot(each, x, *affine) for each in (mean, whitener))
         if self.track == "covariance":
             full = BACKEND.kernels.for_statistics(whitener)
             whitener = whitener_of(BACKEND.kernels, full, self.num_features, self._solver, self.eps)
-        y: Tensor = apply_frozen(BACKEND, x, self.get_buffer("running_mean"), whitener, self.weight, self.bias, 1)
+        y: Tensor = apply_frozen(BACKEND, x, mean, whitener, *affine, 1)
         return y
 
     @torch.no_grad()
-    def _update(self, stats: WhiteningStats) -> None:
-        judged = stats.mean, stats.whitener
-        if self.on_nonfinite == "raise" and not are_finite(*judged):
-            raise ValueError("x has NaN or infinity, or values too large for its dtype (on_nonfinite='raise')")
-        averages = self.get_buffer("running_mean"), self.get_buffer(self._matrices)
-        batch, count = (stats.mean, getattr(stats, self.track)), self.get_buffer("num_batches_tracked")
-        BACKEND.kernels.average(averages, batch, judged, count, self.momentum)
+    def _update(self, stats: WhiteningStats, averages: tuple[Tensor, Tensor] | None) -> None:
+        batch = stats.mean, getattr(stats, self.track)
+        others = () if self.track == "whitener" else (stats.whitener,)
+        # without averages batches are counted all the same
+        given: tuple[Any, Any, Any] = ((), (), batch + others) if averages is None else (averages, batch, others)
+        finite = BACKEND.kernels.average(*given, self.num_batches_tracked, self.momentum)
+        if self.on_nonfinite == "raise" and not finite:
+            raise ValueError(
+                "x has NaN or infinity, or values too large for its dtype or for that of the running averages "
+                "(on_nonfinite='raise')"
+            )
 
     def extra_repr(self) -> str:
         """Arguments, as `repr` shows them."""
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}, group_size={self.group_size}, "
-            f"method={self.method!r}, iterations={self.iterations}, track={self.track!r}"
+            f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}, "
+            f"group_size={self.group_size}, method={self.method!r}, iterations={self.iterations}, track={self.track!r}"
         )
 
 
@@ -227,6 +256,8 @@ class GroupWhitening(LeafModule):
         Added to the diagonal of the covariance.
     affine : bool
         Whether to learn a weight and a bias for every channel.
+    bias : bool
+        Whether an affine layer has a bias beside its weight.
     method : {"newton", "eigh", "minimax"}
         As for `polywhiten.iter_norm`.
     iterations : int, optional
@@ -248,8 +279,8 @@ class GroupWhitening(LeafModule):
     Warns
     -----
     polywhiten.analysis.InfeasibleWarning
-        Once, in training, where a sample has fewer values, channels times positions, than whitening so many groups
-        takes. Not in compiled code.
+        In training, where a sample has fewer values, channels times positions, than whitening so many groups takes.
+        Once for a network, as that of `IterNorm`. Not in compiled code.
 
     Notes
     -----
@@ -271,7 +302,6 @@ class GroupWhitening(LeafModule):
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
-    _warned = False  # that the group size or the number of groups is infeasible
 
     def __init__(
         self,
@@ -280,19 +310,21 @@ class GroupWhitening(LeafModule):
         eps: float = 1e-5,
         affine: bool = True,
         *,
+        bias: bool = True,
         method: str = "newton",
         iterations: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self._notice = Notice()  # that the layer is infeasible
         self.num_channels = checks.check_positive("num_channels", num_channels)
         self.num_groups = checks.check_num_groups(num_groups, num_channels)
         self.eps = checks.check_eps(eps)
         self.affine = affine
         self.method = method
         self._solver = solver_for(method, iterations)
-        _register_affine(self, num_channels, {"device": device, "dtype": dtype})
+        _register_affine(self, num_channels, bias, {"device": device, "dtype": dtype})
         self.reset_parameters()
 
     @property
@@ -307,15 +339,17 @@ class GroupWhitening(LeafModule):
     def forward(self, x: Tensor) -> Tensor:
         """Whiten every sample of x, shape (N, num_channels, ...)."""
         _check_input(x, self.num_channels, "num_channels")
+        if x.numel() == 0:
+            return _whiten_nothing(self, x)
         y: Tensor = whiten_samples(BACKEND, x, self.weight, self.bias, self.num_groups, 1, self._solver, self.eps)
-        _warn_once(self, sample_objection, self.num_groups, self.num_channels, math.prod(x.shape[1:]))
+        _take_notice(self, sample_objection, self.num_groups, self.num_channels, math.prod(x.shape[1:]))
         return y
 
     def extra_repr(self) -> str:
         """Arguments, as `repr` shows them."""
         return (
             f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, "
-            f"method={self.method!r}, iterations={self.iterations}"
+            f"bias={self.bias is not None}, method={self.method!r}, iterations={self.iterations}"
         )
 
 
@@ -331,22 +365,35 @@ def _check_input(x: Tensor, channels: int, name: str) -> None:
     checks.check_array(BACKEND.kernels.xp, x)
 
 
-def _warn_once(layer: IterNorm | GroupWhitening, objection: Callable[..., str | None], *sizes: Any) -> None:
+def _whiten_nothing(layer: IterNorm | GroupWhitening, x: Tensor) -> Tensor:
+    y: Tensor = whiten_nothing(BACKEND, x, layer.weight, layer.bias, 1)
+    return y
+
+
+def _take_notice(layer: IterNorm | GroupWhitening, objection: Callable[..., str | None], *sizes: Any) -> None:
     """In training; compiled code has no place for it, nor tracers' symbols."""
-    if not layer.training or torch.compiler.is_compiling() or layer._warned or type(sizes[-1]) is not int:
-        return
-    text = objection(*sizes)
-    if text is not None:
-        layer._warned = True
-        warnings.warn(f"{type(layer).__name__}: {text}", InfeasibleWarning, stacklevel=6)  # at the layer's call
+    if layer.training and not torch.compiler.is_compiling() and type(sizes[-1]) is int:
+        layer._notice.run(_FRAMEWORK, layer, objection(*sizes))
 
 
-def _register_affine(layer: IterNorm | GroupWhitening, channels: int, factory: dict[str, Any]) -> None:
-    for name in ("weight", "bias"):
-        layer.register_parameter(name, nn.Parameter(torch.empty(channels, **factory)) if layer.affine else None)
+def _layers_in_training(network: nn.Module) -> dict[str, nn.Module]:
+    return {
+        f"{name} ({type(module).__name__})" if name else type(module).__name__: module
+        for name, module in network.named_modules()
+        if isinstance(module, IterNorm | GroupWhitening) and module.training
+    }
+
+
+_FRAMEWORK = Framework(nn.Module, lambda network: type(network).__name__, _layers_in_training)
+
+
+def _register_affine(layer: IterNorm | GroupWhitening, channels: int, bias: bool, factory: dict[str, Any]) -> None:
+    for name, wanted in (("weight", layer.affine), ("bias", layer.affine and bias)):
+        layer.register_parameter(name, nn.Parameter(torch.empty(channels, **factory)) if wanted else None)
 
 
 def _reset_affine(layer: IterNorm | GroupWhitening) -> None:
-    if layer.weight is not None and layer.bias is not None:
+    if layer.weight is not None:
         nn.init.ones_(layer.weight)
+    if layer.bias is not None:
         nn.init.zeros_(layer.bias)

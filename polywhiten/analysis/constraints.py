@@ -9,6 +9,7 @@ they can't all hold, and what the network can represent is lost first.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 
 from polywhiten.blocks import divisors
@@ -20,7 +21,26 @@ KINDS = (*OVER_BATCHES, *WITHIN_SAMPLES)
 
 
 class InfeasibleWarning(UserWarning):
-    """A layer's configuration demands more equations than it has outputs; every layer says so once."""
+    """Layers' configurations demand more equations than they have outputs; a network says so once.
+
+    To turn it off, or into an error: `warnings.filterwarnings("ignore", category=InfeasibleWarning)`, or "error".
+
+    Parameters
+    ----------
+    message : str
+        With the first of the layers, and their number.
+    layers : mapping, optional
+        As the attribute.
+
+    Attributes
+    ----------
+    layers : dict of str to str
+        What is infeasible, by the layers' names.
+    """
+
+    def __init__(self, message: str, layers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.layers = dict(layers or {})
 
 
 def constraint_number(

@@ -69,6 +69,14 @@ def test_wrong_argument(library, function, arguments, error, message):
         library.call(function, **arguments)
 
 
+@pytest.mark.parametrize("function", ["iter_norm", "iter_norm_vjp", "whitening_stats"])
+@pytest.mark.parametrize("shape", [(0, 6), (0, 6, 5, 5), (4, 6, 0)], ids=str)
+def test_functions_refuse_a_batch_of_no_samples(library, function, shape):
+    """Layers return it as it is; functions of raw arrays have no statistics to give."""
+    with pytest.raises(ValueError, match="gives 0 samples a channel: at least 2 are needed"):
+        getattr(pw, function)(library.array(np.ones(shape)))
+
+
 def test_statistics_of_another_size(library):
     stats = pw.WhiteningStats(*(library.array(s) for s in STATS.values()))
     with pytest.raises(ValueError, match=r"stats.mean has shape \(5,\): x has 6 channels"):
