@@ -63,13 +63,14 @@ class KerasLayers:
         from polywhiten.keras import IterNorm
 
         del channels  # Keras' layers see them in the first input
-        return IterNorm(axis=1, momentum=1 - momentum, center=affine, scale=affine, dtype=dtype, **arguments)
+        renamed = _by_keras_names(arguments)
+        return IterNorm(axis=1, momentum=1 - momentum, center=affine, scale=affine, dtype=dtype, **renamed)
 
     def group_whitening(self, num_groups: int, channels: int, dtype: str = "float64", **arguments: Any) -> Any:
         from polywhiten.keras import GroupWhitening
 
         del channels
-        return GroupWhitening(num_groups, axis=1, dtype=dtype, **arguments)
+        return GroupWhitening(num_groups, axis=1, dtype=dtype, **_by_keras_names(arguments))
 
     def train(self, layer: Any, x: np.ndarray) -> np.ndarray:
         return self._numpy(layer(self._tensor(x), training=True))
@@ -132,3 +133,7 @@ class KerasLayers:
         import keras
 
         return np.asarray(keras.ops.convert_to_numpy(tensor))
+
+
+def _by_keras_names(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace("eps", "epsilon"): value for name, value in arguments.items()}

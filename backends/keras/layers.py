@@ -17,7 +17,7 @@ from polywhiten.dispatch import Backend, backend_of
 from polywhiten.functional import apply_frozen, whiten_channels, whiten_nothing, whiten_samples
 from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
 from polywhiten.masking import whiten_masked_channels
-from polywhiten.solvers import solver_for
+from polywhiten.solvers import regularized_solver
 
 Tensor = Any  # of the backend in use
 
@@ -40,11 +40,13 @@ class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no
         gamma_constraint: Any,
         method: str,
         iterations: int | None,
+        relative_epsilon: bool,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.axis = checks.check_integer("axis", axis)
-        self.epsilon = checks.check_eps(epsilon, "epsilon")
+        self.epsilon = epsilon
+        self.relative_epsilon = relative_epsilon
         self.center = center
         self.scale = scale
         self.beta_initializer = initializers.get(beta_initializer)
@@ -55,7 +57,7 @@ class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no
         self.gamma_constraint = constraints.get(gamma_constraint)
         self.method = method
         self.iterations = iterations
-        self._solver = solver_for(method, iterations)
+        self._solver, self._shift = regularized_solver(method, iterations, epsilon, relative_epsilon, "epsilon")
         self.gamma = None
         self.beta = None
         self.supports_masking = True
@@ -96,7 +98,8 @@ class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no
         return input_shape
 
     def get_config(self) -> dict[str, Any]:
-        config = {name: getattr(self, name) for name in ("axis", "epsilon", "center", "scale", "method", "iterations")}
+        names = ("axis", "epsilon", "center", "scale", "method", "iterations", "relative_epsilon")
+        config = {name: getattr(self, name) for name in names}
         for kind, api in (("initializer", initializers), ("regularizer", regularizers), ("constraint", constraints)):
             for name in ("beta", "gamma"):
                 config[f"{name}_{kind}"] = api.serialize(getattr(self, f"{name}_{kind}"))
@@ -157,6 +160,9 @@ class IterNorm(_WhiteningLayer):
             Defaults to `"newton"`.
         iterations: Integer, the steps of `"newton"` and `"minimax"`; `None` is 5.
             `"eigh"` has none. Defaults to `None`.
+        relative_epsilon: Whether epsilon is a fraction of the mean variance of
+            the channels that are whitened together, for inputs whose variances
+            are far from 1. Defaults to `False`.
         track: `"whitener"`, whose moving average the paper takes, or
             `"covariance"`, from which the whitener is derived in inference: the
             better estimate, above all with `"eigh"`. Defaults to `"whitener"`.
@@ -234,6 +240,7 @@ class IterNorm(_WhiteningLayer):
         group_size: int = 64,
         method: str = "newton",
         iterations: int | None = None,
+        relative_epsilon: bool = False,
         track: str = "whitener",
         **kwargs: Any,
     ) -> None:
@@ -250,6 +257,7 @@ class IterNorm(_WhiteningLayer):
             gamma_constraint=gamma_constraint,
             method=method,
             iterations=iterations,
+            relative_epsilon=relative_epsilon,
             **kwargs,
         )
         if synchronized and keras.backend.backend() != "tensorflow":
@@ -282,7 +290,7 @@ class IterNorm(_WhiteningLayer):
         full = "float64" if dtype == "float64" else "float32"  # epsilon may be too small for half precision
         values = ops.cast(self.moving_variance_initializer((channels,), dtype=dtype), full)
         if self.track == "whitener":
-            values = ops.rsqrt(values + self.epsilon)
+            values = ops.rsqrt(values + (self.epsilon * ops.mean(values) if self.relative_epsilon else self.epsilon))
         values = ops.concatenate([values, ops.ones((groups * d - channels,), dtype=full)])
         return ops.cast(ops.reshape(values, (groups, d, 1)) * ops.eye(d, dtype=full), dtype)
 
@@ -296,7 +304,7 @@ class IterNorm(_WhiteningLayer):
         self._take_notice(None if unknown else self._objection(x, axis))
         if 0 in x.shape and not self.synchronized:  # else this replica still takes part in the exchange
             return whiten_nothing(backend, x, gamma, beta, axis)
-        options = self.group_size, axis, self._solver, self.epsilon, self._all_reduce
+        options = self.group_size, axis, self._solver, self._shift, self._all_reduce
         if mask is None:
             y, stats = whiten_channels(backend, x, gamma, beta, *options)
             shape = backend.kernels.shape(x)
@@ -337,7 +345,7 @@ class IterNorm(_WhiteningLayer):
         mean, matrices = (backend.snapshot(backend.tensor(moving.value), x, gamma, beta) for moving in self._moving)
         if self.track == "covariance":
             full = backend.kernels.for_statistics(matrices)
-            matrices = whitener_of(backend.kernels, full, x.shape[axis], self._solver, self.epsilon)
+            matrices = whitener_of(backend.kernels, full, x.shape[axis], self._solver, self._shift)
         return apply_frozen(backend, x, mean, matrices, gamma, beta, axis)
 
     def _update(self, stats: WhiteningStats, count: Any) -> None:
@@ -406,6 +414,9 @@ class GroupWhitening(_WhiteningLayer):
             in few steps. Defaults to `"newton"`.
         iterations: Integer, the steps of `"newton"` and `"minimax"`; `None` is 5.
             `"eigh"` has none. Defaults to `None`.
+        relative_epsilon: Whether epsilon is a fraction of the mean variance of
+            the channels that are whitened together, for inputs whose variances
+            are far from 1. Defaults to `False`.
         **kwargs: Base layer keyword arguments (e.g. `name` and `dtype`).
 
     Input shape:
@@ -459,6 +470,7 @@ class GroupWhitening(_WhiteningLayer):
         *,
         method: str = "newton",
         iterations: int | None = None,
+        relative_epsilon: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -474,6 +486,7 @@ class GroupWhitening(_WhiteningLayer):
             gamma_constraint=gamma_constraint,
             method=method,
             iterations=iterations,
+            relative_epsilon=relative_epsilon,
             **kwargs,
         )
         groups = checks.check_integer("groups", groups)
@@ -487,7 +500,7 @@ class GroupWhitening(_WhiteningLayer):
         backend, x, axis, gamma, beta = self._given(inputs)
         if 0 in x.shape:
             return whiten_nothing(backend, x, gamma, beta, axis)
-        y = whiten_samples(backend, x, gamma, beta, self._groups, axis, self._solver, self.epsilon)
+        y = whiten_samples(backend, x, gamma, beta, self._groups, axis, self._solver, self._shift)
         known = _are_known(x.shape[1:])
         objection = sample_objection(self._groups, x.shape[axis], math.prod(x.shape[1:]), "groups") if known else None
         self._take_notice(objection)

@@ -15,7 +15,7 @@ from polywhiten.analysis.constraints import batch_objection, sample_objection
 from polywhiten.analysis.notices import Framework, Notice
 from polywhiten.functional import apply_frozen, whiten_channels, whiten_nothing, whiten_samples
 from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
-from polywhiten.solvers import solver_for
+from polywhiten.solvers import regularized_solver
 from polywhiten.torch.autograd import BACKEND
 from polywhiten.torch.leaf import LeafModule
 
@@ -36,7 +36,7 @@ class IterNorm(LeafModule):
     num_features : int
         C, the channels of the input (N, C, ...).
     eps : float
-        Added to the diagonal of the covariance.
+        Added to the diagonal of the covariance, so in units of the squared input.
     momentum : float or None
         Weight of the newest batch in the running averages; None: the plain average of all batches.
     affine : bool
@@ -54,6 +54,8 @@ class IterNorm(LeafModule):
     track : {"whitener", "covariance"}
         What is averaged: the whitener as in the paper, or the covariance, from which the whitener is derived in every
         evaluation. The covariance is the better estimate, above all for "eigh".
+    relative_eps : bool
+        Whether eps is a fraction of each group's mean variance instead, as for `polywhiten.iter_norm`.
     on_nonfinite : {"skip", "raise"}
         What to do with a batch whose statistics aren't finite, or with which a running average wouldn't be in its own
         dtype. It never enters the running averages. "skip": such a batch leaves them as they were, without a word (its
@@ -125,6 +127,7 @@ class IterNorm(LeafModule):
         group_size: int = 64,
         method: str = "newton",
         iterations: int | None = None,
+        relative_eps: bool = False,
         track: str = "whitener",
         on_nonfinite: str = "skip",
         device: torch.device | str | None = None,
@@ -134,14 +137,15 @@ class IterNorm(LeafModule):
         self._notice = Notice()  # that the layer is infeasible
         self.num_features = checks.check_positive("num_features", num_features)
         self.group_size = checks.check_positive("group_size", group_size)
-        self.eps = checks.check_eps(eps)
+        self.eps = eps
+        self.relative_eps = relative_eps
         if momentum is not None:
             momentum = checks.check_momentum(momentum, ", or None for the plain average")
         self.momentum = momentum
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.method = method
-        self._solver = solver_for(method, iterations)
+        self._solver, self._shift = regularized_solver(method, iterations, eps, relative_eps)
         self.track = checks.check_choice("track", track, TRACKED)
         self.on_nonfinite = checks.check_choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -189,7 +193,7 @@ class IterNorm(LeafModule):
             return _whiten_nothing(self, x)
         checks.check_batch(x, 1)
         _take_notice(self, batch_objection, self.group_size, self.num_features, x.numel() // self.num_features)
-        y, stats = whiten_channels(BACKEND, x, self.weight, self.bias, self.group_size, 1, self._solver, self.eps)
+        y, stats = whiten_channels(BACKEND, x, self.weight, self.bias, self.group_size, 1, self._solver, self._shift)
         if self.training and self.track_running_stats:
             self._update(stats, averages)
         result: Tensor = y
@@ -210,7 +214,7 @@ class IterNorm(LeafModule):
         mean, whitener = (BACKEND.snapshot(each, x, *affine) for each in (mean, whitener))
         if self.track == "covariance":
             full = BACKEND.kernels.for_statistics(whitener)
-            whitener = whitener_of(BACKEND.kernels, full, self.num_features, self._solver, self.eps)
+            whitener = whitener_of(BACKEND.kernels, full, self.num_features, self._solver, self._shift)
         y: Tensor = apply_frozen(BACKEND, x, mean, whitener, *affine, 1)
         return y
 
@@ -232,7 +236,8 @@ class IterNorm(LeafModule):
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
             f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}, "
-            f"group_size={self.group_size}, method={self.method!r}, iterations={self.iterations}, track={self.track!r}"
+            f"group_size={self.group_size}, method={self.method!r}, iterations={self.iterations}, "
+            f"relative_eps={self.relative_eps}, track={self.track!r}"
         )
 
 
@@ -253,7 +258,7 @@ class GroupWhitening(LeafModule):
     num_channels : int
         C, the channels of the input (N, C, ...).
     eps : float
-        Added to the diagonal of the covariance.
+        Added to the diagonal of the covariance, so in units of the squared input.
     affine : bool
         Whether to learn a weight and a bias for every channel.
     bias : bool
@@ -262,6 +267,8 @@ class GroupWhitening(LeafModule):
         As for `polywhiten.iter_norm`.
     iterations : int, optional
         Steps of "newton" and "minimax", 5 by default; "eigh" has none.
+    relative_eps : bool
+        Whether eps is a fraction of each sample's mean variance instead, as for `polywhiten.iter_norm`.
     device, dtype
         Of the parameters.
 
@@ -313,6 +320,7 @@ class GroupWhitening(LeafModule):
         bias: bool = True,
         method: str = "newton",
         iterations: int | None = None,
+        relative_eps: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -320,10 +328,11 @@ class GroupWhitening(LeafModule):
         self._notice = Notice()  # that the layer is infeasible
         self.num_channels = checks.check_positive("num_channels", num_channels)
         self.num_groups = checks.check_num_groups(num_groups, num_channels)
-        self.eps = checks.check_eps(eps)
+        self.eps = eps
+        self.relative_eps = relative_eps
         self.affine = affine
         self.method = method
-        self._solver = solver_for(method, iterations)
+        self._solver, self._shift = regularized_solver(method, iterations, eps, relative_eps)
         _register_affine(self, num_channels, bias, {"device": device, "dtype": dtype})
         self.reset_parameters()
 
@@ -341,7 +350,7 @@ class GroupWhitening(LeafModule):
         _check_input(x, self.num_channels, "num_channels")
         if x.numel() == 0:
             return _whiten_nothing(self, x)
-        y: Tensor = whiten_samples(BACKEND, x, self.weight, self.bias, self.num_groups, 1, self._solver, self.eps)
+        y: Tensor = whiten_samples(BACKEND, x, self.weight, self.bias, self.num_groups, 1, self._solver, self._shift)
         _take_notice(self, sample_objection, self.num_groups, self.num_channels, math.prod(x.shape[1:]))
         return y
 
@@ -349,7 +358,8 @@ class GroupWhitening(LeafModule):
         """Arguments, as `repr` shows them."""
         return (
             f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, "
-            f"bias={self.bias is not None}, method={self.method!r}, iterations={self.iterations}"
+            f"bias={self.bias is not None}, method={self.method!r}, iterations={self.iterations}, "
+            f"relative_eps={self.relative_eps}"
         )
 
 

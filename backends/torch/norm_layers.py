@@ -34,8 +34,9 @@ class GroupWhiteningLayer(GroupWhitening):
     >>> import functools
     >>> from polywhiten.torch.norm_layers import GroupWhiteningLayer
     >>> norm_layer = functools.partial(GroupWhiteningLayer, num_groups=8, eps=1e-3)
-    >>> norm_layer(64)
-    GroupWhiteningLayer(64, num_groups=8, eps=0.001, affine=True, method='newton', iterations=5)
+    >>> layer = norm_layer(64)
+    >>> layer.num_channels, layer.num_groups, layer.eps
+    (64, 8, 0.001)
     """
 
     # a class, as timm takes no other where activations are in normalization layers: a function would leave them out

@@ -111,13 +111,14 @@ def _outermost(framework: Framework, layer: Any) -> tuple[Any, int]:
     number = 1
     while frame is not None:
         # what is looked at in a frame stays alive as long as it: not in the user's own functions, which may be long
-        if frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        module = frame.f_globals.get("__name__", "").partition(".")[0]
+        if module == package:
             owner = frame.f_locals.get("self")
             if isinstance(owner, framework.kind) and (
                 owner is outermost or any(each is layer for each in framework.layers(owner).values())
             ):
                 outermost, within = owner, True
-        elif within:
+        elif within and module != "polywhiten":  # a layer's own call is none of the user's
             level, within = number, False
         frame, number = frame.f_back, number + 1
     return outermost, level

@@ -29,3 +29,17 @@ def test_a_training_step(layers, name, method, shape, dtype):
     for actual, expected in zip((y, *gradients), (exact, *pullback(np.float64(dy))), strict=True):
         assert actual.dtype == dtype
         np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE[dtype] * np.max(np.abs(expected)))
+
+
+@pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
+def test_a_relative_eps_is_that_of_the_functions(layers, name):
+    x = 1e-3 * np.random.default_rng(0).normal(size=(40, 6, 3))
+    api, eps = layers.value.layers, {"eps": 0.1, "relative_eps": True}
+    if name == "iter_norm":
+        # its averages are those of one batch, so that evaluation does what training did
+        options, layer = {"group_size": 4}, api.iter_norm(6, group_size=4, momentum=1.0, track="covariance", **eps)
+    else:
+        options, layer = {"num_groups": 3}, api.group_whitening(3, 6, **eps)
+    expected = getattr(pw, name)(x, **options, **eps)
+    for y in (api.train(layer, x), api.evaluate(layer, x)):
+        np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
