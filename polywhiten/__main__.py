@@ -5,17 +5,32 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
+from polywhiten.streams import complain, usable_streams
+
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 2 wrong use, 130 stopped by Ctrl-C."""
+    """Run the command line and exit.
+
+    The exit code is 0 if all was done, 2 for what doesn't fit or can't be written, 130 after Ctrl-C, and 1 if who read
+    the output, `head` for example, has closed it.
+    """
+    with usable_streams():
+        try:
+            code = _run()
+        except KeyboardInterrupt:  # while the command line itself is imported
+            complain("stopped")
+            code = 130
+    sys.exit(code)
+
+
+def _run() -> int:
     missing = [name for name in ("click", "rich") if find_spec(name) is None]
     if missing:
-        needed = " and ".join(missing)
-        print(f'polywhiten: the command line needs {needed}: pip install "polywhiten[cli]"', file=sys.stderr)
-        sys.exit(2)
+        complain(f'the command line needs {" and ".join(missing)}: pip install "polywhiten[cli]"')
+        return 2
     from polywhiten.cli import run
 
-    sys.exit(run())
+    return run()
 
 
 if __name__ == "__main__":

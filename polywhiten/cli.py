@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 
 import polywhiten
 from polywhiten.demo.data import Data, DataError, load_digits, load_npz
 from polywhiten.demo.frameworks import FRAMEWORKS, FrameworkError, load
 from polywhiten.demo.training import NORMS, Settings
+from polywhiten.streams import complain, reason
 
 WRONG_USE = 2
 STOPPED = 130  # as a shell has it for SIGINT
@@ -28,7 +32,13 @@ def run(args: list[str] | None = None) -> int:
         message, context = error.format_message(), getattr(error, "ctx", None)
         if context is not None and not isinstance(error, click.BadParameter):  # that one says itself what would do
             message = f"{message.rstrip('.')}: see {context.command_path} --help"
-        _complain(message)
+        complain(message)
+        return WRONG_USE
+    except click.Abort:  # Ctrl-C before there is a command
+        complain("stopped")
+        return STOPPED
+    except OSError as error:  # the commands explain those of other files where they occur
+        complain(f"standard output can't be written to ({error.strerror or error})")
         return WRONG_USE
     return code or 0
 
@@ -40,7 +50,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            _complain("stopped")
+            complain("stopped")
             return STOPPED
 
 
@@ -186,7 +196,7 @@ def demo(norms: tuple[str, ...], framework: str, file: Path | None, out: Path, *
     normalization (dbn). Nothing is downloaded.
     """
     settings = Settings(**options)
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):  # a Path raises if the name is too long, for example
         raise _bad("--out", f"{out} is a file: name a folder, which is made where there is none")
     try:
         trainer = load(framework)
@@ -203,21 +213,40 @@ def demo(norms: tuple[str, ...], framework: str, file: Path | None, out: Path, *
         raise _bad("--batch-size", f"{size} is more than the {pictures} training pictures: use 2 to {pictures}")
 
     from polywhiten.demo.compare import compare
+    from polywhiten.demo.report import WriteError
 
     chosen = list(dict.fromkeys(norms))
-    try:
-        epochs, stopped = compare(trainer, data, chosen, settings, out)
-    except OSError as error:
-        raise _bad("--out", f"{out} can't be written to ({error}): name another folder") from error
-    if stopped:
-        kept = f"{out / 'results.csv'} and {out / 'curves.png'} have them" if epochs else "there is nothing to keep"
-        _complain(f"stopped after {len(epochs)} of {len(chosen) * settings.epochs} epochs: {kept}")
+    epochs, error = compare(trainer, data, chosen, settings, out)
+    unwritten = isinstance(error, WriteError)
+    if unwritten and not epochs:
+        raise _bad("--out", f"{error}: name another folder")
+    if epochs and not isinstance(error, KeyboardInterrupt):
+        sizes = f"{pictures} training and {len(data.x_test)} test pictures, {settings.epochs} epochs"
+        click.echo(f"{data.name}: {sizes}; {trainer.TITLE}")
+        click.echo(_text(report.table(epochs)), nl=False)
+    files = f"{out / 'results.csv'} and {out / 'curves.png'}"
+    if error is None:
+        click.echo(f"The curves are in {out / 'curves.png'}, the numbers in {out / 'results.csv'}.")
+        return 0
+    done = f"{len(epochs)} of {len(chosen) * settings.epochs} epochs"
+    kept = f"{files} have them" if epochs else "there is nothing to keep"
+    if isinstance(error, KeyboardInterrupt):
+        complain(f"stopped after {done}: {kept}")
         return STOPPED
-    sizes = f"{pictures} training and {len(data.x_test)} test pictures, {settings.epochs} epochs"
-    click.echo(f"{data.name}: {sizes}; {trainer.TITLE}")
-    Console().print(report.table(epochs))
-    click.echo(f"The curves are in {out / 'curves.png'}, the numbers in {out / 'results.csv'}.")
-    return 0
+    if unwritten:
+        complain(f"--out: {error}: name another folder; {done} are in the table")
+    else:
+        complain(f"training failed after {done} ({reason(error)}): {kept}")
+    return WRONG_USE
+
+
+def _text(table: Table) -> str:
+    """The table as the terminal shows it; on a narrow one its lines wrap, and no number is cut off."""
+    console = Console()
+    console.width = max(console.width, Measurement.get(console, console.options, table).maximum)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
 
 
 def _load(file: Path | None) -> Data:
@@ -233,13 +262,11 @@ def _load(file: Path | None) -> Data:
 def _needed(package: str, module: str) -> Any:
     try:
         return importlib.import_module(module)
-    except (ImportError, OSError) as error:  # OSError: a shared library that can't be loaded
+    except ImportError as error:
         raise click.UsageError(f'the demo needs {package} ({error}): pip install "polywhiten[demo]"') from error
+    except (Exception, SystemExit) as error:  # an installation that is broken raises nearly anything
+        raise click.UsageError(f"{package} is installed but broken ({reason(error)}): install it again") from error
 
 
 def _bad(option: str, message: str) -> click.BadParameter:
     return click.BadParameter(message, param_hint=f"'{option}'")
-
-
-def _complain(message: str) -> None:
-    click.echo(f"polywhiten: {' '.join(message.split())}", err=True)

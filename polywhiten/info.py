@@ -15,11 +15,13 @@ from typing import Any
 import polywhiten
 from polywhiten.dispatch import BACKENDS, backend_of
 from polywhiten.kernels import Kernels
+from polywhiten.streams import reason
 
 FRAMEWORKS = ("numpy", "torch", "jax", "tensorflow", "keras", "cupy", "dask")
 ARRAY_API = ("numpy",)  # served without a backend too
 KERNELS = ("moments", "inverse_sqrt", "inverse_sqrt_adjoint", "affine_map", "cross_moments")
 
+ANSWER = "\npolywhiten: "  # begins a line of its own, among all that a framework prints
 TIMEOUT = 120  # seconds; a first import of TensorFlow from a slow disk takes most of one minute
 
 
@@ -38,25 +40,25 @@ def probe(name: str) -> list[str]:
     """Version, devices and kernels of a framework; or the one reason why it doesn't work."""
     try:
         module = import_module(name)
-        return [module.__version__, _devices(name, module), _kernels(name, module)]
-    except Exception as error:  # whatever it raises is what users need to see
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        return [f"installed but broken: {type(error).__name__}: {reason}"]
+        return [str(module.__version__), _devices(name, module), _kernels(name, module)]
+    except BaseException as error:  # whatever it raises, SystemExit too, is what users need to see
+        return [f"installed but broken: {reason(error)}"]
 
 
 def _ask(name: str) -> list[str]:
     """`probe` in a process of its own: a broken framework can end its process, and others fill it with messages."""
-    code = f"import json; from polywhiten.info import probe; print(json.dumps(probe({name!r})))"
+    code = f"import json; from polywhiten.info import ANSWER, probe; print(ANSWER + json.dumps(probe({name!r})))"
     try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False, timeout=TIMEOUT
-        )
+        done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=False, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         return [f"installed but broken: no answer in {TIMEOUT} s"]
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
+    except OSError as error:  # no memory for a process, for example
+        return [f"installed, but Python can't be started to ask it: {reason(error)}"]
+    lines = done.stdout.decode("utf-8", "replace").splitlines()  # a framework may print bytes that are no text
+    answers = [line.removeprefix(ANSWER.strip()) for line in lines if line.startswith(ANSWER.strip())]
+    if done.returncode or not answers:
         return [f"installed but broken: its import ends the process with exit code {done.returncode}"]
-    fields: list[str] = json.loads(lines[-1])
+    fields: list[str] = json.loads(answers[-1])
     return fields
 
 

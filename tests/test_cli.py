@@ -221,8 +221,8 @@ def npz_with(**changes):
 OBJECTS = np.array([[1], [2, 3]], dtype=object)
 BAD_ARRAYS = {
     "a missing key": (npz_with(x_test=None, y_test=None), ["x_test", "y_test", "holds", "x_train"]),
-    "objects": (npz_with(x_train=OBJECTS), ["x_train", "allow_pickle=False", "numbers"]),
-    "objects as labels": (npz_with(y_test=OBJECTS), ["y_test", "allow_pickle=False", "numbers"]),
+    "objects": (npz_with(x_train=OBJECTS), ["x_train", "dtype object", "numbers"]),
+    "objects as labels": (npz_with(y_test=OBJECTS), ["y_test", "dtype object", "numbers"]),
     "flat pictures": (npz_with(x_train=np.zeros((24, 64))), ["x_train", "(24, 64)", "(N, height, width)"]),
     "two channels": (npz_with(x_test=np.zeros((6, 8, 8, 2))), ["x_test", "(6, 8, 8, 2)", "(N, height, width, 3)"]),
     "channels first": (npz_with(x_train=np.zeros((24, 3, 8, 8))), ["x_train", "(24, 3, 8, 8)"]),

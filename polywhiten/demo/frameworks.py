@@ -14,6 +14,7 @@ from typing import cast
 
 from polywhiten.demo.training import Framework
 from polywhiten.info import is_installed
+from polywhiten.streams import reason
 
 FRAMEWORKS = ("torch", "keras")
 KERAS_BACKENDS = ("tensorflow", "jax", "torch")  # that train, in the order of preference
@@ -37,8 +38,11 @@ def load(name: str) -> Framework:
     try:
         with quieted:
             return cast(Framework, importlib.import_module(f"polywhiten.{name}.demo"))
-    except (ImportError, OSError) as error:  # OSError: a shared library that can't be loaded
+    except ImportError as error:
         raise FrameworkError(f'the demo needs {name} ({error}): pip install "polywhiten[demo,{extras}]"') from error
+    except (Exception, SystemExit) as error:  # an installation that is broken raises nearly anything
+        again = f'install it again, with pip install "polywhiten[demo,{extras}]" for example'
+        raise FrameworkError(f"{name} is installed but broken ({reason(error)}): {again}") from error
 
 
 def _keras_backend() -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -25,21 +27,45 @@ STYLES = {
 }
 
 
+class WriteError(RuntimeError):
+    """Which file can't be written, and why."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """WriteError for every OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{path} can't be written ({error.strerror or error})") from error
+
+
 class ResultsFile:
     """A CSV file of epochs; each is written as soon as it is added, so that a stopped run keeps them."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w", newline="", encoding="utf-8")
+        self._path = path
+        with writing(path):
+            self._file = path.open("w", newline="", encoding="utf-8")
         self._rows = csv.writer(self._file)
-        self._write(Epoch._fields)
+        try:
+            self._write(Epoch._fields)
+        except WriteError:
+            self._close()
+            raise
 
     def add(self, epoch: Epoch) -> None:
         norm, number, *measures = epoch
         self._write((norm, number, *(f"{measure:.6g}" for measure in measures)))
 
     def _write(self, row: Sequence[object]) -> None:
-        self._rows.writerow(row)
-        self._file.flush()
+        with writing(self._path):
+            self._rows.writerow(row)
+            self._file.flush()
+
+    def _close(self) -> None:
+        with suppress(OSError):  # of a row that couldn't be flushed before, of which `_write` told
+            self._file.close()
 
     def __enter__(self) -> ResultsFile:
         return self
@@ -47,7 +73,7 @@ class ResultsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._close()
 
 
 def table(epochs: Sequence[Epoch]) -> Table:
@@ -97,6 +123,13 @@ def curves(epochs: Sequence[Epoch], title: str) -> Figure:
     figure.suptitle(title, parse_math=False)  # a file's name may have dollars in it
     figure.legend(loc="outside lower center", ncols=len(NORMS), frameon=False)
     return figure
+
+
+def save_curves(epochs: Sequence[Epoch], title: str, path: Path) -> None:
+    """Write them as a picture; WriteError where that's not possible."""
+    with writing(path), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a file's name: the title has boxes in their place
+        curves(epochs, title).savefig(path, dpi=150)
 
 
 def _by_norm(epochs: Sequence[Epoch]) -> list[tuple[str, list[Epoch]]]:
