@@ -22,6 +22,8 @@ def check_array(xp: Namespace, x: Array, name: str = "x") -> None:
         raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__qualname__}: pass {wanted}") from None
     if not real:
         raise TypeError(f"{name} has dtype {x.dtype}: whitening needs real floating-point values, convert it first")
+    if x.ndim < 0:
+        raise ValueError(f"{name} has an unknown number of dimensions: it has to be known while a graph is traced")
 
 
 def check_channels(x: Array, channels: int, name: str) -> None:
@@ -32,8 +34,6 @@ def check_channels(x: Array, channels: int, name: str) -> None:
 
 def check_channel_axis(x: Array, axis: int, first: int = 0) -> int:
     """`axis` counted from the front; `first` is the first axis that may hold channels."""
-    if x.ndim < 0:
-        raise ValueError("x has an unknown number of dimensions: it has to be known while a graph is traced")
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}: at least 2 dimensions are needed, samples and channels")
     axis = check_integer("axis", axis)
@@ -85,16 +85,20 @@ def check_num_groups(num_groups: int, channels: int, name: str = "num_groups") -
 def check_per_channel(xp: Namespace, values: Array | None, name: str, channels: int) -> None:
     if values is None:
         return
-    if tuple(getattr(values, "shape", ())) != (channels,):
-        shape = tuple(values.shape) if hasattr(values, "shape") else repr(values)
-        raise ValueError(f"{name} has shape {shape}: one value for each of x's {channels} channels is needed")
     check_array(xp, values, name)
+    if tuple(values.shape) != (channels,):
+        shape = tuple(values.shape)
+        raise ValueError(f"{name} has shape {shape}: one value for each of x's {channels} channels is needed")
 
 
 def check_gradient(xp: Namespace, dy: Array, shape: tuple[int, ...]) -> None:
-    if tuple(getattr(dy, "shape", ())) != tuple(shape):
-        raise ValueError(f"dy has shape {tuple(getattr(dy, 'shape', ()))}: y has {tuple(shape)}, and dy needs the same")
+    """The shape is that of y, as far as both are known while a graph is traced."""
     check_array(xp, dy, "dy")
+    given, wanted = tuple(dy.shape), tuple(shape)
+    if len(given) != len(wanted) or any(
+        None not in sizes and sizes[0] != sizes[1] for sizes in zip(given, wanted, strict=True)
+    ):
+        raise ValueError(f"dy has shape {given}: y has {wanted}, and dy needs the same")
 
 
 def check_batch(x: Array, axis: int) -> None:

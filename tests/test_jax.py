@@ -325,6 +325,26 @@ def test_export_with_symbolic_sizes(shape):
             assert_close(exported.call(x), jax.jit(function)(x))
 
 
+@pytest.mark.parametrize(
+    "shape", ["6, b", "6, b, c", "b, 6, c", "b, c, 6", "b, c, 6, d", "b, 6, c, d, e", "b, c, d, 6, e"]
+)
+def test_export_with_symbolic_sizes_around_the_channels(shape):
+    sizes, (weight, bias) = {"6": 6, "b": 7, "c": 5, "d": 3, "e": 2}, affine()
+    axis = shape.split(", ").index("6")
+    x = normal(*(sizes[name] for name in shape.split(", ")))
+    symbolic = jax.ShapeDtypeStruct(export.symbolic_shape(shape), jnp.float64)
+    for name in ("iter_norm", "group_whiten") if axis else ("iter_norm",):
+        function, options = getattr(pw, name), {"axis": axis, "iterations": 2, **FUNCTIONS[name].keywords}
+
+        def train(x, function=function, options=options):
+            y, pullback = jax.vjp(lambda *a: function(a[0], weight=a[1], bias=a[2], **options), x, weight, bias)
+            return y, pullback(y**2)
+
+        affine_of_numpy = {"weight": np.asarray(weight), "bias": np.asarray(bias)}
+        y, pullback = getattr(pw, f"{name}_vjp")(np.asarray(x), **affine_of_numpy, **options)
+        assert_close(export.export(jax.jit(train))(symbolic).call(x), (y, pullback(y**2)))
+
+
 def precisions(jaxpr):
     """Of all matrix products in a program."""
     for equation in jaxpr.eqns:
