@@ -14,12 +14,15 @@ from polywhiten.blocks import divisors
 Layer = TypeVar("Layer")
 
 
+def wrong_type(values: Any, name: str, wanted: str) -> TypeError:
+    return TypeError(f"{name} is a {type(values).__module__}.{type(values).__qualname__}: pass {wanted}")
+
+
 def check_array(xp: Namespace, x: Array, name: str = "x") -> None:
     try:
         real = xp.isdtype(x.dtype, "real floating")
     except (AttributeError, TypeError):  # no dtype, or one that x's library doesn't know
-        wanted = "an array" if name == "x" else "an array of the library that x is of"
-        raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__qualname__}: pass {wanted}") from None
+        raise wrong_type(x, name, "an array") from None
     if not real:
         raise TypeError(f"{name} has dtype {x.dtype}: whitening needs real floating-point values, convert it first")
     if x.ndim < 0:
@@ -82,12 +85,10 @@ def check_num_groups(num_groups: int, channels: int, name: str = "num_groups") -
     return num_groups
 
 
-def check_per_channel(xp: Namespace, values: Array | None, name: str, channels: int) -> None:
-    if values is None:
-        return
+def check_per_channel(xp: Namespace, values: Array, name: str, channels: int) -> None:
     check_array(xp, values, name)
-    if tuple(values.shape) != (channels,):
-        shape = tuple(values.shape)
+    shape = tuple(values.shape)
+    if shape != (channels,):
         raise ValueError(f"{name} has shape {shape}: one value for each of x's {channels} channels is needed")
 
 

@@ -34,6 +34,37 @@ def test_everything_is_lazy(method):
     assert all(isinstance(s, da.Array) for s in (*stats, pw.apply_whitening(x, stats)))
 
 
+@pytest.mark.usefixtures("no_computation")
+def test_numpy_arrays_beside_a_dask_array_leave_it_lazy():
+    """Statistics of a sample, applied to all."""
+    x = da.random.normal(size=(1000, 8, 4, 4), chunks=(100, 8, 4, 4))
+    sample = np.random.default_rng(0).normal(size=(50, 8, 4, 4))
+    y = pw.apply_whitening(x, pw.whitening_stats(sample), weight=np.ones(8), bias=np.zeros(8))
+    z, pullback = pw.iter_norm_vjp(x, weight=np.ones(8), bias=np.zeros(8))
+    dx, dweight, dbias = pullback(np.ones(x.shape))
+    assert all(isinstance(each, da.Array) for each in (y, z, dx, dweight, dbias))
+    for each in (y, dx):
+        assert max(each.chunks[0]) <= 100
+
+
+def test_jax_arrays_beside_a_dask_array_become_chunks_of_its_library():
+    jnp = pytest.importorskip("jax.numpy")
+    x, weight = np.random.default_rng(0).normal(size=(20, 4)), np.arange(1.0, 5)
+    y, pullback = pw.iter_norm_vjp(da.from_array(x, chunks=(5, 4)), weight=jnp.asarray(weight), group_size=3)
+    expected, plain = pw.iter_norm_vjp(x, weight=weight, group_size=3)
+    for actual, wanted in zip((y, *pullback(y)[:2]), (expected, *plain(expected)[:2]), strict=True):
+        assert isinstance(actual.compute(), np.ndarray)
+        np.testing.assert_allclose(actual, wanted, atol=1e-10)
+
+
+def test_tensors_that_dask_does_not_convert_are_refused():
+    tensor = pytest.importorskip("array_api_strict").ones(4)
+    with pytest.raises(
+        TypeError, match=r"weight is a array_api_strict.*: pass a Dask array, or what dask\.array\.asarray"
+    ):
+        pw.iter_norm(da.ones((8, 4)), weight=tensor)
+
+
 def test_a_batch_larger_than_a_chunk_stays_in_chunks():
     x = da.random.normal(size=(1000, 8, 4, 4), chunks=(100, 8, 4, 4))
     assert max(pw.iter_norm(x, group_size=4).chunks[0]) <= 100

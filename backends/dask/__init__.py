@@ -6,17 +6,21 @@ The functions are those of `polywhiten`; this module only says how Dask runs the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 from operator import mul
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import array_api_compat.dask.array
 import array_api_extra as xpx
+import dask.array
 from array_api_compat import array_namespace
 
 from polywhiten import (
     WhiteningStats,
     apply_whitening,
+    checks,
     group_whiten,
     group_whiten_vjp,
     inverse_sqrt,
@@ -30,6 +34,7 @@ from polywhiten.kernels import Kernels
 from polywhiten.solvers import Solver
 
 compat: Namespace = array_api_compat.dask.array
+_asarray: Callable[..., Array] = dask.array.asarray  # which Dask has left without types
 
 
 class _Namespace(ModuleType):
@@ -89,7 +94,20 @@ class DaskKernels(Kernels):
         return xpx.lazy_apply(solve, cov, grad, shape=cov.shape, dtype=cov.dtype, xp=compat)
 
 
-BACKEND = Backend(DaskKernels(xp))
+class DaskBackend(Backend):
+    """Dask's kernels, with what comes beside a Dask array as one."""
+
+    def converted(self, values: Any, name: str, x: Array) -> Array:
+        """As Dask's functions convert it; nothing is computed."""
+        try:
+            values = _asarray(values)
+        except (TypeError, ValueError) as error:
+            raise checks.wrong_type(values, name, "a Dask array, or what dask.array.asarray takes") from error
+        # chunks of two libraries, of JAX and NumPy say, don't go together
+        return values if type(values._meta) is type(x._meta) else _asarray(values, like=x)
+
+
+BACKEND = DaskBackend(DaskKernels(xp))
 
 __all__ = [
     "BACKEND",
