@@ -19,10 +19,12 @@ def wrong_type(values: Any, name: str, wanted: str) -> TypeError:
 
 
 def check_array(xp: Namespace, x: Array, name: str = "x") -> None:
+    if not hasattr(x, "dtype"):
+        raise wrong_type(x, name, "an array")
     try:
         real = xp.isdtype(x.dtype, "real floating")
-    except (AttributeError, TypeError):  # no dtype, or one that x's library doesn't know
-        raise wrong_type(x, name, "an array") from None
+    except TypeError:  # a dtype that the library doesn't know, as NumPy bfloat16
+        real = False
     if not real:
         raise TypeError(f"{name} has dtype {x.dtype}: whitening needs real floating-point values, convert it first")
     if x.ndim < 0:
@@ -113,7 +115,7 @@ def check_sample_count(sizes: Sequence[Any], shape: Shape, what: str, hint: str)
     if not all(isinstance(size, Real) for size in sizes):
         return
     count = math.prod(sizes)
-    if not count > 1:  # an unknown size, NaN in Dask, too
+    if count < 2:
         raise ValueError(f"x of shape {tuple(shape)} gives {count} {what}: at least 2 are needed; {hint}")
 
 

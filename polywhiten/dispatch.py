@@ -45,8 +45,8 @@ class Backend:
         """`polywhiten.whitening.forward`, with `backward` as its gradient where the framework differentiates."""
         return forward(self.kernels, plan, x, weight, bias)
 
-    def tensor(self, x: Array) -> Array:
-        """X itself, or the tensor that a framework's variable holds."""
+    def tensor(self, x: Array, name: str = "x") -> Array:
+        """X itself, or the tensor that a framework's variable holds; else an error, with the argument's name."""
         return x
 
     def converted(self, values: Any, name: str, x: Array) -> Array:

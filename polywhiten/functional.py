@@ -398,7 +398,7 @@ def inverse_sqrt(cov: Array, *, method: str = "newton", iterations: int | None =
     True
     """
     backend = backend_of(cov, "cov")
-    kernels, cov = backend.kernels, backend.tensor(cov)
+    kernels, cov = backend.kernels, backend.tensor(cov, "cov")
     checks.check_array(kernels.xp, cov, "cov")
     checks.check_square(cov)
     return kernels.inverse_sqrt(solver_for(method, iterations), kernels.for_statistics(cov))

@@ -70,8 +70,25 @@ def test_a_batch_larger_than_a_chunk_stays_in_chunks():
     assert max(pw.iter_norm(x, group_size=4).chunks[0]) <= 100
 
 
-@pytest.mark.parametrize("call", [pw.iter_norm, lambda x: pw.group_whiten(x, num_groups=2)])
+CALLS = {
+    "iter_norm": pw.iter_norm,
+    "group_whiten": lambda x: pw.group_whiten(x, num_groups=2),
+    "whitening_stats": pw.whitening_stats,
+    "apply_whitening": lambda x: pw.apply_whitening(
+        x, pw.whitening_stats(np.random.default_rng(1).normal(size=(9, 4)))
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_unknown_chunk_sizes_are_an_error(call):
     x = da.from_array(np.random.default_rng(0).normal(size=(8, 4)), chunks=4)
-    with pytest.raises(ValueError, match=r"nan.*"):
-        call(x[x[:, 0] > 0])
+    for unknown, shape in ((x[x[:, 0] > 0], r"\(nan, 4\)"), (x[:, x[0] > 0], r"\(8, nan\)")):
+        with pytest.raises(ValueError, match=rf"x has shape {shape}, .* call x\.compute_chunk_sizes\(\) first"):
+            call(unknown)
+
+
+def test_matrices_of_unknown_number_are_an_error():
+    cov = da.from_array(np.stack([np.eye(3)] * 4), chunks=(2, 3, 3))
+    with pytest.raises(ValueError, match=r"cov has shape \(nan, 3, 3\), .* call cov\.compute_chunk_sizes\(\) first"):
+        pw.inverse_sqrt(cov[da.arange(4, chunks=2) > 1])

@@ -296,6 +296,14 @@ def test_equal_axis_names_are_traced_once():
     assert len(traced) == 1
 
 
+def test_sparse_arrays_and_shapes_alone_are_refused_by_name():
+    sparse = pytest.importorskip("jax.experimental.sparse")
+    with pytest.raises(TypeError, match=r"x is a jax.*BCOO: pass a JAX array"):
+        pw.iter_norm(sparse.BCOO.fromdense(normal(8, 6)))
+    with pytest.raises(TypeError, match=r"cov is a jax.*ShapeDtypeStruct: pass a JAX array"):
+        pw.inverse_sqrt(jax.ShapeDtypeStruct((3, 3), "float32"))
+
+
 # Sizes and precisions
 
 

@@ -328,6 +328,15 @@ def test_what_has_to_be_known_in_a_graph_is_named():
         tf.function(pw.inverse_sqrt).get_concrete_function(tf.TensorSpec(None, "float32"))
 
 
+def test_ragged_and_sparse_tensors_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"x is a tensorflow.*RaggedTensor: pass a tensor"):
+        pw.iter_norm(tf.ragged.constant([[1.0, 2.0], [3.0]]))
+    with pytest.raises(TypeError, match=r"cov is a tensorflow.*SparseTensor: pass a tensor"):
+        pw.inverse_sqrt(tf.sparse.eye(3))
+    with pytest.raises(TypeError, match=r"weight is a tensorflow.*SparseTensor: pass a tensor"):
+        pw.iter_norm(tf.ones((8, 3)), weight=tf.sparse.from_dense([1.0, 2.0, 3.0]))
+
+
 def test_a_tape_keeps_the_input_and_little_else():
     """The centred copy and the iterates would be kept, did the tape see them."""
     import gc

@@ -50,8 +50,6 @@ class _Namespace(ModuleType):
     @staticmethod
     def reshape(x: Array, shape: tuple[int, ...]) -> Array:
         """Reshape in two steps, a split and a merge, as Dask does each alone."""
-        if any(math.isnan(n) for n in x.shape):
-            raise ValueError(f"x has shape {x.shape}, of unknown chunk sizes: call x.compute_chunk_sizes() first")
         if 0 in x.shape:
             return compat.zeros(shape, dtype=x.dtype)
         strides = {n for s in (x.shape, shape) for n in accumulate(reversed(s), mul)} | {1}
@@ -96,6 +94,14 @@ class DaskKernels(Kernels):
 
 class DaskBackend(Backend):
     """Dask's kernels, with what comes beside a Dask array as one."""
+
+    def tensor(self, x: Array, name: str = "x") -> Array:
+        """X itself, if all of its sizes are known."""
+        if any(math.isnan(size) for size in x.shape):
+            raise ValueError(
+                f"{name} has shape {x.shape}, of unknown chunk sizes: call {name}.compute_chunk_sizes() first"
+            )
+        return x
 
     def converted(self, values: Any, name: str, x: Array) -> Array:
         """As Dask's functions convert it; nothing is computed."""

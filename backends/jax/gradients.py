@@ -60,6 +60,12 @@ _whiten.defvjp(_forward, _backward)
 class JaxBackend(Backend):
     """JAX's kernels, with whitening as an operation of its own."""
 
+    def tensor(self, x: Array, name: str = "x") -> Array:
+        """Arrays and tracers as they are; no sparse arrays, nor what stands for an array's shape alone."""
+        if not isinstance(x, Array):
+            raise checks.wrong_type(x, name, "a JAX array")
+        return x
+
     def converted(self, values: Any, name: str, x: Array) -> Array:
         """As JAX's functions convert it: NumPy's arrays, and what says itself how."""
         if isinstance(values, Array):

@@ -17,16 +17,16 @@ from polywhiten.whitening import Plan, Statistics
 class TensorFlowBackend(Backend):
     """TensorFlow's kernels, with whitening as an operation of its own."""
 
-    def tensor(self, x: Tensor) -> Tensor:
-        """The value of a tf.Variable; tensors as they are."""
-        return tf.convert_to_tensor(x)
+    def tensor(self, x: Tensor, name: str = "x") -> Tensor:
+        """The value of a tf.Variable; tensors as they are; no ragged and sparse ones."""
+        try:
+            return tf.convert_to_tensor(x)
+        except (TypeError, ValueError, RuntimeError) as error:  # the last is PyTorch's
+            raise checks.wrong_type(x, name, "a tensor, or what tf.convert_to_tensor takes") from error
 
     def converted(self, values: Any, name: str, x: Tensor) -> Tensor:
         """As TensorFlow's functions convert it: the arrays of all libraries, and lists."""
-        try:
-            return self.tensor(values)
-        except (TypeError, ValueError, RuntimeError) as error:  # the last is PyTorch's
-            raise checks.wrong_type(values, name, "a tensor, or what tf.convert_to_tensor takes") from error
+        return self.tensor(values, name)
 
     def whiten(self, plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
         """Y and the statistics, all differentiable.

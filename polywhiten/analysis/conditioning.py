@@ -238,7 +238,7 @@ def mean_correlation(cov: Array) -> Array:
 def checked_covariance(cov: Array) -> tuple[Backend, Array]:
     """The backend of cov, and cov as a tensor in the dtype of statistics."""
     backend = backend_of(cov, "cov")
-    cov = backend.tensor(cov)
+    cov = backend.tensor(cov, "cov")
     check_array(backend.kernels.xp, cov, "cov")
     check_square(cov)
     return backend, backend.kernels.for_statistics(cov)

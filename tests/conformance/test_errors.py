@@ -178,3 +178,11 @@ def test_what_is_no_array():
         pw.inverse_sqrt(1.0)
     with pytest.raises(TypeError, match="complex"):
         pw.iter_norm(X.astype(complex))
+
+
+def test_a_dtype_that_numpy_does_not_know():
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    with pytest.raises(TypeError, match="x has dtype bfloat16: whitening needs real floating-point values, convert it"):
+        pw.iter_norm(X.astype(bfloat16))
+    with pytest.raises(TypeError, match="weight has dtype bfloat16"):
+        pw.iter_norm(X, weight=np.ones(6, bfloat16))
