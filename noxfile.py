@@ -13,7 +13,7 @@ LIBRARIES = {
     "torch": ("[demo,keras,torch]", [["torch"], ["keras-torch"]]),
     "tensorflow": ("[demo,keras,tensorflow]", [["tensorflow"], ["keras-tensorflow"]]),
     "jax": ("[demo,keras,jax]", [["jax"], ["keras-jax"]]),
-    "dask": ("[dask]", [["dask"]]),
+    "dask": ("[dask,jax]", [["dask"]]),  # JAX's arrays come beside Dask's
     "cupy": ("[cupy13]", [["cupy"]]),
 }
 # What more their tests need: what compiles GPU kernels where there is no GPU, and what runs exported models.

@@ -14,14 +14,21 @@ from polywhiten.blocks import divisors
 Layer = TypeVar("Layer")
 
 
+def wrong_type(values: Any, name: str, wanted: str) -> TypeError:
+    return TypeError(f"{name} is a {type(values).__module__}.{type(values).__qualname__}: pass {wanted}")
+
+
 def check_array(xp: Namespace, x: Array, name: str = "x") -> None:
+    if not hasattr(x, "dtype"):
+        raise wrong_type(x, name, "an array")
     try:
         real = xp.isdtype(x.dtype, "real floating")
-    except (AttributeError, TypeError):  # no dtype, or one that x's library doesn't know
-        wanted = "an array" if name == "x" else "an array of the library that x is of"
-        raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__qualname__}: pass {wanted}") from None
+    except TypeError:  # a dtype that the library doesn't know, as NumPy bfloat16
+        real = False
     if not real:
         raise TypeError(f"{name} has dtype {x.dtype}: whitening needs real floating-point values, convert it first")
+    if x.ndim < 0:
+        raise ValueError(f"{name} has an unknown number of dimensions: it has to be known while a graph is traced")
 
 
 def check_channels(x: Array, channels: int, name: str) -> None:
@@ -32,8 +39,6 @@ def check_channels(x: Array, channels: int, name: str) -> None:
 
 def check_channel_axis(x: Array, axis: int, first: int = 0) -> int:
     """`axis` counted from the front; `first` is the first axis that may hold channels."""
-    if x.ndim < 0:
-        raise ValueError("x has an unknown number of dimensions: it has to be known while a graph is traced")
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}: at least 2 dimensions are needed, samples and channels")
     axis = check_integer("axis", axis)
@@ -82,19 +87,21 @@ def check_num_groups(num_groups: int, channels: int, name: str = "num_groups") -
     return num_groups
 
 
-def check_per_channel(xp: Namespace, values: Array | None, name: str, channels: int) -> None:
-    if values is None:
-        return
-    if tuple(getattr(values, "shape", ())) != (channels,):
-        shape = tuple(values.shape) if hasattr(values, "shape") else repr(values)
-        raise ValueError(f"{name} has shape {shape}: one value for each of x's {channels} channels is needed")
+def check_per_channel(xp: Namespace, values: Array, name: str, channels: int) -> None:
     check_array(xp, values, name)
+    shape = tuple(values.shape)
+    if shape != (channels,):
+        raise ValueError(f"{name} has shape {shape}: one value for each of x's {channels} channels is needed")
 
 
 def check_gradient(xp: Namespace, dy: Array, shape: tuple[int, ...]) -> None:
-    if tuple(getattr(dy, "shape", ())) != tuple(shape):
-        raise ValueError(f"dy has shape {tuple(getattr(dy, 'shape', ()))}: y has {tuple(shape)}, and dy needs the same")
+    """The shape is that of y, as far as both are known while a graph is traced."""
     check_array(xp, dy, "dy")
+    given, wanted = tuple(dy.shape), tuple(shape)
+    if len(given) != len(wanted) or any(
+        None not in sizes and sizes[0] != sizes[1] for sizes in zip(given, wanted, strict=True)
+    ):
+        raise ValueError(f"dy has shape {given}: y has {wanted}, and dy needs the same")
 
 
 def check_batch(x: Array, axis: int) -> None:
@@ -108,7 +115,7 @@ def check_sample_count(sizes: Sequence[Any], shape: Shape, what: str, hint: str)
     if not all(isinstance(size, Real) for size in sizes):
         return
     count = math.prod(sizes)
-    if not count > 1:  # an unknown size, NaN in Dask, too
+    if count < 2:
         raise ValueError(f"x of shape {tuple(shape)} gives {count} {what}: at least 2 are needed; {hint}")
 
 

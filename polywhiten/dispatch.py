@@ -7,9 +7,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace, is_numpy_namespace
 
+from polywhiten import checks
 from polywhiten._types import Array, Namespace
 from polywhiten.compiled import is_available
 from polywhiten.kernels import Kernels
@@ -42,13 +45,19 @@ class Backend:
         """`polywhiten.whitening.forward`, with `backward` as its gradient where the framework differentiates."""
         return forward(self.kernels, plan, x, weight, bias)
 
-    def tensor(self, x: Array) -> Array:
-        """X itself, or the tensor that a framework's variable holds."""
+    def tensor(self, x: Array, name: str = "x") -> Array:
+        """X itself, or the tensor that a framework's variable holds; else an error, with the argument's name."""
         return x
 
     def snapshot(self, state: Array, *given: Array | None) -> Array:
         """A layer's state, or a copy where it may change in place while the gradient of `given` still needs it."""
         return state
+
+    def converted(self, values: Any, name: str, x: Array) -> Array:
+        """What came beside x as an array of its library, where the library's own functions take it; else TypeError."""
+        if namespace_of(values) is not self.kernels.xp:
+            raise checks.wrong_type(values, name, "an array of the library that x is of")
+        return values
 
     def in_memory_order(self, x: Array, axis: int) -> tuple[Array, int, Callable[[Array], Array]]:
         """A view of x with its axes as they lie in memory, its channel axis, and what puts a result's axes back.
@@ -58,28 +67,52 @@ class Backend:
         return x, axis, lambda y: y
 
 
+class NumPyBackend(Backend):
+    """NumPy's arrays, with the compiled kernels where there are some."""
+
+    def converted(self, values: Any, name: str, x: Array) -> Array:
+        """As NumPy's functions convert it; not arrays that these would give a result in their own class for."""
+        if isinstance(values, np.ndarray):
+            return values
+        wanted = "a NumPy array, as x is one, or both of one library"
+        if hasattr(values, "__array_ufunc__") or hasattr(values, "__array_wrap__"):
+            raise checks.wrong_type(values, name, wanted)
+        try:
+            return np.asarray(values)
+        except (TypeError, ValueError) as error:  # JAX's tracers, say
+            raise checks.wrong_type(values, name, wanted) from error
+
+
 def backend_of(x: Array, name: str = "x") -> Backend:
     """The backend that serves x; TypeError, with the argument's name, where x is no array."""
     module = framework_module(type(x))
     if module is not None:
         backend: Backend = sys.modules[module].BACKEND
         return backend
+    xp = namespace_of(x)
+    if xp is None:
+        raise checks.wrong_type(x, name, f"an array, for example numpy.asarray({name})")
+    return _backend(xp)
+
+
+def namespace_of(x: Any) -> Namespace | None:
+    """The array API namespace that serves x; None where x is no array."""
     try:
-        return Backend(_kernels(array_namespace(x)))
+        return array_namespace(x)
     except TypeError:
-        raise TypeError(
-            f"{name} is a {type(x).__module__}.{type(x).__qualname__}: pass an array, for example numpy.asarray({name})"
-        ) from None
+        return None
 
 
 @cache
-def _kernels(xp: Namespace) -> Kernels:
-    """Compiled ones for NumPy, where that is possible; the array API's for all others."""
-    if not (is_numpy_namespace(xp) and is_available()):
-        return Kernels(xp)
+def _backend(xp: Namespace) -> Backend:
+    """The array API's kernels alone, but for NumPy, which has compiled ones where that is possible."""
+    if not is_numpy_namespace(xp):
+        return Backend(Kernels(xp))
+    if not is_available():
+        return NumPyBackend(Kernels(xp))
     from polywhiten.compiled.kernels import NumPyKernels
 
-    return NumPyKernels(xp)
+    return NumPyBackend(NumPyKernels(xp))
 
 
 def framework_module(cls: type) -> str | None:

@@ -19,7 +19,6 @@ from polywhiten.groups import (
     take_channels,
     take_groups,
 )
-from polywhiten.kernels import Kernels
 from polywhiten.solvers import Solver, regularized_solver, solver_for
 from polywhiten.whitening import Plan, affine, backward, forward, statistics
 
@@ -50,7 +49,8 @@ def iter_norm(
     x : array, shape (N, C, ...) or with the channels at `axis`
         Real floating point, 2 dimensions or more.
     weight, bias : array, shape (C,), optional
-        Scale and shift of every channel after whitening.
+        Scale and shift of every channel after whitening. They, and all other arrays that come beside x, are of its
+        library, or what the library's own functions convert: NumPy's arrays beside those of TensorFlow, JAX and Dask.
     group_size : int
         Channels whitened together; the last group is smaller where this doesn't divide C. 1 is batch normalization.
     axis : int
@@ -78,7 +78,7 @@ def iter_norm(
     Raises
     ------
     TypeError
-        x is no array, or has no real floating-point dtype.
+        x is no array, another array is of a library that doesn't go with x, or one has no real floating-point dtype.
     ValueError
         An argument doesn't fit, or there are fewer than two samples a channel.
 
@@ -103,7 +103,8 @@ def iter_norm(
     >>> bool(np.allclose(y.T @ y / 256, np.eye(8), atol=1e-3))
     True
     """
-    backend, x, axis = checked_input(x, weight, bias, axis)
+    backend, x, axis = checked_input(x, axis)
+    weight, bias = _affine(backend, x, axis, weight, bias)
     solver, eps = regularized_solver(method, iterations, eps, relative_eps)
     if all_reduce is None:  # else the workers' samples together count
         checks.check_batch(x, axis)
@@ -149,7 +150,7 @@ def group_whiten(
     Raises
     ------
     TypeError
-        x is no array, or has no real floating-point dtype.
+        x is no array, another array is of a library that doesn't go with x, or one has no real floating-point dtype.
     ValueError
         An argument doesn't fit, or a group has fewer than two values a sample.
 
@@ -167,7 +168,8 @@ def group_whiten(
     >>> bool(np.allclose(rows @ rows.T / 50, np.eye(4), atol=1e-3))
     True
     """
-    backend, x, axis = checked_input(x, weight, bias, axis, first_axis=1)
+    backend, x, axis = checked_input(x, axis, first_axis=1)
+    weight, bias = _affine(backend, x, axis, weight, bias)
     solver, eps = regularized_solver(method, iterations, eps, relative_eps)
     return whiten_samples(backend, x, weight, bias, num_groups, axis, solver, eps)
 
@@ -204,7 +206,7 @@ def iter_norm_vjp(
     Raises
     ------
     TypeError, ValueError
-        As by `iter_norm`; by pullback where dy hasn't the shape of y.
+        As by `iter_norm`; by pullback where dy doesn't go with x, or hasn't the shape of y.
 
     Examples
     --------
@@ -216,12 +218,13 @@ def iter_norm_vjp(
     >>> dx.shape, dweight.shape, dbias is None
     ((32, 8), (8,), True)
     """
-    backend, x, axis = checked_input(x, weight, bias, axis)
+    backend, x, axis = checked_input(x, axis)
+    weight, bias = _affine(backend, x, axis, weight, bias)
     solver, eps = regularized_solver(method, iterations, eps, relative_eps)
     if all_reduce is None:
         checks.check_batch(x, axis)
     plans = _channel_plans(x, group_size, axis, solver, eps, all_reduce)
-    return _vjp(backend.kernels, plans, axis, x, weight, bias)
+    return _vjp(backend, plans, axis, x, weight, bias)
 
 
 def group_whiten_vjp(
@@ -254,7 +257,7 @@ def group_whiten_vjp(
     Raises
     ------
     TypeError, ValueError
-        As by `group_whiten`; by pullback where dy hasn't the shape of y.
+        As by `group_whiten`; by pullback where dy doesn't go with x, or hasn't the shape of y.
 
     Examples
     --------
@@ -266,10 +269,11 @@ def group_whiten_vjp(
     >>> dx.shape
     (2, 8, 5, 5)
     """
-    backend, x, axis = checked_input(x, weight, bias, axis, first_axis=1)
+    backend, x, axis = checked_input(x, axis, first_axis=1)
+    weight, bias = _affine(backend, x, axis, weight, bias)
     solver, eps = regularized_solver(method, iterations, eps, relative_eps)
     plan = _sample_plan(x, num_groups, axis, solver, eps)
-    return _vjp(backend.kernels, [(slice(0, x.shape[axis]), plan)], axis, x, weight, bias)
+    return _vjp(backend, [(slice(0, x.shape[axis]), plan)], axis, x, weight, bias)
 
 
 def whitening_stats(
@@ -311,7 +315,7 @@ def whitening_stats(
     >>> pw.apply_whitening(new, stats).shape
     (100, 80)
     """
-    backend, x, axis = checked_input(x, None, None, axis)
+    backend, x, axis = checked_input(x, axis)
     solver, eps = regularized_solver(method, iterations, eps, relative_eps)
     if all_reduce is None:
         checks.check_batch(x, axis)
@@ -337,7 +341,7 @@ def apply_whitening(
     x : array, shape (N, C, ...) or with the channels at `axis`
         Real floating point, 2 dimensions or more; may be empty.
     stats : WhiteningStats
-        Of `whitening_stats`, for as many channels.
+        Of `whitening_stats`, for as many channels; of another library as far as `weight` of `iter_norm` may be.
     weight, bias : array, shape (C,), optional
         Scale and shift of every channel after whitening.
     axis : int
@@ -351,7 +355,7 @@ def apply_whitening(
     Raises
     ------
     TypeError
-        x is no array, or has no real floating-point dtype.
+        x is no array, another array is of a library that doesn't go with x, or one has no real floating-point dtype.
     ValueError
         The statistics are of another number of channels, or another argument doesn't fit.
 
@@ -364,8 +368,9 @@ def apply_whitening(
     >>> bool(np.allclose(y, pw.iter_norm(x)))
     True
     """
-    backend, x, axis = checked_input(x, weight, bias, axis)
-    mean, whitener = backend.tensor(stats.mean), backend.tensor(stats.whitener)
+    backend, x, axis = checked_input(x, axis)
+    weight, bias = _affine(backend, x, axis, weight, bias)
+    mean, whitener = (backend.converted(getattr(stats, name), f"stats.{name}", x) for name in ("mean", "whitener"))
     checks.check_statistics(backend.kernels.xp, x.shape[axis], mean, whitener)
     return apply_frozen(backend, x, mean, whitener, weight, bias, axis)
 
@@ -405,7 +410,7 @@ def inverse_sqrt(cov: Array, *, method: str = "newton", iterations: int | None =
     True
     """
     backend = backend_of(cov, "cov")
-    kernels, cov = backend.kernels, backend.tensor(cov)
+    kernels, cov = backend.kernels, backend.tensor(cov, "cov")
     checks.check_array(kernels.xp, cov, "cov")
     checks.check_square(cov)
     return kernels.inverse_sqrt(solver_for(method, iterations), kernels.for_statistics(cov))
@@ -481,17 +486,26 @@ def apply_frozen(
     return restore(join_channels(kernels.xp, outputs, axis))
 
 
-def checked_input(
-    x: Array, weight: Array | None, bias: Array | None, axis: int, first_axis: int = 0
-) -> tuple[Backend, Array, int]:
+def checked_input(x: Array, axis: int, first_axis: int = 0) -> tuple[Backend, Array, int]:
     """The backend of x, x as a tensor, and its channel axis counted from the front."""
     backend = backend_of(x)
     x = backend.tensor(x)
     checks.check_array(backend.kernels.xp, x)
-    axis = checks.check_channel_axis(x, axis, first_axis)
-    for name, values in (("weight", weight), ("bias", bias)):
-        checks.check_per_channel(backend.kernels.xp, values, name, x.shape[axis])
-    return backend, x, axis
+    return backend, x, checks.check_channel_axis(x, axis, first_axis)
+
+
+def _affine(
+    backend: Backend, x: Array, axis: int, weight: Array | None, bias: Array | None
+) -> tuple[Array | None, Array | None]:
+    """Weight and bias as arrays of x's library, with a value for each of its channels."""
+
+    def checked(values: Array | None, name: str) -> Array | None:
+        if values is not None:
+            values = backend.converted(values, name, x)
+            checks.check_per_channel(backend.kernels.xp, values, name, x.shape[axis])
+        return values
+
+    return checked(weight, "weight"), checked(bias, "bias")
 
 
 def _channel_plans(
@@ -514,13 +528,14 @@ def _sample_plan(x: Array, num_groups: int, axis: int, solver: Solver, eps: floa
 
 
 def _vjp(
-    kernels: Kernels,
+    backend: Backend,
     plans: list[tuple[slice, Plan]],
     axis: int,
     x: Array,
     weight: Array | None,
     bias: Array | None,
 ) -> tuple[Array, Pullback]:
+    kernels = backend.kernels
     parts, outputs = [], []
     for part, plan in plans:
         given = take_channels(x, part, axis), take_channels(weight, part), take_channels(bias, part)
@@ -529,6 +544,7 @@ def _vjp(
         outputs.append(y)
 
     def pullback(dy: Array) -> tuple[Array, Array | None, Array | None]:
+        dy = backend.converted(dy, "dy", x)
         checks.check_gradient(kernels.xp, dy, x.shape)
         dy = kernels.xp.astype(dy, x.dtype, copy=False)
         dxs, dweights, dbiases = zip(

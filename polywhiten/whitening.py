@@ -173,7 +173,8 @@ class _ChannelsFirst:
         if kernels.reads_any_order or not isinstance(blocks, SampleGroups) or blocks.axis == 1:
             return None
         shape = kernels.shape(x)  # an operation in TensorFlow's graphs
-        if blocks.split(shape)[3] == 1:  # rows of variables: matrices as they are
+        size = blocks.split(shape)[3]
+        if isinstance(size, int) and size == 1:  # rows of variables: matrices as they are
             return None
         axes = (0, blocks.axis, *(i for i in range(1, x.ndim) if i != blocks.axis))
         return cls(kernels, replace(plan, blocks=replace(blocks, axis=1)), tuple(shape[i] for i in axes), axes)

@@ -146,6 +146,8 @@ class Row:
     dtypes: tuple[str, ...] = ("float16", "float32", "float64")
     layers: TorchLayers | KerasLayers | None = None
     keras_backend: str | None = None  # the one that Keras has to be started with
+    takes_numpy: bool = False  # whether the library's own functions convert NumPy's arrays
+    given_to_numpy: bool = False  # whether NumPy's functions make NumPy's arrays of the library's
     no_device: Callable[[], str | None] | None = None  # of rows that need a GPU: why there is none
 
     @property
@@ -170,14 +172,26 @@ def _strict_array(a: np.ndarray) -> Any:
 class Library(Enum):
     """The rows by the name that `pytest --library NAME` takes."""
 
-    NUMPY = Row("numpy", np.asarray)
-    STRICT = Row("array_api_strict", _strict_array, dtypes=("float32", "float64"))
+    NUMPY = Row("numpy", np.asarray, takes_numpy=True, given_to_numpy=True)
+    STRICT = Row("array_api_strict", _strict_array, dtypes=("float32", "float64"), given_to_numpy=True)
     TORCH = Row("torch", _torch_array, _by_torch, layers=TorchLayers())
     TENSORFLOW = Row(
-        "tensorflow", _tensorflow_array, _by_tensorflow, dtypes=("bfloat16", "float16", "float32", "float64")
+        "tensorflow",
+        _tensorflow_array,
+        _by_tensorflow,
+        dtypes=("bfloat16", "float16", "float32", "float64"),
+        takes_numpy=True,
+        given_to_numpy=True,
     )
-    JAX = Row("jax", _jax_array, _by_jax, dtypes=("bfloat16", "float16", "float32", "float64"))
-    DASK = Row("dask.array", _dask_array)
+    JAX = Row(
+        "jax",
+        _jax_array,
+        _by_jax,
+        dtypes=("bfloat16", "float16", "float32", "float64"),
+        takes_numpy=True,
+        given_to_numpy=True,
+    )
+    DASK = Row("dask.array", _dask_array, takes_numpy=True)
     CUPY = Row("cupy", _cupy_array, numpy=_numpy_of_cupy, no_device=_no_cupy_device)
     TORCH_CUDA = Row(
         "torch",
@@ -189,7 +203,13 @@ class Library(Enum):
         no_device=_no_torch_device,
     )
     JAX_CUDA = Row(
-        "jax", _jax_cuda_array, _by_jax, dtypes=("bfloat16", "float16", "float32", "float64"), no_device=_no_jax_device
+        "jax",
+        _jax_cuda_array,
+        _by_jax,
+        dtypes=("bfloat16", "float16", "float32", "float64"),
+        takes_numpy=True,
+        given_to_numpy=True,
+        no_device=_no_jax_device,
     )
     KERAS_TENSORFLOW = Row("keras", layers=KerasLayers(), keras_backend="tensorflow")
     KERAS_JAX = Row("keras", layers=KerasLayers(), keras_backend="jax")

@@ -347,12 +347,12 @@ def test_odd_arrays_are_left_to_the_plain_kernels(monkeypatch):
 
 def test_numpy_without_numba(monkeypatch):
     monkeypatch.setattr(dispatch, "is_available", lambda: False)
-    dispatch._kernels.cache_clear()
+    dispatch._backend.cache_clear()
     try:
         assert type(dispatch.backend_of(np.ones(2)).kernels) is Kernels
     finally:
         monkeypatch.undo()
-        dispatch._kernels.cache_clear()
+        dispatch._backend.cache_clear()
     assert type(dispatch.backend_of(np.ones(2)).kernels) is kernels.NumPyKernels
 
 

@@ -34,13 +34,61 @@ def test_everything_is_lazy(method):
     assert all(isinstance(s, da.Array) for s in (*stats, pw.apply_whitening(x, stats)))
 
 
+@pytest.mark.usefixtures("no_computation")
+def test_numpy_arrays_beside_a_dask_array_leave_it_lazy():
+    """Statistics of a sample, applied to all."""
+    x = da.random.normal(size=(1000, 8, 4, 4), chunks=(100, 8, 4, 4))
+    sample = np.random.default_rng(0).normal(size=(50, 8, 4, 4))
+    y = pw.apply_whitening(x, pw.whitening_stats(sample), weight=np.ones(8), bias=np.zeros(8))
+    z, pullback = pw.iter_norm_vjp(x, weight=np.ones(8), bias=np.zeros(8))
+    dx, dweight, dbias = pullback(np.ones(x.shape))
+    assert all(isinstance(each, da.Array) for each in (y, z, dx, dweight, dbias))
+    for each in (y, dx):
+        assert max(each.chunks[0]) <= 100
+
+
+def test_jax_arrays_beside_a_dask_array_become_chunks_of_its_library():
+    jnp = pytest.importorskip("jax.numpy")
+    x, weight = np.random.default_rng(0).normal(size=(20, 4)), np.arange(1.0, 5)
+    y, pullback = pw.iter_norm_vjp(da.from_array(x, chunks=(5, 4)), weight=jnp.asarray(weight), group_size=3)
+    expected, plain = pw.iter_norm_vjp(x, weight=weight, group_size=3)
+    for actual, wanted in zip((y, *pullback(y)[:2]), (expected, *plain(expected)[:2]), strict=True):
+        assert isinstance(actual.compute(), np.ndarray)
+        np.testing.assert_allclose(actual, wanted, atol=1e-10)
+
+
+def test_tensors_that_dask_does_not_convert_are_refused():
+    tensor = pytest.importorskip("array_api_strict").ones(4)
+    with pytest.raises(
+        TypeError, match=r"weight is a array_api_strict.*: pass a Dask array, or what dask\.array\.asarray"
+    ):
+        pw.iter_norm(da.ones((8, 4)), weight=tensor)
+
+
 def test_a_batch_larger_than_a_chunk_stays_in_chunks():
     x = da.random.normal(size=(1000, 8, 4, 4), chunks=(100, 8, 4, 4))
     assert max(pw.iter_norm(x, group_size=4).chunks[0]) <= 100
 
 
-@pytest.mark.parametrize("call", [pw.iter_norm, lambda x: pw.group_whiten(x, num_groups=2)])
+CALLS = {
+    "iter_norm": pw.iter_norm,
+    "group_whiten": lambda x: pw.group_whiten(x, num_groups=2),
+    "whitening_stats": pw.whitening_stats,
+    "apply_whitening": lambda x: pw.apply_whitening(
+        x, pw.whitening_stats(np.random.default_rng(1).normal(size=(9, 4)))
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_unknown_chunk_sizes_are_an_error(call):
     x = da.from_array(np.random.default_rng(0).normal(size=(8, 4)), chunks=4)
-    with pytest.raises(ValueError, match=r"nan.*"):
-        call(x[x[:, 0] > 0])
+    for unknown, shape in ((x[x[:, 0] > 0], r"\(nan, 4\)"), (x[:, x[0] > 0], r"\(8, nan\)")):
+        with pytest.raises(ValueError, match=rf"x has shape {shape}, .* call x\.compute_chunk_sizes\(\) first"):
+            call(unknown)
+
+
+def test_matrices_of_unknown_number_are_an_error():
+    cov = da.from_array(np.stack([np.eye(3)] * 4), chunks=(2, 3, 3))
+    with pytest.raises(ValueError, match=r"cov has shape \(nan, 3, 3\), .* call cov\.compute_chunk_sizes\(\) first"):
+        pw.inverse_sqrt(cov[da.arange(4, chunks=2) > 1])

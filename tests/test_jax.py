@@ -313,6 +313,14 @@ def test_equal_axis_names_are_traced_once():
     assert len(traced) == 1
 
 
+def test_sparse_arrays_and_shapes_alone_are_refused_by_name():
+    sparse = pytest.importorskip("jax.experimental.sparse")
+    with pytest.raises(TypeError, match=r"x is a jax.*BCOO: pass a JAX array"):
+        pw.iter_norm(sparse.BCOO.fromdense(normal(8, 6)))
+    with pytest.raises(TypeError, match=r"cov is a jax.*ShapeDtypeStruct: pass a JAX array"):
+        pw.inverse_sqrt(jax.ShapeDtypeStruct((3, 3), "float32"))
+
+
 # Sizes and precisions
 
 
@@ -340,6 +348,26 @@ def test_export_with_symbolic_sizes(shape):
         for sizes in ((2, 6, 3, 2), (9, 6, 1, 1)) if function is evaluate else ((9, 6, 3, 2),):
             x = normal(*sizes[: symbolic.ndim])
             assert_close(exported.call(x), jax.jit(function)(x))
+
+
+@pytest.mark.parametrize(
+    "shape", ["6, b", "6, b, c", "b, 6, c", "b, c, 6", "b, c, 6, d", "b, 6, c, d, e", "b, c, d, 6, e"]
+)
+def test_export_with_symbolic_sizes_around_the_channels(shape):
+    sizes, (weight, bias) = {"6": 6, "b": 7, "c": 5, "d": 3, "e": 2}, affine()
+    axis = shape.split(", ").index("6")
+    x = normal(*(sizes[name] for name in shape.split(", ")))
+    symbolic = jax.ShapeDtypeStruct(export.symbolic_shape(shape), jnp.float64)
+    for name in ("iter_norm", "group_whiten") if axis else ("iter_norm",):
+        function, options = getattr(pw, name), {"axis": axis, "iterations": 2, **FUNCTIONS[name].keywords}
+
+        def train(x, function=function, options=options):
+            y, pullback = jax.vjp(lambda *a: function(a[0], weight=a[1], bias=a[2], **options), x, weight, bias)
+            return y, pullback(y**2)
+
+        affine_of_numpy = {"weight": np.asarray(weight), "bias": np.asarray(bias)}
+        y, pullback = getattr(pw, f"{name}_vjp")(np.asarray(x), **affine_of_numpy, **options)
+        assert_close(export.export(jax.jit(train))(symbolic).call(x), (y, pullback(y**2)))
 
 
 def precisions(jaxpr):

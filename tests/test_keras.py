@@ -16,6 +16,7 @@ if ROW.value.missing:
 import keras  # noqa: E402
 from keras.src.testing import TestCase  # noqa: E402
 
+import polywhiten as pw  # noqa: E402
 from polywhiten.keras import GroupWhitening, IterNorm  # noqa: E402
 
 BACKEND = keras.backend.backend()
@@ -296,6 +297,16 @@ def test_images_of_several_sizes_go_through_one_model():
         model.fit(normal(9, size, size + 1, 3), normal(9, 2), batch_size=4, verbose=0)
         assert model.predict(normal(3, size, size, 3), verbose=0).shape == (3, 2)
     assert all(np.all(np.isfinite(w)) for w in model.get_weights())
+
+
+def test_unknown_sizes_on_both_sides_of_the_channels():
+    model = keras.Sequential([keras.Input((None, 6, None)), GroupWhitening(3, axis=2, iterations=2)])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    for sizes in ((4, 6, 3), (5, 6, 2)):
+        x = normal(7, *sizes)
+        expected = pw.group_whiten(x, num_groups=3, axis=2, iterations=2)
+        assert model.train_on_batch(x, x) == pytest.approx(np.mean((expected - x) ** 2), rel=1e-4)
+        np.testing.assert_allclose(model.predict_on_batch(x), expected, atol=1e-4)
 
 
 def test_a_last_batch_of_one_sample_is_left_out_of_the_averages():

@@ -1,5 +1,6 @@
 """The README's examples run as they stand there."""
 
+import os
 import re
 import subprocess
 import sys
@@ -37,7 +38,9 @@ def test_example_runs_at_the_root_of_a_checkout(title, tmp_path):
     # by plain kernels: compiling those of the checkout would take half a minute
     code = f"import sys; sys.modules['numba'] = None; sys.path[0] == '' or sys.exit('not at the root')\n{example}"
     code += "\nimport polywhiten; print(polywhiten.__file__)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.splitlines()[-1]).parent == ROOT / "polywhiten"
 

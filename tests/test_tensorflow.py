@@ -198,6 +198,79 @@ def test_sizes_that_only_x_or_its_gradient_knows(name, options, known):
         np.testing.assert_allclose(graph, eager, atol=1e-10)
 
 
+AXES = [(rank, axis) for rank in range(2, 6) for axis in range(rank)]
+
+
+def every_function(x, weight, bias, dy, axis):
+    """Outputs and gradients of all functions, few of Newton's steps as graphs of more take seconds."""
+    options, affine = {"axis": axis, "iterations": 2}, {"weight": weight, "bias": bias}
+    whiten = value_and_gradients("iter_norm", x, weight, bias, dy, group_size=3, **options)
+    stats = pw.whitening_stats(x, group_size=3, **options)
+    found = [*whiten, *stats, pw.apply_whitening(x, stats, axis=axis, **affine)]
+    if axis:
+        found += value_and_gradients("group_whiten", x, weight, bias, dy, num_groups=2, **options)
+    return found
+
+
+def by_numpy(x, weight, bias, dy, axis):
+    """The same in NumPy."""
+    options, affine = {"axis": axis, "iterations": 2}, {"weight": weight, "bias": bias}
+    y, pullback = pw.iter_norm_vjp(x, group_size=3, **affine, **options)
+    stats = pw.whitening_stats(x, group_size=3, **options)
+    found = [y, *pullback(dy), *stats, pw.apply_whitening(x, stats, axis=axis, **affine)]
+    if axis:
+        y, pullback = pw.group_whiten_vjp(x, num_groups=2, **affine, **options)
+        found += [y, *pullback(dy)]
+    return found
+
+
+def assert_any_size_is_whitened(rank, axis, jit):
+    vector, array = (
+        tf.TensorSpec([6], "float64"),
+        tf.TensorSpec([6 if i == axis else None for i in range(rank)], "float64"),
+    )
+    run = lambda *given: every_function(*given, axis)
+    traced = tf.function(run, jit_compile=jit, autograph=False, input_signature=[array, vector, vector, array])
+    weight, bias = normal(2, 6) + 2
+    for larger in (0, 1):
+        shape = [(24, 5, 3, 2)[i] + larger for i in range(rank - 1)]
+        shape.insert(axis, 6)
+        x, dy = normal(2, *shape)
+        for actual, wanted in zip(traced(x, weight, bias, dy), by_numpy(x, weight, bias, dy, axis), strict=True):
+            np.testing.assert_allclose(actual, wanted, atol=1e-9)
+    assert traced.experimental_get_tracing_count() == 1
+
+
+@pytest.mark.parametrize(("rank", "axis"), AXES)
+def test_a_graph_in_which_the_channels_alone_are_known(rank, axis):
+    assert_any_size_is_whitened(rank, axis, jit=False)
+
+
+def test_xla_where_the_channels_alone_are_known():
+    """Positions on both sides of the channels; channels first and last are compiled above."""
+    assert_any_size_is_whitened(4, 2, jit=True)
+
+
+@pytest.mark.parametrize("known", ["x", "dy", "neither"])
+def test_a_pullback_in_a_graph_of_unknown_sizes(known):
+    """Of dy, not even the channels need be known: TensorFlow loses them in many an operation."""
+    x, dy = normal(2, 5, 4, 6, 3)
+    specs = [
+        tf.TensorSpec(x.shape if known == "x" else [None, None, 6, None], "float64"),
+        tf.TensorSpec(x.shape if known == "dy" else [None] * 4, "float64"),
+    ]
+    for name, options in CALLS.items():
+
+        def pull(x, dy, name=name, options=options):
+            y, pullback = getattr(pw, f"{name}_vjp")(x, weight=tf.ones(6, "float64"), axis=2, **options)
+            return y, *pullback(dy)[:2]
+
+        found = tf.function(pull, input_signature=specs, autograph=False)(x, dy)
+        y, pullback = getattr(pw, f"{name}_vjp")(x, weight=np.ones(6), axis=2, **options)
+        for actual, wanted in zip(found, (y, *pullback(dy)[:2]), strict=True):
+            np.testing.assert_allclose(actual, wanted, atol=1e-9)
+
+
 REPLICAS = """
 import numpy as np, tensorflow as tf, polywhiten as pw
 from polywhiten.tensorflow import sum_over_replicas
@@ -245,8 +318,23 @@ def test_what_has_to_be_known_in_a_graph_is_named():
 
     with pytest.raises(ValueError, match=r"\(None, None\): the channels, at axis=1, have to be known"):
         trace([None, None])
-    with pytest.raises(ValueError, match="unknown number of dimensions"):
+    with pytest.raises(ValueError, match="x has an unknown number of dimensions"):
         trace(None)
+    for name in ("weight", "bias"):
+        whiten = lambda values, name=name: pw.iter_norm(tf.ones((8, 6)), **{name: values})
+        with pytest.raises(ValueError, match=f"{name} has an unknown number of dimensions"):
+            tf.function(whiten).get_concrete_function(tf.TensorSpec(None, "float32"))
+    with pytest.raises(ValueError, match="cov has an unknown number of dimensions"):
+        tf.function(pw.inverse_sqrt).get_concrete_function(tf.TensorSpec(None, "float32"))
+
+
+def test_ragged_and_sparse_tensors_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"x is a tensorflow.*RaggedTensor: pass a tensor"):
+        pw.iter_norm(tf.ragged.constant([[1.0, 2.0], [3.0]]))
+    with pytest.raises(TypeError, match=r"cov is a tensorflow.*SparseTensor: pass a tensor"):
+        pw.inverse_sqrt(tf.sparse.eye(3))
+    with pytest.raises(TypeError, match=r"weight is a tensorflow.*SparseTensor: pass a tensor"):
+        pw.iter_norm(tf.ones((8, 3)), weight=tf.sparse.from_dense([1.0, 2.0, 3.0]))
 
 
 def test_a_tape_keeps_the_input_and_little_else():

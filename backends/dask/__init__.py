@@ -6,17 +6,21 @@ The functions are those of `polywhiten`; this module only says how Dask runs the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 from operator import mul
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import array_api_compat.dask.array
 import array_api_extra as xpx
+import dask.array
 from array_api_compat import array_namespace
 
 from polywhiten import (
     WhiteningStats,
     apply_whitening,
+    checks,
     group_whiten,
     group_whiten_vjp,
     inverse_sqrt,
@@ -30,6 +34,7 @@ from polywhiten.kernels import Kernels
 from polywhiten.solvers import Solver
 
 compat: Namespace = array_api_compat.dask.array
+_asarray: Callable[..., Array] = dask.array.asarray  # which Dask has left without types
 
 
 class _Namespace(ModuleType):
@@ -45,8 +50,6 @@ class _Namespace(ModuleType):
     @staticmethod
     def reshape(x: Array, shape: tuple[int, ...]) -> Array:
         """Reshape in two steps, a split and a merge, as Dask does each alone."""
-        if any(math.isnan(n) for n in x.shape):
-            raise ValueError(f"x has shape {x.shape}, of unknown chunk sizes: call x.compute_chunk_sizes() first")
         if 0 in x.shape:
             return compat.zeros(shape, dtype=x.dtype)
         strides = {n for s in (x.shape, shape) for n in accumulate(reversed(s), mul)} | {1}
@@ -89,7 +92,28 @@ class DaskKernels(Kernels):
         return xpx.lazy_apply(solve, cov, grad, shape=cov.shape, dtype=cov.dtype, xp=compat)
 
 
-BACKEND = Backend(DaskKernels(xp))
+class DaskBackend(Backend):
+    """Dask's kernels, with what comes beside a Dask array as one."""
+
+    def tensor(self, x: Array, name: str = "x") -> Array:
+        """X itself, if all of its sizes are known."""
+        if any(math.isnan(size) for size in x.shape):
+            raise ValueError(
+                f"{name} has shape {x.shape}, of unknown chunk sizes: call {name}.compute_chunk_sizes() first"
+            )
+        return x
+
+    def converted(self, values: Any, name: str, x: Array) -> Array:
+        """As Dask's functions convert it; nothing is computed."""
+        try:
+            values = _asarray(values)
+        except (TypeError, ValueError) as error:
+            raise checks.wrong_type(values, name, "a Dask array, or what dask.array.asarray takes") from error
+        # chunks of two libraries, of JAX and NumPy say, don't go together
+        return values if type(values._meta) is type(x._meta) else _asarray(values, like=x)
+
+
+BACKEND = DaskBackend(DaskKernels(xp))
 
 __all__ = [
     "BACKEND",

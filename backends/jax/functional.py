@@ -115,7 +115,7 @@ def iter_norm_vjp(
     Raises
     ------
     TypeError, ValueError, NameError
-        As by `iter_norm`; by pullback where dy hasn't the shape of y.
+        As by `iter_norm`; by pullback where dy doesn't go with x, or hasn't the shape of y.
 
     Examples
     --------

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 
-from polywhiten import whitening
+from polywhiten import checks, whitening
 from polywhiten.dispatch import Backend
 from polywhiten.jax.kernels import KERNELS, varying_alike
 from polywhiten.whitening import Plan, Statistics
@@ -57,6 +59,20 @@ _whiten.defvjp(_forward, _backward)
 
 class JaxBackend(Backend):
     """JAX's kernels, with whitening as an operation of its own."""
+
+    def tensor(self, x: Array, name: str = "x") -> Array:
+        """Arrays and tracers as they are; no sparse arrays, nor what stands for an array's shape alone."""
+        if not isinstance(x, Array):
+            raise checks.wrong_type(x, name, "a JAX array")
+        return x
+
+    def converted(self, values: Any, name: str, x: Array) -> Array:
+        """As JAX's functions convert it: NumPy's arrays, and what says itself how."""
+        if isinstance(values, Array):
+            return values
+        if isinstance(values, np.ndarray) or hasattr(values, "__jax_array__"):
+            return jax.numpy.asarray(values)
+        raise checks.wrong_type(values, name, "a JAX or NumPy array")
 
     def whiten(self, plan: Plan, x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Statistics]:
         """Y and the statistics, all differentiable."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from polywhiten import whitening
+from polywhiten import checks, whitening
 from polywhiten.dispatch import Backend
 from polywhiten.tensorflow.kernels import KERNELS, unrecorded
 from polywhiten.tensorflow.namespace import Tensor
@@ -17,9 +17,16 @@ from polywhiten.whitening import Plan, Statistics
 class TensorFlowBackend(Backend):
     """TensorFlow's kernels, with whitening as an operation of its own."""
 
-    def tensor(self, x: Tensor) -> Tensor:
-        """The value of a tf.Variable; tensors as they are."""
-        return tf.convert_to_tensor(x)
+    def tensor(self, x: Tensor, name: str = "x") -> Tensor:
+        """The value of a tf.Variable; tensors as they are; no ragged and sparse ones."""
+        try:
+            return tf.convert_to_tensor(x)
+        except (TypeError, ValueError, RuntimeError) as error:  # the last is PyTorch's
+            raise checks.wrong_type(x, name, "a tensor, or what tf.convert_to_tensor takes") from error
+
+    def converted(self, values: Any, name: str, x: Tensor) -> Tensor:
+        """As TensorFlow's functions convert it: the arrays of all libraries, and lists."""
+        return self.tensor(values, name)
 
     def whiten(self, plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
         """Y and the statistics, all differentiable.
@@ -27,7 +34,7 @@ class TensorFlowBackend(Backend):
         The gradient is computed from the statistics as they are given out, so that a second derivative comes back
         here as gradients of the statistics.
         """
-        inputs = [tf.convert_to_tensor(array) for array in (x, weight, bias) if array is not None]
+        inputs = [array for array in (x, weight, bias) if array is not None]
         stats: Sequence[Tensor] = ()
 
         def arrays(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:

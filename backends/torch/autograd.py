@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import polywhiten.torch.namespace as xp
+from polywhiten import checks
 from polywhiten.compiled import is_available
 from polywhiten.dispatch import Backend, framework_module
 from polywhiten.solvers.minimax import minimax_steps, widest_interval
@@ -161,6 +162,14 @@ class TorchBackend(Backend):
         """A copy where a graph of operations on what is given is recorded."""
         recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
         return state.clone() if recorded else state
+
+    def converted(self, values: Any, name: str, x: Tensor) -> Tensor:
+        """Tensors alone, and on the device of x: PyTorch's functions convert nothing."""
+        if not isinstance(values, Tensor):
+            raise checks.wrong_type(values, name, f"a tensor, as torch.as_tensor({name}, device=x.device)")
+        if values.device != x.device:
+            raise ValueError(f"{name} is on {values.device} and x on {x.device}: move it, as {name}.to(x.device)")
+        return values
 
     def in_memory_order(self, x: Tensor, axis: int) -> tuple[Tensor, int, Callable[[Tensor], Tensor]]:
         """Channels-last tensors as they are in memory: they aren't copied, and the result is channels-last too."""

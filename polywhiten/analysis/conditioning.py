@@ -49,7 +49,7 @@ def covariance(x: Array, *, axis: int = 1, num_groups: int | None = None) -> Arr
     >>> float(condition_number(covariance(x)).round()), float(condition_number(covariance(y)).round())
     (98.0, 1.0)
     """
-    backend, x, axis = checked_input(x, None, None, axis, first_axis=0 if num_groups is None else 1)
+    backend, x, axis = checked_input(x, axis, first_axis=0 if num_groups is None else 1)
     if num_groups is None:
         check_batch(x, axis)
     else:
@@ -238,7 +238,7 @@ def mean_correlation(cov: Array) -> Array:
 def checked_covariance(cov: Array) -> tuple[Backend, Array]:
     """The backend of cov, and cov as a tensor in the dtype of statistics."""
     backend = backend_of(cov, "cov")
-    cov = backend.tensor(cov)
+    cov = backend.tensor(cov, "cov")
     check_array(backend.kernels.xp, cov, "cov")
     check_square(cov)
     return backend, backend.kernels.for_statistics(cov)

@@ -97,7 +97,7 @@ def _distance(normalize: Callable[[Array], Array], batches: Iterable[Array]) -> 
     for batch in batches:
         y = normalize(batch)
         backend = backend_of(y, "normalize(batch)")
-        kernels, y = backend.kernels, backend.tensor(y)
+        kernels, y = backend.kernels, backend.tensor(y, "normalize(batch)")
         check_array(kernels.xp, y, "normalize(batch)")
         if tuple(y.shape) != tuple(batch.shape):
             raise ValueError(f"normalize(batch) has shape {tuple(y.shape)}: that of the batch, {tuple(batch.shape)}")
@@ -181,7 +181,7 @@ def sample_batches(
     [[3, 2, 5], [3, 4, 5]]
     """
     backend = backend_of(data, "data")
-    data = backend.tensor(data)
+    data = backend.tensor(data, "data")
     check_array(backend.kernels.xp, data, "data")
     total = data.shape[0] if data.ndim else 0
     for name, value, least in (("batch_size", batch_size, 2), ("num_samples", num_samples, 1)):

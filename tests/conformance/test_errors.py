@@ -92,6 +92,93 @@ def test_gradient_of_another_shape(library):
         pullback(library.array(X[:, :, 0]))
 
 
+GROUPS = {"iter_norm": {"group_size": 4}, "group_whiten": {"num_groups": 3}}
+WEIGHT, BIAS = np.linspace(1, 2, 6), np.linspace(-1, 1, 6)
+DY = np.random.default_rng(1).normal(size=X.shape)
+
+
+def beside(convert, convert_other):
+    """Calls of all functions, by the argument that `convert_other` makes; the others are made by `convert`."""
+    weight, bias, dy = map(convert, (WEIGHT, BIAS, DY))
+    others = {"weight": convert_other(WEIGHT), "bias": convert_other(BIAS)}
+    stats = pw.whitening_stats(X, group_size=4)
+    own, other = (pw.WhiteningStats(*map(change, stats)) for change in (convert, convert_other))
+
+    def pull(name, x, dy, **affine):
+        y, pullback = getattr(pw, f"{name}_vjp")(x, **affine, **GROUPS[name])
+        return y, *pullback(dy)
+
+    def whiten(name, x, **affine):
+        return (getattr(pw, name)(x, **affine, **GROUPS[name]),)
+
+    for name in GROUPS:
+        yield "weight", lambda x, name=name: whiten(name, x, weight=others["weight"], bias=bias)
+        yield "bias", lambda x, name=name: whiten(name, x, bias=others["bias"])
+        yield "weight", lambda x, name=name: pull(name, x, dy, **others)
+        yield "dy", lambda x, name=name: pull(name, x, convert_other(DY), weight=weight, bias=bias)
+    yield "stats.mean", lambda x: (pw.apply_whitening(x, other, weight=weight, bias=bias),)
+    yield "stats.whitener", lambda x: (pw.apply_whitening(x, own._replace(whitener=other.whitener)),)
+    yield "weight", lambda x: (pw.apply_whitening(x, own, **others),)
+
+
+def assert_all_of(kind, x, calls, numpy):
+    """Each call returns arrays of the class `kind` with the values that NumPy's arrays alone give."""
+    for (name, call), (_, plain) in zip(calls, beside(np.asarray, np.asarray), strict=True):
+        for actual, expected in zip(call(x), plain(X), strict=True):
+            assert (actual is None) == (expected is None)
+            if expected is not None:
+                assert type(actual) is kind, name
+                np.testing.assert_allclose(numpy(actual), expected, atol=1e-10)
+
+
+def assert_each_refuses(x, calls):
+    for name, call in calls:
+        with pytest.raises(TypeError, match=rf"^{name} is a .*: pass an? "):
+            call(x)
+
+
+def test_numpy_arrays_beside_those_of_a_library(library):
+    """They are converted where the library's own functions do so; else the error names the argument."""
+    x, calls = library.array(X), beside(library.array, np.asarray)
+    if library.value.takes_numpy:
+        assert_all_of(type(x), x, calls, library.numpy)
+    else:
+        assert_each_refuses(x, calls)
+
+
+def test_arrays_of_a_library_beside_numpys(library):
+    """They are converted where NumPy's own functions do so."""
+    calls = beside(np.asarray, library.array)
+    if library.value.given_to_numpy:
+        assert_all_of(np.ndarray, X, calls, np.asarray)
+    else:
+        assert_each_refuses(X, calls)
+
+
+def test_numpy_arrays_of_wrong_shape_or_dtype_beside_those_of_a_library(library):
+    if not library.value.takes_numpy:
+        pytest.skip("it takes none")
+    x = library.array(X)
+    with pytest.raises(ValueError, match=r"weight has shape \(5,\): .* 6 channels"):
+        pw.iter_norm(x, weight=np.ones(5))
+    with pytest.raises(TypeError, match=r"bias has dtype .*int"):
+        pw.iter_norm(x, bias=np.ones(6, dtype="int32"))
+    with pytest.raises(ValueError, match=r"dy has shape \(4, 6\): y has \(4, 6, 3\)"):
+        pw.iter_norm_vjp(x)[1](X[:, :, 0])
+
+
+def test_torch_tensors_of_another_device(library):
+    if library.value.module != "torch":
+        pytest.skip("other libraries' functions move arrays, or have an error of their own")
+    x, elsewhere = library.array(X), library.array(X).to("meta")
+    with pytest.raises(ValueError, match=r"weight is on meta and x on c.*: move it, as weight\.to\(x\.device\)"):
+        pw.iter_norm(x, weight=elsewhere[0, :, 0])
+    with pytest.raises(ValueError, match=r"dy is on meta and x on c"):
+        pw.group_whiten_vjp(x, num_groups=3)[1](elsewhere)
+    with pytest.raises(ValueError, match=r"stats\.mean is on meta and x on c"):
+        pw.apply_whitening(x, pw.whitening_stats(elsewhere))
+
+
 def test_what_is_no_array():
     with pytest.raises(TypeError, match=r"x is a builtins\.list: pass an array"):
         pw.iter_norm([[1.0, 2.0]])
@@ -99,3 +186,11 @@ def test_what_is_no_array():
         pw.inverse_sqrt(1.0)
     with pytest.raises(TypeError, match="complex"):
         pw.iter_norm(X.astype(complex))
+
+
+def test_a_dtype_that_numpy_does_not_know():
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    with pytest.raises(TypeError, match="x has dtype bfloat16: whitening needs real floating-point values, convert it"):
+        pw.iter_norm(X.astype(bfloat16))
+    with pytest.raises(TypeError, match="weight has dtype bfloat16"):
+        pw.iter_norm(X, weight=np.ones(6, bfloat16))
