@@ -138,14 +138,14 @@ class CupyKernels(Kernels):
 
     def inverse_sqrt(self, solver: Solver, cov: Array, eps: float = 0.0) -> Array:
         """W = (cov + eps I)^(-1/2); of Newton's iteration in one launch."""
-        if not (is_iterated_in(cov.itemsize, solver) and self._is_iterated(cov, matrices=3)):
+        if not (is_iterated_in(solver, cov.itemsize) and self._is_iterated(cov, matrices=3)):
             return super().inverse_sqrt(solver, cov, eps)
         return self._newton("newton", solver, [cov], eps, matrices=3)
 
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array, eps: float = 0.0) -> Array:
         """Gradient of a loss with respect to cov; of Newton's iteration in one launch."""
         alike = grad.dtype == cov.dtype and grad.shape == cov.shape
-        if not (is_iterated_in(cov.itemsize, solver) and alike and self._is_iterated(cov, matrices=6)):
+        if not (is_iterated_in(solver, cov.itemsize) and alike and self._is_iterated(cov, matrices=6)):
             return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
         return self._newton("newton_adjoint", solver, [cov, grad], eps, matrices=6)
 

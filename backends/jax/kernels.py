@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
+from importlib import import_module
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -65,11 +66,16 @@ def full_precision(kernel: Callable[P, R]) -> Callable[P, R]:
 
 def _with_float64(solver: Solver, cov: Array) -> AbstractContextManager[object]:
     """Where a solver works in float64, let JAX have it: without the context it takes float32 instead."""
-    return jax.enable_x64(True) if _needs_float64(solver, cov) else nullcontext()
+    if not _needs_float64(solver, cov):
+        return nullcontext()
+    home: Any = jax if hasattr(jax, "enable_x64") else import_module("jax.experimental")  # before 0.8
+    context: AbstractContextManager[object] = home.enable_x64(True)
+    return context
 
 
 def _needs_float64(solver: Solver, cov: Array) -> bool:
-    return solver.needs_float64(float(xp.finfo(cov.dtype).eps))
+    info: Any = jax.numpy.finfo  # which JAX has left without types
+    return solver.needs_float64(float(info(cov.dtype).eps))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

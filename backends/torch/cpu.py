@@ -65,7 +65,7 @@ class CPUKernels(TorchKernels):
     @full_precision
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
         """W, every matrix in the cache."""
-        if not (is_iterated_in(cov.element_size(), solver) and _serves([cov])):
+        if not (is_iterated_in(solver, cov.element_size()) and _serves([cov])):
             return super().inverse_sqrt(solver, cov, eps)
         w: Tensor = _calls().inverse_sqrt(solver, cov, eps)
         return w
@@ -73,7 +73,7 @@ class CPUKernels(TorchKernels):
     @full_precision
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor:
         """Gradient with respect to cov, every matrix in the cache."""
-        if not (is_iterated_in(cov.element_size(), solver) and _serves([cov, grad])):
+        if not (is_iterated_in(solver, cov.element_size()) and _serves([cov, grad])):
             return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
         result: Tensor = _calls().inverse_sqrt_adjoint(solver, cov, grad, eps)
         return result
@@ -107,7 +107,7 @@ class CPUKernels(TorchKernels):
 
     def keeps_statistics(self, solver: Solver, x: Tensor) -> bool:
         """Not for compiled kernels, which take a tenth of a step for them."""
-        return not is_iterated_in(x.element_size(), solver) or x.device.type != "cpu" or not is_available()
+        return not is_iterated_in(solver, x.element_size()) or x.device.type != "cpu" or not is_available()
 
     def whole(self, plan: Plan, x: Tensor, *others: Tensor | None) -> Whole | None:
         """Of float32 and float64."""

@@ -78,13 +78,13 @@ class NumPyKernels(Kernels):
 
     def inverse_sqrt(self, solver: Solver, cov: Array, eps: float = 0.0) -> Array:
         """W, every matrix in the cache."""
-        if not (is_iterated_in(cov.itemsize, solver) and _serves(cov)):
+        if not (is_iterated_in(solver, cov.itemsize) and _serves(cov)):
             return super().inverse_sqrt(solver, cov, eps)
         return _CALLS.inverse_sqrt(solver, cov, eps)
 
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array, eps: float = 0.0) -> Array:
         """Gradient with respect to cov, every matrix in the cache."""
-        if not (is_iterated_in(cov.itemsize, solver) and _serves(cov, grad)):
+        if not (is_iterated_in(solver, cov.itemsize) and _serves(cov, grad)):
             return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
         return _CALLS.inverse_sqrt_adjoint(solver, cov, grad, eps)
 

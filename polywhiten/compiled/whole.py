@@ -43,7 +43,7 @@ class WholeWhitening:
         lines = self._count * padded(layout.d) * np.dtype(self._dtype).itemsize
         even = layout.blocks % self._workers == 0 or layout.blocks >= 4 * self._workers
         # the solver, if its steps are among the compiled ones
-        self._newton = plan.solver if is_iterated_in(np.dtype(self._dtype).itemsize, plan.solver) else None
+        self._newton = plan.solver if is_iterated_in(plan.solver, np.dtype(self._dtype).itemsize) else None
         self._by_block = self._newton is not None and even and (self._channels.number > 0 or lines <= _CACHED)
         if self._by_block:
             self._chunks = 1

@@ -71,7 +71,7 @@ class Newton(ScaledIteration):
         return min(self.iterations, most_steps(_GROWTH, epsilon))
 
 
-def is_iterated_in(itemsize: int, solver: Any) -> TypeGuard[Newton]:
+def is_iterated_in(solver: Any, itemsize: int) -> TypeGuard[Newton]:
     """Whether a solver is Newton's iteration with no more steps than kernels can take in numbers of so many bytes.
 
     Kernels take all of a solver's steps in the dtype of the statistics, which is float32 for half precision.

@@ -53,14 +53,14 @@ class FusedKernels(CPUKernels):
 
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
         """W, all iterations in one launch."""
-        if not (is_iterated_in(cov.element_size(), solver) and self._serves(cov)):
+        if not (is_iterated_in(solver, cov.element_size()) and self._serves(cov)):
             return super().inverse_sqrt(solver, cov, eps)
         with self.on_its_device(cov):
             return newton.inverse_sqrt(cov, eps, solver.iterations)
 
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor:
         """Gradient with respect to cov, all iterations in one launch."""
-        if not (is_iterated_in(cov.element_size(), solver) and self._serves(cov, grad)):
+        if not (is_iterated_in(solver, cov.element_size()) and self._serves(cov, grad)):
             return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
         with self.on_its_device(cov):
             return newton.inverse_sqrt_adjoint(cov, grad, eps, solver.iterations)
@@ -73,7 +73,7 @@ class FusedKernels(CPUKernels):
         """Of Newton's solver."""
         if not self._is_on_device(x):
             return super().whole(plan, x, *others)
-        if not is_iterated_in(x.element_size(), plan.solver):
+        if not is_iterated_in(plan.solver, x.element_size()):
             return None
         x4 = self.split(plan.blocks, x)
         if not self._serves(x4, *others):
