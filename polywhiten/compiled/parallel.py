@@ -79,16 +79,18 @@ def run(steps: Sequence[Step], workers: int, scratch: np.ndarray[Any, Any], shar
 
 
 def threads() -> int:
-    """How many NumPy's arrays get: as many as Numba uses, and no more than PyTorch does where it is loaded.
+    """How many NumPy's arrays are whitened by: Numba's number, or PyTorch's where it is loaded and has fewer.
 
-    PyTorch's number is 1 in the processes of its `DataLoader`, which share the cores.
+    PyTorch has one in the processes of its `DataLoader`, which share the cores.
     """
     if FORKED:
         return 1
+    most = _torch_threads()
+    if most == 1:
+        return 1
     _start_threads()
-    count = int(numba.get_num_threads())
-    torch = sys.modules.get("torch")
-    return count if torch is None else min(count, torch.get_num_threads())
+    number = int(numba.get_num_threads())
+    return number if most is None else min(number, most)
 
 
 def address(numbers: np.ndarray[Any, Any]) -> int:
@@ -137,11 +139,16 @@ def _alone() -> AbstractContextManager[object]:
 @cache
 def _start_threads() -> None:
     """Leave PyTorch as many threads as it had: Numba's may be OpenMP's, whose number PyTorch shares."""
-    torch = sys.modules.get("torch")
-    threads = None if torch is None else torch.get_num_threads()
+    before = _torch_threads()
     numba.set_num_threads(numba.get_num_threads())  # which starts them
-    if torch is not None:
-        torch.set_num_threads(threads)
+    if before is not None:
+        sys.modules["torch"].set_num_threads(before)
+
+
+def _torch_threads() -> int | None:
+    """How many PyTorch has; None where it isn't loaded, or not yet to where it can tell."""
+    count = getattr(sys.modules.get("torch"), "get_num_threads", None)
+    return None if count is None else int(count())
 
 
 @cache
