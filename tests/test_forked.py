@@ -1,4 +1,4 @@
-"""The compiled kernels in forked processes, as the workers of PyTorch's DataLoader are, and beside PyTorch's threads."""
+"""The compiled kernels in forked processes, as PyTorch's DataLoader has them, and beside PyTorch's threads."""
 
 import subprocess
 import sys
