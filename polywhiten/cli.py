@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
 import polywhiten
@@ -22,6 +22,7 @@ from polywhiten.streams import complain, reason
 
 WRONG_USE = 2
 STOPPED = 130  # as a shell has it for SIGINT
+LARGEST_SIZE = 10**8  # to find the divisors of as many channels takes seconds
 
 
 def run(args: list[str] | None = None) -> int:
@@ -100,7 +101,7 @@ def info() -> None:
 
 
 @commands.command()
-@click.argument("shape", type=_whole(1), nargs=-1, required=True, metavar="SIZE...")
+@click.argument("shape", type=_whole(1, LARGEST_SIZE), nargs=-1, required=True, metavar="SIZE...")
 @click.option("--axis", type=int, metavar="INTEGER", default=1, show_default=True, help="The channel axis.")
 def recommend(shape: tuple[int, ...], axis: int) -> None:
     """Recommend group sizes for layers by their input's shape.
@@ -216,34 +217,35 @@ def demo(norms: tuple[str, ...], framework: str, file: Path | None, out: Path, *
     from polywhiten.demo.report import WriteError
 
     chosen = list(dict.fromkeys(norms))
-    epochs, error = compare(trainer, data, chosen, settings, out)
-    unwritten = isinstance(error, WriteError)
+    epochs, ended_by = compare(trainer, data, chosen, settings, out)
+    unwritten = isinstance(ended_by, WriteError)
     if unwritten and not epochs:
-        raise _bad("--out", f"{error}: name another folder")
-    if epochs and not isinstance(error, KeyboardInterrupt):
+        raise _bad("--out", f"{ended_by}: name another folder")
+    if epochs and not isinstance(ended_by, KeyboardInterrupt):
         sizes = f"{pictures} training and {len(data.x_test)} test pictures, {settings.epochs} epochs"
         click.echo(f"{data.name}: {sizes}; {trainer.TITLE}")
         click.echo(_text(report.table(epochs)), nl=False)
     files = f"{out / 'results.csv'} and {out / 'curves.png'}"
-    if error is None:
+    if ended_by is None:
         click.echo(f"The curves are in {out / 'curves.png'}, the numbers in {out / 'results.csv'}.")
         return 0
     done = f"{len(epochs)} of {len(chosen) * settings.epochs} epochs"
     kept = f"{files} have them" if epochs else "there is nothing to keep"
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(ended_by, KeyboardInterrupt):
         complain(f"stopped after {done}: {kept}")
         return STOPPED
     if unwritten:
-        complain(f"--out: {error}: name another folder; {done} are in the table")
+        complain(f"--out: {ended_by}: name another folder; {done} are in the table")
     else:
-        complain(f"training failed after {done} ({reason(error)}): {kept}")
+        complain(f"training failed after {done} ({reason(ended_by)}): {kept}")
     return WRONG_USE
 
 
 def _text(table: Table) -> str:
     """The table as the terminal shows it; on a narrow one its lines wrap, and no number is cut off."""
     console = Console()
-    console.width = max(console.width, Measurement.get(console, console.options, table).maximum)
+    needed = console.measure(table, options=console.options.update(max_width=sys.maxsize)).maximum
+    console.width = max(console.width, needed)
     with console.capture() as capture:
         console.print(table)
     return capture.get()

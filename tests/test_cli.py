@@ -1,12 +1,14 @@
 """The command line and the demo: what they promise to users who type the wrong thing, stop it, or repeat it."""
 
 import csv
+import errno
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -19,6 +21,7 @@ for _module in ("torch", "click", "rich", "sklearn", "matplotlib"):
 import polywhiten  # noqa: E402
 from polywhiten import cli, info  # noqa: E402
 from polywhiten.compiled import is_available  # noqa: E402
+from polywhiten.demo import data as demo_data  # noqa: E402
 from polywhiten.demo import frameworks  # noqa: E402
 from polywhiten.demo.data import DataError, load_digits, prepare  # noqa: E402
 from polywhiten.demo.report import ResultsFile, curves, table  # noqa: E402
@@ -188,6 +191,8 @@ BAD_OPTIONS = {
     "seed too large for PyTorch": (["--seed", str(2**64)], ["--seed", str(2**64), "0 to 4294967295"]),
     "unknown device": (["--device", "abacus"], ["--device", "abacus", "cpu"]),
     "device that holds no values": (["--device", "meta"], ["--device", "meta", "cpu"]),
+    "a file name that is too long": (["--data", "x" * 5000], ["--data", "xxx", "can't be read"]),
+    "an escape sequence in a file name": (["--data", "\x1b[2J.npz"], ["--data", r"\x1b[2J.npz"]),
     "a file name of two lines": (["--data", "no\nsuch.npz"], ["--data", "no such.npz"]),
     "unknown option": (["--epoch", "1"], ["--epoch", "--epochs", "polywhiten demo --help"]),
     "option without a value": (["--epochs"], ["--epochs"]),
@@ -219,6 +224,9 @@ def npz_with(**changes):
 
 
 OBJECTS = np.array([[1], [2, 3]], dtype=object)
+FAR_APART = np.full((24, 8, 8), -3e38)
+FAR_APART[0] = 3e38
+MANY_FIELDS = [(f"a_field_with_a_long_name_{i}", "u1") for i in range(400)]
 BAD_ARRAYS = {
     "a missing key": (npz_with(x_test=None, y_test=None), ["x_test", "y_test", "holds", "x_train"]),
     "objects": (npz_with(x_train=OBJECTS), ["x_train", "dtype object", "numbers"]),
@@ -233,6 +241,10 @@ BAD_ARRAYS = {
     "a NaN": (npz_with(x_train=np.full((24, 8, 8), np.nan)), ["x_train", "not finite"]),
     "too large for float32": (npz_with(x_test=np.full((6, 8, 8), 1e300)), ["x_test", "not finite"]),
     "fewer labels than pictures": (npz_with(y_train=np.zeros(23, int)), ["y_train", "23 labels", "24 pictures"]),
+    "too far apart for float32": (npz_with(x_train=FAR_APART), ["x_train", "too far"]),
+    "a label that is no int64": (npz_with(y_train=np.arange(24, dtype="u8") + 2**63), ["y_train", str(2**63 + 23)]),
+    "a header that NumPy would have trusted": (npz_with(x_train=np.zeros(24, MANY_FIELDS)), ["x_train", "numbers"]),
+    "fields": (npz_with(x_train=np.zeros((24, 8, 8), "u1,u1")), ["x_train", "real numbers"]),
     "labels that are measures": (npz_with(y_train=np.linspace(0, 1, 24)), ["y_train", "float64", "integer"]),
     "one-hot labels": (npz_with(y_train=np.eye(24, dtype=int)), ["y_train", "(24, 24)", "(N,)"]),
     "one class": (npz_with(y_train=np.full(24, 7)), ["y_train", "7", "2 classes"]),
@@ -267,7 +279,26 @@ def write_foreign(path):
             file.writestr(key, "no array")
 
 
+def write_lying(path, shape, **others):
+    """Its x_train has a header of this shape, but few values."""
+    np.savez(path, **npz_with(x_train=None, **others))
+    with zipfile.ZipFile(path, "a") as file, file.open("x_train.npy", "w") as member:
+        header = {"shape": shape, "fortran_order": False, "descr": "|u1"}
+        np.lib.format.write_array_header_1_0(member, header)
+        member.write(bytes(100))
+
+
+def write_many(path):
+    np.savez(path, **{f"array_{i}": np.zeros(1) for i in range(30)})
+
+
 BAD_FILES = {
+    "more values in the header than in the file": (
+        lambda path: write_lying(path, (10**15, 8, 8)),
+        ["x_train", "damaged", "100 bytes", str(64 * 10**15)],
+    ),
+    "a negative size": (lambda path: write_lying(path, (-24, 8, 8)), ["x_train", "damaged"]),
+    "many other arrays": (write_many, ["array_7 and 22 more", "x_train"]),
     "no file": (lambda path: None, ["doesn't exist", ".npz"]),
     "a folder": (Path.mkdir, ["not a file", ".npz"]),
     "nothing in it": (Path.touch, [".npz format"]),
@@ -290,6 +321,40 @@ def test_bad_files_are_one_line_and_never_unpickled(write, words, tmp_path, out,
     assert not (tmp_path / "unpickled").exists()
 
 
+def test_a_file_of_gigabytes_is_refused_by_its_headers(tmp_path, out, capsys):
+    """A small file can unpack to any size: here it's 64 MB of zeros, in a shape that doesn't fit."""
+    np.savez_compressed(tmp_path / "bomb.npz", **npz_with(x_train=np.zeros((1, 64, 2**20), "u1")))
+    tracemalloc.start()
+    try:
+        assert demo("--data", tmp_path / "bomb.npz", "--out", out) == 2
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
+    check_one_line(capsys, ["--data", "x_test has pictures of 8 x 8 x 1, x_train of 64 x 1048576 x 1"])
+
+
+@pytest.mark.skipif(not hasattr(os, "sysconf"), reason="this system doesn't tell its memory")
+def test_more_pictures_than_the_memory_holds_are_one_line(small, out, capsys, monkeypatch):
+    pages = {"SC_PAGE_SIZE": 100, "SC_PHYS_PAGES": 110}  # of 24 + 6 pictures, 9600 B in all; and of labels, 360 B
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "sysconf", lambda name: pages[name])
+        assert demo("--data", small, "--batch-size", 8, "--norm", "bn", "--epochs", 1, "--out", out) == 0
+        capsys.readouterr()
+        pages["SC_PHYS_PAGES"] = 90
+        assert demo("--data", small, "--out", out) == 2
+    check_one_line(capsys, ["--data", "GiB", "fewer or smaller pictures"])
+
+
+@pytest.mark.parametrize("step", ["_unpack", "_pictures", "_labels", "_standardize"])
+def test_no_memory_left_is_one_line(step, small, out, capsys, monkeypatch):
+    def full(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(demo_data, step, full)
+    assert demo("--data", small, "--out", out) == 2
+    check_one_line(capsys, ["--data", "more memory", "fewer or smaller pictures"])
+
+
 def test_an_output_folder_that_is_a_file_is_one_line(small, out, capsys):
     out.write_text("mine")
     assert demo("--data", small, "--out", out) == 2
@@ -303,6 +368,63 @@ def test_an_output_folder_that_can_not_be_made_is_one_line(small, tmp_path, caps
     check_one_line(capsys, ["--out", str(tmp_path / "file" / "out"), "folder"])
 
 
+def test_an_output_folder_of_too_long_a_name_is_one_line(small, capsys):
+    assert demo("--data", small, "--batch-size", 8, "--out", "x" * 5000) == 2
+    check_one_line(capsys, ["--out", "xxx", "name another folder"])
+
+
+@pytest.mark.parametrize("name", ["results.csv", "curves.png"])
+def test_files_that_can_not_be_written_are_found_out_before_the_training(name, small, out, capsys):
+    (out / name).mkdir(parents=True)
+    assert demo("--data", small, "--epochs", 10**9, "--batch-size", 8, "--out", out) == 2
+    check_one_line(capsys, ["--out", str(out / name), "name another folder"])
+
+
+class FullDisk:
+    """A csv.writer with room for the header and two epochs."""
+
+    def __init__(self, file):
+        self.room = 3
+
+    def writerow(self, row):
+        self.room -= 1
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_is_full_in_the_middle_leaves_the_table(small, out, capsys, monkeypatch):
+    monkeypatch.setattr(csv, "writer", FullDisk)
+    args = "--data", small, "--norm", "bn", "--norm", "gn", "--epochs", 2, "--batch-size", 8
+    assert demo(*args, "--out", out) == 2
+    stdout, stderr = capsys.readouterr()
+    assert stderr.count("\n") == 1
+    for words in (str(out / "results.csv"), "No space left on device", "3 of 4 epochs are in the table"):
+        assert words in stderr
+    assert "BN" in stdout
+    assert "GN" in stdout
+    assert "The curves are in" not in stdout
+
+
+def test_training_that_fails_keeps_what_was_done(small, out, capsys, monkeypatch):
+    import polywhiten.torch.demo
+
+    def train(norm, *args):
+        yield Epoch(norm, 1, 0.5, 0.5, 0.75, 2.0)
+        if norm == "gn":
+            raise RuntimeError("out of memory\n  in many lines")
+
+    monkeypatch.setattr(polywhiten.torch.demo, "train", train)
+    args = "--data", small, "--norm", "bn", "--norm", "gn", "--norm", "gw", "--epochs", 1, "--batch-size", 8
+    assert demo(*args, "--out", out) == 2
+    stdout, stderr = capsys.readouterr()
+    assert stderr.count("\n") == 1
+    assert "training failed after 2 of 3 epochs (RuntimeError: out of memory): " in stderr
+    assert str(out / "results.csv") in stderr
+    assert stdout.count("75.00%") == 4
+    assert [row["norm"] for row in rows(out)] == ["bn", "gn"]
+    assert (out / "curves.png").read_bytes().startswith(PNG)
+
+
 def test_a_command_that_is_none_is_one_line(capsys):
     assert cli.run(["train"]) == 2
     check_one_line(capsys, ["train", "polywhiten --help"])
@@ -314,6 +436,7 @@ def check_one_line(capsys, words):
     assert stderr.startswith("polywhiten: ")
     assert stderr.count("\n") == 1
     assert stderr.endswith("\n")
+    assert "allow_pickle" not in stderr  # NumPy's advice, which is none for the file of a stranger
     for word in words:
         assert word in stderr
 
@@ -324,6 +447,113 @@ def test_help_and_version_are_no_errors(capsys):
     for args in ([], ["--help"], ["demo", "--help"]):
         assert cli.run(args) == 0
         assert capsys.readouterr().out.startswith("Usage: polywhiten")
+
+
+# ---------------------------------------------------------------- what it writes to
+
+
+def main_with_streams(redirection, *args, **kwargs):
+    """`polywhiten ARGS REDIRECTION`, as a shell has it."""
+    code = "from polywhiten.__main__ import main\nmain()"
+    command = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-P", "-c", code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **kwargs)
+
+
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+
+
+@needs_dev_full
+@pytest.mark.parametrize(
+    ("args", "redirection", "reason"),
+    [
+        (["--version"], ">/dev/full", "No space left on device"),
+        (["--version"], ">&-", "Bad file descriptor"),
+        (["recommend", "32", "80"], ">/dev/full", "No space left on device"),
+        (["recommend", "32", "80"], "<&- >&-", "Bad file descriptor"),
+        (["info"], ">/dev/full", "No space left on device"),
+    ],
+)
+def test_standard_output_that_is_full_or_closed_is_one_line(args, redirection, reason):
+    done = main_with_streams(redirection, *args)
+    assert done.stderr == f"polywhiten: standard output can't be written to ({reason})\n"
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+@needs_dev_full
+@pytest.mark.parametrize(
+    ("args", "redirection", "code", "output"),
+    [
+        (["train"], "2>/dev/full", 2, ""),
+        (["train"], "2>&-", 2, ""),
+        (["--version"], ">&- 2>&-", 2, ""),
+        (["--version"], ">/dev/full 2>/dev/full", 2, ""),
+        (["--version"], "2>&-", 0, f"polywhiten {polywhiten.__version__}\n"),
+    ],
+)
+def test_standard_error_that_is_full_or_closed_leaves_the_exit_code(args, redirection, code, output):
+    done = main_with_streams(redirection, *args)
+    assert (done.returncode, done.stdout, done.stderr) == (code, output, "")
+
+
+@needs_dev_full
+@pytest.mark.parametrize("redirection", [">/dev/full", "<&- >&- 2>&-"])
+def test_the_files_are_kept_when_the_table_can_not_be_written(redirection, small, out):
+    args = "demo", "--data", small, "--norm", "bn", "--epochs", 1, "--batch-size", 8, "--out", out
+    assert main_with_streams(redirection, *args).returncode == 2
+    assert [(row["norm"], row["epoch"]) for row in rows(out)] == [("bn", "1")]
+    assert (out / "curves.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break in another way")
+def test_a_reader_that_is_gone_is_no_reason_for_messages():
+    read, write = os.pipe()
+    os.close(read)
+    code = "from polywhiten.__main__ import main\nmain()"
+    command = [sys.executable, "-P", "-c", code, "--version"]
+    with os.fdopen(write, "wb") as stdout:
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [(b"caf\xc3\xa9.npz", "caf\u00e9.npz"), (b"caf\xe9.npz", "caf\ufffd.npz"), ("\u6587.npz".encode(), "\u6587.npz")],
+    ids=["not ASCII", "not UTF-8", "not in the picture's font"],
+)
+def test_a_file_of_any_name_gets_its_picture(name, shown, small, out, capsys):
+    file = small.rename(small.with_name(os.fsdecode(name)))
+    assert demo("--data", file, "--norm", "bn", "--epochs", 1, "--batch-size", 8, "--out", out) == 0
+    stdout, stderr = capsys.readouterr()
+    assert stdout.startswith(f"{shown}: 24 training")
+    assert stderr == ""
+    assert (out / "curves.png").read_bytes().startswith(PNG)
+
+
+def test_names_that_the_locale_can_not_write_are_no_reason_to_fail(small, tmp_path):
+    """In the C locale without Python's UTF-8 mode, and in one that has some letters but not these."""
+    file = small.rename(small.with_name("caf\u00e9 \u6587.npz"))
+    out = tmp_path / "\u6587"
+    args = "demo", "--data", file, "--norm", "bn", "--epochs", 1, "--batch-size", 8, "--out", out
+    for encoding in (
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "1"},
+    ):
+        process = main_in_new_process(*args, env=os.environ | encoding, errors="replace")
+        stdout, stderr = process.communicate(timeout=120)
+        assert (process.returncode, stderr) == (0, "")
+        assert "24 training" in stdout
+        assert (out / "curves.png").read_bytes().startswith(PNG)
+        (out / "curves.png").unlink()
+
+
+def test_a_narrow_terminal_cuts_off_no_number(small, out, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    assert demo("--data", small, "--norm", "bn", "--epochs", 1, "--batch-size", 8, "--out", out) == 0
+    stdout = capsys.readouterr().out
+    assert "\u2026" not in stdout
+    for word in ("Test accuracy", "ms per step", f"{float(rows(out)[0]['test_accuracy']):.2%}"):
+        assert word in stdout
 
 
 # ---------------------------------------------------------------- stopping it
@@ -486,6 +716,45 @@ def test_info_reports_broken_frameworks_in_a_line_each(tmp_path, monkeypatch):
     assert lines["keras"].endswith("installed but broken: RuntimeError: no reason given")
 
 
+NO_BACKEND = "none: polywhiten has no backend for it"
+ODD = {
+    "an error without a message": (
+        "class Odd(Exception):\n def __str__(self): raise ValueError\nraise Odd",
+        "installed but broken: Odd: no reason given",
+    ),
+    "what is no Exception": (
+        "class Odd(BaseException): pass\nraise Odd('first\\nsecond')",
+        "installed but broken: Odd: first",
+    ),
+    "no version": ("", "installed but broken: AttributeError: module 'abacus' has no attribute '__version__'"),
+    "a version that is no text": ("__version__ = None", NO_BACKEND),
+    "bytes that are no text": ("import os\n__version__ = '0'\nos.write(1, bytes([255]))", NO_BACKEND),
+    "a message at the end": ("import atexit\n__version__ = '0'\natexit.register(print, 'bye')", NO_BACKEND),
+}
+
+
+@pytest.mark.parametrize(("code", "end"), ODD.values(), ids=ODD)
+def test_info_has_a_line_on_a_framework_that_does_odd_things(code, end, tmp_path, monkeypatch):
+    fake(tmp_path, "abacus", code)
+    monkeypatch.setattr(info, "FRAMEWORKS", ("abacus",))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    (line,) = [line for line in info.report() if line.startswith("abacus")]
+    assert line.endswith(end)
+
+
+@pytest.mark.parametrize("name", ["torch", "matplotlib"])
+@pytest.mark.parametrize("error", ["RuntimeError('binary\\nincompatible')", "SystemExit('binary')"])
+def test_a_broken_installation_is_one_line_in_the_demo(name, error, tmp_path, out):
+    fake(tmp_path, name, f"raise {error}")
+    before = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
+    process = main_in_new_process("demo", "--out", out, before=before)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout, stderr.count("\n")) == (2, "", 1)
+    assert f"{name} is installed but broken ({error.partition('(')[0]}: binary)" in stderr
+    assert not out.exists()
+
+
 def test_info_is_not_misled_by_what_a_framework_prints_or_by_a_folder_of_its_name(tmp_path, monkeypatch):
     fake(tmp_path, "abacus", "print('hello')\n__version__ = '0'")
     (tmp_path / "slate").mkdir()
@@ -529,7 +798,8 @@ def test_recommend_says_what_both_layers_can_do_with_a_shape(capsys):
     ("args", "words"),
     [
         (["32"], ["axis=1 holds no channels in shape=(32,)", "polywhiten recommend --help"]),
-        (["32", "x"], ["x is not an integer of 1 or more"]),
+        (["32", "x"], ["x is not an integer from 1 to 100000000"]),
+        (["32", "1" + 23 * "0"], [23 * "0" + " is not an integer from 1 to 100000000"]),
         (["1", "8"], ["shape=(1, 8) gives 1 sample a channel"]),
         ([], ["SIZE"]),
     ],
@@ -563,6 +833,26 @@ def test_pictures_are_standardized_by_the_training_ones_and_labels_counted_from_
     assert data.classes == 2
     assert set(data.y_train) == {0, 1}
     np.testing.assert_array_equal(data.y_test, (arrays["y_test"] - 30) // 10)
+
+
+def test_labels_of_all_integer_types_are_compared_as_integers():
+    """In float64 these neighbours are one."""
+    arrays = pictures()
+    arrays["y_train"] = np.uint64(2**60) + arrays["y_train"].astype("u8")
+    arrays["y_test"] = 2**60 + arrays["y_test"].astype("i8")
+    data = prepare("", **arrays)
+    np.testing.assert_array_equal(data.y_test, arrays["y_test"] - 2**60)
+    with pytest.raises(DataError, match=f"label {2**60 + 2}"):
+        prepare("", **(arrays | {"y_test": arrays["y_test"] + 1}))
+
+
+@pytest.mark.filterwarnings("error")
+def test_values_too_small_for_a_deviation_are_constant():
+    arrays = {key: value * np.float32(0) if key[0] == "x" else value for key, value in pictures().items()}
+    arrays["x_train"][0, 0, 0] = 1e-45
+    data = prepare("", **arrays)
+    assert abs(data.x_train).max() < 1e-44
+    assert (data.x_test == 0).all()
 
 
 def test_the_digits_split_is_fixed():
