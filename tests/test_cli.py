@@ -336,8 +336,9 @@ def test_a_file_of_gigabytes_is_refused_by_its_headers(tmp_path, out, capsys):
 @pytest.mark.skipif(not hasattr(os, "sysconf"), reason="this system doesn't tell its memory")
 def test_more_pictures_than_the_memory_holds_are_one_line(small, out, capsys, monkeypatch):
     pages = {"SC_PAGE_SIZE": 100, "SC_PHYS_PAGES": 110}  # of 24 + 6 pictures, 9600 B in all; and of labels, 360 B
+    sysconf = os.sysconf
     with monkeypatch.context() as patched:
-        patched.setattr(os, "sysconf", lambda name: pages[name])
+        patched.setattr(os, "sysconf", lambda name: pages.get(name) or sysconf(name))
         assert demo("--data", small, "--batch-size", 8, "--norm", "bn", "--epochs", 1, "--out", out) == 0
         capsys.readouterr()
         pages["SC_PHYS_PAGES"] = 90
