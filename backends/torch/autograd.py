@@ -160,7 +160,12 @@ class TorchBackend(Backend):
 
     def snapshot(self, state: Tensor, *given: Tensor | None) -> Tensor:
         """A copy where a graph of operations on what is given is recorded."""
-        recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
+        # a trace has the state as an input of its own, which no later step changes
+        recorded = (
+            torch.is_grad_enabled()
+            and not is_tracing()
+            and any(tensor is not None and tensor.requires_grad for tensor in given)
+        )
         return state.clone() if recorded else state
 
     def converted(self, values: Any, name: str, x: Tensor) -> Tensor:
