@@ -140,9 +140,9 @@ class IterNorm(_WhiteningLayer):
             `"zeros"`.
         moving_variance_initializer: Initializer of the channels' variances.
             The moving covariance starts as the diagonal matrix of these, the
-            moving whitener as that of `1 / sqrt(variance + epsilon)`, so that
-            an untrained layer does what `BatchNormalization` does. Defaults to
-            `"ones"`.
+            moving whitener as that of `1 / sqrt(variance)`, with epsilon in
+            place of smaller variances, so that an untrained layer does what
+            `BatchNormalization` does. Defaults to `"ones"`.
         beta_regularizer: Optional regularizer of beta.
         gamma_regularizer: Optional regularizer of gamma.
         beta_constraint: Optional constraint of beta.
@@ -290,7 +290,8 @@ class IterNorm(_WhiteningLayer):
         full = "float64" if dtype == "float64" else "float32"  # epsilon may be too small for half precision
         values = ops.cast(self.moving_variance_initializer((channels,), dtype=dtype), full)
         if self.track == "whitener":
-            values = ops.rsqrt(values + (self.epsilon * ops.mean(values) if self.relative_epsilon else self.epsilon))
+            # not of their sum with epsilon: the papers' average starts as the identity
+            values = ops.rsqrt(ops.maximum(values, self.epsilon * (ops.mean(values) if self.relative_epsilon else 1)))
         values = ops.concatenate([values, ops.ones((groups * d - channels,), dtype=full)])
         return ops.cast(ops.reshape(values, (groups, d, 1)) * ops.eye(d, dtype=full), dtype)
 
