@@ -33,6 +33,11 @@ def files(folder, ending):
     return list(folder.rglob(f"*double*.{ending}"))
 
 
+def full(self, path):
+    """A disk that nothing can be written to."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+
 DAMAGE = {
     "empty": lambda content: b"",
     "cut": lambda content: content[: len(content) // 2],
@@ -62,9 +67,6 @@ def test_a_damaged_file_is_replaced_with_a_warning_that_names_it(doubled, tmp_pa
 
 
 def test_a_full_disk_keeps_nothing_and_says_so_once(doubled, tmp_path, monkeypatch):
-    def full(self, path):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-
     parallel._warn_of_nothing_kept.cache_clear()
     monkeypatch.setattr(IndexDataCacheFile, "_open_for_write", full)
     with warnings.catch_warnings(record=True) as caught:
@@ -74,6 +76,16 @@ def test_a_full_disk_keeps_nothing_and_says_so_once(doubled, tmp_path, monkeypat
     assert "No space left on device" in str(warning.message)
     assert "NUMBA_CACHE_DIR" in str(warning.message)
     assert not files(tmp_path, "nb?")
+
+
+def test_a_damaged_file_that_can_not_be_replaced_says_so(doubled, tmp_path, monkeypatch):
+    assert doubled() == 42
+    (file,) = files(tmp_path, "nbc")
+    file.write_bytes(b"")
+    parallel._warn_of_nothing_kept.cache_clear()
+    monkeypatch.setattr(IndexDataCacheFile, "_open_for_write", full)
+    with pytest.warns(RuntimeWarning, match="No space left on device"):
+        assert doubled() == 42
 
 
 def test_a_folder_that_vanishes_is_no_error(doubled, tmp_path):

@@ -45,7 +45,7 @@ class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no
     ) -> None:
         super().__init__(**kwargs)
         self.axis = checks.check_integer("axis", axis)
-        self.epsilon = epsilon
+        self.epsilon = checks.check_eps(epsilon, "epsilon")
         self.relative_epsilon = relative_epsilon
         self.center = center
         self.scale = scale
@@ -57,7 +57,7 @@ class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no
         self.gamma_constraint = constraints.get(gamma_constraint)
         self.method = method
         self.iterations = iterations
-        self._solver, self._shift = regularized_solver(method, iterations, epsilon, relative_epsilon, "epsilon")
+        self._solver, self._shift = regularized_solver(method, iterations, self.epsilon, relative_epsilon)
         self.gamma = None
         self.beta = None
         self.supports_masking = True

@@ -137,7 +137,7 @@ class IterNorm(LeafModule):
         self._notice = Notice()  # that the layer is infeasible
         self.num_features = checks.check_positive("num_features", num_features)
         self.group_size = checks.check_positive("group_size", group_size)
-        self.eps = eps
+        self.eps = checks.check_eps(eps)
         self.relative_eps = relative_eps
         if momentum is not None:
             momentum = checks.check_momentum(momentum, ", or None for the plain average")
@@ -145,7 +145,7 @@ class IterNorm(LeafModule):
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.method = method
-        self._solver, self._shift = regularized_solver(method, iterations, eps, relative_eps)
+        self._solver, self._shift = regularized_solver(method, iterations, self.eps, relative_eps)
         self.track = checks.check_choice("track", track, TRACKED)
         self.on_nonfinite = checks.check_choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -328,11 +328,11 @@ class GroupWhitening(LeafModule):
         self._notice = Notice()  # that the layer is infeasible
         self.num_channels = checks.check_positive("num_channels", num_channels)
         self.num_groups = checks.check_num_groups(num_groups, num_channels)
-        self.eps = eps
+        self.eps = checks.check_eps(eps)
         self.relative_eps = relative_eps
         self.affine = affine
         self.method = method
-        self._solver, self._shift = regularized_solver(method, iterations, eps, relative_eps)
+        self._solver, self._shift = regularized_solver(method, iterations, self.eps, relative_eps)
         _register_affine(self, num_channels, bias, {"device": device, "dtype": dtype})
         self.reset_parameters()
 

@@ -168,13 +168,17 @@ def _kept(function: Callable[..., None], dtype: str, compiler: Callable[..., Any
     named.__qualname__ = f"{function.__name__}_{dtype}_{_version()}"
     keep = compiler(*args, cache=True, **options)
     try:
-        return keep(named)
+        try:
+            return keep(named)
+        except OSError:
+            raise
+        except (
+            Exception
+        ) as error:  # no folder to write to; or a damaged file, which raises what it will when it is read
+            if not (isinstance(error, RuntimeError) and "cannot cache" in str(error)):
+                return _replaced(named, keep, error)
     except OSError as error:  # the disk is full, say
         _warn_of_nothing_kept(error.strerror or type(error).__name__)
-    except Exception as error:  # no folder to write to; or a damaged file, which raises what it will when it is read
-        if not (isinstance(error, RuntimeError) and "cannot cache" in str(error)):
-            with suppress(OSError):
-                return _replaced(named, keep, error)
     return compiler(*args, **options)(named)
 
 

@@ -44,11 +44,9 @@ def is_twice_differentiable(solver: Solver) -> TypeGuard[TwiceDifferentiable]:
     return solver.has_second
 
 
-def regularized_solver(
-    method: str, iterations: int | None, eps: float, relative_eps: bool, name: str = "eps"
-) -> tuple[Solver, float]:
+def regularized_solver(method: str, iterations: int | None, eps: float, relative_eps: bool) -> tuple[Solver, float]:
     """The solver of checked arguments, and what is to be added to the covariance's diagonal before it."""
-    solver, eps = solver_for(method, iterations), check_eps(eps, name)
+    solver, eps = solver_for(method, iterations), check_eps(eps)
     return (Relative(solver, eps), 0.0) if relative_eps else (solver, eps)
 
 

@@ -43,3 +43,9 @@ def test_a_relative_eps_is_that_of_the_functions(layers, name):
     expected = getattr(pw, name)(x, **options, **eps)
     for y in (api.train(layer, x), api.evaluate(layer, x)):
         np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_eps_of_every_number_type_is_kept_as_a_float(layers):
+    api = layers.value.layers
+    for layer in (api.iter_norm(6, eps=np.float32(0.5)), api.group_whitening(3, 6, eps=np.float32(0.5))):
+        assert type(getattr(layer, "eps", None) or layer.epsilon) is float  # which configurations can be written with
