@@ -14,6 +14,7 @@ from typing import Any
 
 import polywhiten
 from polywhiten.dispatch import BACKENDS, backend_of
+from polywhiten.gpu_launches import CHOICES, DEFAULT, VARIABLE, gpu_launches
 from polywhiten.kernels import Kernels
 from polywhiten.streams import reason
 
@@ -34,6 +35,7 @@ def report() -> Iterator[str]:
         yield _line(name, *(_ask(name) if is_installed(name) else ["not installed"]))
     yield ""
     yield "Kernels in brackets are the backend's own; all others are plain array API calls."
+    yield _gpu_launches()
 
 
 def probe(name: str) -> list[str]:
@@ -97,6 +99,17 @@ def _kernels(name: str, module: Any) -> str:
         return f"polywhiten.compiled ({own})" if own else "array API"
     own = _own_kernels(import_module(backend).BACKEND.kernels)
     return f"{backend} ({own})" if own else f"array API, as {backend} calls it"
+
+
+def _gpu_launches() -> str:
+    """Which structure the kernels of PyTorch and CuPy have on a GPU, and how to choose the other."""
+    try:
+        chosen = gpu_launches()
+    except ValueError as error:
+        return str(error)
+    (other,) = set(CHOICES) - {chosen}
+    is_default = " (the default)" if chosen == DEFAULT else ""
+    return f"Kernels on a GPU have {chosen} launches{is_default}; {VARIABLE}={other} in the environment changes that."
 
 
 def _own_kernels(kernels: Kernels) -> str:

@@ -782,6 +782,23 @@ def test_info_names_versions_devices_and_kernels(capsys):
     assert is_available() or line.endswith("array API")
 
 
+@pytest.mark.parametrize(
+    ("chosen", "line"),
+    [
+        (None, "Kernels on a GPU have separate launches (the default); POLYWHITEN_GPU_LAUNCHES=joined "),
+        ("joined", "Kernels on a GPU have joined launches; POLYWHITEN_GPU_LAUNCHES=separate "),
+        ("many", "POLYWHITEN_GPU_LAUNCHES='many' is unknown: use one of 'separate', 'joined'"),
+    ],
+)
+def test_info_says_which_gpu_kernels_there_are_and_how_to_choose(chosen, line, monkeypatch):
+    monkeypatch.setattr(info, "FRAMEWORKS", ())
+    monkeypatch.delenv("POLYWHITEN_GPU_LAUNCHES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("POLYWHITEN_GPU_LAUNCHES", chosen)
+    *_, last = info.report()
+    assert last.startswith(line)
+
+
 # ---------------------------------------------------------------- recommendations
 
 
