@@ -16,6 +16,7 @@ from polywhiten import checks
 from polywhiten._types import Array, Namespace
 from polywhiten.compiled import is_available
 from polywhiten.kernels import Kernels
+from polywhiten.solvers import Solver
 from polywhiten.whitening import Plan, Statistics, forward
 
 # Top-level module of the array's class: the subpackage whose BACKEND serves it. The array API alone serves all others.
@@ -44,6 +45,27 @@ class Backend:
     def whiten(self, plan: Plan, x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Statistics]:
         """`polywhiten.whitening.forward`, with `backward` as its gradient where the framework differentiates."""
         return forward(self.kernels, plan, x, weight, bias)
+
+    def whiten_groups(
+        self,
+        of_samples: bool,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        groups: int,
+        axis: int,
+        solver: Solver,
+        eps: float,
+        averages: Any = None,
+    ) -> Array | None:
+        """All of IterNorm, or of group whitening, at once, with a step of a layer's averages; None where that isn't."""
+        return None
+
+    def apply_frozen(
+        self, x: Array, mean: Array, whitener: Array, weight: Array | None, bias: Array | None, axis: int
+    ) -> Array | None:
+        """All of `polywhiten.functional.apply_frozen` at once; None where a backend doesn't do that."""
+        return None
 
     def tensor(self, x: Array, name: str = "x") -> Array:
         """X itself, or the tensor that a framework's variable holds; else an error, with the argument's name."""

@@ -6,6 +6,7 @@ Each finds the array's backend, checks the arguments, and hands the work to `pol
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from polywhiten import checks
 from polywhiten._types import AllReduce, Array
@@ -426,8 +427,20 @@ def whiten_channels(
     solver: Solver,
     eps: float,
     all_reduce: AllReduce | None = None,
-) -> tuple[Array, WhiteningStats]:
-    """`iter_norm` of checked arguments, with the batch's statistics; for layers."""
+    *,
+    at_once: bool = True,
+    averages: Any = None,
+) -> tuple[Array, WhiteningStats | None]:
+    """`iter_norm` of checked arguments, with the batch's statistics; for layers.
+
+    None in place of the statistics where the backend has done all at once, and a step of the layer's `averages` too;
+    it may do so if `at_once`.
+    """
+    if at_once and all_reduce is None:
+        given = x, weight, bias, checks.check_positive("group_size", group_size), axis, solver, eps, averages
+        y = backend.whiten_groups(False, *given)
+        if y is not None:
+            return y, None
     x, axis, restore = backend.in_memory_order(x, axis)
     xp = backend.kernels.xp
     outputs, stats = [], []
@@ -448,8 +461,14 @@ def whiten_samples(
     axis: int,
     solver: Solver,
     eps: float,
+    *,
+    at_once: bool = True,
 ) -> Array:
-    """`group_whiten` of checked arguments; for layers."""
+    """`group_whiten` of checked arguments; for layers. The backend may do all of it at once, if `at_once`."""
+    plan = _sample_plan(x, num_groups, axis, solver, eps)
+    y = backend.whiten_groups(True, x, weight, bias, num_groups, axis, solver, eps) if at_once else None
+    if y is not None:
+        return y
     x, axis, restore = backend.in_memory_order(x, axis)
     plan = _sample_plan(x, num_groups, axis, solver, eps)
     return restore(backend.whiten(plan, x, weight, bias)[0])
@@ -473,6 +492,9 @@ def apply_frozen(
     backend: Backend, x: Array, mean: Array, whitener: Array, weight: Array | None, bias: Array | None, axis: int
 ) -> Array:
     """`apply_whitening` of checked arguments; for layers."""
+    y = backend.apply_frozen(x, mean, whitener, weight, bias, axis)
+    if y is not None:
+        return y
     x, axis, restore = backend.in_memory_order(x, axis)
     kernels, outputs = backend.kernels, []
     dtype = kernels.statistics_dtype(x.dtype)

@@ -17,7 +17,12 @@ import polywhiten.torch.namespace as xp
 from polywhiten import checks
 from polywhiten.compiled import is_available
 from polywhiten.dispatch import Backend, framework_module
+from polywhiten.functional import whiten_channels, whiten_samples
+from polywhiten.gpu_launches import gpu_launches
+from polywhiten.solvers import Solver
 from polywhiten.solvers.minimax import minimax_steps, widest_interval
+from polywhiten.solvers.newton import Newton
+from polywhiten.torch.averages import RunningAverages
 from polywhiten.torch.cpu import CPUKernels
 from polywhiten.torch.kernels import TorchKernels, is_tracing, is_unobserved
 from polywhiten.whitening import NO_STATISTICS, Plan, Statistics
@@ -142,10 +147,77 @@ def _triangle(d: int) -> tuple[Tensor, Tensor]:
 _Whiten.forward.__signature__ = signature(_Whiten.forward)  # type: ignore[attr-defined]
 
 
+class _Joined(torch.autograd.Function):
+    """Whitening by kernels that do all of it, with the statistics kept for backward and no outputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, joined: Any, averages: RunningAverages | None
+    ) -> Tensor:
+        with BACKEND.kernels.on_its_device(x):
+            y, stats = joined.forward(x, weight, bias, averages)
+        ctx.save_for_backward(x, weight, bias, *stats)
+        ctx.joined = joined
+        result: Tensor = y
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, *stats = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # for a second derivative
+            return *_recorded_gradients(ctx.joined, x, weight, bias, dy), None, None
+        with BACKEND.kernels.on_its_device(x):
+            return *ctx.joined.backward(x, weight, bias, stats, dy), None, None
+
+
+def _recorded_gradients(
+    joined: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor
+) -> tuple[Tensor | None, ...]:
+    """By operations that PyTorch knows the derivatives of."""
+    solver = Newton(joined.iterations)
+    if joined.of_samples:
+        y = whiten_samples(BACKEND, x, weight, bias, joined.groups, joined.axis, solver, joined.eps, at_once=False)
+    else:
+        y, _ = whiten_channels(BACKEND, x, weight, bias, joined.groups, joined.axis, solver, joined.eps, at_once=False)
+    given = [each for each in (x, weight, bias) if each is not None and each.requires_grad]
+    gradients = iter(torch.autograd.grad(y, given, dy, create_graph=True))
+    return tuple(next(gradients) if each is not None and each.requires_grad else None for each in (x, weight, bias))
+
+
 class TorchBackend(Backend):
     """PyTorch's kernels, with whitening as an operation of its own."""
 
     kernels: TorchKernels
+
+    def whiten_groups(
+        self,
+        of_samples: bool,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: int,
+        axis: int,
+        solver: Solver,
+        eps: float,
+        averages: RunningAverages | None = None,
+    ) -> Tensor | None:
+        """By kernels that do all of it, where there are some."""
+        tensors = x, weight, bias, *(averages or ())[:3]
+        joined = self.kernels.joined(of_samples, axis, groups, solver, eps, *tensors)
+        if joined is None:
+            return None
+        if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors[:3]):
+            result: Tensor = _Joined.apply(x, weight, bias, joined, averages)
+            return result
+        with self.kernels.on_its_device(x):
+            y: Tensor = joined.forward(x, weight, bias, averages)[0]
+            return y
+
+    def apply_frozen(
+        self, x: Tensor, mean: Tensor, whitener: Tensor, weight: Tensor | None, bias: Tensor | None, axis: int
+    ) -> Tensor | None:
+        """By a kernel that does all of it, where there is one."""
+        return self.kernels.frozen(axis, mean, whitener, x, weight, bias)
 
     def whiten(self, plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
         """Y and the statistics, all differentiable."""
@@ -187,5 +259,5 @@ class TorchBackend(Backend):
 BACKEND = TorchBackend(_kernels())
 
 # torch.compile need trace neither how a backend is found nor how coefficients are computed: its constants
-for _constant in (framework_module, minimax_steps, widest_interval):
+for _constant in (framework_module, gpu_launches, minimax_steps, widest_interval):
     torch.compiler.assume_constant_result(_constant)

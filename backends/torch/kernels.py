@@ -180,6 +180,14 @@ class TorchKernels(Kernels):
             count.add_(finite)
         return finite
 
+    def joined(self, of_samples: bool, axis: int, groups: int, solver: Solver, eps: float, *tensors: Any) -> Any:
+        """What whitens x, the first of the tensors, in as few launches as possible; None without such kernels."""
+        return None
+
+    def frozen(self, axis: int, mean: Tensor, whitener: Tensor, x: Tensor, *affine: Tensor | None) -> Tensor | None:
+        """As `polywhiten.functional.apply_frozen`, in one launch; None without such kernels."""
+        return None
+
     def keeps_statistics(self, solver: Solver, x: Tensor) -> bool:
         """Whether backward is to have all of them: else it computes again what isn't small beside x."""
         return True
@@ -214,10 +222,17 @@ def is_unobserved(tensors: Sequence[Tensor]) -> bool:
     PyTorch does where it records operations for a derivative of theirs, where tensors may have tangents, in the
     transforms of `torch.func`, while it traces, and where tensors are of subclasses.
     """
-    return (
-        not torch._C._are_functorch_transforms_active()
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        and (torch.compiler.is_dynamo_compiling() or _have_memory(tensors))
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)) and is_memory(tensors)
+
+
+def is_memory(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors are what a device's memory holds, so that kernels may read it; they may require a gradient.
+
+    They are not in the transforms of `torch.func`, while PyTorch traces, with tangents, and where they are of
+    subclasses.
+    """
+    return not torch._C._are_functorch_transforms_active() and (
+        torch.compiler.is_dynamo_compiling() or _have_memory(tensors)
     )
 
 

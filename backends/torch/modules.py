@@ -17,6 +17,7 @@ from polywhiten.functional import apply_frozen, whiten_channels, whiten_nothing,
 from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
 from polywhiten.solvers import regularized_solver
 from polywhiten.torch.autograd import BACKEND
+from polywhiten.torch.averages import RunningAverages
 from polywhiten.torch.leaf import LeafModule
 
 ON_NONFINITE = ("skip", "raise")
@@ -193,8 +194,11 @@ class IterNorm(LeafModule):
             return _whiten_nothing(self, x)
         checks.check_batch(x, 1)
         _take_notice(self, batch_objection, self.group_size, self.num_features, x.numel() // self.num_features)
-        y, stats = whiten_channels(BACKEND, x, self.weight, self.bias, self.group_size, 1, self._solver, self._shift)
-        if self.training and self.track_running_stats:
+        updates = self.training and self.track_running_stats
+        running = self._running(averages) if updates else None
+        given = self.weight, self.bias, self.group_size, 1, self._solver, self._shift
+        y, stats = whiten_channels(BACKEND, x, *given, at_once=running is not None or not updates, averages=running)
+        if updates and stats is not None:
             self._update(stats, averages)
         result: Tensor = y
         return result
@@ -208,6 +212,12 @@ class IterNorm(LeafModule):
             missing, other = ("running_mean", self._matrices)[:: 1 if mean is None else -1]
             raise ValueError(f"{missing} is None and {other} isn't: set both to None to whiten every batch by itself")
         return None
+
+    def _running(self, averages: tuple[Tensor, Tensor] | None) -> RunningAverages | None:
+        """For kernels that take a step of them on the way, and don't say whether they have left the batch out."""
+        if averages is None or self.on_nonfinite != "skip":
+            return None
+        return RunningAverages(*averages, self.num_batches_tracked, self.momentum, self.track == "covariance")
 
     def _frozen(self, x: Tensor, mean: Tensor, whitener: Tensor) -> Tensor:
         affine = self.weight, self.bias

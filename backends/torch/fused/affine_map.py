@@ -97,6 +97,92 @@ def mapped(matrix, x, centre, weight, offsets, valid, total, PRECISION: tl.const
 
 
 @triton.jit
+def map_samples(
+    y,
+    y_stride_outer,
+    y_stride_row,
+    y_stride_inner,
+    matrix,
+    matrix_stride_row,
+    matrix_stride_column,
+    x,
+    centre,
+    stride_outer,
+    stride_row,
+    stride_inner,
+    matrix2,
+    matrix2_stride_row,
+    matrix2_stride_column,
+    x2,
+    centre2,
+    stride_outer2,
+    stride_row2,
+    stride_inner2,
+    scale,
+    bias,
+    before,
+    weight,
+    channel_bias,
+    channels,
+    positions,
+    inner,
+    d,
+    begin,
+    end,
+    first_row,
+    TWO: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # ROWS rows of the affine map of one block's samples from begin to end
+    rows = first_row + tl.arange(0, ROWS)
+    if HEIGHT == ROWS:  # the whole matrices stay
+        a = load_matrix(matrix, rows, rows, d, matrix_stride_row, matrix_stride_column)
+        c = tl.load(centre + rows, mask=rows < d, other=0.0)
+        if TWO:
+            a2 = load_matrix(matrix2, rows, rows, d, matrix2_stride_row, matrix2_stride_column)
+            c2 = tl.load(centre2 + rows, mask=rows < d, other=0.0)
+    if scale is not None:
+        factor = tl.load(scale + rows, mask=rows < d, other=0.0).to(tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + rows, mask=rows < d, other=0.0).to(tl.float32)
+    for start in range(begin, end, WIDTH):
+        m = start + tl.arange(0, WIDTH)
+        its_channel = (m % inner) // positions
+        result = tl.zeros((ROWS, WIDTH), tl.float32)
+        for step in tl.static_range(0, HEIGHT, ROWS):
+            variables = step + tl.arange(0, ROWS)
+            valid = (variables < d)[:, None] & (m < end)[None, :]
+            if HEIGHT != ROWS:
+                a = load_matrix(matrix, rows, variables, d, matrix_stride_row, matrix_stride_column)
+                c = tl.load(centre + variables, mask=variables < d, other=0.0)
+            offsets = variables[:, None] * stride_row + columns(m, inner, stride_outer, stride_inner)[None, :]
+            its_weight = None
+            if before is not None:
+                its_weight = load_channels(before, variables[:, None] * channels + its_channel[None, :], valid)
+            result = mapped(a, x, c, its_weight, offsets, valid, result, PRECISION)
+            if TWO:
+                if HEIGHT != ROWS:
+                    a2 = load_matrix(matrix2, rows, variables, d, matrix2_stride_row, matrix2_stride_column)
+                    c2 = tl.load(centre2 + variables, mask=variables < d, other=0.0)
+                offsets = variables[:, None] * stride_row2 + columns(m, inner, stride_outer2, stride_inner2)[None, :]
+                result = mapped(a2, x2, c2, None, offsets, valid, result, PRECISION)
+        offsets = rows[:, None] * y_stride_row + columns(m, inner, y_stride_outer, y_stride_inner)[None, :]
+        valid = (rows < d)[:, None] & (m < end)[None, :]
+        if scale is not None:
+            result *= factor[:, None]
+        if bias is not None:
+            result += shift[:, None]
+        if weight is not None:
+            result *= load_channels(weight, rows[:, None] * channels + its_channel[None, :], valid)
+        if channel_bias is not None:
+            result += load_channels(channel_bias, rows[:, None] * channels + its_channel[None, :], valid)
+        tl.store(y + offsets, result.to(y.dtype.element_ty), mask=valid)
+
+
+@triton.jit
 def _affine_map(
     y,
     y_stride_block,
@@ -141,54 +227,42 @@ def _affine_map(
     PRECISION: tl.constexpr,
 ):
     block, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    y += block * y_stride_block
-    x += block * stride_block
-    x2 += block * stride_block2
-    matrix += block * matrix_stride_block
-    matrix2 += block * matrix2_stride_block
-    centre += block * d
-    centre2 += block * d
-    if HEIGHT == ROWS:  # the whole matrices stay
-        a = load_matrix(matrix, rows, rows, d, matrix_stride_row, matrix_stride_column)
-        c = tl.load(centre + rows, mask=rows < d, other=0.0)
-        if TWO:
-            a2 = load_matrix(matrix2, rows, rows, d, matrix2_stride_row, matrix2_stride_column)
-            c2 = tl.load(centre2 + rows, mask=rows < d, other=0.0)
-    if scale is not None:
-        factor = tl.load(scale + block * d + rows, mask=rows < d, other=0.0).to(tl.float32)
-    if bias is not None:
-        shift = tl.load(bias + block * d + rows, mask=rows < d, other=0.0).to(tl.float32)
-    end = tl.minimum(samples, (part + 1) * chunk)
-    for start in range(part * chunk, end, WIDTH):
-        m = start + tl.arange(0, WIDTH)
-        its_channel = (m % inner) // positions
-        result = tl.zeros((ROWS, WIDTH), tl.float32)
-        for step in tl.static_range(0, HEIGHT, ROWS):
-            variables = step + tl.arange(0, ROWS)
-            valid = (variables < d)[:, None] & (m < end)[None, :]
-            if HEIGHT != ROWS:
-                a = load_matrix(matrix, rows, variables, d, matrix_stride_row, matrix_stride_column)
-                c = tl.load(centre + variables, mask=variables < d, other=0.0)
-            offsets = variables[:, None] * stride_row + columns(m, inner, stride_outer, stride_inner)[None, :]
-            its_weight = None
-            if before is not None:
-                its_weight = load_channels(before, variables[:, None] * channels + its_channel[None, :], valid)
-            result = mapped(a, x, c, its_weight, offsets, valid, result, PRECISION)
-            if TWO:
-                if HEIGHT != ROWS:
-                    a2 = load_matrix(matrix2, rows, variables, d, matrix2_stride_row, matrix2_stride_column)
-                    c2 = tl.load(centre2 + variables, mask=variables < d, other=0.0)
-                offsets = variables[:, None] * stride_row2 + columns(m, inner, stride_outer2, stride_inner2)[None, :]
-                result = mapped(a2, x2, c2, None, offsets, valid, result, PRECISION)
-        offsets = rows[:, None] * y_stride_row + columns(m, inner, y_stride_outer, y_stride_inner)[None, :]
-        valid = (rows < d)[:, None] & (m < end)[None, :]
-        if scale is not None:
-            result *= factor[:, None]
-        if bias is not None:
-            result += shift[:, None]
-        if weight is not None:
-            result *= load_channels(weight, rows[:, None] * channels + its_channel[None, :], valid)
-        if channel_bias is not None:
-            result += load_channels(channel_bias, rows[:, None] * channels + its_channel[None, :], valid)
-        tl.store(y + offsets, result.to(y.dtype.element_ty), mask=valid)
+    map_samples(
+        y + block * y_stride_block,
+        y_stride_outer,
+        y_stride_row,
+        y_stride_inner,
+        matrix + block * matrix_stride_block,
+        matrix_stride_row,
+        matrix_stride_column,
+        x + block * stride_block,
+        centre + block * d,
+        stride_outer,
+        stride_row,
+        stride_inner,
+        matrix2 + block * matrix2_stride_block,
+        matrix2_stride_row,
+        matrix2_stride_column,
+        x2 + block * stride_block2,
+        centre2 + block * d,
+        stride_outer2,
+        stride_row2,
+        stride_inner2,
+        None if scale is None else scale + block * d,
+        None if bias is None else bias + block * d,
+        before,
+        weight,
+        channel_bias,
+        channels,
+        positions,
+        inner,
+        d,
+        part * chunk,
+        tl.minimum(samples, (part + 1) * chunk),
+        tl.program_id(2) * ROWS,
+        TWO,
+        HEIGHT,
+        ROWS,
+        WIDTH,
+        PRECISION,
+    )

@@ -113,23 +113,16 @@ class WholeGroupWhitening(NamedTuple):
         """Cross moments of weight dy and x, and the gradients of weight and bias."""
         x = self.x
         blocks, _, d, _ = x.shape
-        # a tile's columns are some positions of some channels, those that lie side by side first
-        side_by_side = self.positions == 1 or self.strides[2] < self.strides[3]
-        width = tile_width(d) // 2  # so much is kept at a time that more wouldn't leave enough registers
-        tile_channels = min(triton.next_power_of_2(self.channels), width) if side_by_side else 1
-        tile_positions = width // tile_channels
-        programs = max(triton.cdiv(PROGRAMS, blocks), triton.cdiv(self.channels * self.positions, LONGEST))
-        channel_chunk = _chunk(self.channels, tile_channels, programs)
-        channel_parts = triton.cdiv(self.channels, channel_chunk)
-        position_chunk = _chunk(self.positions, tile_positions, triton.cdiv(programs, channel_parts))
-        position_parts = triton.cdiv(self.positions, position_chunk)
-        sums = x.new_empty((blocks, channel_parts * position_parts, d), dtype=torch.float32)
+        parts = ChannelParts.of(
+            blocks, d, self.channels, self.positions, side_by_side=self.strides[2] < self.strides[3]
+        )
+        sums = x.new_empty((blocks, parts.of_channels * parts.of_positions, d), dtype=torch.float32)
         products = sums.new_empty((*sums.shape, d))
         of_weight, of_bias = (
-            None if parameter is None else sums.new_empty((blocks * position_parts, d * self.channels))
+            None if parameter is None else sums.new_empty((blocks * parts.of_positions, d * self.channels))
             for parameter in (weight, bias)
         )
-        _sum_crossed_channels[(blocks, channel_parts, position_parts)](
+        _sum_crossed_channels[(blocks, parts.of_channels, parts.of_positions)](
             dy,
             *(_strides(dy, self.channels) or ()),
             x,
@@ -144,16 +137,41 @@ class WholeGroupWhitening(NamedTuple):
             self.channels,
             self.positions,
             d,
-            channel_chunk,
-            position_chunk,
+            parts.channel_chunk,
+            parts.position_chunk,
             HEIGHT=tile_height(d),
-            CHANNELS=tile_channels,
-            POSITIONS=tile_positions,
+            CHANNELS=parts.tile_channels,
+            POSITIONS=parts.tile_positions,
             PRECISION=precision(x.dtype),
             num_stages=2,
         )
         crossed = total_crossed(sums, products, self.channels * self.positions)
         return crossed, _summed(of_weight, weight), _summed(of_bias, bias)
+
+
+class ChannelParts(NamedTuple):
+    """How samples are cut for their cross moments: a tile's columns are some positions of some channels of a group."""
+
+    tile_channels: int
+    tile_positions: int
+    channel_chunk: int
+    position_chunk: int
+    of_channels: int
+    of_positions: int
+
+    @classmethod
+    def of(cls, blocks: int, d: int, channels: int, positions: int, *, side_by_side: bool) -> ChannelParts:
+        """For so many channels a group; they are `side_by_side` where they are nearer in memory than positions."""
+        width = tile_width(d) // 2  # so much is kept at a time that more wouldn't leave enough registers
+        near = positions == 1 or side_by_side
+        tile_channels = min(triton.next_power_of_2(channels), width) if near else 1
+        tile_positions = width // tile_channels
+        programs = max(triton.cdiv(PROGRAMS, blocks), triton.cdiv(channels * positions, LONGEST))
+        channel_chunk = _chunk(channels, tile_channels, programs)
+        of_channels = triton.cdiv(channels, channel_chunk)
+        position_chunk = _chunk(positions, tile_positions, triton.cdiv(programs, of_channels))
+        of_positions = triton.cdiv(positions, position_chunk)
+        return cls(tile_channels, tile_positions, channel_chunk, position_chunk, of_channels, of_positions)
 
 
 def _strides(x: Tensor, channels: int) -> tuple[int, int, int, int] | None:
@@ -237,7 +255,7 @@ def _whiten_sample(
         tl.store(mean + block * d + rows, centre, mask=rows < d)
         store_matrix(its_cov, square / samples - off[:, None] * off[None, :], rows, d)
         tl.debug_barrier()
-        w = newton(its_cov, scratch, d, eps, iterations, SMALLEST, HEIGHT, TILE, STEP, PRECISION)
+        w = newton(its_cov, d, scratch, d, eps, iterations, SMALLEST, HEIGHT, TILE, STEP, PRECISION)
         store_matrix(whitener + block * d * d, w, rows, d)
         for start in range(0, samples, WIDTH):
             m = start + tl.arange(0, WIDTH)
@@ -252,6 +270,77 @@ def _whiten_sample(
             offsets = rows[:, None] * y_stride_row + columns(m, inner, y_stride_outer, y_stride_inner)[None, :]
             tl.store(its_y + offsets, result.to(y.dtype.element_ty), mask=valid)
         tl.debug_barrier()
+
+
+@triton.jit
+def crossed_channel_sums(
+    dy,
+    dy_stride_row,
+    dy_stride_channel,
+    dy_stride_position,
+    x,
+    stride_row,
+    stride_channel,
+    stride_position,
+    mean,
+    whitener,
+    weight,
+    of_weight,
+    of_bias,
+    channels,
+    positions,
+    d,
+    channel_part,
+    position_part,
+    channel_chunk,
+    position_chunk,
+    HEIGHT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # sums of weight dy and of weight dy (x - mean)' over some channels and positions of a sample; and over these
+    # positions those of the gradients of weight and bias
+    rows = tl.arange(0, HEIGHT)
+    inside = rows < d
+    centre = tl.load(mean + rows, mask=inside, other=0.0)
+    if of_weight is not None:
+        w = load_matrix(whitener, rows, rows, d, d, 1)
+    total = tl.zeros((HEIGHT,), tl.float32)
+    moment = tl.zeros((HEIGHT, HEIGHT), tl.float32)
+    column = tl.arange(0, CHANNELS * POSITIONS)
+    first_position = position_part * position_chunk
+    last_position = tl.minimum(positions, first_position + position_chunk)
+    last_channel = tl.minimum(channels, (channel_part + 1) * channel_chunk)
+    for first in range(channel_part * channel_chunk, last_channel, CHANNELS):
+        channel = first + column % CHANNELS
+        its_weight = tl.zeros((HEIGHT, CHANNELS), tl.float32)
+        its_bias = tl.zeros((HEIGHT, CHANNELS), tl.float32)
+        for start in range(first_position, last_position, POSITIONS):
+            position = start + column // CHANNELS
+            valid = inside[:, None] & ((channel < last_channel) & (position < last_position))[None, :]
+            offsets = rows[:, None] * stride_row + (channel * stride_channel + position * stride_position)[None, :]
+            centred = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32) - centre[:, None]
+            offsets = rows[:, None] * dy_stride_row
+            offsets += (channel * dy_stride_channel + position * dy_stride_position)[None, :]
+            gradient = tl.load(dy + offsets, mask=valid, other=0.0).to(tl.float32)  # 0 outside, so centred needn't be
+            if of_bias is not None:
+                its_bias += tl.sum(tl.reshape(gradient, (HEIGHT, POSITIONS, CHANNELS)), axis=1)
+            if of_weight is not None:
+                white = product(w, centred, tl.zeros((HEIGHT, CHANNELS * POSITIONS), tl.float32), PRECISION)
+                its_weight += tl.sum(tl.reshape(gradient * white, (HEIGHT, POSITIONS, CHANNELS)), axis=1)
+            if weight is not None:
+                gradient *= load_channels(weight, rows[:, None] * channels + channel[None, :], valid)
+            total += tl.sum(gradient, axis=1)
+            moment = product(gradient, tl.trans(centred), moment, PRECISION)
+        its_channel = first + tl.arange(0, CHANNELS)
+        offsets = rows[:, None] * channels + its_channel[None, :]
+        valid = inside[:, None] & (its_channel < last_channel)[None, :]
+        if of_weight is not None:
+            tl.store(of_weight + offsets, its_weight, mask=valid)
+        if of_bias is not None:
+            tl.store(of_bias + offsets, its_bias, mask=valid)
+    return total, moment
 
 
 @triton.jit
@@ -288,45 +377,31 @@ def _sum_crossed_channels(
     place = (block * tl.num_programs(1) + channel_part) * position_parts + position_part
     parameter_place = (block * position_parts + position_part) * d * channels
     rows = tl.arange(0, HEIGHT)
-    inside = rows < d
-    dy += block * dy_stride_block
-    x += block * stride_block
-    centre = tl.load(mean + block * d + rows, mask=inside, other=0.0)
-    if of_weight is not None:
-        w = load_matrix(whitener + block * d * d, rows, rows, d, d, 1)
-    total = tl.zeros((HEIGHT,), tl.float32)
-    moment = tl.zeros((HEIGHT, HEIGHT), tl.float32)
-    column = tl.arange(0, CHANNELS * POSITIONS)
-    first_position = position_part * position_chunk
-    last_position = tl.minimum(positions, first_position + position_chunk)
-    last_channel = tl.minimum(channels, (channel_part + 1) * channel_chunk)
-    for first in range(channel_part * channel_chunk, last_channel, CHANNELS):
-        channel = first + column % CHANNELS
-        its_weight = tl.zeros((HEIGHT, CHANNELS), tl.float32)
-        its_bias = tl.zeros((HEIGHT, CHANNELS), tl.float32)
-        for start in range(first_position, last_position, POSITIONS):
-            position = start + column // CHANNELS
-            valid = inside[:, None] & ((channel < last_channel) & (position < last_position))[None, :]
-            offsets = rows[:, None] * stride_row + (channel * stride_channel + position * stride_position)[None, :]
-            centred = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32) - centre[:, None]
-            offsets = rows[:, None] * dy_stride_row
-            offsets += (channel * dy_stride_channel + position * dy_stride_position)[None, :]
-            gradient = tl.load(dy + offsets, mask=valid, other=0.0).to(tl.float32)  # 0 outside, so centred needn't be
-            if of_bias is not None:
-                its_bias += tl.sum(tl.reshape(gradient, (HEIGHT, POSITIONS, CHANNELS)), axis=1)
-            if of_weight is not None:
-                white = product(w, centred, tl.zeros((HEIGHT, CHANNELS * POSITIONS), tl.float32), PRECISION)
-                its_weight += tl.sum(tl.reshape(gradient * white, (HEIGHT, POSITIONS, CHANNELS)), axis=1)
-            if weight is not None:
-                gradient *= load_channels(weight, rows[:, None] * channels + channel[None, :], valid)
-            total += tl.sum(gradient, axis=1)
-            moment = product(gradient, tl.trans(centred), moment, PRECISION)
-        its_channel = first + tl.arange(0, CHANNELS)
-        offsets = parameter_place + rows[:, None] * channels + its_channel[None, :]
-        valid = inside[:, None] & (its_channel < last_channel)[None, :]
-        if of_weight is not None:
-            tl.store(of_weight + offsets, its_weight, mask=valid)
-        if of_bias is not None:
-            tl.store(of_bias + offsets, its_bias, mask=valid)
-    tl.store(sums + place * d + rows, total, mask=inside)
+    total, moment = crossed_channel_sums(
+        dy + block * dy_stride_block,
+        dy_stride_row,
+        dy_stride_channel,
+        dy_stride_position,
+        x + block * stride_block,
+        stride_row,
+        stride_channel,
+        stride_position,
+        mean + block * d,
+        whitener + block * d * d,
+        weight,
+        None if of_weight is None else of_weight + parameter_place,
+        None if of_bias is None else of_bias + parameter_place,
+        channels,
+        positions,
+        d,
+        channel_part,
+        position_part,
+        channel_chunk,
+        position_chunk,
+        HEIGHT,
+        CHANNELS,
+        POSITIONS,
+        PRECISION,
+    )
+    tl.store(sums + place * d + rows, total, mask=rows < d)
     store_matrix(products + place * d * d, moment, rows, d)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from polywhiten.blocks import ChannelGroups
+from polywhiten.gpu_launches import JOINED, gpu_launches
 from polywhiten.kernels import Term
 from polywhiten.solvers import Solver
 from polywhiten.solvers.newton import is_iterated_in
@@ -16,11 +17,13 @@ from polywhiten.torch.cpu import CPUKernels
 from polywhiten.torch.fused import affine_map, moments, newton
 from polywhiten.torch.fused.group_whitening import WholeGroupWhitening
 from polywhiten.torch.fused.iter_norm import WholeIterNorm
+from polywhiten.torch.fused.joined import LARGEST_SAMPLE_MATRIX, Joined, is_laid_out, map_frozen
 from polywhiten.torch.fused.tiles import LARGEST_GROUP, is_addressable
-from polywhiten.torch.kernels import is_unobserved
+from polywhiten.torch.kernels import is_memory, is_unobserved
 from polywhiten.whitening import Plan, Whole
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_STATE_DTYPES = (*_DTYPES, torch.int64)  # of parameters, averages and their count
 
 
 class FusedKernels(CPUKernels):
@@ -81,6 +84,47 @@ class FusedKernels(CPUKernels):
         if isinstance(plan.blocks, ChannelGroups):
             return WholeIterNorm(x4, plan.eps, plan.solver.iterations)
         return WholeGroupWhitening.of(x4, plan.eps, plan.solver.iterations, channels=x.shape[plan.blocks.axis])
+
+    def joined(
+        self, of_samples: bool, axis: int, groups: int, solver: Solver, eps: float, *tensors: Tensor | None
+    ) -> Joined | None:
+        """Of Newton's solver, where joined launches are wanted."""
+        x = tensors[0]
+        assert x is not None
+        if gpu_launches() != JOINED or not is_iterated_in(solver, 4) or not self._can_join(axis, tensors):
+            return None
+        size = groups if of_samples else min(groups, x.shape[axis])
+        if size > (LARGEST_SAMPLE_MATRIX if of_samples else LARGEST_GROUP) or not is_laid_out(of_samples, x, axis):
+            return None
+        return Joined(of_samples, axis, groups, eps, solver.iterations)
+
+    def frozen(self, axis: int, mean: Tensor, whitener: Tensor, x: Tensor, *affine: Tensor | None) -> Tensor | None:
+        """In one launch, where joined launches are wanted."""
+        given = x, mean, whitener, *affine
+        if (
+            gpu_launches() != JOINED
+            or not self._can_join(axis, given)
+            or not is_unobserved([each for each in given if each is not None])
+            or whitener.shape[-1] > LARGEST_GROUP
+            or not is_laid_out(False, x, axis)
+        ):
+            return None
+        with self.on_its_device(x):
+            return map_frozen(x, mean, whitener, *affine, axis=axis)
+
+    def _can_join(self, axis: int, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether kernels can read x, and parameters or averages beside it."""
+        x, *others = tensors
+        assert x is not None
+        given = [tensor for tensor in others if tensor is not None]
+        return (
+            self._is_on_device(x)
+            and x.numel() > 0
+            and x.dtype in _DTYPES
+            and is_addressable(x)
+            and all(each.dtype in _STATE_DTYPES and each.is_contiguous() and each.device == x.device for each in given)
+            and is_memory([x, *given])
+        )
 
     def on_its_device(self, x: Tensor) -> AbstractContextManager[object]:
         """Triton launches on the current device; compiled code sees to that itself."""

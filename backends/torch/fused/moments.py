@@ -231,6 +231,44 @@ def _sum_shifted(
 
 
 @triton.jit
+def crossed_sums(
+    dy,
+    x,
+    mean,
+    dy_stride_outer,
+    dy_stride_row,
+    dy_stride_inner,
+    stride_outer,
+    stride_row,
+    stride_inner,
+    inner,
+    d,
+    begin,
+    end,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # sums, over the samples from begin to end, of dy and of dy (x - mean)'
+    rows = tl.arange(0, HEIGHT)
+    inside = rows < d
+    centre = tl.load(mean + rows, mask=inside, other=0.0)
+    total = tl.zeros((HEIGHT,), tl.float32)
+    moment = tl.zeros((HEIGHT, HEIGHT), tl.float32)
+    for start in range(begin, end, WIDTH):
+        m = start + tl.arange(0, WIDTH)
+        valid = inside[:, None] & (m < end)[None, :]
+        offsets = rows[:, None] * stride_row + columns(m, inner, stride_outer, stride_inner)[None, :]
+        # dy is 0 outside, so x needn't be
+        centred = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32) - centre[:, None]
+        offsets = rows[:, None] * dy_stride_row + columns(m, inner, dy_stride_outer, dy_stride_inner)[None, :]
+        gradient = tl.load(dy + offsets, mask=valid, other=0.0).to(tl.float32)
+        total += tl.sum(gradient, axis=1)
+        moment = product(gradient, tl.trans(centred), moment, PRECISION)
+    return total, moment
+
+
+@triton.jit
 def _sum_crossed(
     dy,
     x,
@@ -256,24 +294,25 @@ def _sum_crossed(
     block, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = block * tl.num_programs(1) + part
     rows = tl.arange(0, HEIGHT)
-    inside = rows < d
-    dy += block * dy_stride_block
-    x += block * stride_block
-    centre = tl.load(mean + block * d + rows, mask=inside, other=0.0)
-    total = tl.zeros((HEIGHT,), tl.float32)
-    moment = tl.zeros((HEIGHT, HEIGHT), tl.float32)
-    end = tl.minimum(samples, (part + 1) * chunk)
-    for start in range(part * chunk, end, WIDTH):
-        m = start + tl.arange(0, WIDTH)
-        valid = inside[:, None] & (m < end)[None, :]
-        offsets = rows[:, None] * stride_row + columns(m, inner, stride_outer, stride_inner)[None, :]
-        # dy is 0 outside, so x needn't be
-        centred = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32) - centre[:, None]
-        offsets = rows[:, None] * dy_stride_row + columns(m, inner, dy_stride_outer, dy_stride_inner)[None, :]
-        gradient = tl.load(dy + offsets, mask=valid, other=0.0).to(tl.float32)
-        total += tl.sum(gradient, axis=1)
-        moment = product(gradient, tl.trans(centred), moment, PRECISION)
-    tl.store(sums + place * d + rows, total, mask=inside)
+    total, moment = crossed_sums(
+        dy + block * dy_stride_block,
+        x + block * stride_block,
+        mean + block * d,
+        dy_stride_outer,
+        dy_stride_row,
+        dy_stride_inner,
+        stride_outer,
+        stride_row,
+        stride_inner,
+        inner,
+        d,
+        part * chunk,
+        tl.minimum(samples, (part + 1) * chunk),
+        HEIGHT,
+        WIDTH,
+        PRECISION,
+    )
+    tl.store(sums + place * d + rows, total, mask=rows < d)
     store_matrix(products + place * d * d, moment, rows, d)
 
 
