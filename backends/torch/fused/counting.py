@@ -43,10 +43,17 @@ class Clusters(NamedTuple):
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def counters(device: torch.device, stream: int, number: int) -> Tensor:
-    """So many counters, all 0, that no kernel on another stream uses."""
-    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        # those of a graph belong to the graph: its kernels may run on any stream
+def counters(device: torch.device, stream: int, number: int, rank: int) -> Tensor | None:
+    """So many counters, all 0, that no kernel on another stream uses; None for none.
+
+    Those of a graph belong to it, as its kernels may run on any stream. In what PyTorch compiles they have `rank` more
+    dimensions, as it takes zeros of one shape for the same ones.
+    """
+    if number == 0:
+        return None
+    if torch.compiler.is_compiling():
+        return torch.zeros((1,) * rank + (number,), dtype=torch.int32, device=device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return torch.zeros(number, dtype=torch.int32, device=device)
     kept = _counters.get((device, stream))
     if kept is None or kept.numel() < number:
@@ -87,7 +94,8 @@ def add_slots(slots, first, end, HEIGHT: tl.constexpr):
 
 @triton.jit
 def gathered(vector, matrix, slots, counters, part, parts, cluster, LEVELS: tl.constexpr, HEIGHT: tl.constexpr):
-    # sums over all parts of a block, complete in the program for which the third value is true
+    # sums over all parts of a block, complete in the program for which the third value is true. The block's counters
+    # are as many as its clusters and one; there are none, nor slots, where LEVELS is 0.
     if LEVELS == 0:
         last = part == 0
     else:

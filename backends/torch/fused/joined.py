@@ -48,10 +48,15 @@ class Memory(NamedTuple):
             end += triton.cdiv(size, 4) * 4  # all are aligned to 16 bytes
         return cls(sizes, tuple(places), end)
 
-    def allocate(self, like: Tensor) -> list[Tensor]:
-        """One tensor; for what PyTorch compiles one a region, as it would copy what kernels write through views."""
+    def allocate(self, like: Tensor, rank: int) -> list[Tensor]:
+        """One tensor.
+
+        For what PyTorch compiles one a region, from `rank` dimensions on and no two of the same shape: it would copy
+        what kernels write through views, and takes empty tensors of one shape for the same one.
+        """
         if torch.compiler.is_compiling():
-            return [like.new_empty(size, dtype=torch.float32) for size in self.sizes]
+            shapes = [(1,) * (rank + i) + (size,) for i, size in enumerate(self.sizes)]
+            return [like.new_empty(shape, dtype=torch.float32) for shape in shapes]
         return [torch.empty(self.end, dtype=torch.float32, device=like.device)]
 
     def pointers(self, tensors: list[Tensor]) -> list[Pointer]:
@@ -115,13 +120,13 @@ class Joined(NamedTuple):
         plan = _kept(_plan_forward)(
             self, tuple(x.shape), x.stride(), y.stride(), precision(x.dtype), with_averages, types
         )
-        stats = plan.stats.allocate(x)
+        stats = plan.stats.allocate(x, rank=0)
         cov, whitener, mean = plan.stats.pointers(stats)
-        (scratch,) = plan.scratch.pointers(plan.scratch.allocate(x))
+        (scratch,) = plan.scratch.allocate(x, rank=3)
         running = (None, None, None) if averages is None else averages[:3]
         of_rows, of_channels = ((None, None), (weight, bias)) if self.of_samples else ((weight, bias), (None, None))
         stream = current_stream(x.device)
-        counted = counters(x.device, stream, plan.counters)
+        counted = counters(x.device, stream, plan.counters, rank=0)
         plan.sums(stream, x, mean, cov, whitener, scratch, counted, *running, y, *of_channels)
         if plan.map is not None:
             averaged = cov if averages is not None and averages.of_covariance else whitener
@@ -141,9 +146,9 @@ class Joined(NamedTuple):
             self, shape, dy.stride(), x.stride(), dx.stride(), precision(x.dtype), types
         )
         cov, whitener, mean = _blocks(self, shape).statistics().pointers(stats)
-        scratch, *parts = plan.scratch.pointers(plan.scratch.allocate(x))
+        scratch, *parts = plan.scratch.pointers(plan.scratch.allocate(x, rank=4))
         stream = current_stream(x.device)
-        counted = counters(x.device, stream, plan.counters)
+        counted = counters(x.device, stream, plan.counters, rank=1)
         of_sums = (dweight, dbias)
         of_map: tuple[Pointer, ...] = (None, None, None, None, None)
         if self.of_samples:
@@ -230,7 +235,9 @@ def _plan_forward(
         tiles = tiles._replace(parts=1, chunk=layout.samples)
     clusters = Clusters.of(tiles.parts)
     height = tiles.height
-    region = clusters.slots * (height * height + height) + _matrices(height, SCRATCH)
+    region = (
+        clusters.slots * (height * height + height) + (0 if _fit_registers(height, types[-1]) else SCRATCH) * height**2
+    )
     momentum, of_covariance = averages or (None, False)
     of_channels = layout.channels, layout.positions
     sums = PreparedLaunch(
@@ -247,7 +254,7 @@ def _plan_forward(
             "WIDTH": tiles.width,
             "SPREAD": SPREAD,
             "PRECISION": x_precision,
-            **_matrix_constants(blocks.d),
+            **_matrix_constants(blocks.d, types),
         },
         num_warps=tiles.warps,
     )
@@ -289,7 +296,7 @@ def _plan_channels_backward(
     dy, x, dx = layout.strides
     tiles = Tiles.of(blocks.number, blocks.d, layout.samples)
     clusters = Clusters.of(tiles.parts)
-    region = _gradient_region(tiles.height, clusters)
+    region = _gradient_region(tiles.height, clusters, types)
     common = layout.inner, layout.samples, blocks.rows, blocks.d, tiles.chunk
     sums = PreparedLaunch(
         joined_kernels.channels_gradient_sums,
@@ -299,7 +306,7 @@ def _plan_channels_backward(
             "LEVELS": clusters.levels,
             "WIDTH": tiles.width,
             "PRECISION": x_precision,
-            **_matrix_constants(blocks.d),
+            **_matrix_constants(blocks.d, types),
         },
         num_warps=tiles.warps,
     )
@@ -326,7 +333,7 @@ def _plan_samples_backward(
     of_x = sample_strides(shape, x_stride, joined.axis)
     parts = ChannelParts.of(blocks.number, blocks.d, channels, positions, side_by_side=of_x.channel < of_x.position)
     clusters = Clusters.of(parts.of_channels * parts.of_positions)
-    region = _gradient_region(tile_height(blocks.d), clusters)
+    region = _gradient_region(tile_height(blocks.d), clusters, types)
     by_channel = (
         (sample, channels * channel, channel, position)
         for sample, channel, position in (sample_strides(shape, each, joined.axis) for each in (dy_stride, x_stride))
@@ -344,7 +351,7 @@ def _plan_samples_backward(
             "CHANNELS": parts.tile_channels,
             "POSITIONS": parts.tile_positions,
             "PRECISION": x_precision,
-            **_matrix_constants(blocks.d),
+            **_matrix_constants(blocks.d, types),
         },
         num_stages=2,
     )
@@ -379,7 +386,7 @@ def _map(kernel: Any, tiles: Tiles, numbers: tuple[int, ...], x_precision: str, 
     )
 
 
-def _matrix_constants(d: int) -> dict[str, Any]:
+def _matrix_constants(d: int, types: tuple[Any, ...]) -> dict[str, Any]:
     """What the iterations are compiled for."""
     given = constants(d)
     return {
@@ -388,18 +395,25 @@ def _matrix_constants(d: int) -> dict[str, Any]:
         "TILE": given["TILE"],
         "STEP": given["STEP"],
         "MATRIX_PRECISION": given["PRECISION"],
+        "IN_REGISTERS": _fit_registers(given["HEIGHT"], types[-1]),
     }
 
 
-def _matrices(height: int, number: int) -> int:
-    """Numbers that Newton's iteration works in where registers have no room for them."""
-    return 0 if height <= _LARGEST_MATRIX else number * height * height
-
-
-def _gradient_region(height: int, clusters: Clusters) -> int:
+def _gradient_region(height: int, clusters: Clusters, types: tuple[Any, ...]) -> int:
     """Numbers of a block: A and B, s / M, then the parts' sums, then what the iteration works in."""
-    results = 2 * height * height + height
-    return results + clusters.slots * (height * height + height) + _matrices(height, ADJOINT_SCRATCH)
+    matrices = 2 + (2 if _fit_registers(height, types[-1]) else ADJOINT_SCRATCH)
+    return matrices * height**2 + height + clusters.slots * (height**2 + height)
+
+
+def _fit_registers(height: int, device: torch.device) -> bool:
+    """Whether programs of a device iterate in registers: before 9.0, operands of 64 variables alone take most of them."""
+    return height <= 32 or (height == _LARGEST_MATRIX and _capability(device) >= (9, 0))
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    """9.0, as the newest, where there is no device but Triton's interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def _verdicts(blocks: int) -> int:

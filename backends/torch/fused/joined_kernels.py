@@ -17,7 +17,6 @@ from polywhiten.torch.fused.newton import newton, newton_adjoint
 from polywhiten.torch.fused.newton_registers import adjoint_in_registers, newton_in_registers
 from polywhiten.torch.fused.tiles import load_matrix
 
-IN_REGISTERS = tl.constexpr(64)  # variables of the largest matrices that registers have room for
 _LANES = tl.constexpr(128)  # numbers that are read at a time where there are many
 
 
@@ -164,6 +163,7 @@ def whiten_sums(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     MATRIX_PRECISION: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):
     # statistics of every block, and a verdict on running averages; where MAPS, the whitened samples too
     block, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -188,7 +188,8 @@ def whiten_sums(
         SPREAD,
         PRECISION,
     )
-    counters += block * block_counters
+    if LEVELS > 0:
+        counters += block * block_counters
     total, square, last = gathered(total, square, scratch, counters, part, parts, cluster, LEVELS, HEIGHT)
     if last:
         rows = tl.arange(0, HEIGHT)
@@ -201,7 +202,7 @@ def whiten_sums(
         s = tl.where(of_group, square / samples - off[:, None] * off[None, :], 0.0)
         tl.store(mean + block * d + rows, centre, mask=rows < size)
         tl.store(cov + block * d * d + places, s + beyond, mask=of_block)
-        if HEIGHT <= IN_REGISTERS:
+        if IN_REGISTERS:
             w = newton_in_registers(s, size, eps, iterations, SMALLEST, HEIGHT, MATRIX_PRECISION)
         else:
             tl.debug_barrier()
@@ -398,6 +399,7 @@ def _adjoint(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     MATRIX_PRECISION: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):
     # from s = dY 1 and K = dY (X - mean)' of a block, to its place among the results: A = diag(scale) W, B, and s / M.
     # Returns the gradient of scale.
@@ -413,13 +415,13 @@ def _adjoint(
     of_b = results + HEIGHT * HEIGHT
     tl.store(results + places, a)
     tl.store(results + 2 * HEIGHT * HEIGHT + rows, total / samples)
-    if HEIGHT <= IN_REGISTERS:
-        s = load_matrix(cov, rows, rows, size, d, 1)
-        ds = adjoint_in_registers(s, moment, size, eps, iterations, SMALLEST, HEIGHT, MATRIX_PRECISION)
+    tl.store(of_b + places, moment)
+    tl.debug_barrier()
+    if IN_REGISTERS:
+        ds = adjoint_in_registers(cov, d, of_b, matrices, size, eps, iterations, SMALLEST, HEIGHT, MATRIX_PRECISION)
+        tl.debug_barrier()
         tl.store(of_b + places, 2.0 * ds / samples)
     else:
-        tl.store(of_b + places, moment)
-        tl.debug_barrier()
         newton_adjoint(
             cov,
             d,
@@ -479,6 +481,7 @@ def channels_gradient_sums(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     MATRIX_PRECISION: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):
     # what the gradient's map takes, for every block, at the start of its scratch memory; gradients of scale and shift
     block, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -504,7 +507,8 @@ def channels_gradient_sums(
     )
     results = scratch + block * region
     slots = results + 2 * HEIGHT * HEIGHT + HEIGHT
-    counters += block * block_counters
+    if LEVELS > 0:
+        counters += block * block_counters
     total, moment, last = gathered(total, moment, slots, counters, part, parts, cluster, LEVELS, HEIGHT)
     if last:
         rows = tl.arange(0, HEIGHT)
@@ -515,7 +519,7 @@ def channels_gradient_sums(
             total,
             moment,
             results,
-            results + region - 12 * HEIGHT * HEIGHT,
+            results + region - (2 if IN_REGISTERS else 12) * HEIGHT * HEIGHT,
             block,
             samples,
             d,
@@ -527,6 +531,7 @@ def channels_gradient_sums(
             TILE,
             STEP,
             MATRIX_PRECISION,
+            IN_REGISTERS,
         )
         place = block * d + rows
         if dscale is not None:
@@ -574,6 +579,7 @@ def samples_gradient_sums(
     TILE: tl.constexpr,
     STEP: tl.constexpr,
     MATRIX_PRECISION: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):
     # likewise of group whitening, with every program's part of the gradients of weight and bias
     block, part = tl.program_id(0).to(tl.int64), tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
@@ -608,7 +614,8 @@ def samples_gradient_sums(
     )
     results = scratch + block * region
     slots = results + 2 * HEIGHT * HEIGHT + HEIGHT
-    counters += block * block_counters
+    if LEVELS > 0:
+        counters += block * block_counters
     total, moment, last = gathered(total, moment, slots, counters, part, parts, cluster, LEVELS, HEIGHT)
     if last:
         _adjoint(
@@ -618,7 +625,7 @@ def samples_gradient_sums(
             total,
             moment,
             results,
-            results + region - 12 * HEIGHT * HEIGHT,
+            results + region - (2 if IN_REGISTERS else 12) * HEIGHT * HEIGHT,
             block,
             channels * positions,
             d,
@@ -630,6 +637,7 @@ def samples_gradient_sums(
             TILE,
             STEP,
             MATRIX_PRECISION,
+            IN_REGISTERS,
         )
 
 

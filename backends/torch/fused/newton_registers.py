@@ -6,7 +6,7 @@ The recurrences are those of `polywhiten.solvers.newton`: r is a third of the sc
 import triton
 import triton.language as tl
 
-from polywhiten.torch.fused.tiles import product
+from polywhiten.torch.fused.tiles import load_matrix, product
 
 
 @triton.jit
@@ -51,22 +51,57 @@ def newton_in_registers(
 
 @triton.jit
 def adjoint_in_registers(
-    cov, grad, size, eps, iterations, SMALLEST: tl.constexpr, HEIGHT: tl.constexpr, PRECISION: tl.constexpr
+    cov,
+    stride,
+    grad,
+    memory,
+    size,
+    eps,
+    iterations,
+    SMALLEST: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    # the gradient with respect to cov of <grad, (cov + eps I)^(-1/2)>, symmetric
-    s, t = scaled(cov, size, eps, SMALLEST, HEIGHT)
-    direction = 0.5 * (grad + tl.trans(grad))
-    r, dr = s / 3, direction / 3
-    z = 1.5 * (_identity(size, HEIGHT) - r)
-    dz = -1.5 * dr
+    # the gradient with respect to the matrix at cov of <grad, (cov + eps I)^(-1/2)>, symmetric. Registers have room for
+    # r and its derivative dr with what a step makes of them; z and dz wait in memory, for two matrices.
+    rows = tl.arange(0, HEIGHT)
+    of_z = memory + rows[:, None] * HEIGHT + rows[None, :]
+    of_dz = of_z + HEIGHT * HEIGHT
+    s, t = scaled(_load_cov(cov, stride, size, HEIGHT), size, eps, SMALLEST, HEIGHT)
+    r, dr = s / 3, _load_symmetric(grad, HEIGHT) / 3
+    tl.store(of_z, 1.5 * (_identity(size, HEIGHT) - r))
+    tl.store(of_dz, -1.5 * dr)
     for _ in range(1, iterations):
         p = _multiplied(dr, r, HEIGHT, PRECISION)
         p = dr - p - (p + tl.trans(p))
         p = 1.125 * (p - _multiplied(p, r, HEIGHT, PRECISION))
         dr = p + tl.trans(p)
         r = _next_r(r, HEIGHT, PRECISION)
-        dz = 1.5 * (dz - _multiplied(dz, r, HEIGHT, PRECISION) - _multiplied(z, dr, HEIGHT, PRECISION))
-        z = 1.5 * (z - _multiplied(z, r, HEIGHT, PRECISION))
-    along_scale = tl.sum(tl.sum(dz * s + 0.5 * direction * z, axis=1), axis=0)
+        tl.debug_barrier()  # one thread may load what another one has stored, and the other way round
+        z = tl.load(of_z)
+        tl.debug_barrier()
+        of_dr = _multiplied(z, dr, HEIGHT, PRECISION)
+        tl.store(of_z, 1.5 * (z - _multiplied(z, r, HEIGHT, PRECISION)))
+        dz = tl.load(of_dz)
+        tl.debug_barrier()
+        tl.store(of_dz, 1.5 * (dz - product(dz, r, of_dr, PRECISION)))
+    tl.debug_barrier()
+    z, dz = tl.load(of_z), tl.load(of_dz)
+    s, _ = scaled(_load_cov(cov, stride, size, HEIGHT), size, eps, SMALLEST, HEIGHT)
+    along_scale = tl.sum(tl.sum(dz * s + 0.5 * _load_symmetric(grad, HEIGHT) * z, axis=1), axis=0)
     result = 0.5 * (dz + tl.trans(dz)) - along_scale * _identity(size, HEIGHT)
     return result / t / tl.sqrt_rn(t)
+
+
+@triton.jit
+def _load_cov(cov, stride, size, HEIGHT: tl.constexpr):
+    rows = tl.arange(0, HEIGHT)
+    return load_matrix(cov, rows, rows, size, stride, 1)
+
+
+@triton.jit
+def _load_symmetric(grad, HEIGHT: tl.constexpr):
+    rows = tl.arange(0, HEIGHT)
+    return 0.5 * (
+        tl.load(grad + rows[:, None] * HEIGHT + rows[None, :]) + tl.load(grad + rows[None, :] * HEIGHT + rows[:, None])
+    )

@@ -35,11 +35,13 @@ class PreparedLaunch:
     ) -> None:
         self._kernel, self._grid, self._numbers = kernel, grid, tuple(numbers)
         self._constants, self._options = constants, options
-        self._rest = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
         self._compiled: Callable[..., None] | None = None
 
     def __call__(self, stream: int, *pointers: Pointer) -> None:
         """Launch on the current device, and this stream of it, with pointers in the order of the kernel's arguments."""
+        if torch.compiler.is_compiling():
+            self._launch_by_triton(pointers)
+            return
         addresses, united = [], 0
         for pointer in pointers:
             if pointer is None:
@@ -53,19 +55,21 @@ class PreparedLaunch:
             addresses.append(address)
         is_aligned = united % _ALIGNMENT == 0
         if is_aligned and self._compiled is not None:
-            self._compiled(*addresses, *self._rest, stream=stream)
+            self._compiled(*addresses, *self._numbers, *self._compiled_for, stream=stream)
             return
-        compiled = self.launch_by_triton(*map(_tensor, pointers))
+        compiled = self._launch_by_triton(pointers)
         if is_aligned and IS_KNOWN and compiled is not None:  # Triton's interpreter compiles nothing
             self._compiled = compiled[self._grid]
+            self._compiled_for = [self._constants[name] for name in self._kernel.arg_names if name in self._constants]
 
-    def launch_by_triton(self, *tensors: Tensor | None) -> Any:
+    def _launch_by_triton(self, pointers: Sequence[Pointer]) -> Any:
         """The ordinary launch; returns the compiled kernel."""
+        tensors = [_tensor(pointer) for pointer in pointers]
         return self._kernel[self._grid](*tensors, *self._numbers, **self._constants, **self._options)
 
 
 def _tensor(pointer: Pointer) -> Tensor | None:
-    return pointer[0].view(-1)[pointer[1] :] if type(pointer) is tuple else pointer
+    return pointer[0][pointer[1] :] if isinstance(pointer, tuple) else pointer
 
 
 def current_stream(device: torch.device) -> int:
