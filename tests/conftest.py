@@ -17,7 +17,7 @@ settings.register_profile(
 OWNERS = {f"test_{name}.py": name for name in ("cupy", "dask", "jax", "keras", "tensorflow", "torch")}
 OWNERS |= {
     f"test_{name}.py": "torch"
-    for name in ("cli", "forked", "fused", "study", "torch_cpu", "torch_export", "torch_networks", "tracking")
+    for name in ("cli", "forked", "fused", "joined", "study", "torch_cpu", "torch_export", "torch_networks", "tracking")
 }
 OWNERS |= {f"test_{name}.py": "numpy" for name in ("compiled", "kernel_cache")}
 OWNERS |= {f"test_{name}.py": "keras" for name in ("keras_demo", "keras_tracking")}
