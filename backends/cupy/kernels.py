@@ -161,13 +161,12 @@ class CupyKernels(Kernels):
         cov, d = given[0], given[0].shape[-1]
         size = _variant(d)
         result = self.xp.empty(cov.shape, dtype=cov.dtype)
-        smallest = float(self.xp.finfo(cov.dtype).smallest_normal)
         self.launch(
             "newton.cu",
             f"{kernel}<{_type(cov)}, {size}>",
             cov.size // d**2,
             _NEWTON_THREADS[size],
-            (*map(self._in_order, given), float(eps), smallest, solver.iterations, d, result),
+            (*map(self._in_order, given), float(eps), solver.iterations, d, result),
             _newton_memory(cov, matrices),
         )
         return result
