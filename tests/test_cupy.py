@@ -15,6 +15,7 @@ from cuda_on_cpu import COMPILER, CpuLauncher, GuardedNumPy
 import polywhiten as pw
 from polywhiten.blocks import ChannelGroups, SampleGroups
 from polywhiten.dispatch import framework_module
+from polywhiten.gpu_launches import CHOICES, use_gpu_launches
 from polywhiten.info import probe
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import solver_for
@@ -24,7 +25,8 @@ cupy = pytest.importorskip("cupy")
 
 import polywhiten.cupy  # noqa: E402
 from polywhiten.cupy import launcher  # noqa: E402
-from polywhiten.cupy.kernels import SIZES, CupyKernels  # noqa: E402
+from polywhiten.cupy.kernels import CupyKernels  # noqa: E402
+from polywhiten.cupy.variants import SIZES, TYPES  # noqa: E402
 
 HAS_DEVICE = cupy.cuda.is_available()
 needs_device = pytest.mark.skipif(not HAS_DEVICE, reason="cupy sees no CUDA device")
@@ -37,6 +39,9 @@ KERNELS = {
     "cross_moments.cu": {"cross_moments": PAIRS, "finish_cross_moments": ACCUMULATORS},
     "affine_map.cu": {"affine_map": MAPS},
     "newton.cu": {"newton": ACCUMULATORS, "newton_adjoint": ACCUMULATORS},
+    "joined_statistics.cu": {"find_statistics": TYPES.values()},
+    "joined_gradient.cu": {"find_gradient": TYPES.values()},
+    "joined_maps.cu": {"whiten": TYPES.values(), "pull_back": TYPES.values()},
 }
 VARIANTS = {
     file: [
@@ -101,6 +106,12 @@ def machine(request, tmp_path_factory):
     if request.param == "emulated":
         return emulated(tmp_path_factory.getbasetemp())
     return Machine(polywhiten.cupy.BACKEND.kernels, cupy.asarray, cupy.asnumpy)
+
+
+@pytest.fixture(params=CHOICES)
+def structure(request):
+    with use_gpu_launches(request.param):
+        yield request.param
 
 
 EXACT = Kernels(array_api_compat.numpy)
@@ -175,7 +186,7 @@ def test_kernels_are_the_plain_ones(machine, dtype, d, layout):
     ],
     ids=["iter_norm", "iter_norm, channels last", "group_whiten", "group_whiten, channels last"],
 )
-def test_whitening_and_its_gradient_over_these_kernels(machine, blocks, shape, dtype):
+def test_whitening_and_its_gradient_over_these_kernels(machine, structure, blocks, shape, dtype):
     """In half precision the gradient of y arrives in float32 where weights don't fold into the whitener."""
     rng = np.random.default_rng(0)
     given = [a.astype(dtype) for a in (rng.normal(2, 3, shape), rng.uniform(1, 2, 12), rng.normal(size=12))]
@@ -220,7 +231,7 @@ def test_constant_channels_have_exactly_no_variance_and_finite_roots(machine, dt
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_spoils_its_own_block_alone(machine, bad):
+def test_what_is_not_finite_spoils_its_own_block_alone(machine, structure, bad):
     values = np.random.default_rng(0).normal(size=(6, 2, 20, 30)).astype("float32")
     values[2, 1, 5, 3] = bad
     plan = Plan(ChannelGroups(1, 20), solver_for("newton", 5), 1e-5)
@@ -326,7 +337,7 @@ def test_without_a_device_info_says_why():
 @pytest.mark.gpu
 @needs_device
 @pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
-def test_nothing_waits_for_the_device(name):
+def test_nothing_waits_for_the_device(structure, name):
     """A stream that is being captured in a graph refuses whatever would wait; the graph gives the same again."""
     x = cupy.asarray(np.random.default_rng(0).normal(size=(32, 64, 14, 14)).astype("float32"))
     function = getattr(pw, f"{name}_vjp")

@@ -48,10 +48,16 @@ class CpuLauncher:
     def __init__(self, xp: GuardedNumPy, sources: Path, names: dict[str, list[str]], build: Path) -> None:
         self._xp, self._sources, self._build = xp, sources, build
         self._kernels: dict[str, Any] = {}
+        self._counters = np.zeros(0, np.uint32)
         parts = [(file, some) for file, all_ in names.items() for some in (all_[::2], all_[1::2])]
         with ThreadPoolExecutor(4) as pool:
             for kernels in pool.map(lambda part: self._compile(*part), parts):
                 self._kernels |= kernels
+
+    def counters(self, count: int) -> np.ndarray:
+        if count > self._counters.size:
+            self._counters = np.zeros(count, np.uint32)
+        return self._counters
 
     def __call__(
         self, file: str, name: str, programs: int, threads: int, arguments: tuple[Any, ...], shared: int = 0
@@ -61,16 +67,17 @@ class CpuLauncher:
         values = [_argument(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         results = []
-        for reverse in (False, True):
-            assert kernel(programs, threads, reverse, pointers) == 0, "some threads end while others wait for them"
+        for other_order in (False, True):
+            assert kernel(programs, threads, other_order, pointers) == 0, "some threads end while others wait for them"
+            assert not self._counters.any(), f"{name} leaves counters that are not 0"
             results.append([a.tobytes() for a in arguments if isinstance(a, np.ndarray)])
-        assert results[0] == results[1], f"{name} depends on the order of the threads"
+        assert results[0] == results[1], f"{name} depends on the order of the threads or of the programs"
         self._xp.check()
 
     def _compile(self, file: str, names: list[str]) -> dict[str, Any]:
         exports = "\n".join(
-            f'extern "C" int kernel_{i}(unsigned blocks, unsigned threads, bool reverse, void** arguments) '
-            f"{{ return emulator::launch({name}, blocks, threads, reverse, arguments); }}"
+            f'extern "C" int kernel_{i}(unsigned blocks, unsigned threads, bool other_order, void** arguments) '
+            f"{{ return emulator::launch({name}, blocks, threads, other_order, arguments); }}"
             for i, name in enumerate(names)
         )
         source = self._build / f"{file}.{abs(hash(tuple(names)))}.cpp"
@@ -98,6 +105,8 @@ class CpuLauncher:
 
 
 def _argument(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype.names:  # a structure, by value
+        return (ctypes.c_char * value.nbytes).from_buffer_copy(value)
     if isinstance(value, np.ndarray):
         return ctypes.c_void_p(value.ctypes.data)
     return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_longlong(value)

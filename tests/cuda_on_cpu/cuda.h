@@ -1,5 +1,6 @@
 // Enough of CUDA to run kernels on a CPU: blocks one after the other, a block's threads as fibers that take turns at
-// every __syncthreads, in one order or the reverse. What depends on the order is a race.
+// every __syncthreads, both in order, or the threads in the reverse and the blocks shuffled. What depends on the order is
+// a race; the order of the blocks is also what decides which of them are the last to count.
 
 #include <link.h>
 #include <setjmp.h>
@@ -8,6 +9,8 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <numeric>
+#include <random>
 #include <utility>
 #include <vector>
 
@@ -93,19 +96,22 @@ static int run_block(unsigned threads, bool reverse) {
 }
 
 template <typename... P, size_t... I>
-int launch(void (*kernel)(P...), unsigned blocks, unsigned threads, bool reverse, void** arguments,
+int launch(void (*kernel)(P...), unsigned blocks, unsigned threads, bool other_order, void** arguments,
            std::index_sequence<I...>) {
     body = [=] { kernel(*static_cast<P*>(arguments[I])...); };
-    for (unsigned i = 0; i < blocks; ++i) {
-        blockIdx.x = reverse ? blocks - 1 - i : i;
-        if (run_block(threads, reverse)) return 1;
+    std::vector<unsigned> order(blocks);
+    std::iota(order.begin(), order.end(), 0);
+    if (other_order) std::shuffle(order.begin(), order.end(), std::mt19937(blocks));
+    for (unsigned block : order) {
+        blockIdx.x = block;
+        if (run_block(threads, other_order)) return 1;
     }
     return 0;
 }
 
 template <typename... P>
-int launch(void (*kernel)(P...), unsigned blocks, unsigned threads, bool reverse, void** arguments) {
-    return launch(kernel, blocks, threads, reverse, arguments, std::index_sequence_for<P...>());
+int launch(void (*kernel)(P...), unsigned blocks, unsigned threads, bool other_order, void** arguments) {
+    return launch(kernel, blocks, threads, other_order, arguments, std::index_sequence_for<P...>());
 }
 
 }  // namespace emulator
@@ -113,3 +119,14 @@ int launch(void (*kernel)(P...), unsigned blocks, unsigned threads, bool reverse
 inline void __syncthreads() {
     if (!_setjmp(emulator::fibers[threadIdx.x].place)) _longjmp(emulator::scheduler, 1);
 }
+
+// Blocks run one after the other, so nobody sees half of what another has done.
+inline void __threadfence() {}
+
+inline unsigned atomicAdd(unsigned* place, unsigned number) {
+    const unsigned before = *place;
+    *place += number;
+    return before;
+}
+
+template <typename T> T __ldcg(const T* place) { return *place; }
