@@ -97,9 +97,7 @@ def forward_pass(arrays: Arrays, processors: int, shared_memory: int) -> Pass:
         blocks,
         d,
         Launch("joined_statistics.cu", "find_statistics" + variant_name, blocks * programs, PRODUCT_THREADS, given),
-        Launch(
-            "joined_maps.cu", "whiten" + variant_name, blocks * maps, AFFINE_THREADS, map_memory(size, itemsize, 1)
-        ),
+        Launch("joined_maps.cu", "whiten" + variant_name, blocks * maps, AFFINE_THREADS, map_memory(size, itemsize, 1)),
         numbers,
         blocks * int(numbers["counters"]),
         blocks * programs * (d * d + d),
