@@ -629,6 +629,23 @@ def test_nothing_waits_for_the_device(structure, name):
 
 @pytest.mark.gpu
 @needs_device
+def test_calls_on_several_streams_at_once_give_what_each_gives_alone(structure):
+    x = cupy.asarray(np.random.default_rng(0).normal(size=(64, 64, 28, 28)).astype("float32"))
+    expected = pw.iter_norm(x).get()
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(4)]
+    cupy.cuda.Device().synchronize()
+    results = []
+    for _ in range(5):
+        for stream in streams:
+            with stream:
+                results.append(pw.iter_norm(x))
+    cupy.cuda.Device().synchronize()
+    for result in results:
+        np.testing.assert_array_equal(result.get(), expected)
+
+
+@pytest.mark.gpu
+@needs_device
 def test_pytorch_lends_a_tensor_and_gets_the_result_without_copies():
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():

@@ -33,7 +33,7 @@ class JoinedWhitening(NamedTuple):
     def of(cls, kernels: CupyKernels, plan: Plan, x: Array, *in_backward: Array | None) -> JoinedWhitening | None:
         """None for arrays that the kernels aren't made for; in backward dy and the statistics come beside x."""
         blocks = plan.blocks
-        if x.dtype.name not in TYPES or not is_iterated_in(plan.solver, x.itemsize):
+        if x.dtype.char not in TYPES or not is_iterated_in(plan.solver, x.itemsize):
             return None
         if in_backward and not _are_readable(kernels, x, *in_backward):
             return None
@@ -82,7 +82,7 @@ class JoinedWhitening(NamedTuple):
     def _arrays(self, weight: Array | None, bias: Array | None) -> Arrays:
         x = self.x
         return Arrays(
-            self.block_axis, self.channels, x.shape, x.strides, x.dtype.name, _is_half(weight), _is_half(bias)
+            self.block_axis, self.channels, x.shape, x.strides, x.dtype.char, _is_half(weight), _is_half(bias)
         )
 
     def _parameter(self, values: Array | None) -> Array | None:
@@ -117,7 +117,7 @@ def _are_readable(kernels: CupyKernels, x: Array, dy: Array, *stats: Array | Non
 
 
 def _is_half(values: Array | None) -> bool:
-    return values is not None and values.dtype.name == "float16"
+    return values is not None and values.dtype.char == "e"
 
 
 def _or_null(values: Array | None) -> Array | int:

@@ -49,7 +49,7 @@ class Arrays(NamedTuple):
     channels: int  # of a variable
     shape: tuple[int, int, int, int]
     strides: Strides  # in bytes, as all strides of arrays
-    dtype: str
+    dtype: str  # NumPy's letter
     half_weight: bool
     half_bias: bool
 
@@ -153,7 +153,7 @@ def backward_pass(
 def _sizes(arrays: Arrays) -> tuple[int, int, int, int, int]:
     """Blocks, samples of each, variables, the variant's size, and bytes of a number of the statistics."""
     shape, block_axis = arrays.shape, arrays.block_axis
-    itemsize = 8 if arrays.dtype == "float64" else 4
+    itemsize = 8 if arrays.dtype == "d" else 4
     return shape[block_axis], shape[1 - block_axis] * shape[3], shape[2], variant(shape[2]), itemsize
 
 

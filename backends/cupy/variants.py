@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from polywhiten._types import Array
 
-TYPES = {"float16": "half", "float32": "float", "float64": "double"}  # by the dtype's name, in CUDA
+TYPES = {"e": "half", "f": "float", "d": "double"}  # of float16, float32 and float64 by NumPy's letter, in CUDA
 SIZES = (4, 16, 32, 64)  # variables that a variant is made for; it serves fewer too
 
 PRODUCT_THREADS = 256
@@ -48,7 +48,7 @@ def is_sized(x: Array, block_axis: int) -> bool:
     """Whether an array (p, q, d, l) has something to be whitened, and no more than the kernels count."""
     p, q, d, l = x.shape
     blocks, count = (p, q * l) if block_axis == 0 else (q, p * l)
-    return 0 < d <= SIZES[-1] and 0 < count < LIMIT and 0 < blocks * SIZES[-1] < LIMIT
+    return bool(0 < d <= SIZES[-1] and 0 < count < LIMIT and 0 < blocks * SIZES[-1] < LIMIT)
 
 
 def newton_memory(size: int, itemsize: int, matrices: int) -> int:
