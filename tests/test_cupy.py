@@ -1,5 +1,6 @@
 """What only CuPy has: kernels in CUDA. They compile without a device, and run, emulated, on a CPU."""
 
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
@@ -142,7 +143,8 @@ def larger(machine):
 )
 def machine(request, tmp_path_factory):
     if request.param == "emulated":
-        return emulated(tmp_path_factory.getbasetemp())
+        folder = tmp_path_factory.getbasetemp()
+        return emulated(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
     return Machine(polywhiten.cupy.BACKEND.kernels, cupy.asarray, cupy.asnumpy)
 
 
