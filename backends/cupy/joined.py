@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from polywhiten._types import Array
 from polywhiten.blocks import ChannelGroups
-from polywhiten.cupy.passes import Arrays, Launch, backward_pass, forward_pass, memory_of_sums
-from polywhiten.cupy.variants import STATIC, TYPES, is_sized, map_memory, variant
+from polywhiten.cupy.passes import Arrays, Launch, backward_pass, forward_pass, needed_memory
+from polywhiten.cupy.variants import TYPES, is_sized
 from polywhiten.solvers.newton import Newton, is_iterated_in
 from polywhiten.whitening import Plan, Statistics, as_dtype_of
 
@@ -101,11 +101,9 @@ class JoinedWhitening(NamedTuple):
         self.kernels.launch(launch.file, launch.name, launch.programs, launch.threads, arguments, launch.shared)
 
 
-def _fits(kernels: CupyKernels, x: Array, is_backward: bool) -> bool:
-    """Whether the kernels of a pass have enough shared memory."""
-    size, itemsize = variant(x.shape[2]), 8 if x.itemsize == 8 else 4
-    _, sums = memory_of_sums(size, itemsize, is_backward)
-    return max(sums, map_memory(size, itemsize, 1 + is_backward) + STATIC) <= kernels.launch.shared_memory
+def _fits(kernels: CupyKernels, x: Array, backward: bool) -> bool:
+    """Whether the device has enough shared memory."""
+    return needed_memory(x.shape[2], 8 if x.itemsize == 8 else 4, backward) <= kernels.launch.shared_memory
 
 
 def _are_readable(kernels: CupyKernels, x: Array, dy: Array, *stats: Array | None) -> bool:

@@ -13,6 +13,7 @@ from polywhiten.cupy.variants import (
     AFFINE_THREADS,
     PRODUCT_THREADS,
     ROOT_MATRICES,
+    STATIC,
     TYPES,
     along_samples,
     cut,
@@ -40,6 +41,7 @@ _ADDED_AT_ONCE = 16  # programs that are no cluster yet
 _CHANNELS_AT_ONCE = 32  # of a program that adds up gradients of weight and bias
 
 Strides = tuple[int, int, int, int]
+Structure = np.ndarray[tuple[int, ...], np.dtype[np.void]]  # of one element, which CuPy passes by value
 
 
 class Arrays(NamedTuple):
@@ -71,35 +73,34 @@ class Pass(NamedTuple):
     d: int
     sums: Launch
     maps: Launch
-    numbers: np.ndarray[tuple[int, ...], np.dtype[np.void]]  # of both launches, as a structure that goes by value
+    numbers: Structure  # of both launches
     counters: int
     memory: int  # elements that it works in
 
 
-def memory_of_sums(size: int, itemsize: int, backward: bool) -> tuple[int, int]:
-    """Bytes of shared memory that a program of the sums is given, and that it has in all."""
-    given = newton_memory(size, itemsize, ADJOINT_MATRICES if backward else ROOT_MATRICES)
-    static = GRADIENT_STATIC if backward else STATISTICS_STATIC
-    return given, given + static[size] * 1024 * itemsize // 4
+@lru_cache(maxsize=1024)
+def needed_memory(d: int, itemsize: int, backward: bool) -> int:
+    """Bytes of shared memory that the programs of a pass have at most, of statistics of so many bytes a number."""
+    size = variant(d)
+    return max(_memory_of_sums(size, itemsize, backward)[1], map_memory(size, itemsize, 1 + backward) + STATIC)
 
 
 @lru_cache(maxsize=1024)
 def forward_pass(arrays: Arrays, processors: int, shared_memory: int) -> Pass:
     """Sums, and the map of x."""
     blocks, count, d, size, itemsize = _sizes(arrays)
-    tile = min(2048 // size, 256)
-    given, at_once = _program(arrays, shared_memory, backward=False)
-    programs, stretch = stretches(processors, blocks, count, tile, at_once)
-    numbers = _numbers(arrays, programs=programs, position_parts=programs, stretch=stretch)
-    numbers["maps"] = maps = map_programs(processors, blocks, count)
-    variant_name = f"<{TYPES[arrays.dtype]}, {size}>"
+    given, at_once = _programs_of_sums(size, itemsize, shared_memory, backward=False)
+    programs, stretch = stretches(processors, blocks, count, min(2048 // size, 256), at_once)
+    maps = map_programs(processors, blocks, count)
+    numbers = _numbers(arrays, programs=programs, position_parts=programs, stretch=stretch, channel_chunk=1, maps=maps)
+    kind = f"<{TYPES[arrays.dtype]}, {size}>"
     return Pass(
         blocks,
         d,
-        Launch("joined_statistics.cu", "find_statistics" + variant_name, blocks * programs, PRODUCT_THREADS, given),
-        Launch("joined_maps.cu", "whiten" + variant_name, blocks * maps, AFFINE_THREADS, map_memory(size, itemsize, 1)),
-        numbers,
-        blocks * int(numbers["counters"]),
+        Launch("joined_statistics.cu", f"find_statistics{kind}", blocks * programs, PRODUCT_THREADS, given),
+        Launch("joined_maps.cu", f"whiten{kind}", blocks * maps, AFFINE_THREADS, map_memory(size, itemsize, 1)),
+        _structure(numbers, x=_strides(arrays, arrays.strides), result=_strides(arrays, _ordered(arrays))),
+        blocks * numbers["counters"],
         blocks * programs * (d * d + d),
     )
 
@@ -115,38 +116,36 @@ def backward_pass(
     if not has_parameters:
         arrays = arrays._replace(channels=1)
     blocks, count, d, size, itemsize = _sizes(arrays)
+    given, at_once = _programs_of_sums(size, itemsize, shared_memory, backward=True)
     tile = min(1024 // size, 256)
-    given, at_once = _program(arrays, shared_memory, backward=True)
-    wanted, _ = stretches(processors, blocks, count, tile, at_once)
-    channel_chunk = -(-arrays.channels // wanted)
+    programs, _ = stretches(processors, blocks, count, tile, at_once)
+    channel_chunk = -(-arrays.channels // programs)
     channel_parts = -(-arrays.channels // channel_chunk)
-    position_parts, stretch = cut(count // arrays.channels, tile, max(1, wanted // channel_parts))
+    position_parts, stretch = cut(count // arrays.channels, tile, max(1, programs // channel_parts))
     programs = channel_parts * position_parts
+    maps = map_programs(processors, blocks, count)
     numbers = _numbers(
-        arrays, programs=programs, position_parts=position_parts, stretch=stretch, channel_chunk=channel_chunk
+        arrays,
+        programs=programs,
+        position_parts=position_parts,
+        stretch=stretch,
+        channel_chunk=channel_chunk,
+        maps=maps,
     )
-    numbers["dy"] = _strides(arrays, dy_strides)
-    numbers["maps"] = maps = map_programs(processors, blocks, count)
     if has_parameters:
         numbers["rows"] = position_parts * (1 if numbers["block_channels"] else blocks)
-        numbers["gradients"] = -(-int(numbers["all_channels"]) // _CHANNELS_AT_ONCE)
-    variant_name = f"<{TYPES[arrays.dtype]}, {size}>"
-    parts_of_parameters = 2 * int(numbers["rows"]) * int(numbers["all_channels"])
-    map_launch = Launch(
-        "joined_maps.cu",
-        "pull_back" + variant_name,
-        int(numbers["gradients"]) + blocks * maps,
-        AFFINE_THREADS,
-        map_memory(size, itemsize, 2),
-    )
+        numbers["gradients"] = -(-numbers["all_channels"] // _CHANNELS_AT_ONCE)
+    all_maps = numbers["gradients"] + blocks * maps
+    kind = f"<{TYPES[arrays.dtype]}, {size}>"
+    strides = {"x": arrays.strides, "dy": dy_strides, "result": _ordered(arrays)}
     return Pass(
         blocks,
         d,
-        Launch("joined_gradient.cu", "find_gradient" + variant_name, blocks * programs, PRODUCT_THREADS, given),
-        map_launch,
-        numbers,
-        blocks * int(numbers["counters"]),
-        blocks * (programs + 1) * (d * d + d) + parts_of_parameters,
+        Launch("joined_gradient.cu", f"find_gradient{kind}", blocks * programs, PRODUCT_THREADS, given),
+        Launch("joined_maps.cu", f"pull_back{kind}", all_maps, AFFINE_THREADS, map_memory(size, itemsize, 2)),
+        _structure(numbers, **{name: _strides(arrays, each) for name, each in strides.items()}),
+        blocks * numbers["counters"],
+        blocks * (programs + 1) * (d * d + d) + 2 * numbers["rows"] * numbers["all_channels"],
     )
 
 
@@ -157,43 +156,52 @@ def _sizes(arrays: Arrays) -> tuple[int, int, int, int, int]:
     return shape[block_axis], shape[1 - block_axis] * shape[3], shape[2], variant(shape[2]), itemsize
 
 
-def _program(arrays: Arrays, shared_memory: int, backward: bool) -> tuple[int, int]:
+def _memory_of_sums(size: int, itemsize: int, backward: bool) -> tuple[int, int]:
+    """Bytes of shared memory that a program of the sums is given, and that it has in all."""
+    given = newton_memory(size, itemsize, ADJOINT_MATRICES if backward else ROOT_MATRICES)
+    static = GRADIENT_STATIC if backward else STATISTICS_STATIC
+    return given, given + static[size] * 1024 * itemsize // 4
+
+
+def _programs_of_sums(size: int, itemsize: int, shared_memory: int, backward: bool) -> tuple[int, int]:
     """Shared memory that a program of the sums is given, and how many a multiprocessor runs at once."""
-    _, _, _, size, itemsize = _sizes(arrays)
-    given, whole = memory_of_sums(size, itemsize, backward)
+    given, whole = _memory_of_sums(size, itemsize, backward)
     return given, min(2, (shared_memory + _RESERVED) // (whole + _RESERVED))
 
 
-def _numbers(arrays: Arrays, programs: int, position_parts: int, stretch: int, channel_chunk: int = 1) -> np.ndarray:
+def _numbers(arrays: Arrays, programs: int, **others: int) -> dict[str, int]:
+    """Those of pass.cuh but for strides; for weight and bias there are no programs and rows yet."""
     blocks, _, d, _, _ = _sizes(arrays)
     cluster = programs if programs <= _ADDED_AT_ONCE else math.isqrt(programs - 1) + 1
     by_variable = arrays.block_axis == 1  # every block has channels of its own, which are its variables
-    channels = 1 if by_variable else arrays.channels
-    numbers = np.zeros((), PASS)
-    numbers["x"] = _strides(arrays, arrays.strides)
-    numbers["result"] = _strides(arrays, _ordered(arrays.shape, np.dtype(arrays.dtype).itemsize))
-    for name, number in {
+    return {
         "blocks": blocks,
         "d": d,
         "outer": arrays.shape[1 - arrays.block_axis],
-        "channels": channels,
-        "positions": arrays.shape[3] // channels,
+        "channels": arrays.channels,
+        "positions": arrays.shape[3] // arrays.channels,
         "block_channels": d if by_variable else 0,
-        "all_channels": blocks * d if by_variable else d * channels,
+        "all_channels": d * (blocks if by_variable else arrays.channels),
         "programs": programs,
         "cluster": cluster,
         "counters": 1 + -(-programs // cluster) if programs > 1 else 0,
-        "channel_chunk": channel_chunk,
-        "position_parts": position_parts,
-        "stretch": stretch,
+        "gradients": 0,
+        "rows": 0,
         "half_weight": arrays.half_weight,
         "half_bias": arrays.half_bias,
-    }.items():
-        numbers[name] = number
-    return numbers
+        **others,
+    }
 
 
-def _strides(arrays: Arrays, strides: Strides) -> tuple[int, int, int, int, int]:
+def _structure(numbers: dict[str, int], **strides: tuple[int, ...]) -> Structure:
+    structure = np.zeros(1, PASS)
+    for name, value in (numbers | strides).items():
+        structure[name] = value
+    return structure
+
+
+def _strides(arrays: Arrays, strides: Strides) -> tuple[int, ...]:
+    """As pass.cuh has them, in elements."""
     itemsize = np.dtype(arrays.dtype).itemsize
     axes = (arrays.block_axis, 1 - arrays.block_axis, 2, 3)
     block, outer, variable, inner = (strides[axis] // itemsize for axis in axes)
@@ -201,7 +209,8 @@ def _strides(arrays: Arrays, strides: Strides) -> tuple[int, int, int, int, int]
     return block, outer, variable, inner, along_samples(arrays.shape, samples, variable)
 
 
-def _ordered(shape: tuple[int, int, int, int], itemsize: int) -> Strides:
+def _ordered(arrays: Arrays) -> Strides:
     """Strides of a new array."""
-    _, q, d, l = shape
+    _, q, d, l = arrays.shape
+    itemsize = np.dtype(arrays.dtype).itemsize
     return q * d * l * itemsize, d * l * itemsize, l * itemsize, itemsize
