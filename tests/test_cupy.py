@@ -1,20 +1,26 @@
 """What only CuPy has: kernels in CUDA. They compile without a device, and run, emulated, on a CPU."""
 
+import os
 import re
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cache
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import array_api_compat.numpy
 import numpy as np
 import pytest
 from cuda_on_cpu import COMPILER, CpuLauncher, GuardedNumPy
+from cuda_on_cpu.counting import CountingNumPy, Counts, NoLauncher, counted
 
 import polywhiten as pw
 from polywhiten.blocks import ChannelGroups, SampleGroups
 from polywhiten.dispatch import framework_module
+from polywhiten.gpu_launches import CHOICES, use_gpu_launches
 from polywhiten.info import probe
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import solver_for
@@ -23,8 +29,9 @@ from polywhiten.whitening import Plan, backward, forward
 cupy = pytest.importorskip("cupy")
 
 import polywhiten.cupy  # noqa: E402
-from polywhiten.cupy import launcher  # noqa: E402
-from polywhiten.cupy.kernels import SIZES, CupyKernels  # noqa: E402
+from polywhiten.cupy import launcher, passes  # noqa: E402
+from polywhiten.cupy.kernels import CupyKernels  # noqa: E402
+from polywhiten.cupy.variants import SIZES, TYPES  # noqa: E402
 
 HAS_DEVICE = cupy.cuda.is_available()
 needs_device = pytest.mark.skipif(not HAS_DEVICE, reason="cupy sees no CUDA device")
@@ -37,6 +44,9 @@ KERNELS = {
     "cross_moments.cu": {"cross_moments": PAIRS, "finish_cross_moments": ACCUMULATORS},
     "affine_map.cu": {"affine_map": MAPS},
     "newton.cu": {"newton": ACCUMULATORS, "newton_adjoint": ACCUMULATORS},
+    "joined_statistics.cu": {"find_statistics": TYPES.values()},
+    "joined_gradient.cu": {"find_gradient": TYPES.values()},
+    "joined_maps.cu": {"whiten": TYPES.values(), "pull_back": TYPES.values()},
 }
 VARIANTS = {
     file: [
@@ -49,13 +59,25 @@ VARIANTS = {
 # ---------------------------------------------------------------- compiled, without a device
 
 
+def most_shared(kernel):
+    """Bytes, beside what a launch gives: the host has these bounds, for what can run at a time."""
+    name, first_type, *_, size = re.findall(r"\w+", kernel)
+    joined = {"find_statistics": passes.STATISTICS_STATIC, "find_gradient": passes.GRADIENT_STATIC}.get(name)
+    if joined:
+        return joined[int(size)] * 1024 * (2 if first_type == "double" else 1)
+    return 4096 if name in ("affine_map", "newton", "newton_adjoint", "whiten", "pull_back") else 48 * 1024
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("file", VARIANTS)
 def test_every_variant_compiles_and_keeps_to_its_registers_and_shared_memory(file, arch, record_property):
     from cupy.cuda.compiler import _NVRTCProgram  # the public function asks for a device
 
+    names = VARIANTS[file]
+    if file.startswith("joined"):  # they take long; float16 differs from float32 by what it loads
+        names = [name for name in names if ("half" in name) == (arch == "sm_80")]
     log = StringIO()
-    program = _NVRTCProgram(launcher.source(file), file, name_expressions=VARIANTS[file], method="cubin")
+    program = _NVRTCProgram(launcher.source(file), file, name_expressions=names, method="cubin")
     _, mangled = program.compile((*launcher.OPTIONS, f"--gpu-architecture={arch}", "--ptxas-options=-v"), log)
     kernels = {name: kernel for kernel, name in mangled.items()}
     report = re.findall(
@@ -63,13 +85,27 @@ def test_every_variant_compiles_and_keeps_to_its_registers_and_shared_memory(fil
         log.getvalue().replace("\0", ""),
         re.DOTALL,
     )
-    assert {kernels[name] for name, *_ in report} == set(VARIANTS[file])
-    dynamic = file in ("affine_map.cu", "newton.cu")  # beside what their launches give them
+    assert {kernels[name] for name, *_ in report} == set(names)
     for name, *numbers in report:
         spilled, registers, shared = (int(number or 0) for number in numbers)
         record_property("resources", f"{kernels[name]:<36} {arch} {registers:>3} registers, {shared:>6} bytes shared")
-        assert spilled == 0, kernels[name]
-        assert shared <= (4096 if dynamic else 48 * 1024), kernels[name]
+        # what joined kernels know of their launch may wait elsewhere while the sums take all registers
+        assert spilled <= (32 if file.startswith("joined") else 0), kernels[name]
+        assert shared <= most_shared(kernels[name]), kernels[name]
+
+
+@pytest.mark.parametrize("file", VARIANTS)
+def test_float32_is_not_computed_with_in_float64(file):
+    """That is slow on many devices, and rounds otherwise: eps comes as float64, and is converted."""
+    from cupy.cuda.compiler import _NVRTCProgram
+
+    names = [name for name in VARIANTS[file] if "double" not in name and name.endswith("16>")]
+    program = _NVRTCProgram(launcher.source(file), file, name_expressions=names, method="ptx")
+    ptx, _ = program.compile((*launcher.OPTIONS, "--gpu-architecture=compute_80"))
+    assert set(re.findall(r"[\w.]+\.f64", ptx.decode() if isinstance(ptx, bytes) else ptx)) <= {
+        "ld.param.f64",
+        "cvt.rn.f32.f64",
+    }
 
 
 # ---------------------------------------------------------------- run, emulated or on a device
@@ -91,6 +127,14 @@ def emulated(build):
     return Machine(CupyKernels(xp, launch), lambda a: a, lambda a: a)
 
 
+def larger(machine):
+    """The same with as many processors as devices have, if it is emulated."""
+    launch = copy(machine.kernels.launch)
+    if isinstance(launch, CpuLauncher):
+        launch.processors = 100
+    return replace(machine, kernels=CupyKernels(machine.kernels.xp, launch))
+
+
 @pytest.fixture(
     params=[
         pytest.param("emulated", marks=pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")),
@@ -99,8 +143,15 @@ def emulated(build):
 )
 def machine(request, tmp_path_factory):
     if request.param == "emulated":
-        return emulated(tmp_path_factory.getbasetemp())
+        folder = tmp_path_factory.getbasetemp()
+        return emulated(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
     return Machine(polywhiten.cupy.BACKEND.kernels, cupy.asarray, cupy.asnumpy)
+
+
+@pytest.fixture(params=CHOICES)
+def structure(request):
+    with use_gpu_launches(request.param):
+        yield request.param
 
 
 EXACT = Kernels(array_api_compat.numpy)
@@ -175,7 +226,7 @@ def test_kernels_are_the_plain_ones(machine, dtype, d, layout):
     ],
     ids=["iter_norm", "iter_norm, channels last", "group_whiten", "group_whiten, channels last"],
 )
-def test_whitening_and_its_gradient_over_these_kernels(machine, blocks, shape, dtype):
+def test_whitening_and_its_gradient_over_these_kernels(machine, structure, blocks, shape, dtype):
     """In half precision the gradient of y arrives in float32 where weights don't fold into the whitener."""
     rng = np.random.default_rng(0)
     given = [a.astype(dtype) for a in (rng.normal(2, 3, shape), rng.uniform(1, 2, 12), rng.normal(size=12))]
@@ -190,6 +241,60 @@ def test_whitening_and_its_gradient_over_these_kernels(machine, blocks, shape, d
     for actual, expected in zip((y, *gradients), (exact_y, *exact_gradients), strict=True):
         assert actual.dtype == dtype
         check(machine, actual, expected, 10 * TOLERANCE[dtype] if dtype != "float16" else 5e-3)
+
+
+def check_whitening(machine, blocks, shape, dtype, parameter_dtypes, order=None):
+    """Forward and backward against the plain kernels in float64."""
+    rng = np.random.default_rng(0)
+    order = order or tuple(range(len(shape)))
+    x, exact_x = draw(machine, shape, dtype, order)
+    dy, exact_dy = draw(machine, shape, dtype, order, seed=1, mean=0.5)
+    channels = shape[blocks.axis]
+    exact = [None if name is None else rng.uniform(1, 2, channels).astype(name) for name in parameter_dtypes]
+    # with gaps, as a slice of a larger array has them
+    given = [None if each is None else machine.array(np.repeat(each, 2))[::2] for each in exact]
+    exact = [None if each is None else np.float64(each) for each in exact]
+    plan = Plan(blocks, solver_for("newton", 5), 1e-3)
+    y, stats = forward(machine.kernels, plan, x, *given)
+    gradients = backward(machine.kernels, plan, x, *given, stats, dy)
+    exact_y, exact_stats = forward(EXACT, plan, exact_x, *exact)
+    exact_gradients = backward(EXACT, plan, exact_x, *exact, exact_stats, exact_dy)
+    tolerance = 5e-3 if "float16" in (dtype, *parameter_dtypes) else {"float32": 1e-4, "float64": 1e-11}[dtype]
+    for actual, expected in zip((*stats, y, *gradients), (*exact_stats, exact_y, *exact_gradients), strict=True):
+        if expected is None:
+            assert actual is None
+        else:
+            check(machine, actual, expected, tolerance)
+    assert [None if each is None else each.dtype.name for each in (y, *gradients)] == [dtype, dtype, *parameter_dtypes]
+
+
+@pytest.mark.parametrize(
+    "parameter_dtypes",
+    [(None, None), ("float32", None), (None, "float16"), ("float16", "float32"), ("float64", "float64")],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_weight_and_bias_of_any_dtype_or_none(machine, structure, dtype, parameter_dtypes):
+    for blocks in (ChannelGroups(1, 5), SampleGroups(1, 5)):
+        check_whitening(machine, blocks, (3, 10, 4, 9), dtype, parameter_dtypes)
+
+
+WHITENED = {
+    "iter_norm": (ChannelGroups(1, 10), (70, 20, 300), None),
+    "iter_norm, rows": (ChannelGroups(1, 10), (9000, 10), None),
+    "iter_norm, channels last in memory alone": (ChannelGroups(1, 40), (40, 40, 4, 40), (0, 2, 3, 1)),
+    "group_whiten": (SampleGroups(1, 20), (2, 60, 70, 51), None),
+    "group_whiten, channels last": (SampleGroups(3, 5), (2, 70, 51, 20), None),
+    "group_whiten, channels last in memory alone": (SampleGroups(1, 5), (3, 20, 9, 11), (0, 2, 3, 1)),
+    "group_whiten, rows": (SampleGroups(1, 4), (40, 72), None),
+}
+
+
+@pytest.mark.parametrize("layout", WHITENED)
+def test_many_programs_for_each_block(machine, structure, layout):
+    """They are added up as a tree where the launches are joined, and channels are spread over programs."""
+    blocks, shape, order = WHITENED[layout]
+    check_whitening(larger(machine), blocks, shape, "float64", ("float64", "float64"), order)
 
 
 @pytest.mark.parametrize("shape", [(16, 2, 8, 40), (640, 2, 8, 1)])
@@ -220,7 +325,7 @@ def test_constant_channels_have_exactly_no_variance_and_finite_roots(machine, dt
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_spoils_its_own_block_alone(machine, bad):
+def test_what_is_not_finite_spoils_its_own_block_alone(machine, structure, bad):
     values = np.random.default_rng(0).normal(size=(6, 2, 20, 30)).astype("float32")
     values[2, 1, 5, 3] = bad
     plan = Plan(ChannelGroups(1, 20), solver_for("newton", 5), 1e-5)
@@ -305,6 +410,87 @@ def test_statistics_of_another_precision_have_the_plain_kernels():
     np.testing.assert_array_equal(s, [[12, 12]])
 
 
+# ---------------------------------------------------------------- what a call costs the host
+
+
+def costs(structure, blocks, shape, with_parameters):
+    """Launches, allocations and operations of forward, and of backward."""
+    found = []
+    counts = Counts()
+    x, dy = (counted(np.zeros(shape, "float32"), counts) for _ in range(2))
+    given = [counted(np.ones(shape[1], "float32"), counts) if with_parameters else None for _ in range(2)]
+    kernels = CupyKernels(CountingNumPy(counts), NoLauncher(counts))
+    plan = Plan(blocks, solver_for("newton", 5), 1e-5)
+    with use_gpu_launches(structure):
+        for step in ("forward", "backward"):
+            before = counts.allocations, counts.operations.total()
+            counts.launches.clear()
+            if step == "forward":
+                _, stats = forward(kernels, plan, x, *given)
+            else:
+                backward(kernels, plan, x, *given, stats, dy)
+            spent = counts.allocations - before[0], counts.operations.total() - before[1]
+            found.append((tuple(counts.launches), *spent))
+    return found
+
+
+SEPARATE_FORWARD = ("moments", "finish_moments", "newton", "affine_map")
+SEPARATE_BACKWARD = ("cross_moments", "finish_cross_moments", "newton_adjoint", "affine_map")
+JOINED_FORWARD, JOINED_BACKWARD = ("find_statistics", "whiten"), ("find_gradient", "pull_back")
+ITER_NORM, GROUP_WHITENING = ChannelGroups(1, 16), SampleGroups(1, 16)
+
+
+@pytest.mark.parametrize(
+    ("structure", "blocks", "with_parameters", "in_forward", "in_backward"),
+    [
+        ("separate", ITER_NORM, False, (SEPARATE_FORWARD, 7, 0), (SEPARATE_BACKWARD, 6, 3)),
+        ("separate", ITER_NORM, True, (SEPARATE_FORWARD, 7, 1), (SEPARATE_BACKWARD, 6, 7)),
+        ("separate", GROUP_WHITENING, False, (SEPARATE_FORWARD, 7, 0), (SEPARATE_BACKWARD, 6, 3)),
+        ("separate", GROUP_WHITENING, True, (SEPARATE_FORWARD, 7, 2), (("affine_map", *SEPARATE_BACKWARD), 7, 7)),
+        ("joined", ITER_NORM, False, (JOINED_FORWARD, 5, 0), (JOINED_BACKWARD, 2, 0)),
+        ("joined", ITER_NORM, True, (JOINED_FORWARD, 5, 0), (JOINED_BACKWARD, 4, 0)),
+        ("joined", GROUP_WHITENING, False, (JOINED_FORWARD, 5, 0), (JOINED_BACKWARD, 2, 0)),
+        ("joined", GROUP_WHITENING, True, (JOINED_FORWARD, 5, 0), (JOINED_BACKWARD, 4, 0)),
+    ],
+)
+def test_the_number_of_launches_allocations_and_operations(structure, blocks, with_parameters, in_forward, in_backward):
+    """Joined ones allocate their results (y and three statistics, or the gradients) and memory to work in."""
+    assert costs(structure, blocks, (32, 64, 7, 7), with_parameters) == [in_forward, in_backward]
+
+
+@pytest.mark.parametrize("solver", [solver_for("eigh", None), solver_for("newton", 300)], ids=["eigh", "many steps"])
+def test_joined_launches_leave_other_solvers_to_the_separate_kernels(solver):
+    x = np.ones((5, 4, 3), "float32")
+    with use_gpu_launches("joined"):
+        assert PLAIN.whole(Plan(ChannelGroups(1, 2), solver, 1e-5), x, None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("kernels", "shape", "dtype"),
+    [
+        (PLAIN, (300, 65), "float32"),
+        (PLAIN, (0, 4), "float32"),
+        (TINY, (9, 4), "float32"),
+        (PLAIN, (9, 4), "longdouble"),
+    ],
+    ids=["65 variables", "nothing", "little shared memory", "another dtype"],
+)
+def test_joined_launches_leave_other_arrays_to_the_separate_kernels(kernels, shape, dtype):
+    plan = Plan(ChannelGroups(1, shape[1]), solver_for("newton", 5), 1e-5)
+    with use_gpu_launches("joined"):
+        assert kernels.whole(plan, np.ones(shape, dtype), None, None) is None
+
+
+def test_joined_launches_leave_statistics_that_are_not_kept_to_the_separate_kernels():
+    plan, x = Plan(ITER_NORM, solver_for("newton", 5), 1e-5), np.ones((30, 16), "float32")
+    mean, matrix = np.zeros((1, 16), "float32"), np.eye(16, dtype="float32")[None]
+    with use_gpu_launches("joined"):
+        assert PLAIN.whole(plan, x, None, None, x, mean, matrix, matrix) is not None
+        for others in ((mean, matrix, None), (mean, matrix, np.float64(matrix)), (mean, matrix, matrix[:, :, ::-1])):
+            assert PLAIN.whole(plan, x, None, None, x, *others) is None
+        assert PLAIN.whole(plan, x, None, None, np.float64(x), mean, matrix, matrix) is None
+
+
 # ---------------------------------------------------------------- users and their devices
 
 
@@ -313,6 +499,103 @@ def test_cupy_arrays_are_served_by_this_backend():
         pass
 
     assert framework_module(cupy.ndarray) == framework_module(Mine) == "polywhiten.cupy"
+
+
+class FakeCuda:
+    """As much of CuPy as the launcher calls, with two devices and any number of streams."""
+
+    uint32 = np.uint32
+    zeros = staticmethod(np.zeros)
+
+    class ndarray:  # noqa: N801
+        def __init__(self, device):
+            self.data = SimpleNamespace(device_id=device)
+
+    def __init__(self):
+        self.device, self.stream, self.capturing, self.kernels = 0, 7, False, []
+        self.cuda = SimpleNamespace(
+            runtime=SimpleNamespace(getDevice=lambda: self.device),
+            get_current_stream=lambda: SimpleNamespace(ptr=self.stream, is_capturing=lambda: self.capturing),
+        )
+
+    def RawModule(self, **options):  # noqa: N802
+        self.kernels.append(FakeKernel())
+        return SimpleNamespace(get_function=lambda name: self.kernels[-1])
+
+
+class FakeKernel:
+    """Counts how often it is given memory, which is a call of the driver, and launched."""
+
+    def __init__(self):
+        self.launches, self.settings, self._shared = 0, [], 48 * 1024
+
+    @property
+    def max_dynamic_shared_size_bytes(self):
+        return self._shared
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, size):
+        self._shared = size
+        self.settings.append(size)
+
+    def __call__(self, grid, block, arguments, shared_mem):
+        assert shared_mem <= self._shared
+        self.launches += 1
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    fake = FakeCuda()
+    monkeypatch.setattr(launcher, "cupy", fake)
+    launcher._compiled.cache_clear(), launcher._compiled_for_any_memory.cache_clear()
+    yield fake
+    launcher._compiled.cache_clear(), launcher._compiled_for_any_memory.cache_clear()
+
+
+def test_a_kernel_asks_for_shared_memory_once(fake):
+    launch = launcher.CudaLauncher()
+    for shared in (100_000, 100_000, 50_000, 100_000, 0):
+        launch("newton.cu", "newton<float, 64>", 1, 256, (fake.ndarray(0), 1), shared)
+    (kernel,) = fake.kernels
+    assert kernel.launches == 5
+    assert kernel.settings == [100_000]
+
+
+def test_an_array_on_another_device_is_an_error_that_says_so(fake):
+    launch = launcher.CudaLauncher()
+    launch("newton.cu", "newton<float, 64>", 1, 256, (fake.ndarray(0), 5, fake.ndarray(0)))
+    with pytest.raises(ValueError, match="an array is on device 1, but device 0 is the current one"):
+        launch("newton.cu", "newton<float, 64>", 1, 256, (fake.ndarray(0), 5, fake.ndarray(1)))
+
+
+def test_every_stream_device_thread_and_graph_has_counters_of_its_own(fake):
+    """Else two launches that run at once would count each other's programs."""
+    counters = launcher.CudaLauncher().counters
+    first = counters(3)
+    assert counters(1000) is first
+    assert not first.any()
+    fake.stream = 8
+    other = counters(3)
+    fake.device = 1
+    on_device_1 = counters(3)
+    with ThreadPoolExecutor(1) as pool:
+        of_thread = pool.submit(counters, 3).result()
+    fake.capturing = True
+    of_graphs = [counters(3), counters(3)]
+    every = [first, other, on_device_1, of_thread, *of_graphs]
+    assert len({id(each) for each in every}) == 6
+    fake.capturing, fake.stream, fake.device = False, 7, 0
+    assert counters(3) is first
+    more = counters(first.size + 1)
+    assert more.size > first.size
+    assert counters(3) is more
+
+
+def test_the_default_stream_is_not_asked_whether_it_is_captured(fake):
+    """It can't be, and CuPy refuses to ask."""
+    fake.stream, fake.capturing = 0, True
+    counters = launcher.CudaLauncher().counters
+    assert counters(3) is counters(3)
 
 
 @pytest.mark.skipif(HAS_DEVICE, reason="there is a CUDA device")
@@ -326,7 +609,7 @@ def test_without_a_device_info_says_why():
 @pytest.mark.gpu
 @needs_device
 @pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
-def test_nothing_waits_for_the_device(name):
+def test_nothing_waits_for_the_device(structure, name):
     """A stream that is being captured in a graph refuses whatever would wait; the graph gives the same again."""
     x = cupy.asarray(np.random.default_rng(0).normal(size=(32, 64, 14, 14)).astype("float32"))
     function = getattr(pw, f"{name}_vjp")
@@ -344,6 +627,23 @@ def test_nothing_waits_for_the_device(name):
         stream.synchronize()
         for actual, wanted in zip((y, dx), expected, strict=True):
             np.testing.assert_array_equal(actual.get(), wanted.get())
+
+
+@pytest.mark.gpu
+@needs_device
+def test_calls_on_several_streams_at_once_give_what_each_gives_alone(structure):
+    x = cupy.asarray(np.random.default_rng(0).normal(size=(64, 64, 28, 28)).astype("float32"))
+    expected = pw.iter_norm(x).get()
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(4)]
+    cupy.cuda.Device().synchronize()
+    results = []
+    for _ in range(5):
+        for stream in streams:
+            with stream:
+                results.append(pw.iter_norm(x))
+    cupy.cuda.Device().synchronize()
+    for result in results:
+        np.testing.assert_array_equal(result.get(), expected)
 
 
 @pytest.mark.gpu

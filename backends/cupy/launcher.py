@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import threading
 from functools import lru_cache
 from importlib import resources
 from typing import Any
 
 import cupy
 
+from polywhiten._types import Array
+
 OPTIONS = ("-std=c++17",)
+
+_FEWEST_COUNTERS = 1024
 
 
 def source(file: str) -> str:
@@ -18,8 +23,18 @@ def source(file: str) -> str:
     return re.sub(r'^#include "(.+)"$', lambda match: source(match[1]), text, flags=re.MULTILINE)
 
 
+class _Counters(threading.local):
+    """By device and stream: of each thread, as the default stream can be its own."""
+
+    def __init__(self) -> None:
+        self.of_streams: dict[tuple[int, int], Array] = {}
+
+
 class CudaLauncher:
     """Launches kernels on the current device and stream."""
+
+    def __init__(self) -> None:
+        self._counters = _Counters()
 
     def __call__(
         self, file: str, name: str, programs: int, threads: int, arguments: tuple[Any, ...], shared: int = 0
@@ -27,15 +42,27 @@ class CudaLauncher:
         """`programs` CUDA blocks of `threads` threads, with `shared` bytes of dynamic shared memory."""
         device = cupy.cuda.runtime.getDevice()
         for argument in arguments:
-            if isinstance(argument, cupy.ndarray) and argument.device.id != device:  # a kernel would crash on it
+            if isinstance(argument, cupy.ndarray) and argument.data.device_id != device:  # a kernel would crash on it
                 raise ValueError(
-                    f"an array is on device {argument.device.id}, but device {device} is the current one: "
-                    f"use `with cupy.cuda.Device({argument.device.id}):`"
+                    f"an array is on device {argument.data.device_id}, but device {device} is the current one: "
+                    f"use `with cupy.cuda.Device({argument.data.device_id}):`"
                 )
-        kernel = _compiled(file, name, device)
-        if shared:  # a kernel has to ask for more than 48 KiB in all
-            kernel.max_dynamic_shared_size_bytes = shared
-        kernel((programs,), (threads,), arguments, shared_mem=shared)
+        _compiled(file, name, shared, device)((programs,), (threads,), arguments, shared_mem=shared)
+
+    def counters(self, count: int) -> Array:
+        """Those of the current stream, whose launches come one after the other: they leave them 0.
+
+        A graph gets its own, which it sets to 0 itself: it may be launched on any stream.
+        """
+        stream = cupy.cuda.get_current_stream()
+        if stream.ptr and stream.is_capturing():  # the default stream, 0, can't be captured
+            return cupy.zeros(count, dtype=cupy.uint32)
+        key = cupy.cuda.runtime.getDevice(), stream.ptr
+        kept = self._counters.of_streams.get(key)
+        if kept is None or kept.size < count:
+            kept = cupy.zeros(max(count, _FEWEST_COUNTERS), dtype=cupy.uint32)
+            self._counters.of_streams[key] = kept
+        return kept
 
     @property
     def processors(self) -> int:
@@ -49,7 +76,16 @@ class CudaLauncher:
 
 
 @lru_cache(None)
-def _compiled(file: str, name: str, device: int) -> Any:
+def _compiled(file: str, name: str, shared: int, device: int) -> Any:
+    """A kernel that may have so much dynamic shared memory."""
+    kernel = _compiled_for_any_memory(file, name, device)
+    if shared > kernel.max_dynamic_shared_size_bytes:  # it has to ask for more than 48 KiB in all
+        kernel.max_dynamic_shared_size_bytes = shared
+    return kernel
+
+
+@lru_cache(None)
+def _compiled_for_any_memory(file: str, name: str, device: int) -> Any:
     # for one device, as it belongs to it; and each by itself: of some hundred variants, a program needs ten
     return cupy.RawModule(code=source(file), options=OPTIONS, name_expressions=(name,)).get_function(name)
 

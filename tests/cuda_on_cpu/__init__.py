@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import shuffle
 from types import ModuleType
 from typing import Any
 
@@ -40,7 +42,7 @@ class GuardedNumPy(ModuleType):
 
 
 class CpuLauncher:
-    """Runs the kernels `names`, by file, of a folder of CUDA sources."""
+    """Runs the kernels `names`, by file, of a folder of CUDA sources; `build` may be other processes' too."""
 
     processors = 2
     shared_memory = 227 * 1024
@@ -48,10 +50,17 @@ class CpuLauncher:
     def __init__(self, xp: GuardedNumPy, sources: Path, names: dict[str, list[str]], build: Path) -> None:
         self._xp, self._sources, self._build = xp, sources, build
         self._kernels: dict[str, Any] = {}
-        parts = [(file, some) for file, all_ in names.items() for some in (all_[::2], all_[1::2])]
+        self._counters = np.zeros(0, np.uint32)
+        parts = [(f"{file}.{half}", file, all_[half::2]) for file, all_ in names.items() for half in (0, 1)]
+        shuffle(parts)  # so that each of several processes compiles some, and finds the others
         with ThreadPoolExecutor(4) as pool:
             for kernels in pool.map(lambda part: self._compile(*part), parts):
                 self._kernels |= kernels
+
+    def counters(self, count: int) -> np.ndarray:
+        if count > self._counters.size:
+            self._counters = np.zeros(count, np.uint32)
+        return self._counters
 
     def __call__(
         self, file: str, name: str, programs: int, threads: int, arguments: tuple[Any, ...], shared: int = 0
@@ -61,34 +70,27 @@ class CpuLauncher:
         values = [_argument(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         results = []
-        for reverse in (False, True):
-            assert kernel(programs, threads, reverse, pointers) == 0, "some threads end while others wait for them"
+        for other_order in (False, True):
+            assert kernel(programs, threads, other_order, pointers) == 0, "some threads end while others wait for them"
+            assert not self._counters.any(), f"{name} leaves counters that are not 0"
             results.append([a.tobytes() for a in arguments if isinstance(a, np.ndarray)])
-        assert results[0] == results[1], f"{name} depends on the order of the threads"
+        assert results[0] == results[1], f"{name} depends on the order of the threads or of the programs"
         self._xp.check()
 
-    def _compile(self, file: str, names: list[str]) -> dict[str, Any]:
-        exports = "\n".join(
-            f'extern "C" int kernel_{i}(unsigned blocks, unsigned threads, bool reverse, void** arguments) '
-            f"{{ return emulator::launch({name}, blocks, threads, reverse, arguments); }}"
-            for i, name in enumerate(names)
-        )
-        source = self._build / f"{file}.{abs(hash(tuple(names)))}.cpp"
-        source.write_text(f'#include "{HERE / "cuda.h"}"\n{self._text(file)}\n{exports}\n')
-        library = source.with_suffix(".so")
-        command = [
-            COMPILER,
-            "-std=c++17",
-            "-O1",
-            "-w",
-            "-shared",
-            "-fPIC",
-            "-fno-extern-tls-init",
-            source,
-            "-o",
-            library,
-        ]
-        subprocess.run(command, check=True)
+    def _compile(self, part: str, file: str, names: list[str]) -> dict[str, Any]:
+        library = self._build / f"{part}.so"
+        if not library.exists():
+            exports = "\n".join(
+                f'extern "C" int kernel_{i}(unsigned blocks, unsigned threads, bool other_order, void** arguments) '
+                f"{{ return emulator::launch({name}, blocks, threads, other_order, arguments); }}"
+                for i, name in enumerate(names)
+            )
+            own = self._build / f"{part}.{os.getpid()}"
+            source = self._build / f"{own.name}.cpp"
+            source.write_text(f'#include "{HERE / "cuda.h"}"\n{self._text(file)}\n{exports}\n')
+            options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-extern-tls-init"]
+            subprocess.run([COMPILER, *options, source, "-o", own], check=True)
+            own.replace(library)
         loaded = ctypes.CDLL(str(library))
         return {name: loaded[f"kernel_{i}"] for i, name in enumerate(names)}
 
@@ -98,6 +100,8 @@ class CpuLauncher:
 
 
 def _argument(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype.names:  # a structure, by value
+        return (ctypes.c_char * value.nbytes).from_buffer_copy(value)
     if isinstance(value, np.ndarray):
         return ctypes.c_void_p(value.ctypes.data)
     return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_longlong(value)

@@ -1,5 +1,6 @@
 // Enough of CUDA to run kernels on a CPU: blocks one after the other, a block's threads as fibers that take turns at
-// every __syncthreads, in one order or the reverse. What depends on the order is a race.
+// every __syncthreads, both in order, or the threads in the reverse and the blocks shuffled. What depends on the order is
+// a race; the order of the blocks is also what decides which of them are the last to count.
 
 #include <link.h>
 #include <setjmp.h>
@@ -93,19 +94,20 @@ static int run_block(unsigned threads, bool reverse) {
 }
 
 template <typename... P, size_t... I>
-int launch(void (*kernel)(P...), unsigned blocks, unsigned threads, bool reverse, void** arguments,
+int launch(void (*kernel)(P...), unsigned blocks, unsigned threads, bool other_order, void** arguments,
            std::index_sequence<I...>) {
     body = [=] { kernel(*static_cast<P*>(arguments[I])...); };
+    const unsigned prime = 7919;  // steps of it lead to all blocks, of which there is no multiple of it
     for (unsigned i = 0; i < blocks; ++i) {
-        blockIdx.x = reverse ? blocks - 1 - i : i;
-        if (run_block(threads, reverse)) return 1;
+        blockIdx.x = other_order ? (blocks / 2 + size_t(i) * prime) % blocks : i;
+        if (run_block(threads, other_order)) return 1;
     }
     return 0;
 }
 
 template <typename... P>
-int launch(void (*kernel)(P...), unsigned blocks, unsigned threads, bool reverse, void** arguments) {
-    return launch(kernel, blocks, threads, reverse, arguments, std::index_sequence_for<P...>());
+int launch(void (*kernel)(P...), unsigned blocks, unsigned threads, bool other_order, void** arguments) {
+    return launch(kernel, blocks, threads, other_order, arguments, std::index_sequence_for<P...>());
 }
 
 }  // namespace emulator
@@ -113,3 +115,14 @@ int launch(void (*kernel)(P...), unsigned blocks, unsigned threads, bool reverse
 inline void __syncthreads() {
     if (!_setjmp(emulator::fibers[threadIdx.x].place)) _longjmp(emulator::scheduler, 1);
 }
+
+// Blocks run one after the other, so nobody sees half of what another has done.
+inline void __threadfence() {}
+
+inline unsigned atomicAdd(unsigned* place, unsigned number) {
+    const unsigned before = *place;
+    *place += number;
+    return before;
+}
+
+template <typename T> T __ldcg(const T* place) { return *place; }
