@@ -115,19 +115,32 @@ def run_gpu_speed(script, folder, *arguments):
 
 @pytest.mark.filterwarnings("ignore::polywhiten.analysis.InfeasibleWarning")  # of few and small pictures
 def test_gpu_speed_measures_the_parts_that_are_asked_for_with_both_structures(gpu_script, tmp_path):
-    result = run_gpu_speed(gpu_script, tmp_path, "--only", "networks", "--only", "host", "--only", "cupy")
+    result = run_gpu_speed(gpu_script, tmp_path, "--only", "networks", "--only", "cupy")
     assert result.exit_code == 0, result.output
     with (tmp_path / "gpu-cpu.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    for what in ("ResNet-50 with IterNorm", "GroupWhitening, host step"):
-        structures = {row["structure"] for row in rows if row["what"] == what and row["competitor"] == "polywhiten"}
-        assert structures == {"separate", "joined"}
-    theirs = next(row for row in rows if row["what"] == "IterNorm, host step" and row["competitor"] == "BatchNorm2d")
-    ours = next(row for row in rows if row["what"] == theirs["what"] and row["structure"] == "joined")
-    assert float(theirs["ratio_joined"]) == pytest.approx(float(ours["host_us"]) / float(theirs["host_us"]), rel=1e-2)
-    assert not {row["what"] for row in rows} & {"IterNorm", "copy", "inverse_sqrt"}
-    for title in ("time on the device", "host, microseconds", "peak MB"):
-        assert title in result.output
+    networks = [row for row in rows if row["what"] == "ResNet-50 with IterNorm"]
+    assert {row["structure"] for row in networks if row["competitor"] == "polywhiten"} == {"separate", "joined"}
+    assert {row["mode"] for row in networks} == {"eager", "compiled"}
+    assert all(float(row["median_ms"]) > 0 for row in rows)
+    assert {row["what"].partition(" ")[0] for row in rows} == {"ResNet-50", "CuPy,"}
+    assert "time on the device" in result.output
+    assert "peak MB" in result.output
+    assert "host, microseconds" not in result.output
+
+
+@pytest.mark.parametrize("mode", ["eager", "reduce-overhead"])
+def test_host_time_is_of_each_layer_and_structure(gpu_script, mode):
+    device, host = import_module("torch").device("cpu"), gpu_script("gpu_host")
+    what = "GroupWhitening, host step"
+    case = next(case for case in host.host_cases(device) if (case.what, case.mode) == (what, mode))
+    rows = case.rows(case.measure(0, lambda: None), "cpu")
+    assert [row["structure"] or row["competitor"] for row in rows] == ["separate", "joined", "GroupNorm"]
+    assert all(row["host_us"] > 0 and "median_ms" not in row for row in rows)
+    assert rows[2]["ratio_joined"] == pytest.approx(rows[1]["host_us"] / rows[2]["host_us"], rel=1e-2)
+    cells = [*gpu_script("gpu_summary").on_host(rows).columns[5].cells]
+    assert cells[2] == f"{rows[2]['host_us']:.3g}"
+    assert all("of 3" in cell for cell in cells[:2])
 
 
 def test_gpu_speed_fails_what_there_is_no_time_for(gpu_script, tmp_path):
