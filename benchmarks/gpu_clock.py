@@ -37,7 +37,7 @@ class DeviceCase(Case):
             steps, sets = self.build()
             times = {name: [] for name in steps}
             if self.same is not None:
-                self._compare(steps, sets[0], failures)
+                self._compare(steps, sets[0], self.same, failures)
             runs: dict[str, Callable[[], float]] = {}
             for name in [name for name in steps if name not in failures]:
                 with failures.kept(name), launches_of(name):
@@ -53,13 +53,13 @@ class DeviceCase(Case):
                 with launches_of(name), self.context():
                     step(*sets[0])
 
-    def _compare(self, steps: dict[str, Step], inputs: Inputs, failures: Failures) -> None:
+    def _compare(self, steps: dict[str, Step], inputs: Inputs, same: str, failures: Failures) -> None:
         """A fast wrong result is a failure of polywhiten's."""
         results: dict[str, Any] = {}
-        for name in [name for name in steps if name.startswith(SUBJECT) or name == self.same]:
+        for name in [name for name in steps if name.startswith(SUBJECT) or name == same]:
             with failures.kept(name), launches_of(name), self.context():
                 results[name] = steps[name](*inputs)
-        expected = results.pop(self.same, None)
+        expected = results.pop(same, None)
         for name, found in results.items():
             if expected is not None:
                 with failures.kept(name):

@@ -53,7 +53,8 @@ class NetworkCase(Case):
 
     def measure(self, seconds: float, check_time: Callable[[], None]) -> Measured:
         """Milliseconds of a training step, and the memory that it takes at most."""
-        torch.compiler.reset()  # it counts how often a class is compiled, and gives up after some eight times
+        if self.mode == COMPILED:
+            torch.compiler.reset()  # it counts how often a class is compiled, and gives up after some eight times
         failures = Failures()
         steps: dict[str, Step] = {}
         peaks: dict[str, int] = {}

@@ -68,10 +68,10 @@ class Clock:
             raise TimeoutError(f"not measured: {self._minutes:g} minutes were over")
 
 
-def measure(found: Sequence[Case], path: Path, seconds: float, clock: Clock, console: Console) -> list[Row]:
+def measure(
+    found: Sequence[Case], about: dict[str, str], path: Path, seconds: float, clock: Clock, console: Console
+) -> list[Row]:
     """The rows of all cases, which are in the file as soon as they are measured."""
-    device_name = name_of(found[0].device)
-    about = {"device": device_name, "versions": versions()}
     rows: list[Row] = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with path.open("w", newline="", encoding="utf-8") as file, Progress(*columns, console=console) as progress:
@@ -83,7 +83,7 @@ def measure(found: Sequence[Case], path: Path, seconds: float, clock: Clock, con
             measured = case.measure(seconds, clock.check)
             for competitor, reason in measured.failures.items():
                 console.print(f"failed: {case}, {competitor}: {reason}", markup=False, highlight=False)
-            new = case.rows(measured, device_name)
+            new = case.rows(measured, about["device"])
             writer.writerows(about | row for row in new)
             file.flush()  # what is measured stays, whatever comes
             rows += new
@@ -141,11 +141,12 @@ def main(kind: str, out: Path, parts: tuple[str, ...], seconds: float, minutes: 
             tell(f"not compiled: {reason}")
         tell(f"compiled ahead: {clock.seconds:.0f} s")
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"gpu-{re.sub('[^a-z0-9]+', '-', name_of(device).lower()).strip('-')}.csv"
-    rows = measure(found, path, seconds, clock, console) if found else []
+    about = {"device": name_of(device), "versions": versions()}
+    path = out / f"gpu-{re.sub('[^a-z0-9]+', '-', about['device'].lower()).strip('-')}.csv"
+    rows = measure(found, about, path, seconds, clock, console)
     for table in tables(rows):
         console.print(table)
-    tell(f"{name_of(device)}; {versions()}; {clock.seconds:.0f} s; {path}")
+    tell(f"{about['device']}; {about['versions']}; {clock.seconds:.0f} s; {path}")
     failed = sum(row["failure"] is not None for row in rows)
     if failed:
         raise click.ClickException(
