@@ -7,6 +7,7 @@ separate" and "polywhiten, joined" are two competitors here, and one name with t
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(ABC):
     """Competitors on one shape."""
 
     device: torch.device
@@ -75,13 +76,13 @@ class Case:
     def on_cuda(self) -> bool:
         return self.device.type == "cuda"
 
+    @abstractmethod
     def measure(self, seconds: float, check_time: Callable[[], None]) -> Measured:
         """For so many seconds beside preparations; `check_time` raises TimeoutError where it is too late to begin."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compile(self, structure: str) -> None:
         """Run once each competitor with that structure of polywhiten's kernels; "": those that have none."""
-        raise NotImplementedError
 
     def draw(self) -> Tensor:
         """A random array of the case's own."""

@@ -27,7 +27,7 @@ EAGER = (COMBINATIONS[0], COMBINATIONS[-1])
 
 
 def shapes(device: torch.device) -> list[Shape]:
-    """Of ResNet-50's normalization layers, or two small ones to try the script."""
+    """Of ResNet-50's normalization layers, or a small one to try the script."""
     if device.type != "cuda":
         return [(4, 64, 6, 6)]
     return [(BATCH, channels, size, size) for channels, size in floors.norm_layers()]

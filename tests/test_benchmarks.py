@@ -192,7 +192,9 @@ def test_each_structure_is_in_use_while_its_competitor_runs_forward_and_backward
 
 def test_rows_have_the_ratios_of_both_structures(gpu_script):
     torch, cases = import_module("torch"), gpu_script("gpu_cases")
-    case = cases.Case(torch.device("cpu"), "IterNorm", "eager", (2, 64, 7, 7), layout="NCHW")
+    case = gpu_script("gpu_layers").layer_case(
+        torch.device("cpu"), "IterNorm", "eager", (2, 64, 7, 7), "float32", "NCHW"
+    )
     times = {"BatchNorm2d": [1.0, 1.0], "polywhiten, separate": [4.0, 4.0], "polywhiten, joined": [2.0, 2.0]}
     measured = cases.Measured(times, gpu_script("alternating").Failures({"textbook": "OSError: no"}))
     rows = case.rows(measured, "cpu")
