@@ -3,9 +3,9 @@
 Writes all that is measured to results/gpu-DEVICE.csv and prints the ratios that have a bar. The parts, of which
 `--only` chooses some:
 
-- layers: forward and backward of single layers on ResNet-50's shapes: float32 and bfloat16 in both memory layouts as
-  CUDA graphs, where the device's time is what counts; launched one by one ("eager") in two of these four combinations,
-  as the time of Python, which small layers wait for, is hardly another in the other two.
+- layers: forward and backward of single layers on ResNet-50's shapes. As CUDA graphs, where the device's time is what
+  counts, in float32 and bfloat16 and both memory layouts; launched one by one ("eager") in float32 with channels first
+  alone, as the time of Python, which small layers wait for, is hardly another elsewhere.
 - inverse_sqrt: of 32 matrices 64 x 64, and its gradient.
 - cupy: CuPy's forward pass and its pullback, eager and as CUDA graphs.
 - host: microseconds of the host for small layers, eager and by torch.compile (gpu_host.py).
