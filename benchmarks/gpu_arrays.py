@@ -31,7 +31,7 @@ def array_library(device: torch.device) -> ModuleType | str:
 
 
 def array_cases(device: torch.device, library: ModuleType) -> Iterator[DeviceCase]:
-    """On a third of the shapes, from the largest pictures to the smallest."""
+    """On every third shape, to save time."""
     for mode in MODES:
         for what in (FORWARD, TRAINING):
             yield from (array_case(device, library, what, mode, shape) for shape in shapes(device)[::3])
