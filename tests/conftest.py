@@ -13,6 +13,9 @@ settings.register_profile(
     "slow-library", max_examples=10, **_COMMON
 )  # it compiles for every new shape, or builds graphs
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # it has a core, and torch.compile would start a process for each that there is
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 # Files for what one framework alone has; the command line's demo is trained in PyTorch.
 OWNERS = {f"test_{name}.py": name for name in ("cupy", "dask", "jax", "keras", "tensorflow", "torch")}
 OWNERS |= {

@@ -1,5 +1,7 @@
-"""What the benchmarks rest on: the textbook's own gradient, and the guard's judgement."""
+"""What the benchmarks rest on: the textbook's own gradient, the guard's judgement, and how a GPU's are organized."""
 
+import csv
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 import reference
 
 import polywhiten as pw
+from polywhiten.gpu_launches import gpu_launches
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"  # scripts, which nothing installs
 LAYER = {"iter_norm": 4, "group_whiten": 2}
@@ -92,3 +95,126 @@ def test_records_are_read_as_they_were_written(script, tmp_path):
     with records.written(tmp_path / "speed.csv") as writer:
         writer.add(some)
     assert records.read(tmp_path / "speed.csv") == some
+
+
+# ---------------------------------------------------------------- those of a GPU, tried on the CPU
+
+
+@pytest.fixture
+def gpu_script(script):
+    pytest.importorskip("torch")
+    pytest.importorskip("rich")
+    return script
+
+
+def run_gpu_speed(script, folder, *arguments):
+    testing = pytest.importorskip("click.testing")
+    command = script("gpu_speed").main
+    return testing.CliRunner().invoke(command, ["--device", "cpu", "--out", str(folder), "--seconds", "0", *arguments])
+
+
+@pytest.mark.filterwarnings("ignore::polywhiten.analysis.InfeasibleWarning")  # of few and small pictures
+def test_gpu_speed_measures_the_parts_that_are_asked_for_with_both_structures(gpu_script, tmp_path):
+    result = run_gpu_speed(gpu_script, tmp_path, "--only", "networks", "--only", "cupy")
+    assert result.exit_code == 0, result.output
+    with (tmp_path / "gpu-cpu.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    networks = [row for row in rows if row["what"] == "ResNet-50 with IterNorm"]
+    assert {row["structure"] for row in networks if row["competitor"] == "polywhiten"} == {"separate", "joined"}
+    assert {row["mode"] for row in networks} == {"eager", "compiled"}
+    assert all(float(row["median_ms"]) > 0 for row in rows)
+    assert {row["what"].partition(" ")[0] for row in rows} == {"ResNet-50", "CuPy,"}
+    assert "time on the device" in result.output
+    assert "peak MB" in result.output
+    assert "host, microseconds" not in result.output
+
+
+@pytest.mark.parametrize("mode", ["eager", "reduce-overhead"])
+def test_host_time_is_of_each_layer_and_structure(gpu_script, mode):
+    device, host = import_module("torch").device("cpu"), gpu_script("gpu_host")
+    what = "GroupWhitening, host step"
+    case = next(case for case in host.host_cases(device) if (case.what, case.mode) == (what, mode))
+    rows = case.rows(case.measure(0, lambda: None), "cpu")
+    assert [row["structure"] or row["competitor"] for row in rows] == ["separate", "joined", "GroupNorm"]
+    assert all(row["host_us"] > 0 and "median_ms" not in row for row in rows)
+    assert rows[2]["ratio_joined"] == pytest.approx(rows[1]["host_us"] / rows[2]["host_us"], rel=1e-2)
+    cells = [*gpu_script("gpu_summary").on_host(rows).columns[5].cells]
+    assert cells[2] == f"{rows[2]['host_us']:.3g}"
+    assert all("of 3" in cell for cell in cells[:2])
+
+
+def test_gpu_speed_fails_what_there_is_no_time_for(gpu_script, tmp_path):
+    result = run_gpu_speed(gpu_script, tmp_path, "--only", "networks", "--minutes", "0")
+    assert result.exit_code == 1
+    assert "not measured: 0 minutes were over" in result.output
+
+
+def test_a_network_is_left_out_where_torchvision_cannot_be_imported(gpu_script, monkeypatch):
+    torch = import_module("torch")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    told = []
+    assert gpu_script("gpu_parts").cases(torch.device("cuda"), ["networks"], told.append) == []
+    assert "torchvision" in told[0]
+
+
+def test_each_structure_is_in_use_while_its_competitor_runs_forward_and_backward(gpu_script):
+    torch, names = import_module("torch"), gpu_script("gpu_cases").SUBJECTS
+    seen = []
+
+    class Noting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(gpu_launches())
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            seen.append(gpu_launches())
+            return dy
+
+    def step(x):
+        return torch.autograd.grad(Noting.apply(x).sum(), x)
+
+    def build():
+        return {names["joined"]: step}, [(torch.ones(2, requires_grad=True),)]
+
+    case = gpu_script("gpu_clock").DeviceCase(torch.device("cpu"), "it", "eager", (2,), build=build)
+    assert case.measure(0, lambda: None).failures == {}
+    case.compile("joined")
+    assert set(seen) == {"joined"}
+    assert gpu_launches() == "separate"
+    seen.clear()
+    case.compile("separate")
+    assert seen == []
+
+
+def test_rows_have_the_ratios_of_both_structures(gpu_script):
+    torch, cases = import_module("torch"), gpu_script("gpu_cases")
+    case = gpu_script("gpu_layers").layer_case(
+        torch.device("cpu"), "IterNorm", "eager", (2, 64, 7, 7), "float32", "NCHW"
+    )
+    times = {"BatchNorm2d": [1.0, 1.0], "polywhiten, separate": [4.0, 4.0], "polywhiten, joined": [2.0, 2.0]}
+    measured = cases.Measured(times, gpu_script("alternating").Failures({"textbook": "OSError: no"}))
+    rows = case.rows(measured, "cpu")
+    assert [(row["competitor"], row["structure"]) for row in rows] == [
+        *(("polywhiten", structure) for structure in ("separate", "joined")),
+        *((name, "") for name in ("BatchNorm2d", "textbook")),
+    ]
+    assert (rows[2]["median_ms"], rows[2]["ratio"], rows[2]["ratio_joined"]) == (1, 4, 2)
+    assert rows[3]["failure"] == "OSError: no"
+    table = gpu_script("gpu_summary").on_device(rows)
+    assert [*table.columns[-2].cells] == ["4 !", "2 !"]
+
+
+def test_what_is_compiled_ahead_is_every_case_of_other_kernels_once(gpu_script):
+    torch = import_module("torch")
+    found = gpu_script("gpu_parts").cases(torch.device("cpu"), ["layers", "host"], pytest.fail)
+    jobs = gpu_script("gpu_compile").jobs(found)
+    for structure in ("", "separate", "joined"):
+        compiled = [found[place] for places, its in jobs if its == structure for place in places]
+        assert not {case.mode for case in compiled} - {"eager", "graph", "compiled", "reduce-overhead"}
+        kinds = [(c.what, c.shape, c.dtype, c.layout, c.mode.replace("graph", "eager")) for c in compiled]
+        assert len(set(kinds)) == len(kinds)
+        assert {(c.what, c.dtype, c.layout) for c in compiled} == {(c.what, c.dtype, c.layout) for c in found}

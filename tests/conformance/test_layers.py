@@ -5,7 +5,7 @@ import pytest
 
 import polywhiten as pw
 
-SHAPES = {"rows": (40, 24), "sequences": (8, 6, 9), "pictures": (4, 6, 5, 4), "volumes": (3, 6, 2, 3, 4)}
+SHAPES = {"rows": (40, 24), "sequences": (8, 6, 9), "pictures": (4, 6, 5, 3), "volumes": (3, 6, 2, 3, 4)}
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4}
 CASES = [(shape, "newton", "float64") for shape in SHAPES]  # not all of all: JAX compiles each for seconds
 CASES += [("pictures", "eigh", "float64"), ("pictures", "minimax", "float64"), ("pictures", "newton", "float32")]
