@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from polywhiten import checks
 
@@ -19,7 +20,12 @@ _preferred: str | None = None
 
 def gpu_launches() -> str:
     """The structure in use, "separate" or "joined"; a ValueError where the environment asks for another."""
-    return _preferred or checks.check_choice(VARIABLE, os.environ.get(VARIABLE, DEFAULT), CHOICES)
+    return _preferred or _wanted()
+
+
+@cache  # a look into the environment takes as long as a tenth of a small layer
+def _wanted() -> str:
+    return checks.check_choice(VARIABLE, os.environ.get(VARIABLE, DEFAULT), CHOICES)
 
 
 @contextmanager

@@ -399,14 +399,15 @@ def compile_offline(kernel, arguments, constants, capability, scalars=EAGER):
     signature, fixed, multiples_of_16 = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
         value = given[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        is_specialized = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (is_specialized and value == 1):
             signature[parameter.name], fixed[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
         else:
             signature[parameter.name] = scalars[0 if isinstance(value, int) else 1]
         kind = signature[parameter.name]
-        if kind in POINTERS.values() or (kind == scalars[0] and value % 16 == 0):
+        if kind in POINTERS.values() or (kind == scalars[0] and is_specialized and value % 16 == 0):
             multiples_of_16[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, fixed, multiples_of_16)
     result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from polywhiten.torch.cpu import CPUKernels
 from polywhiten.torch.fused import affine_map, moments, newton
 from polywhiten.torch.fused.group_whitening import WholeGroupWhitening
 from polywhiten.torch.fused.iter_norm import WholeIterNorm
-from polywhiten.torch.fused.joined import LARGEST_SAMPLE_MATRIX, Joined, is_laid_out, map_frozen
+from polywhiten.torch.fused.joined import Joined
 from polywhiten.torch.fused.tiles import LARGEST_GROUP, is_addressable
 from polywhiten.torch.kernels import is_memory, is_unobserved
 from polywhiten.whitening import Plan, Whole
@@ -86,45 +87,40 @@ class FusedKernels(CPUKernels):
         return WholeGroupWhitening.of(x4, plan.eps, plan.solver.iterations, channels=x.shape[plan.blocks.axis])
 
     def joined(
-        self, of_samples: bool, axis: int, groups: int, solver: Solver, eps: float, *tensors: Tensor | None
+        self, of_samples: bool, axis: int, groups: int, solver: Solver, eps: float, *tensors: Any
     ) -> Joined | None:
         """Of Newton's solver, where joined launches are wanted."""
-        x = tensors[0]
-        assert x is not None
-        if gpu_launches() != JOINED or not is_iterated_in(solver, 4) or not self._can_join(axis, tensors):
+        if gpu_launches() != JOINED or not is_iterated_in(solver, 4) or not self._can_join(*tensors):
             return None
-        size = groups if of_samples else min(groups, x.shape[axis])
-        if size > (LARGEST_SAMPLE_MATRIX if of_samples else LARGEST_GROUP) or not is_laid_out(of_samples, x, axis):
-            return None
-        return Joined(of_samples, axis, groups, eps, solver.iterations)
+        joined = Joined(of_samples, axis, groups, eps, solver.iterations)
+        return joined if joined.can_read(tensors[0]) else None
 
     def frozen(self, axis: int, mean: Tensor, whitener: Tensor, x: Tensor, *affine: Tensor | None) -> Tensor | None:
         """In one launch, where joined launches are wanted."""
         given = x, mean, whitener, *affine
         if (
             gpu_launches() != JOINED
-            or not self._can_join(axis, given)
-            or not is_unobserved([each for each in given if each is not None])
-            or whitener.shape[-1] > LARGEST_GROUP
-            or not is_laid_out(False, x, axis)
+            or (torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in given))
+            or not self._can_join(*given)
         ):
             return None
+        joined = Joined(False, axis, whitener.shape[-1])
+        if not joined.can_read(x):
+            return None
         with self.on_its_device(x):
-            return map_frozen(x, mean, whitener, *affine, axis=axis)
+            return joined.frozen(x, mean, whitener, *affine)
 
-    def _can_join(self, axis: int, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether kernels can read x, and parameters or averages beside it."""
-        x, *others = tensors
-        assert x is not None
-        given = [tensor for tensor in others if tensor is not None]
-        return (
-            self._is_on_device(x)
-            and x.numel() > 0
-            and x.dtype in _DTYPES
-            and is_addressable(x)
-            and all(each.dtype in _STATE_DTYPES and each.is_contiguous() and each.device == x.device for each in given)
-            and is_memory([x, *given])
-        )
+    def _can_join(self, x: Tensor, *others: Tensor | None) -> bool:
+        """Whether joined kernels can read x, in its layout perhaps, and parameters or averages beside it."""
+        if not self._is_on_device(x) or x.dtype not in _DTYPES:
+            return False
+        tensors = [x]
+        for each in others:
+            if each is not None:
+                if each.dtype not in _STATE_DTYPES or not each.is_contiguous() or each.device != x.device:
+                    return False
+                tensors.append(each)
+        return is_memory(tensors)
 
     def on_its_device(self, x: Tensor) -> AbstractContextManager[object]:
         """Triton launches on the current device; compiled code sees to that itself."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,8 +66,13 @@ def tile_width(d: int) -> int:
 
 def is_addressable(x: Tensor) -> bool:
     """Whether 32 bits count its elements and reach every one."""
-    span = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    return max(span, x.numel()) < _LARGEST_SPAN
+    return is_reached(x.shape, x.stride())
+
+
+def is_reached(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether 32 bits count the elements of such an array and reach every one."""
+    span = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return max(span, math.prod(shape)) < _LARGEST_SPAN
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -82,6 +89,12 @@ def _users_allow_tf32() -> bool:
     if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9, and after that has been set nothing else may be asked
         return bool(matmul.fp32_precision == "tf32")
     return torch.get_float32_matmul_precision() != "highest"
+
+
+@triton.jit
+def narrow(number):
+    # torch.compile hands over 64 bits where shapes are dynamic; offsets in 32 bits take half of the registers
+    return tl.cast(number, tl.int32)
 
 
 @triton.jit
