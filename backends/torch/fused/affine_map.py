@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from polywhiten.kernels import Term
-from polywhiten.torch.fused.tiles import Strides, Tiles, columns, load_matrix, precision, product
+from polywhiten.torch.fused.tiles import Strides, Tiles, columns, load_matrix, narrow, precision, product
 
 _LARGEST_MATRIX = 64  # rows and columns that are kept while the samples pass
 
@@ -137,6 +137,11 @@ def map_samples(
     PRECISION: tl.constexpr,
 ):
     # ROWS rows of the affine map of one block's samples from begin to end
+    y_stride_outer, y_stride_row = narrow(y_stride_outer), narrow(y_stride_row)
+    y_stride_inner, stride_outer, stride_row = narrow(y_stride_inner), narrow(stride_outer), narrow(stride_row)
+    stride_inner, stride_outer2, stride_row2 = narrow(stride_inner), narrow(stride_outer2), narrow(stride_row2)
+    stride_inner2, channels, positions = narrow(stride_inner2), narrow(channels), narrow(positions)
+    inner, d, begin, end = narrow(inner), narrow(d), narrow(begin), narrow(end)
     rows = first_row + tl.arange(0, ROWS)
     if HEIGHT == ROWS:  # the whole matrices stay
         a = load_matrix(matrix, rows, rows, d, matrix_stride_row, matrix_stride_column)

@@ -19,6 +19,7 @@ from polywhiten.torch.fused.tiles import (
     Strides,
     columns,
     load_matrix,
+    narrow,
     precision,
     product,
     store_matrix,
@@ -228,6 +229,11 @@ def _whiten_sample(
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    y_stride_outer, y_stride_row = narrow(y_stride_outer), narrow(y_stride_row)
+    y_stride_inner, stride_outer, stride_row = narrow(y_stride_inner), narrow(stride_outer), narrow(stride_row)
+    stride_inner = narrow(stride_inner)
+    channels, positions, inner, samples = narrow(channels), narrow(positions), narrow(inner), narrow(samples)
+    d = narrow(d)
     rows = tl.arange(0, HEIGHT)
     scratch += tl.program_id(0) * MATRICES * HEIGHT * HEIGHT
     for sample in range(tl.program_id(0), count, tl.num_programs(0)):
@@ -301,6 +307,11 @@ def crossed_channel_sums(
 ):
     # sums of weight dy and of weight dy (x - mean)' over some channels and positions of a sample; and over these
     # positions those of the gradients of weight and bias
+    dy_stride_row, dy_stride_channel = narrow(dy_stride_row), narrow(dy_stride_channel)
+    dy_stride_position, stride_row = narrow(dy_stride_position), narrow(stride_row)
+    stride_channel, stride_position, channels = narrow(stride_channel), narrow(stride_position), narrow(channels)
+    positions, d, channel_chunk = narrow(positions), narrow(d), narrow(channel_chunk)
+    position_chunk = narrow(position_chunk)
     rows = tl.arange(0, HEIGHT)
     inside = rows < d
     centre = tl.load(mean + rows, mask=inside, other=0.0)

@@ -123,18 +123,18 @@ def channels_gradient_sums(
     # what the gradient's map takes, for every block, at the start of its scratch memory; gradients of scale and shift
     block, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     region = narrow(region)
-    inner, samples, d, chunk, eps = narrow(inner), narrow(samples), narrow(d), narrow(chunk), tl.cast(eps, tl.float32)
+    samples, d, chunk, eps = narrow(samples), narrow(d), narrow(chunk), tl.cast(eps, tl.float32)
     size = tl.minimum(d, variables - block * d).to(tl.int32)
     total, moment = crossed_sums(
         dy + block * dy_stride_block,
         x + block * stride_block,
         mean + block * d,
-        narrow(dy_stride_outer),
-        narrow(dy_stride_row),
-        narrow(dy_stride_inner),
-        narrow(stride_outer),
-        narrow(stride_row),
-        narrow(stride_inner),
+        dy_stride_outer,
+        dy_stride_row,
+        dy_stride_inner,
+        stride_outer,
+        stride_row,
+        stride_inner,
         inner,
         size,
         part * chunk,
@@ -227,13 +227,13 @@ def samples_gradient_sums(
     parameter_place = (block * tl.num_programs(2) + tl.program_id(2)) * d * channels
     total, moment = crossed_channel_sums(
         dy + block * dy_stride_block,
-        narrow(dy_stride_row),
-        narrow(dy_stride_channel),
-        narrow(dy_stride_position),
+        dy_stride_row,
+        dy_stride_channel,
+        dy_stride_position,
         x + block * stride_block,
-        narrow(stride_row),
-        narrow(stride_channel),
-        narrow(stride_position),
+        stride_row,
+        stride_channel,
+        stride_position,
         mean + block * d,
         whitener + block * d * d,
         weight,
@@ -244,8 +244,8 @@ def samples_gradient_sums(
         d,
         tl.program_id(1),
         tl.program_id(2),
-        narrow(channel_chunk),
-        narrow(position_chunk),
+        channel_chunk,
+        position_chunk,
         HEIGHT,
         CHANNELS,
         POSITIONS,
@@ -335,7 +335,7 @@ def gradient_map(
     # A' (weight dy - s / M) + B (x - mean) of every block; and the sums of the parts of weight's and bias' gradients
     block, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     region = narrow(region)
-    inner, samples, d, chunk = narrow(inner), narrow(samples), narrow(d), narrow(chunk)
+    samples, d, chunk = narrow(samples), narrow(d), narrow(chunk)
     size = tl.minimum(d, variables - block * d).to(tl.int32)
     results = scratch + block * region
     if of_weight is not None:
@@ -344,25 +344,25 @@ def gradient_map(
         _add_rows(of_bias, parameter_parts, all_channels, dbias)
     map_samples(
         dx + block * dx_stride_block,
-        narrow(dx_stride_outer),
-        narrow(dx_stride_row),
-        narrow(dx_stride_inner),
+        dx_stride_outer,
+        dx_stride_row,
+        dx_stride_inner,
         results,
         1,
         HEIGHT,
         dy + block * dy_stride_block,
         results + 2 * HEIGHT * HEIGHT,
-        narrow(dy_stride_outer),
-        narrow(dy_stride_row),
-        narrow(dy_stride_inner),
+        dy_stride_outer,
+        dy_stride_row,
+        dy_stride_inner,
         results + HEIGHT * HEIGHT,
         HEIGHT,
         1,
         x + block * stride_block,
         mean + block * d,
-        narrow(stride_outer),
-        narrow(stride_row),
-        narrow(stride_inner),
+        stride_outer,
+        stride_row,
+        stride_inner,
         None,
         None,
         weight,

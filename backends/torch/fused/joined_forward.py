@@ -155,7 +155,7 @@ def whiten_sums(
     # statistics of every block, and a verdict on running averages; where MAPS, the whitened samples too
     block, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     region = narrow(region)
-    inner, samples, d, chunk, eps = narrow(inner), narrow(samples), narrow(d), narrow(chunk), tl.cast(eps, tl.float32)
+    samples, d, chunk, eps = narrow(samples), narrow(d), narrow(chunk), tl.cast(eps, tl.float32)
     size = tl.minimum(d, variables - block * d).to(tl.int32)
     begin, end = part * chunk, tl.minimum(samples, (part + 1) * chunk)
     verdicts = scratch
@@ -163,9 +163,9 @@ def whiten_sums(
     x += block * stride_block
     near, total, square = shifted_sums(
         x,
-        narrow(stride_outer),
-        narrow(stride_row),
-        narrow(stride_inner),
+        stride_outer,
+        stride_row,
+        stride_inner,
         inner,
         samples,
         size,
@@ -229,17 +229,17 @@ def whiten_sums(
             tl.debug_barrier()
             map_samples(
                 y + block * y_stride_block,
-                narrow(y_stride_outer),
-                narrow(y_stride_row),
-                narrow(y_stride_inner),
+                y_stride_outer,
+                y_stride_row,
+                y_stride_inner,
                 whitener + block * d * d,
                 d,
                 1,
                 x,
                 mean + block * d,
-                narrow(stride_outer),
-                narrow(stride_row),
-                narrow(stride_inner),
+                stride_outer,
+                stride_row,
+                stride_inner,
                 whitener,
                 d,
                 1,
@@ -306,7 +306,7 @@ def whiten_map(
     # whitener (x - mean) of every block, times scale plus shift of its rows, or weight and bias of its channels; and a
     # step of the running averages towards mean and matrices
     block, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    inner, samples, d, chunk = narrow(inner), narrow(samples), narrow(d), narrow(chunk)
+    samples, d, chunk = narrow(samples), narrow(d), narrow(chunk)
     size = tl.minimum(d, variables - block * d).to(tl.int32)
     if running_mean is not None:  # noqa: SIM102  # known when the kernel is compiled, unlike the other condition
         if (part == 0) & (tl.program_id(2) == 0):
@@ -325,17 +325,17 @@ def whiten_map(
             )
     map_samples(
         y + block * y_stride_block,
-        narrow(y_stride_outer),
-        narrow(y_stride_row),
-        narrow(y_stride_inner),
+        y_stride_outer,
+        y_stride_row,
+        y_stride_inner,
         whitener + block * d * d,
         d,
         1,
         x + block * stride_block,
         mean + block * d,
-        narrow(stride_outer),
-        narrow(stride_row),
-        narrow(stride_inner),
+        stride_outer,
+        stride_row,
+        stride_inner,
         whitener,
         d,
         1,

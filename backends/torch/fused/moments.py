@@ -13,6 +13,7 @@ from polywhiten.torch.fused.tiles import (
     Strides,
     Tiles,
     columns,
+    narrow,
     precision,
     product,
     rounded,
@@ -166,6 +167,8 @@ def shifted_sums(
     PRECISION: tl.constexpr,
 ):
     # a point near the mean; sums and products, over the samples from begin to end, of x without it
+    stride_outer, stride_row, stride_inner = narrow(stride_outer), narrow(stride_row), narrow(stride_inner)
+    inner, samples, d, begin, end = narrow(inner), narrow(samples), narrow(d), narrow(begin), narrow(end)
     rows = tl.arange(0, HEIGHT)
     near = spread_mean(x, rows, rows < d, inner, samples, stride_outer, stride_row, stride_inner, SPREAD)
     total = tl.zeros((HEIGHT,), tl.float32)
@@ -250,6 +253,9 @@ def crossed_sums(
     PRECISION: tl.constexpr,
 ):
     # sums, over the samples from begin to end, of dy and of dy (x - mean)'
+    dy_stride_outer, dy_stride_row = narrow(dy_stride_outer), narrow(dy_stride_row)
+    dy_stride_inner, stride_outer, stride_row = narrow(dy_stride_inner), narrow(stride_outer), narrow(stride_row)
+    stride_inner, inner, d, begin, end = narrow(stride_inner), narrow(inner), narrow(d), narrow(begin), narrow(end)
     rows = tl.arange(0, HEIGHT)
     inside = rows < d
     centre = tl.load(mean + rows, mask=inside, other=0.0)
@@ -318,6 +324,7 @@ def _sum_crossed(
 
 @triton.jit
 def _total_shifted(sums, products, shift, mean, cov, parts, d, samples, HEIGHT: tl.constexpr, SUMMANDS: tl.constexpr):
+    parts, d, samples = narrow(parts), narrow(d), narrow(samples)
     block, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tl.arange(0, HEIGHT)
     sums += block * parts * d
@@ -353,6 +360,7 @@ def _total_crossed(
     HEIGHT: tl.constexpr,
     SUMMANDS: tl.constexpr,
 ):
+    parts, d, samples = narrow(parts), narrow(d), narrow(samples)
     block, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tl.arange(0, HEIGHT)
     sums += block * parts * d + row

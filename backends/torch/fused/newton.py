@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from polywhiten.torch.fused.tiles import load_matrix, product, store_matrix, tile_height
+from polywhiten.torch.fused.tiles import load_matrix, narrow, product, store_matrix, tile_height
 
 _LARGEST_TILE = 64  # rows and columns of a product that are computed at a time
 _STEP = 32  # columns of its left matrix that are read at a time
@@ -136,6 +136,7 @@ def newton(
     PRECISION: tl.constexpr,
 ):
     # W of the matrix at cov, whose rows are `stride` numbers apart
+    d, iterations = narrow(d), narrow(iterations)
     SIZE: tl.constexpr = HEIGHT * HEIGHT
     y, z, e, y_next, z_next = scratch, scratch + SIZE, scratch + 2 * SIZE, scratch + 3 * SIZE, scratch + 4 * SIZE
     # the first Z Y is Y, and the first E Z is E; the last Y E isn't needed
@@ -202,6 +203,7 @@ def newton_adjoint(
     PRECISION: tl.constexpr,
 ):
     # (dS + dS') / samples, from the gradient of W, to the matrix at ds
+    d, iterations = narrow(d), narrow(iterations)
     SIZE: tl.constexpr = HEIGHT * HEIGHT
     start = scratch
     direction, e, de = start + SIZE, start + 2 * SIZE, start + 3 * SIZE

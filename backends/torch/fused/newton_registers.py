@@ -6,7 +6,7 @@ The recurrences are those of `polywhiten.solvers.newton`: r is a third of the sc
 import triton
 import triton.language as tl
 
-from polywhiten.torch.fused.tiles import load_matrix, product
+from polywhiten.torch.fused.tiles import load_matrix, narrow, product
 
 
 @triton.jit
@@ -40,6 +40,7 @@ def newton_in_registers(
     cov, size, eps, iterations, SMALLEST: tl.constexpr, HEIGHT: tl.constexpr, PRECISION: tl.constexpr
 ):
     # (cov + eps I)^(-1/2) of a matrix that is 0 outside of its first `size` rows and columns
+    size, iterations = narrow(size), narrow(iterations)
     s, t = scaled(cov, size, eps, SMALLEST, HEIGHT)
     r = s / 3
     z = 1.5 * (_identity(size, HEIGHT) - r)
@@ -64,6 +65,7 @@ def adjoint_in_registers(
 ):
     # the gradient with respect to the matrix at cov of <grad, (cov + eps I)^(-1/2)>, symmetric. Registers have room for
     # r and its derivative dr with what a step makes of them; z and dz wait in memory, for two matrices.
+    size, iterations = narrow(size), narrow(iterations)
     rows = tl.arange(0, HEIGHT)
     of_z = memory + rows[:, None] * HEIGHT + rows[None, :]
     of_dz = of_z + HEIGHT * HEIGHT
