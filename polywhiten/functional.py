@@ -273,7 +273,7 @@ def group_whiten_vjp(
     backend, x, axis = checked_input(x, axis, first_axis=1)
     weight, bias = _affine(backend, x, axis, weight, bias)
     solver, eps = regularized_solver(method, iterations, eps, relative_eps)
-    plan = _sample_plan(x, num_groups, axis, solver, eps)
+    plan = Plan(SampleGroups(axis, _check_sample_groups(x, num_groups, axis)), solver, eps)
     return _vjp(backend, [(slice(0, x.shape[axis]), plan)], axis, x, weight, bias)
 
 
@@ -465,12 +465,12 @@ def whiten_samples(
     at_once: bool = True,
 ) -> Array:
     """`group_whiten` of checked arguments; for layers. The backend may do all of it at once, if `at_once`."""
-    plan = _sample_plan(x, num_groups, axis, solver, eps)
+    num_groups = _check_sample_groups(x, num_groups, axis)
     y = backend.whiten_groups(True, x, weight, bias, num_groups, axis, solver, eps) if at_once else None
     if y is not None:
         return y
     x, axis, restore = backend.in_memory_order(x, axis)
-    plan = _sample_plan(x, num_groups, axis, solver, eps)
+    plan = Plan(SampleGroups(axis, num_groups), solver, eps)
     return restore(backend.whiten(plan, x, weight, bias)[0])
 
 
@@ -541,12 +541,13 @@ def _channel_plans(
     ]
 
 
-def _sample_plan(x: Array, num_groups: int, axis: int, solver: Solver, eps: float) -> Plan:
+def _check_sample_groups(x: Array, num_groups: int, axis: int) -> int:
+    """As a number that divides the channels, with enough values in every group for a covariance."""
     channels = x.shape[axis]
     num_groups = checks.check_num_groups(num_groups, channels)
     sizes = [channels // num_groups, *x.shape[1:axis], *x.shape[axis + 1 :]]
     checks.check_sample_count(sizes, x.shape, "values a group", f"use fewer than {num_groups} groups")
-    return Plan(SampleGroups(axis, num_groups), solver, eps)
+    return num_groups
 
 
 def _vjp(

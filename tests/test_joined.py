@@ -113,7 +113,10 @@ def joined_of(blocks, iterations=3, eps=1e-3):
     return Joined(of_samples, blocks.axis, blocks.num_groups if of_samples else blocks.group_size, eps, iterations)
 
 
-@runs
+interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="TRITON_INTERPRET isn't 1; compiling all takes minutes")
+
+
+@interpreted
 @pytest.mark.usefixtures("tensor_cores")
 @pytest.mark.parametrize(
     ("dtype", "parameters"),
@@ -130,6 +133,10 @@ def test_whitening_and_its_gradients_are_those_of_float64(
 ):
     if parts == "many":
         request.getfixturevalue("small_clusters")
+    check_against_float64(shape, blocks, dtype, parameters)
+
+
+def check_against_float64(shape, blocks, dtype, parameters):
     channels = shape[blocks.axis]
     x, dy = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1)
     weight, bias = (
@@ -554,6 +561,22 @@ def _operation_of(node):
 
 
 # ---------------------------------------------------------------- on a device
+
+
+@needs_device
+@pytest.mark.parametrize(
+    ("shape", "blocks", "dtype"),
+    [
+        ((32, 64, 56, 56), ChannelGroups(1, 64), torch.float32),
+        ((32, 28, 28, 160), ChannelGroups(3, 64), torch.bfloat16),
+        ((16, 256, 14, 14), ChannelGroups(1, 128), torch.float32),
+        ((4, 64, 64, 64), SampleGroups(1, 32), torch.float32),
+        ((4, 7, 7, 128), SampleGroups(3, 64), torch.bfloat16),
+    ],
+    ids=["parts in clusters", "a smaller last group", "128 channels", "large samples", "small samples"],
+)
+def test_devices_whiten_as_float64_does(shape, blocks, dtype):
+    check_against_float64(shape, blocks, dtype, (True, True))
 
 
 @needs_device
