@@ -6,7 +6,6 @@ Each finds the array's backend, checks the arguments, and hands the work to `pol
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from polywhiten import checks
 from polywhiten._types import AllReduce, Array
@@ -107,8 +106,12 @@ def iter_norm(
     backend, x, axis = checked_input(x, axis)
     weight, bias = _affine(backend, x, axis, weight, bias)
     solver, eps = regularized_solver(method, iterations, eps, relative_eps)
+    group_size = checks.check_positive("group_size", group_size)
     if all_reduce is None:  # else the workers' samples together count
         checks.check_batch(x, axis)
+        y = backend.whiten_groups(False, x, weight, bias, group_size, axis, solver, eps)
+        if y is not None:
+            return y
     return whiten_channels(backend, x, weight, bias, group_size, axis, solver, eps, all_reduce)[0]
 
 
@@ -427,20 +430,8 @@ def whiten_channels(
     solver: Solver,
     eps: float,
     all_reduce: AllReduce | None = None,
-    *,
-    at_once: bool = True,
-    averages: Any = None,
-) -> tuple[Array, WhiteningStats | None]:
-    """`iter_norm` of checked arguments, with the batch's statistics; for layers.
-
-    None in place of the statistics where the backend has done all at once, and a step of the layer's `averages` too;
-    it may do so if `at_once`.
-    """
-    if at_once and all_reduce is None:
-        given = x, weight, bias, checks.check_positive("group_size", group_size), axis, solver, eps, averages
-        y = backend.whiten_groups(False, *given)
-        if y is not None:
-            return y, None
+) -> tuple[Array, WhiteningStats]:
+    """`iter_norm` of checked arguments, with the batch's statistics; for layers."""
     x, axis, restore = backend.in_memory_order(x, axis)
     xp = backend.kernels.xp
     outputs, stats = [], []

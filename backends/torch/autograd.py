@@ -178,7 +178,7 @@ def _recorded_gradients(
     if joined.of_samples:
         y = whiten_samples(BACKEND, x, weight, bias, joined.groups, joined.axis, solver, joined.eps, at_once=False)
     else:
-        y, _ = whiten_channels(BACKEND, x, weight, bias, joined.groups, joined.axis, solver, joined.eps, at_once=False)
+        y, _ = whiten_channels(BACKEND, x, weight, bias, joined.groups, joined.axis, solver, joined.eps)
     given = [each for each in (x, weight, bias) if each is not None and each.requires_grad]
     gradients = iter(torch.autograd.grad(y, given, dy, create_graph=True))
     return tuple(next(gradients) if each is not None and each.requires_grad else None for each in (x, weight, bias))

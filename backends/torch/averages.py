@@ -14,16 +14,16 @@ class RunningAverages(NamedTuple):
     ----------
     mean : Tensor, shape (C,)
     matrices : Tensor, shape (groups, d, d)
-    count : Tensor, shape (), or None
-        Of the batches so far, an integer.
+    batches : Tensor, shape (), or None
+        How many there have been, an integer.
     momentum : float or None
-        Weight of the newest batch; None for the plain average of all batches, by the count.
+        Weight of the newest batch; None for the plain average of all batches, by their number.
     of_covariance : bool
         Whether the matrices average covariances; else whiteners. The whiteners of the batch have to be finite too.
     """
 
     mean: Tensor
     matrices: Tensor
-    count: Tensor | None
+    batches: Tensor | None
     momentum: float | None
     of_covariance: bool

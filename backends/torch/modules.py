@@ -197,11 +197,12 @@ class IterNorm(LeafModule):
         updates = self.training and self.track_running_stats
         running = self._running(averages) if updates else None
         given = self.weight, self.bias, self.group_size, 1, self._solver, self._shift
-        y, stats = whiten_channels(BACKEND, x, *given, at_once=running is not None or not updates, averages=running)
-        if updates and stats is not None:
-            self._update(stats, averages)
-        result: Tensor = y
-        return result
+        y = BACKEND.whiten_groups(False, x, *given, running) if running is not None or not updates else None
+        if y is None:
+            y, stats = whiten_channels(BACKEND, x, *given)
+            if updates:
+                self._update(stats, averages)
+        return y
 
     def _averages(self) -> tuple[Tensor, Tensor] | None:
         """The running averages; None where a user has set both to None, or there have never been any."""

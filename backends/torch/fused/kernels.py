@@ -101,7 +101,7 @@ class FusedKernels(CPUKernels):
         if (
             gpu_launches() != JOINED
             or (torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in given))
-            or not self._can_join(*given)
+            or not self._can_join(x, mean, whitener, *affine)
         ):
             return None
         joined = Joined(False, axis, whitener.shape[-1])

@@ -11,7 +11,14 @@ from torch import Tensor
 from polywhiten.torch.fused import joined_backward, joined_forward
 from polywhiten.torch.fused.counting import Clusters
 from polywhiten.torch.fused.group_whitening import ChannelParts
-from polywhiten.torch.fused.layouts import Layout, channel_layout, channel_strides, sample_layout, sample_strides
+from polywhiten.torch.fused.layouts import (
+    Layout,
+    SampleStrides,
+    channel_layout,
+    channel_strides,
+    sample_layout,
+    sample_strides,
+)
 from polywhiten.torch.fused.moments import SPREAD
 from polywhiten.torch.fused.newton import ADJOINT_SCRATCH, SCRATCH, constants
 from polywhiten.torch.fused.prepared import Pointer, PreparedLaunch
@@ -58,9 +65,16 @@ class Whitening(NamedTuple):
         if self.of_samples:
             channels = shape[axis]
             positions = math.prod(shape[1:]) // channels
-            return sample_layout(channels // d, positions, [sample_strides(shape, each, axis) for each in strides])
+            return sample_layout(channels // d, positions, [self.sample_strides(shape, each) for each in strides])
         before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
-        return channel_layout(before, after, d, [channel_strides(shape, each, axis) for each in strides])
+        found = [channel_strides(shape, each, axis) for each in strides]
+        return channel_layout(before, after, d, [each for each in found if each is not None])
+
+    def sample_strides(self, shape: tuple[int, ...], stride: Stride) -> SampleStrides:
+        """Of an array that the kernels can read."""
+        found = sample_strides(shape, stride, self.axis)
+        assert found is not None
+        return found
 
 
 class Memory(NamedTuple):
@@ -243,13 +257,13 @@ def plan_samples_backward(
     all_channels = shape[whitening.axis]
     channels = all_channels // blocks.d
     positions = layout.samples // channels
-    of_x = sample_strides(shape, x_stride, whitening.axis)
+    of_x = whitening.sample_strides(shape, x_stride)
     parts = ChannelParts.of(blocks.number, blocks.d, channels, positions, side_by_side=of_x.channel < of_x.position)
     clusters = Clusters.of(parts.of_channels * parts.of_positions)
     region = _gradient_region(tile_height(blocks.d), clusters, types)
     by_channel = (
         (sample, channels * channel, channel, position)
-        for sample, channel, position in (sample_strides(shape, each, whitening.axis) for each in (dy_stride, x_stride))
+        for sample, channel, position in (whitening.sample_strides(shape, each) for each in (dy_stride, x_stride))
     )
     sums = PreparedLaunch(
         joined_backward.samples_gradient_sums,

@@ -36,18 +36,20 @@ class PreparedLaunch:
         self._kernel, self._grid, self._numbers = kernel, grid, tuple(numbers)
         self._constants, self._options = constants, options
         self._compiled: Callable[..., None] | None = None
+        self._compiled_for: list[Any] = []
 
     def __call__(self, stream: int, *pointers: Pointer) -> None:
         """Launch on the current device, and this stream of it, with pointers in the order of the kernel's arguments."""
         if torch.compiler.is_compiling():
             self._launch_by_triton(pointers)
             return
-        addresses, united = [], 0
+        addresses: list[int | None] = []
+        united = 0
         for pointer in pointers:
             if pointer is None:
                 addresses.append(None)
                 continue
-            if type(pointer) is tuple:
+            if isinstance(pointer, tuple):
                 address = pointer[0].data_ptr() + pointer[0].itemsize * pointer[1]
             else:
                 address = pointer.data_ptr()
