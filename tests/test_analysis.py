@@ -244,26 +244,41 @@ def test_feasible_while_the_equations_are_no_more_than_the_outputs():
     for d, m in itertools.product(range(1, 20), range(1, 20)):
         for kind in ("batch_norm", "batch_whitening"):
             fits = analysis.constraint_number(kind, d, m) <= d * m
-            assert analysis.feasible(kind, d, m) == fits == (m >= analysis.least_batch_size(kind, d))
-        assert analysis.feasible("batch_norm", d, m) == (m >= 2)
-        assert analysis.feasible("batch_whitening", d, m) == (m >= (d + 3) / 2)
+            assert analysis.is_feasible(kind, d, m) == fits == (m >= analysis.min_batch_size(kind, d))
+        assert analysis.is_feasible("batch_norm", d, m) == (m >= 2)
+        assert analysis.is_feasible("batch_whitening", d, m) == (m >= (d + 3) / 2)
         if m > 1:
-            assert analysis.feasible("batch_whitening", d, m) == (d <= analysis.largest_group_size(m))
-        assert analysis.feasible("batch_whitening", 20, m, group_size=d) == analysis.feasible("batch_whitening", d, m)
+            assert analysis.is_feasible("batch_whitening", d, m) == (d <= analysis.largest_group_size(m))
+        of_group = analysis.is_feasible("batch_whitening", 20, m, group_size=d)
+        assert of_group == analysis.is_feasible("batch_whitening", d, m)
     for d in range(2, 200):
         for g in range(1, d + 1):
             for kind in ("group_norm", "group_whitening"):
                 fits = analysis.constraint_number(kind, d, num_groups=g) <= d
-                assert analysis.feasible(kind, d, num_groups=g) == fits == (g <= analysis.most_groups(kind, d))
-            assert analysis.feasible("group_norm", d, num_groups=g) == (g <= d / 2)
-            assert analysis.feasible("group_whitening", d, num_groups=g) == (g <= (math.sqrt(8 * d + 9) - 3) / 2)
+                assert analysis.is_feasible(kind, d, num_groups=g) == fits == (g <= analysis.max_num_groups(kind, d))
+            assert analysis.is_feasible("group_norm", d, num_groups=g) == (g <= d / 2)
+            assert analysis.is_feasible("group_whitening", d, num_groups=g) == (g <= (math.sqrt(8 * d + 9) - 3) / 2)
+
+
+@pytest.mark.parametrize(
+    ("former", "present"),
+    [("feasible", "is_feasible"), ("least_batch_size", "min_batch_size"), ("most_groups", "max_num_groups")],
+)
+def test_former_names_go_on_working_with_a_warning_that_says_the_present_ones(former, present):
+    with pytest.warns(DeprecationWarning, match=f"polywhiten.analysis.{former} is called {present} now"):
+        assert getattr(analysis, former) is getattr(analysis, present)
+
+
+def test_a_name_that_there_never_was_is_an_error():
+    with pytest.raises(AttributeError, match=r"'polywhiten\.analysis' has no attribute 'fewest_groups'"):
+        analysis.fewest_groups  # noqa: B018
 
 
 # ---------------------------------------------------------------- wrong use
 
 X = np.random.default_rng(0).normal(size=(6, 4))
 WRONG = {
-    "kind": (lambda: analysis.feasible("layer_norm", 4, 4), ValueError, "kind='layer_norm' is unknown: use one of"),
+    "kind": (lambda: analysis.is_feasible("layer_norm", 4, 4), ValueError, "kind='layer_norm' is unknown: use one of"),
     "missing batch": (
         lambda: analysis.constraint_number("batch_norm", 4),
         ValueError,
@@ -275,19 +290,23 @@ WRONG = {
         "num_groups=None: kind='group_norm' needs it",
     ),
     "needless groups": (
-        lambda: analysis.feasible("batch_norm", 4, 4, 2),
+        lambda: analysis.is_feasible("batch_norm", 4, 4, 2),
         ValueError,
         "num_groups=2 has no meaning for kind='batch_norm': leave it out",
     ),
     "needless size": (
-        lambda: analysis.feasible("batch_norm", 4, 4, group_size=2),
+        lambda: analysis.is_feasible("batch_norm", 4, 4, group_size=2),
         ValueError,
         "group_size=2 has no meaning",
     ),
-    "too many groups": (lambda: analysis.feasible("group_norm", 4, num_groups=5), ValueError, "num_groups=5 is more"),
+    "too many groups": (
+        lambda: analysis.is_feasible("group_norm", 4, num_groups=5),
+        ValueError,
+        "num_groups=5 is more",
+    ),
     "one sample": (lambda: analysis.largest_group_size(1), ValueError, "batch_size=1 has no covariance"),
-    "one feature": (lambda: analysis.most_groups("group_norm", 1), ValueError, "num_features=1 has no variance"),
-    "kind over batches": (lambda: analysis.most_groups("batch_norm", 4), ValueError, "kind='batch_norm' is unknown"),
+    "one feature": (lambda: analysis.max_num_groups("group_norm", 1), ValueError, "num_features=1 has no variance"),
+    "kind over batches": (lambda: analysis.max_num_groups("batch_norm", 4), ValueError, "kind='batch_norm' is unknown"),
     "fraction": (lambda: analysis.condition_number(np.eye(2), fraction=0), ValueError, "fraction=0 must be above 0"),
     "square": (lambda: analysis.spectrum(X), ValueError, r"cov has shape \(6, 4\): square"),
     "no array": (lambda: analysis.whitening_error([[1.0]]), TypeError, "cov is a builtins.list"),
@@ -379,7 +398,7 @@ SHAPES = [(32, 256, 14, 14), (32, 256), (2, 64, 4, 4), (256, 67, 7, 7), (16, 97)
 def test_recommended_groups_are_feasible_and_fit_the_layers(shape):
     channels, samples, values = shape[1], math.prod(shape) // shape[1], math.prod(shape[1:])
     advice = analysis.recommend(shape)
-    assert analysis.feasible("batch_whitening", channels, samples, group_size=advice.value)
+    assert analysis.is_feasible("batch_whitening", channels, samples, group_size=advice.value)
     assert advice.value <= 64
     assert advice.value == 1 or samples >= 8 * advice.value
     assert advice.share == analysis.constraint_number("batch_whitening", channels, samples, group_size=advice.value) / (
@@ -391,7 +410,7 @@ def test_recommended_groups_are_feasible_and_fit_the_layers(shape):
         advice = analysis.recommend(shape, "group_whitening")
         assert channels % advice.value == 0
         assert advice.value <= 32
-        assert analysis.feasible("group_whitening", values, num_groups=advice.value)
+        assert analysis.is_feasible("group_whitening", values, num_groups=advice.value)
         assert advice.share <= 0.5 or values < 4
         assert advice == analysis.recommend((*shape[:1], *shape[2:], channels), "group_whitening", axis=-1)
 

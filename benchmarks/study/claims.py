@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from polywhiten.analysis import most_groups
+from polywhiten.analysis import max_num_groups
 from study import conditioning, groups, training
 from study.disturbance import GAUSSIAN, PICTURES, Disturbance
 from study.fitting import Fit, scaled_lr
@@ -204,7 +204,7 @@ def of_groups(rows: list[Fit]) -> Iterator[Finding]:
     small, usual = (runs(rows, bn(), batch_size=size) for size in (groups.BATCH_SIZES[0], groups.BATCH_SIZE))
     claim = f"BN's accuracy degenerates with small batches: {groups.BATCH_SIZE} against {groups.BATCH_SIZES[0]}"
     yield from compared(claim, usual, small, accuracy)
-    bound = most_groups("group_whitening", rows[0].width)
+    bound = max_num_groups("group_whitening", rows[0].width)
     inside, outside = max(g for g in groups.GROUPS if g <= bound), groups.GROUPS[-1]
     few, many = (runs(rows, gw(g), batch_size=groups.BATCH_SIZE) for g in (inside, outside))
     claim = f"Too many groups (feasible: {bound}) cost capacity, GW with {inside} against {outside}: training accuracy"

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from polywhiten.analysis import most_groups
+from polywhiten.analysis import max_num_groups
 from study import groups, training
 from study.claims import accuracy, runs, train_accuracy, train_loss
 from study.conditioning import FISHER_FRACTION, FRACTION, Conditioning
@@ -187,7 +187,7 @@ def of_groups(rows: list[Fit]) -> Figure:
         for kind, name, bound in ((gn, "GN", "group_norm"), (gw, "GW", "group_whitening")):
             points = {g: runs(rows, kind(g), batch_size=groups.BATCH_SIZE) for g in groups.GROUPS}
             ends(by_groups, points, value, kind(1), name)
-            most = most_groups(bound, width)
+            most = max_num_groups(bound, width)
             by_groups.axvline(most, color=COLOURS[kind(1).norm], linestyle=":", label=f"{name}: feasible up to {most}")
         by_groups.set_xscale("log", base=2)
         finish(by_groups, f"groups, batch size {groups.BATCH_SIZE}", "groups", f"{y}, %")

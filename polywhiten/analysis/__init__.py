@@ -1,5 +1,8 @@
 """What whitening does to a network: the papers' measures, over the array API."""
 
+import warnings
+from typing import Any
+
 from polywhiten.analysis.conditioning import (
     condition_number,
     correlation,
@@ -11,10 +14,10 @@ from polywhiten.analysis.conditioning import (
 from polywhiten.analysis.constraints import (
     InfeasibleWarning,
     constraint_number,
-    feasible,
+    is_feasible,
     largest_group_size,
-    least_batch_size,
-    most_groups,
+    max_num_groups,
+    min_batch_size,
 )
 from polywhiten.analysis.convergence import convergence, required_iterations
 from polywhiten.analysis.disturbance import Disturbance, sample_batches, stochastic_normalization_disturbance
@@ -29,11 +32,11 @@ __all__ = [
     "convergence",
     "correlation",
     "covariance",
-    "feasible",
+    "is_feasible",
     "largest_group_size",
-    "least_batch_size",
+    "max_num_groups",
     "mean_correlation",
-    "most_groups",
+    "min_batch_size",
     "recommend",
     "required_iterations",
     "sample_batches",
@@ -41,3 +44,18 @@ __all__ = [
     "stochastic_normalization_disturbance",
     "whitening_error",
 ]
+
+_FORMER_NAMES = {
+    "feasible": "is_feasible",
+    "least_batch_size": "min_batch_size",
+    "most_groups": "max_num_groups",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A function by its former name, with a warning that says its present one."""
+    if name not in _FORMER_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    present = _FORMER_NAMES[name]
+    warnings.warn(f"{__name__}.{name} is called {present} now", DeprecationWarning, stacklevel=2)
+    return globals()[present]

@@ -111,7 +111,7 @@ def constraint_number(
     return (whole * _equations(kind, size) + _equations(kind, rest)) * n / m
 
 
-def feasible(
+def is_feasible(
     kind: str,
     num_features: int,
     batch_size: int | None = None,
@@ -145,7 +145,7 @@ def feasible(
 
     See Also
     --------
-    least_batch_size, largest_group_size, most_groups : The values at the bounds.
+    min_batch_size, largest_group_size, max_num_groups : The values at the bounds.
 
     Notes
     -----
@@ -154,9 +154,11 @@ def feasible(
 
     Examples
     --------
-    >>> from polywhiten.analysis import feasible
-    >>> feasible("batch_whitening", 256, batch_size=64), feasible("batch_whitening", 256, batch_size=64, group_size=32)
-    (False, True)
+    >>> from polywhiten.analysis import is_feasible
+    >>> is_feasible("batch_whitening", 256, batch_size=64)
+    False
+    >>> is_feasible("batch_whitening", 256, batch_size=64, group_size=32)
+    True
     """
     d, m, g, size = _checked(kind, num_features, batch_size, num_groups, group_size)
     if g is not None:
@@ -165,7 +167,7 @@ def feasible(
     return _equations(kind, size) <= size * m
 
 
-def least_batch_size(kind: str, num_features: int) -> int:
+def min_batch_size(kind: str, num_features: int) -> int:
     """The smallest batch, positions of feature maps counted, that a normalization over batches is feasible for.
 
     Parameters
@@ -186,8 +188,8 @@ def least_batch_size(kind: str, num_features: int) -> int:
 
     Examples
     --------
-    >>> from polywhiten.analysis import least_batch_size
-    >>> least_batch_size("batch_whitening", 64)
+    >>> from polywhiten.analysis import min_batch_size
+    >>> min_batch_size("batch_whitening", 64)
     34
     """
     check_choice("kind", kind, OVER_BATCHES)
@@ -224,7 +226,7 @@ def largest_group_size(batch_size: int) -> int:
     return 2 * m - 3
 
 
-def most_groups(kind: str, num_features: int) -> int:
+def max_num_groups(kind: str, num_features: int) -> int:
     """The largest number of groups that a normalization within a sample is feasible for.
 
     Parameters
@@ -245,8 +247,8 @@ def most_groups(kind: str, num_features: int) -> int:
 
     Examples
     --------
-    >>> from polywhiten.analysis import most_groups
-    >>> most_groups("group_norm", 256), most_groups("group_whitening", 256)
+    >>> from polywhiten.analysis import max_num_groups
+    >>> max_num_groups("group_norm", 256), max_num_groups("group_whitening", 256)
     (128, 21)
     """
     check_choice("kind", kind, WITHIN_SAMPLES)
@@ -260,7 +262,7 @@ def most_groups(kind: str, num_features: int) -> int:
 def batch_objection(group_size: int, channels: int, samples: int) -> str | None:
     """What is infeasible in whitening groups of channels over so many samples and positions; None where nothing is."""
     d = min(group_size, channels)
-    if samples == 0 or feasible("batch_whitening", d, samples):
+    if samples == 0 or is_feasible("batch_whitening", d, samples):
         return None
     fewer = f"group_size={largest_group_size(samples)} or less, or " if samples > 1 else ""
     return (
@@ -272,7 +274,7 @@ def batch_objection(group_size: int, channels: int, samples: int) -> str | None:
 @lru_cache
 def sample_objection(num_groups: int, channels: int, values: int, name: str = "num_groups") -> str | None:
     """What is infeasible in whitening groups of so many values a sample; None where nothing is."""
-    most = most_groups("group_whitening", values)
+    most = max_num_groups("group_whitening", values)
     if num_groups <= most:
         return None
     return (

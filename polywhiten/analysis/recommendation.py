@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from polywhiten.analysis.constraints import constraint_number, largest_group_size, most_groups
+from polywhiten.analysis.constraints import constraint_number, largest_group_size, max_num_groups
 from polywhiten.blocks import divisors
 from polywhiten.checks import check_choice, check_integer, check_positive
 
@@ -59,7 +59,7 @@ def recommend(shape: Sequence[int], kind: str = "batch_whitening", *, axis: int 
     - for "group_whitening" is no more than 32, as the cost grows with the groups, and demands equations for no more
       than half of a sample's values, channels times positions.
 
-    The eighth and the half are rules of thumb, this library's own; both stay well within the bounds of `feasible`,
+    The eighth and the half are rules of thumb, this library's own; both stay well within the bounds of `is_feasible`,
     which say what is too much, and not what is good.
 
     Parameters
@@ -126,7 +126,8 @@ def _num_groups(channels: int, values: int, shape: tuple[int, ...]) -> Recommend
     if values < 2:
         raise ValueError(f"shape={shape} gives 1 value a sample, which has no variance: more channels are needed")
     half = values // 2
-    room, given = most_groups("group_whitening", half) if half > 1 else 0, f"{values} values, channels times positions"
+    room = max_num_groups("group_whitening", half) if half > 1 else 0
+    given = f"{values} values, channels times positions"
     limit, why = min(
         (channels, "all channels"),
         (NUM_GROUPS, "the layer's default, as the cost grows with it"),
@@ -137,7 +138,7 @@ def _num_groups(channels: int, values: int, shape: tuple[int, ...]) -> Recommend
     )
     value = _largest_divisor(channels, limit)
     share = constraint_number("group_whitening", values, num_groups=value) / values
-    bound = min(most_groups("group_whitening", values), channels)
+    bound = min(max_num_groups("group_whitening", values), channels)
     return _recommendation("num_groups", value, channels, limit, why, bound, share)
 
 
