@@ -38,7 +38,7 @@ def _adjoint(
     MATRIX_PRECISION: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
 ):
-    # from s = dY 1 and K = dY (X - mean)' of a block, to its place among the results: A = diag(scale) W, B, and s / M.
+    # from s = dY 1 and K = dY (X - mean)' of a block, to its place among the results: A' = (diag(scale) W)', B, and s / M.
     # Returns the gradient of scale.
     rows = tl.arange(0, HEIGHT)
     cov += block * d * d
@@ -50,7 +50,7 @@ def _adjoint(
         moment *= factor
     places = rows[:, None] * HEIGHT + rows[None, :]
     of_b = results + HEIGHT * HEIGHT
-    tl.store(results + places, a)
+    tl.store(results + rows[None, :] * HEIGHT + rows[:, None], a)  # as A', which the map reads row by row
     tl.store(results + 2 * HEIGHT * HEIGHT + rows, total / samples)
     tl.store(of_b + places, moment)
     tl.debug_barrier()
@@ -348,8 +348,8 @@ def gradient_map(
         dx_stride_row,
         dx_stride_inner,
         results,
-        1,
         HEIGHT,
+        1,
         dy + block * dy_stride_block,
         results + 2 * HEIGHT * HEIGHT,
         dy_stride_outer,
