@@ -38,7 +38,7 @@ def _adjoint(
     MATRIX_PRECISION: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
 ):
-    # from s = dY 1 and K = dY (X - mean)' of a block, to its place among the results: A' = (diag(scale) W)', B, and s / M.
+    # from s = dY 1 and K = dY (X - mean)' of a block: A' with A = diag(scale) W, B, and s / M, to the block's results.
     # Returns the gradient of scale.
     rows = tl.arange(0, HEIGHT)
     cov += block * d * d
