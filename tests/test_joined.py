@@ -191,6 +191,17 @@ def test_layers_train_and_evaluate_as_with_the_default_kernels(make, memory):
 
 
 @runs
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_layers_in_half_precision_train_and_evaluate(dtype):
+    """With parameters and averages in half precision too, which the kernels read and write."""
+    x, results = normal(6, 10, 5, 5, dtype=dtype), []
+    for each in (dtype, torch.float64):
+        results.append(sum_of_squares(IterNorm(10, group_size=4, dtype=each).to(DEVICE), x, each))
+    for actual, wanted in zip(*results, strict=True):
+        assert error(actual, wanted.double()) < 10 * torch.finfo(dtype).eps
+
+
+@runs
 def test_gradients_in_another_order_in_memory_and_expanded_ones_are_read():
     x = normal(4, 6, 5, 5).requires_grad_()
     for layer in (IterNorm(6, group_size=3), GroupWhitening(3, 6)):

@@ -144,11 +144,11 @@ def map_samples(
     inner, d, begin, end = narrow(inner), narrow(d), narrow(begin), narrow(end)
     rows = first_row + tl.arange(0, ROWS)
     if HEIGHT == ROWS:  # the whole matrices stay
-        a = load_matrix(matrix, rows, rows, d, matrix_stride_row, matrix_stride_column)
-        c = tl.load(centre + rows, mask=rows < d, other=0.0)
+        a = load_matrix(matrix, rows, rows, d, matrix_stride_row, matrix_stride_column).to(tl.float32)
+        c = tl.load(centre + rows, mask=rows < d, other=0.0).to(tl.float32)
         if TWO:
-            a2 = load_matrix(matrix2, rows, rows, d, matrix2_stride_row, matrix2_stride_column)
-            c2 = tl.load(centre2 + rows, mask=rows < d, other=0.0)
+            a2 = load_matrix(matrix2, rows, rows, d, matrix2_stride_row, matrix2_stride_column).to(tl.float32)
+            c2 = tl.load(centre2 + rows, mask=rows < d, other=0.0).to(tl.float32)
     if scale is not None:
         factor = tl.load(scale + rows, mask=rows < d, other=0.0).to(tl.float32)
     if bias is not None:
@@ -161,8 +161,8 @@ def map_samples(
             variables = step + tl.arange(0, ROWS)
             valid = (variables < d)[:, None] & (m < end)[None, :]
             if HEIGHT != ROWS:
-                a = load_matrix(matrix, rows, variables, d, matrix_stride_row, matrix_stride_column)
-                c = tl.load(centre + variables, mask=variables < d, other=0.0)
+                a = load_matrix(matrix, rows, variables, d, matrix_stride_row, matrix_stride_column).to(tl.float32)
+                c = tl.load(centre + variables, mask=variables < d, other=0.0).to(tl.float32)
             offsets = variables[:, None] * stride_row + columns(m, inner, stride_outer, stride_inner)[None, :]
             its_weight = None
             if before is not None:
@@ -170,8 +170,10 @@ def map_samples(
             result = mapped(a, x, c, its_weight, offsets, valid, result, PRECISION)
             if TWO:
                 if HEIGHT != ROWS:
-                    a2 = load_matrix(matrix2, rows, variables, d, matrix2_stride_row, matrix2_stride_column)
-                    c2 = tl.load(centre2 + variables, mask=variables < d, other=0.0)
+                    a2 = load_matrix(matrix2, rows, variables, d, matrix2_stride_row, matrix2_stride_column).to(
+                        tl.float32
+                    )
+                    c2 = tl.load(centre2 + variables, mask=variables < d, other=0.0).to(tl.float32)
                 offsets = variables[:, None] * stride_row2 + columns(m, inner, stride_outer2, stride_inner2)[None, :]
                 result = mapped(a2, x2, c2, None, offsets, valid, result, PRECISION)
         offsets = rows[:, None] * y_stride_row + columns(m, inner, y_stride_outer, y_stride_inner)[None, :]
