@@ -212,6 +212,23 @@ def test_gradients_in_another_order_in_memory_and_expanded_ones_are_read():
 
 
 @runs
+def test_orders_in_memory_that_results_and_gradients_cannot_have_are_served():
+    """Of an expanded array the result is another one's order; a gradient may lie in one that the kernels can't read."""
+    expanded = normal(1, 1, 1).expand(3, 4, 5) + normal(3, 4, 5)[:, :, :1]
+    last = normal(2, 3, 5, 8).permute(0, 1, 3, 2)  # (2, 3, 8, 5): positions of one stride around the channels
+    for x in (expanded, normal(1, 4, 1, 1).expand(3, 4, 5, 6), last):
+        axis = 2 if x is last else 1
+        x = x.detach().requires_grad_()
+        y = pw.group_whiten(x, num_groups=2, axis=axis)
+        dy = normal(*reversed(x.shape), seed=1).permute(*range(x.ndim)[::-1])
+        given = x.detach().double().requires_grad_()
+        exact = pw.group_whiten(given, num_groups=2, axis=axis)
+        assert error(y.detach(), exact.detach()) < 1e-4
+        (dx,), (exact_dx,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(exact, given, dy.double())
+        assert error(dx, exact_dx) < 1e-4
+
+
+@runs
 def test_a_mean_far_above_the_spread_costs_no_digits():
     x = normal(40, 16, 9, mean=1e3)
     assert error(pw.iter_norm(x, group_size=16), pw.iter_norm(x.double(), group_size=16)) < 1e-3

@@ -31,10 +31,10 @@ class Joined(Whitening):
 
     __slots__ = ()
 
-    def can_read(self, x: Tensor) -> bool:
-        """Whether the kernels can read a tensor as it lies in memory."""
-        can: bool = _kept(Whitening.reads)(self, tuple(x.shape), x.stride())
-        return can
+    def serves(self, x: Tensor) -> bool:
+        """Whether the kernels can read x as it lies in memory, and write a result for it."""
+        serves: bool = _kept(_serves)(self, tuple(x.shape), x.stride())
+        return serves
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, averages: RunningAverages | None = None
@@ -65,8 +65,8 @@ class Joined(Whitening):
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: list[Tensor], dy: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Gradients of x, weight and bias."""
-        if not self.can_read(dy):
-            dy = dy.contiguous()
+        if not _kept(Whitening.reads)(self, tuple(dy.shape), dy.stride()):
+            dy = torch.empty_like(x).copy_(dy)
         dx = torch.empty_like(x)
         dweight = None if weight is None else torch.empty_like(weight)
         dbias = None if bias is None else torch.empty_like(bias)
@@ -97,6 +97,11 @@ class Joined(Whitening):
         return y
 
 
+def _serves(whitening: Whitening, shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    result = torch.empty_like(torch.empty_strided(shape, stride, device="meta"))  # in another order than x with gaps
+    return whitening.reads(shape, stride) and whitening.reads(shape, result.stride())
+
+
 def _kept(plan: Callable[..., Any]) -> Callable[..., Any]:
     """As it is where PyTorch compiles, which follows how plans come about, but not what has been kept."""
     return plan if torch.compiler.is_compiling() else _PLANS[plan]
@@ -117,5 +122,5 @@ def _count_changes(averages: RunningAverages) -> None:
 
 _PLANS: dict[Callable[..., Any], Callable[..., Any]] = {
     plan: lru_cache(_KEPT_PLANS)(plan)
-    for plan in (Whitening.reads, plan_forward, plan_frozen, plan_channels_backward, plan_samples_backward)
+    for plan in (_serves, Whitening.reads, plan_forward, plan_frozen, plan_channels_backward, plan_samples_backward)
 }

@@ -93,7 +93,7 @@ class FusedKernels(CPUKernels):
         if gpu_launches() != JOINED or not is_iterated_in(solver, 4) or not self._can_join(*tensors):
             return None
         joined = Joined(of_samples, axis, groups, eps, solver.iterations)
-        return joined if joined.can_read(tensors[0]) else None
+        return joined if joined.serves(tensors[0]) else None
 
     def frozen(self, axis: int, mean: Tensor, whitener: Tensor, x: Tensor, *affine: Tensor | None) -> Tensor | None:
         """In one launch, where joined launches are wanted."""
@@ -105,7 +105,7 @@ class FusedKernels(CPUKernels):
         ):
             return None
         joined = Joined(False, axis, whitener.shape[-1])
-        if not joined.can_read(x):
+        if not joined.serves(x):
             return None
         with self.on_its_device(x):
             return joined.frozen(x, mean, whitener, *affine)
