@@ -53,7 +53,9 @@ def tests(session: nox.Session, library: str) -> None:
     for rows in runs:
         session.run("pytest", *workers, *(f"--library={row}" for row in rows), *session.posargs, env=one_core)
     if library == "torch":  # the Triton kernels, by its interpreter
-        session.run("pytest", *workers, "tests/test_fused.py", env=one_core | {"TRITON_INTERPRET": "1"})
+        session.run(
+            "pytest", *workers, "tests/test_fused.py", "tests/test_joined.py", env=one_core | {"TRITON_INTERPRET": "1"}
+        )
     doctests = "--doctest-modules", "--doctest-ignore-import-errors", "--pyargs", "polywhiten"
     session.run("pytest", *doctests, env={"KERAS_BACKEND": library} if "[demo,keras" in extras else {})
 
