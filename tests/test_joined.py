@@ -19,6 +19,7 @@ from test_fused import (  # noqa: E402  # fixtures too
     LARGEST_SPILL,
     POINTERS,
     SHARED_MEMORY,
+    check_captured_steps,
     compile_offline,
     compiled,
     error,
@@ -613,28 +614,7 @@ def test_devices_whiten_as_float64_does(shape, blocks, dtype):
 @pytest.mark.parametrize("layer", [lambda: IterNorm(10, group_size=4), lambda: GroupWhitening(5, 10)])
 @pytest.mark.parametrize("how", ["a CUDA graph", "torch.compile"])
 def test_captured_steps_are_those_of_eager_mode(layer, how):
-    layer, x = layer().to(DEVICE), normal(8, 10, 50, 50).requires_grad_()
-
-    def step():
-        y = layer(x)
-        return [y, *torch.autograd.grad(y, [x, layer.weight, layer.bias], 2 * y)]
-
-    expected = [each.detach().clone() for each in step()]
-    if how == "torch.compile":
-        captured = torch.compile(step)()
-    else:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
-        for _ in range(3):
-            graph.replay()
-    for actual, wanted in zip(captured, expected, strict=True):
-        assert error(actual, wanted.double()) < 1e-5
+    check_captured_steps(layer().to(DEVICE), 50, how)  # so large that samples have several parts
 
 
 @needs_device
