@@ -452,12 +452,10 @@ def whiten_samples(
     axis: int,
     solver: Solver,
     eps: float,
-    *,
-    at_once: bool = True,
 ) -> Array:
-    """`group_whiten` of checked arguments; for layers. The backend may do all of it at once, if `at_once`."""
+    """`group_whiten` of checked arguments; for layers."""
     num_groups = _check_sample_groups(x, num_groups, axis)
-    y = backend.whiten_groups(True, x, weight, bias, num_groups, axis, solver, eps) if at_once else None
+    y = backend.whiten_groups(True, x, weight, bias, num_groups, axis, solver, eps)
     if y is not None:
         return y
     x, axis, restore = backend.in_memory_order(x, axis)

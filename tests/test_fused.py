@@ -18,7 +18,7 @@ import polywhiten as pw  # noqa: E402
 from polywhiten.blocks import ChannelGroups, SampleGroups  # noqa: E402
 from polywhiten.kernels import Kernels, Term  # noqa: E402
 from polywhiten.solvers import solver_for  # noqa: E402
-from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
+from polywhiten.torch import GroupWhitening, IterNorm, namespace  # noqa: E402
 from polywhiten.torch.fused import group_whitening, tiles  # noqa: E402
 from polywhiten.torch.fused.kernels import FusedKernels  # noqa: E402
 from polywhiten.whitening import NO_STATISTICS, Plan, backward, forward  # noqa: E402
@@ -83,7 +83,7 @@ def tensor_cores(monkeypatch):
 @pytest.fixture
 def fused_backend(monkeypatch):
     """The public functions and layers with fused kernels on the CPU."""
-    monkeypatch.setitem(vars(pw.torch.BACKEND), "kernels", AnywhereKernels(xp))
+    monkeypatch.setitem(vars(pw.torch.BACKEND), "kernels", AnywhereKernels(namespace))
 
 
 def error(actual, exact):

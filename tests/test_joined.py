@@ -30,6 +30,7 @@ from test_fused import (  # noqa: E402  # fixtures too
     runs,
     tensor_cores,  # noqa: F401
 )
+from torch.autograd import forward_ad  # noqa: E402
 
 import polywhiten as pw  # noqa: E402
 from polywhiten.blocks import ChannelGroups, SampleGroups  # noqa: E402
@@ -250,6 +251,56 @@ def test_second_derivatives_and_transforms_are_those_of_the_default_kernels(name
     cubed = lambda x: (function(x, **options) ** 3).sum()
     transformed = torch.func.vmap(torch.func.grad(cubed))(torch.stack([x, 2 * x]))
     assert error(transformed[0], torch.func.grad(cubed)(x.double())) < 1e-5
+
+
+@runs
+@pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
+def test_gradients_with_a_derivative_count_every_way_and_hook_once(name):
+    """Weight and bias may depend on each other and on x, and hooks change gradients: those of x, or of a layer's."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        start, parameter = (each.to(dtype).requires_grad_() for each in (normal(5, 4, 3), normal(4, seed=1)))
+        x = 2 * start
+        x.register_hook(lambda gradient: 3 * gradient)
+        parameter.register_hook(lambda gradient: 5 * gradient)
+        weight = x.mean((0, 2)) * parameter
+        options = {"group_size": 2} if name == "iter_norm" else {"num_groups": 2}
+        y = getattr(pw, name)(x, weight=weight, bias=weight, **options)
+        first = torch.autograd.grad((y**3).sum(), [start, parameter], create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum((each**2).sum() for each in first), [start, parameter])])
+    for actual, wanted in zip(*results, strict=True):
+        assert error(actual, wanted) < 1e-4
+
+
+@runs
+@pytest.mark.parametrize("layer", [IterNorm(6, group_size=4), GroupWhitening(3, 6)], ids=["IterNorm", "GroupWhitening"])
+def test_gradients_in_transforms_have_their_batch_and_their_tangents(layer):
+    layer, x = layer.to(DEVICE), normal(4, 6, 5).requires_grad_()
+    y, dy, tangent = layer(x), normal(4, 6, 5, seed=1, mean=0), normal(4, 6, 5, seed=2, mean=0)
+
+    def gradient(dy):
+        return torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+
+    wanted = [gradient(each) for each in (dy, tangent)]
+    batch = torch.func.vmap(gradient)(torch.stack([dy, tangent]))
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(gradient(forward_ad.make_dual(dy, tangent)))
+    for actual in (batch, dual):
+        for each, exact in zip(actual, wanted, strict=True):
+            assert error(each, exact.double()) < 1e-5
+
+
+@runs
+@pytest.mark.parametrize("layer", [IterNorm(8, group_size=4), GroupWhitening(4, 8)], ids=["IterNorm", "GroupWhitening"])
+def test_gradients_in_batches_are_those_one_by_one(layer):
+    """The memory of a batch of gradients isn't that of one."""
+    layer, x = layer.to(DEVICE), normal(4, 8, 3, 3).requires_grad_()
+    y, batch = layer(x), normal(2, 4, 8, 3, 3, seed=1)
+    given = [x, layer.weight, layer.bias]
+    together = torch.autograd.grad(y, given, batch, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(y, given, dy, retain_graph=True) for dy in batch]
+    for actual, wanted in zip(together, zip(*one_by_one, strict=True), strict=True):
+        assert error(actual, torch.stack(wanted).double()) < 1e-5
 
 
 @pytest.mark.skipif(not IS_INTERPRETED, reason="Triton's interpreter alone lets programs run in another order")

@@ -17,14 +17,13 @@ import polywhiten.torch.namespace as xp
 from polywhiten import checks
 from polywhiten.compiled import is_available
 from polywhiten.dispatch import Backend, framework_module
-from polywhiten.functional import whiten_channels, whiten_samples
+from polywhiten.functional import group_whiten_vjp, iter_norm_vjp
 from polywhiten.gpu_launches import gpu_launches
 from polywhiten.solvers import Solver
 from polywhiten.solvers.minimax import minimax_steps, widest_interval
-from polywhiten.solvers.newton import Newton
 from polywhiten.torch.averages import RunningAverages
 from polywhiten.torch.cpu import CPUKernels
-from polywhiten.torch.kernels import TorchKernels, is_tracing, is_unobserved
+from polywhiten.torch.kernels import TorchKernels, is_memory, is_tracing, is_unobserved
 from polywhiten.whitening import NO_STATISTICS, Plan, Statistics
 
 
@@ -164,24 +163,21 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, *stats = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # for a second derivative
-            return *_recorded_gradients(ctx.joined, x, weight, bias, dy), None, None
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or not is_memory((x, dy))):
+            return *_observed_gradients(ctx.joined, x, weight, bias, dy), None, None
         with BACKEND.kernels.on_its_device(x):
             return *ctx.joined.backward(x, weight, bias, stats, dy), None, None
 
 
-def _recorded_gradients(
+def _observed_gradients(
     joined: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, dy: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """By operations that PyTorch knows the derivatives of."""
-    solver = Newton(joined.iterations)
-    if joined.of_samples:
-        y = whiten_samples(BACKEND, x, weight, bias, joined.groups, joined.axis, solver, joined.eps, at_once=False)
-    else:
-        y, _ = whiten_channels(BACKEND, x, weight, bias, joined.groups, joined.axis, solver, joined.eps)
-    given = [each for each in (x, weight, bias) if each is not None and each.requires_grad]
-    gradients = iter(torch.autograd.grad(y, given, dy, create_graph=True))
-    return tuple(next(gradients) if each is not None and each.requires_grad else None for each in (x, weight, bias))
+    """By operations that PyTorch looks into, for a second derivative or a batch of gradients say."""
+    function, groups = (group_whiten_vjp, "num_groups") if joined.of_samples else (iter_norm_vjp, "group_size")
+    options = {groups: joined.groups, "axis": joined.axis, "iterations": joined.iterations, "eps": joined.eps}
+    _, pullback = function(x, weight=weight, bias=bias, **options)
+    gradients: tuple[Tensor | None, ...] = pullback(dy)
+    return gradients
 
 
 class TorchBackend(Backend):
