@@ -16,6 +16,7 @@ triton = pytest.importorskip("triton")
 
 import polywhiten as pw  # noqa: E402
 from polywhiten.blocks import ChannelGroups, SampleGroups  # noqa: E402
+from polywhiten.gpu_launches import use_gpu_launches  # noqa: E402
 from polywhiten.kernels import Kernels, Term  # noqa: E402
 from polywhiten.solvers import solver_for  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm, namespace  # noqa: E402
@@ -261,6 +262,22 @@ def test_nan_stays_in_its_group_and_constant_channels_are_finite():
     y = pw.iter_norm(x, group_size=4)
     assert y[:, :4].isnan().all()
     assert y[:, 4:].isfinite().all()
+
+
+@runs
+@pytest.mark.usefixtures("fused_backend")
+@pytest.mark.parametrize("structure", ["separate", "joined"])
+def test_what_memory_has_with_the_other_sign_is_read_with_its_own(structure):
+    """PyTorch negates the imaginary part of a conjugate when it is read: an input, or a gradient."""
+    x = normal(6, 8, 5, mean=0)
+    y = pw.iter_norm(x.requires_grad_(), group_size=4)
+    (dx,) = torch.autograd.grad(y, x, x.detach(), retain_graph=True)
+    negated = torch.complex(x, -x).detach().conj().imag
+    assert negated.is_neg()
+    with use_gpu_launches(structure):
+        assert error(pw.iter_norm(negated, group_size=4), y.detach().double()) < 1e-5
+        y = pw.iter_norm(x, group_size=4)
+        assert error(torch.autograd.grad(y, x, negated)[0], dx.double()) < 1e-3  # little is left of such a gradient
 
 
 @runs

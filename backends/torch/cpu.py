@@ -179,4 +179,4 @@ def _serves(arrays: Sequence[Tensor], *others: Tensor | None) -> bool:
 
 def _are_readable(tensors: Sequence[Tensor]) -> bool:
     """Whether tensors are what a CPU's memory holds, and PyTorch need not look into what is done with them."""
-    return all(tensor.is_cpu and not tensor.is_neg() for tensor in tensors) and is_unobserved(tensors)
+    return all(tensor.is_cpu for tensor in tensors) and is_unobserved(tensors)

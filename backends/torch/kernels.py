@@ -228,8 +228,8 @@ def is_unobserved(tensors: Sequence[Tensor]) -> bool:
 def is_memory(tensors: Sequence[Tensor]) -> bool:
     """Whether tensors are what a device's memory holds, so that kernels may read it; they may require a gradient.
 
-    They are not in the transforms of `torch.func`, while PyTorch traces, with tangents, and where they are of
-    subclasses.
+    They are not in the transforms of `torch.func`, while PyTorch traces, with tangents, where they are of subclasses,
+    and where memory has them with the other sign.
     """
     return not torch._C._are_functorch_transforms_active() and (
         torch.compiler.is_dynamo_compiling() or _have_memory(tensors)
@@ -237,8 +237,11 @@ def is_memory(tensors: Sequence[Tensor]) -> bool:
 
 
 def _have_memory(tensors: Sequence[Tensor]) -> bool:
-    """Not those of subclasses, nor those that a tracer follows: a kernel's launch is nothing that it would see."""
-    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    """Not those of subclasses, nor those that a tracer follows: a kernel's launch is nothing that it would see.
+
+    Nor those that PyTorch negates when it reads them, as the imaginary part of a conjugate.
+    """
+    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_neg() for tensor in tensors)
     return (
         plain
         and forward_ad._current_level < 0
