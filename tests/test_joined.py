@@ -503,6 +503,31 @@ def test_the_other_structure_serves_what_this_one_cannot(run, noted, monkeypatch
     assert not launched
 
 
+@compiled
+@pytest.mark.parametrize(
+    ("name", "shape"), [("weight", 3), ("bias", 16), ("running_mean", 3), ("running_whitener", (1, 4, 4))], ids=str
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_no_kernel_is_given_memory_that_ends_too_early(name, shape, training, noted):
+    """Parameters and averages that users have put in place of a layer's; the other structure has errors for them."""
+    layer = IterNorm(8, group_size=4).train(training).requires_grad_(False)
+    value = torch.ones(shape)
+    setattr(layer, name, torch.nn.Parameter(value, requires_grad=False) if name in ("weight", "bias") else value)
+    with suppress(ValueError, RuntimeError):
+        layer(torch.randn(6, 8, 3))
+    assert not {"whiten_sums", "whiten_map"} & set(names(noted))
+
+
+@runs
+def test_statistics_of_more_variables_than_there_are_channels_are_used_in_part():
+    given = normal(20, 4), normal(4, seed=1), normal(1, 6, 6, seed=2)
+    actual, wanted = (
+        pw.apply_whitening(x, pw.WhiteningStats(mean, whitener, whitener))
+        for x, mean, whitener in (given, in_float64(*given))
+    )
+    assert error(actual, wanted) < 1e-5
+
+
 def test_a_layer_whose_averages_are_none_whitens_by_the_batch(noted):
     layer = IterNorm(8)
     layer.running_mean = layer.running_whitener = None

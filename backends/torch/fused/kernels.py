@@ -93,7 +93,10 @@ class FusedKernels(CPUKernels):
         if gpu_launches() != JOINED or not is_iterated_in(solver, 4) or not self._can_join(*tensors):
             return None
         joined = Joined(of_samples, axis, groups, eps, solver.iterations)
-        return joined if joined.serves(tensors[0]) else None
+        x, weight, bias, *averages = tensors
+        mean, matrices = averages[:2] or (None, None)
+        serves = joined.serves(x) and joined.fits(x.shape, (weight, bias, mean), matrices)
+        return joined if serves else None
 
     def frozen(self, axis: int, mean: Tensor, whitener: Tensor, x: Tensor, *affine: Tensor | None) -> Tensor | None:
         """In one launch, where joined launches are wanted."""
@@ -105,7 +108,7 @@ class FusedKernels(CPUKernels):
         ):
             return None
         joined = Joined(False, axis, whitener.shape[-1])
-        if not joined.serves(x):
+        if not (joined.serves(x) and joined.fits(x.shape, (mean, *affine), whitener)):
             return None
         with self.on_its_device(x):
             return joined.frozen(x, mean, whitener, *affine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,17 @@ class Whitening(NamedTuple):
             and self.blocks(shape).d <= largest
             and strides(shape, stride, self.axis) is not None
         )
+
+    def fits(self, shape: tuple[int, ...], of_channels: Iterable[Tensor | None], matrices: Tensor | None) -> bool:
+        """Whether other tensors have as many values as go with an array: nothing stops kernels where they end."""
+        channels = shape[self.axis]
+        for each in of_channels:
+            if each is not None and each.numel() != channels:
+                return False
+        if matrices is None:
+            return True
+        number, _, d = self.blocks(shape)
+        return matrices.shape == (number, d, d)
 
     def blocks(self, shape: tuple[int, ...]) -> Blocks:
         """The blocks of an array."""
