@@ -351,6 +351,17 @@ def check_captured_steps(layer, size, how):
         assert error(actual, wanted.double()) < 1e-5
 
 
+@compiled
+@pytest.mark.usefixtures("fused_backend")
+@pytest.mark.parametrize("layer", [IterNorm(8, group_size=4), GroupWhitening(4, 8)], ids=["IterNorm", "GroupWhitening"])
+def test_no_kernel_is_given_parameters_that_end_too_early(layer, launches):
+    """The default kernels have an error for them."""
+    layer.weight = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"), torch.no_grad():
+        layer(torch.randn(6, 8, 3))
+    assert not any(argument is layer.weight for _, arguments, _ in launches for argument in arguments)
+
+
 @pytest.mark.parametrize(
     "x",
     [

@@ -19,7 +19,7 @@ from polywhiten.torch.fused import affine_map, moments, newton
 from polywhiten.torch.fused.group_whitening import WholeGroupWhitening
 from polywhiten.torch.fused.iter_norm import WholeIterNorm
 from polywhiten.torch.fused.joined import Joined
-from polywhiten.torch.fused.tiles import LARGEST_GROUP, is_addressable
+from polywhiten.torch.fused.tiles import LARGEST_GROUP, have_values, is_addressable
 from polywhiten.torch.kernels import is_memory, is_unobserved
 from polywhiten.whitening import Plan, Whole
 
@@ -80,7 +80,7 @@ class FusedKernels(CPUKernels):
         if not is_iterated_in(plan.solver, x.element_size()):
             return None
         x4 = self.split(plan.blocks, x)
-        if not self._serves(x4, *others):
+        if not self._serves(x4, *others) or not have_values(others[:2], x.shape[plan.blocks.axis]):
             return None
         if isinstance(plan.blocks, ChannelGroups):
             return WholeIterNorm(x4, plan.eps, plan.solver.iterations)

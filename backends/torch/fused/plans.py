@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from polywhiten.torch.fused.layouts import (
 from polywhiten.torch.fused.moments import SPREAD
 from polywhiten.torch.fused.newton import ADJOINT_SCRATCH, SCRATCH, constants
 from polywhiten.torch.fused.prepared import Pointer, PreparedLaunch
-from polywhiten.torch.fused.tiles import LARGEST_GROUP, LONGEST, Tiles, is_reached, tile_height
+from polywhiten.torch.fused.tiles import LARGEST_GROUP, LONGEST, Tiles, have_values, is_reached, tile_height
 
 LARGEST_SAMPLE = 2**16  # elements that a program reads twice: those of all programs at work stay in the device's cache
 _LARGEST_MATRIX = 64  # rows and columns of a matrix that are kept while samples pass, or in registers altogether
@@ -52,12 +52,10 @@ class Whitening(NamedTuple):
             and strides(shape, stride, self.axis) is not None
         )
 
-    def fits(self, shape: tuple[int, ...], of_channels: Iterable[Tensor | None], matrices: Tensor | None) -> bool:
-        """Whether other tensors have as many values as go with an array: nothing stops kernels where they end."""
-        channels = shape[self.axis]
-        for each in of_channels:
-            if each is not None and each.numel() != channels:
-                return False
+    def fits(self, shape: tuple[int, ...], of_channels: Sequence[Tensor | None], matrices: Tensor | None) -> bool:
+        """Whether other tensors have as many values as go with an array."""
+        if not have_values(of_channels, shape[self.axis]):
+            return False
         if matrices is None:
             return True
         number, _, d = self.blocks(shape)

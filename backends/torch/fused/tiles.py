@@ -75,6 +75,11 @@ def is_reached(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return max(span, math.prod(shape)) < _LARGEST_SPAN
 
 
+def have_values(tensors: Sequence[Tensor | None], number: int) -> bool:
+    """Whether all that are there have so many values: nothing stops a kernel where they end."""
+    return all(each is None or each.numel() == number for each in tensors)
+
+
 def precision(dtype: torch.dtype) -> str:
     """How products of arrays of `dtype` are computed on tensor cores.
 
