@@ -459,6 +459,32 @@ def test_launches_are_repeated_without_triton_where_its_version_is_known(known, 
             assert all(parameter.is_constexpr for parameter in arguments[len(first) :])
 
 
+def test_a_thread_that_launches_while_another_prepares_gives_all_arguments():
+    given = []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments, stream: given.append(len(arguments))
+
+    class Kernel:
+        is_asked = False
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: given.append(len(arguments) + len(constants)) or Compiled()
+
+        @property
+        def arg_names(self):
+            if not self.is_asked:
+                self.is_asked = True
+                launch(0, x)  # as the other thread does
+            return ["x", "number", "CONSTANT"]
+
+    x, launch = torch.empty(16), prepared.PreparedLaunch(Kernel(), (1, 1, 1), (7,), {"CONSTANT": 8})
+    for _ in range(2):
+        launch(0, x)
+    assert given == [3, 3, 3]
+
+
 @compiled
 def test_memory_that_is_not_aligned_is_launched_by_triton(noted):
     memory = torch.randn(8 * 16 * 49 + 1)

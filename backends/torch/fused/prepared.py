@@ -61,8 +61,9 @@ class PreparedLaunch:
             return
         compiled = self._launch_by_triton(pointers)
         if is_aligned and IS_KNOWN and compiled is not None:  # Triton's interpreter compiles nothing
-            self._compiled = compiled[self._grid]
+            # the kernel last: another thread may launch it as soon as it is there
             self._compiled_for = [self._constants[name] for name in self._kernel.arg_names if name in self._constants]
+            self._compiled = compiled[self._grid]
 
     def _launch_by_triton(self, pointers: Sequence[Pointer]) -> Any:
         """The ordinary launch; returns the compiled kernel."""
