@@ -13,7 +13,7 @@ from polywhiten.torch.fused.newton import newton_adjoint
 from polywhiten.torch.fused.newton_registers import adjoint_in_registers
 from polywhiten.torch.fused.tiles import load_matrix, narrow
 
-_LANES = tl.constexpr(128)  # numbers that are read at a time where there are many
+_SUMMANDS, _COLUMNS = tl.constexpr(128), tl.constexpr(16)  # of a sum of rows: that many of each are read together
 
 
 @triton.jit
@@ -285,11 +285,14 @@ def _add_rows(rows, number, length, result):
     # the sum of `number` rows, by all programs of the launch together
     program = tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))
     programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-    for start in range(program * _LANES, length, programs * _LANES):
-        column = start + tl.arange(0, _LANES)
-        total = tl.zeros((_LANES,), tl.float32)
-        for row in range(0, number):
-            total += tl.load(rows + tl.cast(row, tl.int64) * length + column, mask=column < length, other=0.0)
+    for start in range(program * _COLUMNS, length, programs * _COLUMNS):
+        column = start + tl.arange(0, _COLUMNS)
+        total = tl.zeros((_COLUMNS,), tl.float32)
+        for first in range(0, number, _SUMMANDS):
+            row = first + tl.arange(0, _SUMMANDS)
+            valid = (row < number)[:, None] & (column < length)[None, :]
+            offsets = row.to(tl.int64)[:, None] * length + column[None, :]
+            total += tl.sum(tl.load(rows + offsets, mask=valid, other=0.0), axis=0)
         tl.store(result + column, total.to(result.dtype.element_ty), mask=column < length)
 
 
