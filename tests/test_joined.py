@@ -516,9 +516,21 @@ def test_counters_are_a_streams_own_and_grow():
         lambda: pw.iter_norm(torch.randn(4, 8, 3), all_reduce=lambda a: a + 0),
         lambda: pw.iter_norm(torch.randn(5, 6, 8).permute(0, 2, 1)[:, :, ::2].unflatten(2, (3, 1)).expand(5, 8, 3, 2)),
         lambda: pw.group_whiten(torch.randn(2, 3, 12, 5), num_groups=4, axis=2),
+        lambda: pw.group_whiten(torch.randn(4097, 8), num_groups=4),
         lambda: torch.func.vmap(partial(pw.iter_norm, group_size=4))(torch.randn(3, 4, 8, 3)),
     ],
-    ids=["raise", "eigh", "relative eps", "129 channels", "float64", "workers", "strides", "both sides", "vmap"],
+    ids=[
+        "raise",
+        "eigh",
+        "relative eps",
+        "129 channels",
+        "float64",
+        "workers",
+        "strides",
+        "both sides",
+        "rows",
+        "vmap",
+    ],
 )
 def test_the_other_structure_serves_what_this_one_cannot(run, noted, monkeypatch):
     launched = []

@@ -26,6 +26,7 @@ from polywhiten.torch.fused.prepared import Pointer, PreparedLaunch
 from polywhiten.torch.fused.tiles import LARGEST_GROUP, LONGEST, Tiles, have_values, is_reached, tile_height
 
 LARGEST_SAMPLE = 2**16  # elements that a program reads twice: those of all programs at work stay in the device's cache
+_MOST_BLOCKS = 4096  # each has memory to work in for 16 variables or more, which is many times a small block's own
 _LARGEST_MATRIX = 64  # rows and columns of a matrix that are kept while samples pass, or in registers altogether
 
 Stride = tuple[int, ...]
@@ -42,13 +43,16 @@ class Whitening(NamedTuple):
     iterations: int = 0
 
     def reads(self, shape: tuple[int, ...], stride: Stride) -> bool:
-        """Whether the kernels can read an array that so lies in memory."""
+        """Whether the kernels can read an array that so lies in memory, and have not too many blocks to work on."""
         strides = sample_strides if self.of_samples else channel_strides
         largest = _LARGEST_MATRIX if self.of_samples else LARGEST_GROUP  # that leaves registers for weight and bias
+        if math.prod(shape) == 0:
+            return False
+        blocks = self.blocks(shape)
         return (
-            math.prod(shape) > 0
-            and is_reached(shape, stride)
-            and self.blocks(shape).d <= largest
+            is_reached(shape, stride)
+            and blocks.d <= largest
+            and blocks.number <= _MOST_BLOCKS
             and strides(shape, stride, self.axis) is not None
         )
 
