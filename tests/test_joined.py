@@ -38,7 +38,7 @@ from polywhiten.gpu_launches import use_gpu_launches  # noqa: E402
 from polywhiten.solvers import solver_for  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
 from polywhiten.torch.averages import RunningAverages  # noqa: E402
-from polywhiten.torch.fused import counting, joined, joined_forward, plans, prepared, tiles  # noqa: E402
+from polywhiten.torch.fused import counting, joined, joined_backward, joined_forward, plans, prepared, tiles  # noqa: E402
 from polywhiten.torch.fused.joined import Joined  # noqa: E402
 from polywhiten.whitening import Plan, backward, forward  # noqa: E402
 
@@ -83,7 +83,8 @@ def forget_plans(monkeypatch):
 
 @pytest.fixture
 def small_clusters(monkeypatch):
-    """Many small parts, so that few samples have clusters of parts."""
+    """Many small parts, so that few samples have clusters of parts, and gradients of weights are summed in steps."""
+    monkeypatch.setattr(joined_backward, "_SUMMANDS", triton.language.constexpr(2))
     monkeypatch.setattr(plans, "LARGEST_SAMPLE", 1)
     for module, name, value in ((tiles, "_FEWEST_TILES", 1), (counting, "_FEW", 2), (counting, "_CLUSTER", 3)):
         monkeypatch.setattr(module, name, value)
