@@ -19,7 +19,7 @@ _preferred: str | None = None
 
 
 def gpu_launches() -> str:
-    """The structure in use, "separate" or "joined"; a ValueError where the environment asks for another."""
+    """Return the structure in use, "separate" or "joined"; raise ValueError if the environment asks for another."""
     return _preferred or _wanted()
 
 
@@ -30,7 +30,7 @@ def _wanted() -> str:
 
 @contextmanager
 def use_gpu_launches(structure: str) -> Iterator[None]:
-    """Have kernels launched so for a while, whatever the environment asks for; in all threads."""
+    """Use this structure inside the `with` statement, in all threads, whatever the environment asks for."""
     global _preferred
     before, _preferred = _preferred, checks.check_choice("structure", structure, CHOICES)
     try:

@@ -20,6 +20,7 @@ from test_fused import (  # noqa: E402  # fixtures too
     POINTERS,
     SHARED_MEMORY,
     check_captured_steps,
+    check_second_derivatives_and_transforms,
     compile_offline,
     compiled,
     error,
@@ -240,18 +241,7 @@ def test_a_mean_far_above_the_spread_costs_no_digits():
 @runs
 @pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
 def test_second_derivatives_and_transforms_are_those_of_the_default_kernels(name):
-    x = normal(5, 4, 3)
-    function = getattr(pw, name)
-    options = {"group_size": 2} if name == "iter_norm" else {"num_groups": 2}
-
-    def penalty(x):
-        (slope,) = torch.autograd.grad((function(x, **options) ** 3).sum(), x, create_graph=True)
-        return torch.autograd.grad((slope**2).sum(), x)[0]
-
-    assert error(penalty(x.clone().requires_grad_()), penalty(x.double().requires_grad_())) < 1e-4
-    cubed = lambda x: (function(x, **options) ** 3).sum()
-    transformed = torch.func.vmap(torch.func.grad(cubed))(torch.stack([x, 2 * x]))
-    assert error(transformed[0], torch.func.grad(cubed)(x.double())) < 1e-5
+    check_second_derivatives_and_transforms(name)
 
 
 @runs

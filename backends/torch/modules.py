@@ -215,7 +215,10 @@ class IterNorm(LeafModule):
         return None
 
     def _running(self, averages: tuple[Tensor, Tensor] | None) -> RunningAverages | None:
-        """For kernels that take a step of them on the way, and don't say whether they have left the batch out."""
+        """Return the averages for kernels that update them, or None where an error is to be raised for a bad batch.
+
+        Such kernels leave it out of the averages without telling the host.
+        """
         if averages is None or self.on_nonfinite != "skip":
             return None
         return RunningAverages(*averages, self.num_batches_tracked, self.momentum, self.track == "covariance")

@@ -39,7 +39,7 @@ class Joined(Whitening):
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, averages: RunningAverages | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Y, and what holds the statistics; `averages` have taken a step then."""
+        """Return y and the tensors that hold the statistics, and update `averages` in place."""
         y = torch.empty_like(x)
         with_averages = None if averages is None else (averages.momentum, averages.of_covariance)
         types = _types(x, weight, bias, *(averages or ())[:3])
@@ -48,15 +48,15 @@ class Joined(Whitening):
         )
         stats = plan.stats.allocate(x, rank=0)
         cov, whitener, mean = plan.stats.pointers(stats)
-        (scratch,) = plan.scratch.allocate(x, rank=3)
+        scratch, verdicts = plan.scratch.pointers(plan.scratch.allocate(x, rank=3))
         running = (None, None, None) if averages is None else averages[:3]
         of_rows, of_channels = ((None, None), (weight, bias)) if self.of_samples else ((weight, bias), (None, None))
         stream = current_stream(x.device)
         counted = counters(x.device, stream, plan.counters, rank=0)
-        plan.sums(stream, x, mean, cov, whitener, scratch, counted, *running, y, *of_channels)
+        plan.sums(stream, x, mean, cov, whitener, scratch, verdicts, counted, *running, y, *of_channels)
         if plan.map is not None:
             averaged = cov if averages is not None and averages.of_covariance else whitener
-            plan.map(stream, y, x, mean, averaged, whitener, scratch, *running, *of_rows, *of_channels)
+            plan.map(stream, y, x, mean, averaged, whitener, verdicts, *running, *of_rows, *of_channels)
         if averages is not None:
             _count_changes(averages)
         return y, stats
@@ -75,7 +75,7 @@ class Joined(Whitening):
             self, shape, dy.stride(), x.stride(), dx.stride(), precision(x.dtype), types
         )
         cov, whitener, mean = plan.stats.pointers(stats)
-        scratch, *parts = plan.scratch.pointers(plan.scratch.allocate(x, rank=4))
+        scratch, *parts = plan.scratch.pointers(plan.scratch.allocate(x, rank=5))
         stream = current_stream(x.device)
         counted = counters(x.device, stream, plan.counters, rank=1)
         of_sums = (dweight, dbias)
@@ -103,17 +103,17 @@ def _serves(whitening: Whitening, shape: tuple[int, ...], stride: tuple[int, ...
 
 
 def _kept(plan: Callable[..., Any]) -> Callable[..., Any]:
-    """As it is where PyTorch compiles, which follows how plans come about, but not what has been kept."""
+    """Return the function with a cache of its results; as it is while PyTorch compiles, which can't follow a cache."""
     return plan if torch.compiler.is_compiling() else _PLANS[plan]
 
 
 def _types(x: Tensor, *others: Tensor | None) -> Types:
-    """What kernels are compiled for beside numbers."""
+    """Return the tensors' dtypes and the device: kernels are compiled for these, so plans are kept by them."""
     return (*[None if each is None else each.dtype for each in (x, *others)], x.device)
 
 
 def _count_changes(averages: RunningAverages) -> None:
-    """As operations in place do, for those who need the former values."""
+    """Increment the version counters, as operations in place do, so that autograd notices the change."""
     if not torch.compiler.is_compiling():
         for each in averages[:3]:
             if each is not None:

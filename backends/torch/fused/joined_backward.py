@@ -119,6 +119,7 @@ def channels_gradient_sums(
     STEP: tl.constexpr,
     MATRIX_PRECISION: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
+    MATRICES: tl.constexpr,
 ):
     # what the gradient's map takes, for every block, at the start of its scratch memory; gradients of scale and shift
     block, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -157,7 +158,7 @@ def channels_gradient_sums(
             total,
             moment,
             results,
-            results + region - (2 if IN_REGISTERS else 12) * HEIGHT * HEIGHT,
+            results + region - MATRICES * HEIGHT * HEIGHT,
             block,
             samples,
             d,
@@ -218,6 +219,7 @@ def samples_gradient_sums(
     STEP: tl.constexpr,
     MATRIX_PRECISION: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
+    MATRICES: tl.constexpr,
 ):
     # likewise of group whitening, with every program's part of the gradients of weight and bias
     block, part = tl.program_id(0).to(tl.int64), tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
@@ -264,7 +266,7 @@ def samples_gradient_sums(
             total,
             moment,
             results,
-            results + region - (2 if IN_REGISTERS else 12) * HEIGHT * HEIGHT,
+            results + region - MATRICES * HEIGHT * HEIGHT,
             block,
             channels * positions,
             d,

@@ -111,6 +111,7 @@ def whiten_sums(
     cov,
     whitener,
     scratch,
+    verdicts,
     counters,
     running_mean,
     running_matrices,
@@ -151,6 +152,7 @@ def whiten_sums(
     STEP: tl.constexpr,
     MATRIX_PRECISION: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
+    MATRICES: tl.constexpr,
 ):
     # statistics of every block, and a verdict on running averages; where MAPS, the whitened samples too
     block, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -158,8 +160,7 @@ def whiten_sums(
     samples, d, chunk, eps = narrow(samples), narrow(d), narrow(chunk), tl.cast(eps, tl.float32)
     size = tl.minimum(d, variables - block * d).to(tl.int32)
     begin, end = part * chunk, tl.minimum(samples, (part + 1) * chunk)
-    verdicts = scratch
-    scratch += (tl.num_programs(0) + 15) // 16 * 16 + block * region
+    scratch += block * region
     x += block * stride_block
     near, total, square = shifted_sums(
         x,
@@ -194,7 +195,7 @@ def whiten_sums(
             w = newton_in_registers(s, size, eps, iterations, SMALLEST, HEIGHT, MATRIX_PRECISION)
         else:
             tl.debug_barrier()
-            matrices = scratch + region - 5 * HEIGHT * HEIGHT
+            matrices = scratch + region - MATRICES * HEIGHT * HEIGHT
             w = newton(
                 cov + block * d * d,
                 d,
@@ -273,7 +274,7 @@ def whiten_map(
     y,
     x,
     mean,
-    matrices,
+    averaged,
     whitener,
     verdicts,
     running_mean,
@@ -304,7 +305,7 @@ def whiten_map(
     PRECISION: tl.constexpr,
 ):
     # whitener (x - mean) of every block, times scale plus shift of its rows, or weight and bias of its channels; and a
-    # step of the running averages towards mean and matrices
+    # step of the running averages towards mean and the matrices that are averaged
     block, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     samples, d, chunk = narrow(samples), narrow(d), narrow(chunk)
     size = tl.minimum(d, variables - block * d).to(tl.int32)
@@ -316,7 +317,7 @@ def whiten_map(
                 count,
                 verdicts,
                 mean,
-                matrices,
+                averaged,
                 block,
                 tl.num_programs(0),
                 d,

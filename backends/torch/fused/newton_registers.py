@@ -8,6 +8,8 @@ import triton.language as tl
 
 from polywhiten.torch.fused.tiles import load_matrix, narrow, product
 
+ADJOINT_WAITING = 2  # matrices of the adjoint that wait in memory
+
 
 @triton.jit
 def _identity(size, HEIGHT: tl.constexpr):

@@ -22,6 +22,7 @@ from polywhiten.torch.fused.layouts import (
 )
 from polywhiten.torch.fused.moments import SPREAD
 from polywhiten.torch.fused.newton import ADJOINT_SCRATCH, SCRATCH, constants
+from polywhiten.torch.fused.newton_registers import ADJOINT_WAITING
 from polywhiten.torch.fused.prepared import Pointer, PreparedLaunch
 from polywhiten.torch.fused.tiles import LARGEST_GROUP, LONGEST, Tiles, have_values, is_reached, tile_height
 
@@ -174,10 +175,8 @@ def plan_forward(
     if maps:
         tiles = tiles._replace(parts=1, chunk=layout.samples)
     clusters = Clusters.of(tiles.parts)
-    height = tiles.height
-    region = (
-        clusters.slots * (height * height + height) + (0 if _fit_registers(height, types[-1]) else SCRATCH) * height**2
-    )
+    compiled_for = _matrix_constants(blocks.d, types, in_registers=0, in_memory=SCRATCH)
+    region = _slots(tiles.height, clusters) + compiled_for["MATRICES"] * tiles.height**2
     momentum, of_covariance = averages or (None, False)
     of_channels = layout.channels, layout.positions
     sums = PreparedLaunch(
@@ -194,13 +193,13 @@ def plan_forward(
             "WIDTH": tiles.width,
             "SPREAD": SPREAD,
             "PRECISION": x_precision,
-            **_matrix_constants(blocks.d, types),
+            **compiled_for,
         },
         num_warps=tiles.warps,
     )
     numbers = *y, *x, layout.inner, layout.samples, blocks.rows, blocks.d, tiles.chunk, *of_channels
     mapped = None if maps else _map(joined_forward.whiten_map, tiles, numbers, x_precision)
-    scratch = Memory.of(_verdicts(blocks.number) + blocks.number * region)
+    scratch = Memory.of(blocks.number * region, blocks.number)  # and each block's verdict on the running averages
     return Forward(sums, mapped, blocks.statistics(), scratch, blocks.number * clusters.counters)
 
 
@@ -235,7 +234,8 @@ def plan_channels_backward(
     dy, x, dx = layout.strides
     tiles = Tiles.of(blocks.number, blocks.d, layout.samples)
     clusters = Clusters.of(tiles.parts)
-    region = _gradient_region(tiles.height, clusters, types)
+    compiled_for = _matrix_constants(blocks.d, types, in_registers=ADJOINT_WAITING, in_memory=ADJOINT_SCRATCH)
+    region = _gradient_region(tiles.height, clusters, compiled_for["MATRICES"])
     common = layout.inner, layout.samples, blocks.rows, blocks.d, tiles.chunk
     sums = PreparedLaunch(
         joined_backward.channels_gradient_sums,
@@ -245,7 +245,7 @@ def plan_channels_backward(
             "LEVELS": clusters.levels,
             "WIDTH": tiles.width,
             "PRECISION": x_precision,
-            **_matrix_constants(blocks.d, types),
+            **compiled_for,
         },
         num_warps=tiles.warps,
     )
@@ -274,7 +274,8 @@ def plan_samples_backward(
     of_x = whitening.sample_strides(shape, x_stride)
     parts = ChannelParts.of(blocks.number, blocks.d, channels, positions, side_by_side=of_x.channel < of_x.position)
     clusters = Clusters.of(parts.of_channels * parts.of_positions)
-    region = _gradient_region(tile_height(blocks.d), clusters, types)
+    compiled_for = _matrix_constants(blocks.d, types, in_registers=ADJOINT_WAITING, in_memory=ADJOINT_SCRATCH)
+    region = _gradient_region(tile_height(blocks.d), clusters, compiled_for["MATRICES"])
     by_channel = (
         (sample, channels * channel, channel, position)
         for sample, channel, position in (whitening.sample_strides(shape, each) for each in (dy_stride, x_stride))
@@ -292,7 +293,7 @@ def plan_samples_backward(
             "CHANNELS": parts.tile_channels,
             "POSITIONS": parts.tile_positions,
             "PRECISION": x_precision,
-            **_matrix_constants(blocks.d, types),
+            **compiled_for,
         },
         num_stages=2,
     )
@@ -327,23 +328,29 @@ def _map(kernel: Any, tiles: Tiles, numbers: tuple[int, ...], x_precision: str) 
     )
 
 
-def _matrix_constants(d: int, types: Types) -> dict[str, Any]:
-    """What the iterations are compiled for."""
+def _matrix_constants(d: int, types: Types, *, in_registers: int, in_memory: int) -> dict[str, Any]:
+    """What the iterations are compiled for; `MATRICES` is how many lie in memory, by where programs iterate."""
     given = constants(d)
+    fit_registers = _fit_registers(given["HEIGHT"], types[-1])
     return {
         "HEIGHT": given["HEIGHT"],
         "SMALLEST": given["SMALLEST"],
         "TILE": given["TILE"],
         "STEP": given["STEP"],
         "MATRIX_PRECISION": given["PRECISION"],
-        "IN_REGISTERS": _fit_registers(given["HEIGHT"], types[-1]),
+        "IN_REGISTERS": fit_registers,
+        "MATRICES": in_registers if fit_registers else in_memory,
     }
 
 
-def _gradient_region(height: int, clusters: Clusters, types: Types) -> int:
-    """Numbers of a block: A and B, s / M, then the parts' sums, then what the iteration works in."""
-    matrices = 2 + (2 if _fit_registers(height, types[-1]) else ADJOINT_SCRATCH)
-    return matrices * height**2 + height + clusters.slots * (height**2 + height)
+def _slots(height: int, clusters: Clusters) -> int:
+    """Numbers that hold a block's sums of parts and of clusters."""
+    return clusters.slots * (height**2 + height)
+
+
+def _gradient_region(height: int, clusters: Clusters, matrices: int) -> int:
+    """Numbers of a block: A and B, s / M, then the parts' sums, then the matrices that the iteration works in."""
+    return (2 + matrices) * height**2 + height + _slots(height, clusters)
 
 
 def _fit_registers(height: int, device: torch.device) -> bool:
@@ -355,8 +362,3 @@ def _fit_registers(height: int, device: torch.device) -> bool:
 def _capability(device: torch.device) -> tuple[int, int]:
     """9.0, as the newest, where there is no device but Triton's interpreter."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-
-
-def _verdicts(blocks: int) -> int:
-    """Numbers at the start of the forward pass' scratch memory: each block's verdict on the running averages."""
-    return -(-blocks // 16) * 16

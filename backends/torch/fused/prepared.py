@@ -9,7 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-# Where `kernel[grid](...)` returns the compiled kernel, and that one's `[grid]` takes addresses and all the arguments.
+# Versions whose sources say: `kernel[grid](...)` returns the compiled kernel, whose own `[grid]` takes all arguments in
+# their order, with addresses for tensors, and the stream.
 _KNOWN = {(3, minor) for minor in range(3, 10)}
 IS_KNOWN = tuple(map(int, triton.__version__.split(".")[:2])) in _KNOWN
 _ALIGNMENT = 16  # bytes; Triton compiles other kernels for pointers that aren't so aligned
