@@ -54,7 +54,11 @@ def tests(session: nox.Session, library: str) -> None:
         session.run("pytest", *workers, *(f"--library={row}" for row in rows), *session.posargs, env=one_core)
     if library == "torch":  # the Triton kernels, by its interpreter
         session.run(
-            "pytest", *workers, "tests/test_fused.py", "tests/test_joined.py", env=one_core | {"TRITON_INTERPRET": "1"}
+            "pytest",
+            *workers,
+            "tests/test_triton.py",
+            "tests/test_triton_joined.py",
+            env=one_core | {"TRITON_INTERPRET": "1"},
         )
     doctests = "--doctest-modules", "--doctest-ignore-import-errors", "--pyargs", "polywhiten"
     session.run("pytest", *doctests, env={"KERAS_BACKEND": library} if "[demo,keras" in extras else {})
@@ -77,7 +81,8 @@ def package(session: nox.Session) -> None:
     every = (
         "import importlib, pkgutil, polywhiten; "
         "names = [m.name for m in pkgutil.walk_packages(polywhiten.__path__, 'polywhiten.', lambda name: None)]; "
-        "names = [name for name in names if not {'cupy', 'fused', 'keras', 'tensorflow'} & {*name.split('.')}]; "
+        "others = 'cupy', 'keras', 'tensorflow', 'torch.triton'; "
+        "names = [name for name in names if not name.startswith(tuple(f'polywhiten.{other}' for other in others))]; "
         "print(*[importlib.import_module(name).__name__ for name in names])"
     )
     session.run("python", "-c", every)

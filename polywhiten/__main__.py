@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
-from polywhiten.streams import complain, usable_streams
+from polywhiten.cli.streams import complain, usable_streams
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def _run() -> int:
     if missing:
         complain(f'the command line needs {" and ".join(missing)}: pip install "polywhiten[cli]"')
         return 2
-    from polywhiten.cli import run
+    from polywhiten.cli.commands import run
 
     return run()
 

@@ -14,7 +14,6 @@ from array_api_compat import array_namespace, is_numpy_namespace
 
 from polywhiten import checks
 from polywhiten._types import Array, Namespace
-from polywhiten.compiled import is_available
 from polywhiten.kernels import Kernels
 from polywhiten.solvers import Solver
 from polywhiten.whitening import Plan, Statistics, forward
@@ -130,9 +129,11 @@ def _backend(xp: Namespace) -> Backend:
     """The array API's kernels alone, but for NumPy, which has compiled ones where that is possible."""
     if not is_numpy_namespace(xp):
         return Backend(Kernels(xp))
+    from polywhiten.cpu import is_available
+
     if not is_available():
         return NumPyBackend(Kernels(xp))
-    from polywhiten.compiled.kernels import NumPyKernels
+    from polywhiten.cpu.numpy_kernels import NumPyKernels
 
     return NumPyBackend(NumPyKernels(xp))
 

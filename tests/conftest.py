@@ -18,11 +18,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # it has a core, and torch.compile woul
 
 # Files for what one framework alone has; the command line's demo is trained in PyTorch.
 OWNERS = {f"test_{name}.py": name for name in ("cupy", "dask", "jax", "keras", "tensorflow", "torch")}
-OWNERS |= {
-    f"test_{name}.py": "torch"
-    for name in ("cli", "forked", "fused", "joined", "study", "torch_cpu", "torch_export", "torch_networks", "tracking")
-}
-OWNERS |= {f"test_{name}.py": "numpy" for name in ("compiled", "kernel_cache")}
+OWNERS |= {f"test_{name}.py": "torch" for name in ("cli", "forked", "study", "tracking", "triton", "triton_joined")}
+OWNERS |= {f"test_torch_{name}.py": "torch" for name in ("cpu", "export", "networks")}
+OWNERS |= {f"test_{name}.py": "numpy" for name in ("cpu", "kernel_cache")}
 OWNERS |= {f"test_{name}.py": "keras" for name in ("keras_demo", "keras_tracking")}
 
 

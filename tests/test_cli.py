@@ -20,12 +20,12 @@ for _module in ("torch", "click", "rich", "sklearn", "matplotlib"):
 
 import polywhiten  # noqa: E402
 from polywhiten import cli, gpu_launches, info  # noqa: E402
-from polywhiten.compiled import is_available  # noqa: E402
-from polywhiten.demo import data as demo_data  # noqa: E402
-from polywhiten.demo import frameworks  # noqa: E402
-from polywhiten.demo.data import DataError, load_digits, prepare  # noqa: E402
-from polywhiten.demo.report import ResultsFile, curves, table  # noqa: E402
-from polywhiten.demo.training import NORMS, Epoch, Settings, batches  # noqa: E402
+from polywhiten.cli.demo import data as demo_data  # noqa: E402
+from polywhiten.cli.demo import frameworks  # noqa: E402
+from polywhiten.cli.demo.data import DataError, load_digits, prepare  # noqa: E402
+from polywhiten.cli.demo.report import ResultsFile, curves, table  # noqa: E402
+from polywhiten.cli.demo.training import NORMS, Epoch, Settings, batches  # noqa: E402
+from polywhiten.cpu import is_available  # noqa: E402
 
 PNG = b"\x89PNG\r\n\x1a\n"
 COLUMNS = ["norm", "epoch", "train_loss", "test_loss", "test_accuracy", "ms_per_step"]
@@ -778,7 +778,7 @@ def test_info_names_versions_devices_and_kernels(capsys):
     assert "polywhiten.torch (" in line
     assert "inverse_sqrt" in line
     (line,) = [line for line in lines if line.startswith("numpy ")]
-    assert ("polywhiten.compiled (" in line) == is_available()
+    assert ("polywhiten.cpu (" in line) == is_available()
     assert is_available() or line.endswith("array API")
 
 

@@ -19,9 +19,9 @@ from cuda_on_cpu.counting import CountingNumPy, Counts, NoLauncher, counted
 
 import polywhiten as pw
 from polywhiten.blocks import ChannelGroups, SampleGroups
+from polywhiten.cli.info import probe
 from polywhiten.dispatch import framework_module
 from polywhiten.gpu_launches import CHOICES, use_gpu_launches
-from polywhiten.info import probe
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import solver_for
 from polywhiten.whitening import Plan, backward, forward

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("numba")
 
-from polywhiten.compiled import parallel
+from polywhiten.cpu.runtime import parallel
 
 
 def run(code, **kwargs):

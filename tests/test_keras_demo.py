@@ -19,8 +19,8 @@ if ROW is None or ROW.value.missing:
 import keras  # noqa: E402
 
 from polywhiten import cli  # noqa: E402
-from polywhiten.demo.data import prepare  # noqa: E402
-from polywhiten.demo.training import NORMS, Settings, batches  # noqa: E402
+from polywhiten.cli.demo.data import prepare  # noqa: E402
+from polywhiten.cli.demo.training import NORMS, Settings, batches  # noqa: E402
 from polywhiten.keras import GroupWhitening, IterNorm  # noqa: E402
 from polywhiten.keras import demo as keras_demo  # noqa: E402
 

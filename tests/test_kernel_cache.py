@@ -11,7 +11,7 @@ numba = pytest.importorskip("numba")
 from numba import cfunc, njit, types  # noqa: E402
 from numba.core.caching import IndexDataCacheFile  # noqa: E402
 
-from polywhiten.compiled import parallel  # noqa: E402
+from polywhiten.cpu.runtime import parallel  # noqa: E402
 
 
 def double(x):

@@ -1,4 +1,4 @@
-"""The compiled kernels on PyTorch's tensors, beside what the conformance suite and `test_compiled.py` hold them to."""
+"""The compiled kernels on PyTorch's tensors, beside what the conformance suite and `test_cpu.py` hold them to."""
 
 import mmap
 import os
@@ -11,8 +11,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
 
 import polywhiten as pw  # noqa: E402
-from polywhiten.compiled import calls, large_pages, parallel  # noqa: E402
-from polywhiten.compiled.steps import Steps  # noqa: E402
+from polywhiten.cpu import launches as calls  # noqa: E402
+from polywhiten.cpu.runtime import large_pages, parallel  # noqa: E402
+from polywhiten.cpu.schedule import Steps  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm, cpu  # noqa: E402
 from polywhiten.torch.kernels import TorchKernels  # noqa: E402
 

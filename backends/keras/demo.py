@@ -14,8 +14,8 @@ import numpy as np
 from keras import layers, ops
 from numpy.typing import NDArray
 
-from polywhiten.demo.data import Data
-from polywhiten.demo.training import (
+from polywhiten.cli.demo.data import Data
+from polywhiten.cli.demo.training import (
     DBN_GROUP_SIZE,
     MOMENTUM,
     NUM_GROUPS,
@@ -98,7 +98,7 @@ def network(norm: str, data: Data, seed: int) -> Any:
 
 
 def train(norm: str, data: Data, settings: Settings, step_done: Callable[[], None]) -> Iterator[Epoch]:
-    """Train with stochastic gradient descent; see `polywhiten.demo.training.Trainer`."""
+    """Train with stochastic gradient descent; see `polywhiten.cli.demo.training.Trainer`."""
     steps = settings.epochs * steps_per_epoch(data, settings)
     with _device(settings.device):
         model = network(norm, data, settings.seed)

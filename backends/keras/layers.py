@@ -11,9 +11,9 @@ import keras
 from keras import KerasTensor, constraints, initializers, ops, regularizers
 
 from polywhiten import checks
-from polywhiten.analysis.constraints import batch_objection, sample_objection
 from polywhiten.analysis.notices import Framework, Notice
 from polywhiten.dispatch import Backend, backend_of
+from polywhiten.feasibility import batch_objection, sample_objection
 from polywhiten.functional import apply_frozen, whiten_channels, whiten_nothing, whiten_samples
 from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
 from polywhiten.masking import whiten_masked_channels

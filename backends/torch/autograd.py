@@ -15,7 +15,7 @@ from torch import Tensor
 
 import polywhiten.torch.namespace as xp
 from polywhiten import checks
-from polywhiten.compiled import is_available
+from polywhiten.cpu import is_available
 from polywhiten.dispatch import Backend, framework_module
 from polywhiten.functional import group_whiten_vjp, iter_norm_vjp
 from polywhiten.gpu_launches import gpu_launches
@@ -39,7 +39,7 @@ def _kernels() -> TorchKernels:
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
         return _plain()
-    from polywhiten.torch.fused.kernels import FusedKernels
+    from polywhiten.torch.triton.kernels import FusedKernels
 
     return FusedKernels(xp)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from polywhiten.compiled import is_available
-from polywhiten.compiled.large_pages import ask_for_large_pages
+from polywhiten.cpu import is_available
+from polywhiten.cpu.runtime.large_pages import ask_for_large_pages
 from polywhiten.kernels import Term
 from polywhiten.solvers import Solver
 from polywhiten.solvers.newton import is_iterated_in
@@ -20,7 +20,7 @@ from polywhiten.torch.kernels import TorchKernels, full_precision, is_unobserved
 from polywhiten.whitening import Plan, Whole
 
 if TYPE_CHECKING:
-    from polywhiten.compiled.calls import Calls
+    from polywhiten.cpu.launches import Calls
 
 
 class CPUKernels(TorchKernels):
@@ -116,7 +116,7 @@ class CPUKernels(TorchKernels):
         parameters = [tensor for tensor in others[:2] if tensor is not None]  # of any dtype: they are converted
         if not _serves([x], *others[2:]) or not _are_readable(parameters):
             return None
-        from polywhiten.compiled.whole import WholeWhitening
+        from polywhiten.cpu.implementation import WholeWhitening
 
         return WholeWhitening(self, _calls(), plan, x)
 
@@ -156,7 +156,7 @@ class _Torch:
 
 @cache
 def _calls() -> Calls:
-    from polywhiten.compiled.calls import Calls
+    from polywhiten.cpu.launches import Calls
 
     return Calls(_Torch())
 

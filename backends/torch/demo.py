@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from polywhiten.demo.data import Data
-from polywhiten.demo.training import (
+from polywhiten.cli.demo.data import Data
+from polywhiten.cli.demo.training import (
     DBN_GROUP_SIZE,
     MOMENTUM,
     NUM_GROUPS,
@@ -66,7 +66,7 @@ def network(norm: str, data: Data, seed: int) -> nn.Sequential:
 
 
 def train(norm: str, data: Data, settings: Settings, step_done: Callable[[], None]) -> Iterator[Epoch]:
-    """Train with stochastic gradient descent; see `polywhiten.demo.training.Trainer`."""
+    """Train with stochastic gradient descent; see `polywhiten.cli.demo.training.Trainer`."""
     device = torch.device(settings.device)
     x_train, x_test = (_pictures(x).to(device) for x in (data.x_train, data.x_test))
     y_train, y_test = (torch.from_numpy(y).to(device) for y in (data.y_train, data.y_test))

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from polywhiten import checks
-from polywhiten.analysis.constraints import batch_objection, sample_objection
 from polywhiten.analysis.notices import Framework, Notice
+from polywhiten.feasibility import batch_objection, sample_objection
 from polywhiten.functional import apply_frozen, whiten_channels, whiten_nothing, whiten_samples
 from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
 from polywhiten.solvers import regularized_solver

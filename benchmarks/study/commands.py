@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from polywhiten.analysis import InfeasibleWarning
-from polywhiten.demo.data import DataError
+from polywhiten.cli.demo.data import DataError
 from study import conditioning, disturbance, groups, resnet, training
 from study.pictures import Source
 from study.report import write

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
 
 from polywhiten.analysis import condition_number, covariance
-from polywhiten.demo.data import load_digits
-from polywhiten.demo.training import MOMENTUM
+from polywhiten.cli.demo.data import load_digits
+from polywhiten.cli.demo.training import MOMENTUM
 from study.fitting import scaled_lr
 from study.networks import mlp
 from study.norms import Norm, bn, dbn, gn, gw, iter_norm, layer

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from polywhiten.demo.training import MOMENTUM, Settings, batches, learning_rate
+from polywhiten.cli.demo.training import MOMENTUM, Settings, batches, learning_rate
 from study.networks import mlp, resnet, vgg
 from study.norms import Norm, layer
 from study.pictures import Pictures, Source

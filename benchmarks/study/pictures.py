@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from polywhiten.demo.data import Data, load_npz
+from polywhiten.cli.demo.data import Data, load_npz
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,10 @@ from polywhiten.analysis.conditioning import (
     spectrum,
     whitening_error,
 )
-from polywhiten.analysis.constraints import (
+from polywhiten.analysis.convergence import convergence, required_iterations
+from polywhiten.analysis.disturbance import Disturbance, sample_batches, stochastic_normalization_disturbance
+from polywhiten.analysis.recommendation import Recommendation, recommend
+from polywhiten.feasibility import (
     InfeasibleWarning,
     constraint_number,
     is_feasible,
@@ -19,9 +22,6 @@ from polywhiten.analysis.constraints import (
     max_num_groups,
     min_batch_size,
 )
-from polywhiten.analysis.convergence import convergence, required_iterations
-from polywhiten.analysis.disturbance import Disturbance, sample_batches, stochastic_normalization_disturbance
-from polywhiten.analysis.recommendation import Recommendation, recommend
 
 __all__ = [
     "Disturbance",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from polywhiten.analysis.constraints import InfeasibleWarning
+from polywhiten.feasibility import InfeasibleWarning
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from polywhiten.analysis.constraints import constraint_number, largest_group_size, max_num_groups
 from polywhiten.blocks import divisors
 from polywhiten.checks import check_choice, check_integer, check_positive
+from polywhiten.feasibility import constraint_number, largest_group_size, max_num_groups
 
 SINGLE = {"group_size": "batch", "num_groups": "layer"}  # what 1 makes of whitening
 WHITENING = ("batch_whitening", "group_whitening")

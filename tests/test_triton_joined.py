@@ -1,0 +1,739 @@
+"""PyTorch's kernels in Triton with joined launches: as exact as others, deterministic, and few."""
+
+import warnings
+from collections import Counter
+from contextlib import suppress
+from functools import lru_cache, partial
+
+import pytest
+
+torch = pytest.importorskip("torch")
+triton = pytest.importorskip("triton")
+
+from test_triton import (  # noqa: E402  # fixtures too
+    DEVICE,
+    EAGER,
+    EXACT,
+    INDUCTOR,
+    IS_INTERPRETED,
+    LARGEST_SPILL,
+    POINTERS,
+    SHARED_MEMORY,
+    check_captured_steps,
+    check_second_derivatives_and_transforms,
+    compile_offline,
+    compiled,
+    error,
+    fused_backend,  # noqa: F401
+    in_float64,
+    needs_device,
+    normal,
+    runs,
+    tensor_cores,  # noqa: F401
+)
+from torch.autograd import forward_ad  # noqa: E402
+
+import polywhiten as pw  # noqa: E402
+from polywhiten.blocks import ChannelGroups, SampleGroups  # noqa: E402
+from polywhiten.gpu_launches import use_gpu_launches  # noqa: E402
+from polywhiten.solvers import solver_for  # noqa: E402
+from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
+from polywhiten.torch.averages import RunningAverages  # noqa: E402
+from polywhiten.torch.triton import counting, joined, joined_backward, joined_forward, plans, prepared, tiles  # noqa: E402
+from polywhiten.torch.triton.joined import Joined  # noqa: E402
+from polywhiten.whitening import Plan, backward, forward  # noqa: E402
+
+pytestmark = [
+    pytest.mark.usefixtures("fused_backend", "launch_joined"),
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),  # of Triton's interpreter
+]
+LAST = torch.channels_last
+POINTERS |= {torch.int32: "*i32", torch.int64: "*i64"}
+
+
+@pytest.fixture
+def launch_joined():
+    with use_gpu_launches("joined"):
+        yield
+
+
+@pytest.fixture
+def noted(monkeypatch):
+    """Kernels are not launched but noted, by Triton and by what it has compiled."""
+    launches = []
+
+    class Compiled:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *arguments, stream: launches.append((self.kernel, arguments, "again"))
+
+    def note(self, *arguments, grid, warmup, **constants):
+        launches.append((self, arguments, constants))
+        return Compiled(self)
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", note)
+    forget_plans(monkeypatch)
+    return launches
+
+
+def forget_plans(monkeypatch):
+    monkeypatch.setattr(joined, "_PLANS", {plan: lru_cache(None)(plan) for plan in joined._PLANS})
+
+
+@pytest.fixture
+def small_clusters(monkeypatch):
+    """Many small parts, so that few samples have clusters of parts, and gradients of weights are summed in steps."""
+    monkeypatch.setattr(joined_backward, "_SUMMANDS", triton.language.constexpr(2))
+    monkeypatch.setattr(plans, "LARGEST_SAMPLE", 1)
+    for module, name, value in ((tiles, "_FEWEST_TILES", 1), (counting, "_FEW", 2), (counting, "_CLUSTER", 3)):
+        monkeypatch.setattr(module, name, value)
+    forget_plans(monkeypatch)
+
+
+def names(launches):
+    return [kernel.__name__ for kernel, *_ in launches]
+
+
+# ---------------------------------------------------------------- results
+
+WHITENINGS = [
+    pytest.param((3, 10, 5, 7), ChannelGroups(1, 5), id="IterNorm, channels first"),
+    pytest.param((150, 32), ChannelGroups(1, 16), id="IterNorm, rows"),
+    pytest.param((40, 3, 3, 24), ChannelGroups(3, 24), id="IterNorm, channels last"),
+    pytest.param((2, 3, 20, 7), ChannelGroups(2, 10), id="IterNorm, positions on both sides of the channels"),
+    pytest.param((1, 70, 30), ChannelGroups(1, 70), id="IterNorm, one large group"),
+    pytest.param((1000, 6), ChannelGroups(1, 6), id="IterNorm, one array of rows"),
+    pytest.param((2, 12, 5, 7), SampleGroups(1, 4), id="group whitening, channels first"),
+    pytest.param((2, 5, 7, 60), SampleGroups(3, 20), id="group whitening, channels last"),
+    pytest.param((3, 24), SampleGroups(1, 4), id="group whitening, rows"),
+    pytest.param((1, 8, 500), SampleGroups(1, 4), id="group whitening, one large sample"),
+]
+
+
+def joined_of(blocks, iterations=3, eps=1e-3):
+    of_samples = isinstance(blocks, SampleGroups)
+    return Joined(of_samples, blocks.axis, blocks.num_groups if of_samples else blocks.group_size, eps, iterations)
+
+
+interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="TRITON_INTERPRET isn't 1; compiling all takes minutes")
+
+
+@interpreted
+@pytest.mark.usefixtures("tensor_cores")
+@pytest.mark.parametrize(
+    ("dtype", "parameters"),
+    [
+        pytest.param(torch.float32, (True, True), id="float32, weight and bias"),
+        pytest.param(torch.float32, (False, True), id="float32, bias"),
+        pytest.param(torch.bfloat16, (False, False), id="bfloat16"),
+    ],
+)
+@pytest.mark.parametrize(("shape", "blocks"), WHITENINGS)
+@pytest.mark.parametrize("parts", ["few", "many"])
+def test_whitening_and_its_gradients_are_those_of_float64(
+    shape, blocks, dtype, parameters, parts, request, monkeypatch
+):
+    if parts == "many":
+        request.getfixturevalue("small_clusters")
+    check_against_float64(shape, blocks, dtype, parameters)
+
+
+def check_against_float64(shape, blocks, dtype, parameters):
+    channels = shape[blocks.axis]
+    x, dy = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1)
+    weight, bias = (
+        normal(channels, seed=seed) if there else None for there, seed in zip(parameters, (2, 3), strict=True)
+    )
+    whitening = joined_of(blocks)
+    y, stats = whitening.forward(x, weight, bias)
+    gradients = whitening.backward(x, weight, bias, stats, dy)
+    plan, given = Plan(blocks, solver_for("newton", 3), 1e-3), in_float64(x, weight, bias)
+    exact, exact_stats = forward(EXACT, plan, *given)
+    exact_gradients = backward(EXACT, plan, *given, exact_stats, dy.double())
+    for actual, wanted in zip((y, *gradients), (exact, *exact_gradients), strict=True):
+        assert (actual is None) == (wanted is None)
+        if actual is not None:
+            assert error(actual, wanted) < (1e-4 if dtype == torch.float32 else 2e-2)
+
+
+def sum_of_squares(layer, x, dtype):
+    """A step of a layer in training: the output, all gradients and buffers, and an evaluation."""
+    x = x.detach().to(dtype, copy=True).requires_grad_()
+    y = layer.train()(x)
+    (y * x).sum().backward()
+    gradients = [each.grad for each in (x, layer.weight, layer.bias) if each is not None]
+    with torch.no_grad():
+        return [y, *gradients, *layer.buffers(), layer.eval()(x)]
+
+
+@runs
+@pytest.mark.parametrize("memory", [torch.contiguous_format, LAST], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(IterNorm, 10, group_size=4),
+        partial(IterNorm, 10, group_size=4, momentum=None, track="covariance"),
+        partial(IterNorm, 10, group_size=16, momentum=0.7, affine=False),
+        partial(GroupWhitening, 5, 10),
+    ],
+    ids=["IterNorm, a smaller last group", "IterNorm, plain average of covariances", "IterNorm, one group", "GW"],
+)
+def test_layers_train_and_evaluate_as_with_the_default_kernels(make, memory):
+    x = normal(6, 10, 5, 5).to(memory_format=memory)
+    results = []
+    for dtype in (torch.float32, torch.float64):  # which the default kernels serve
+        layer = make(dtype=dtype).to(DEVICE)
+        with torch.no_grad():
+            for seed, parameter in enumerate(layer.parameters()):
+                parameter.copy_(normal(10, seed=seed))
+        results.append([each for _ in range(2) for each in sum_of_squares(layer, x, dtype)])
+    assert results[0][0].is_contiguous(memory_format=memory)
+    for actual, wanted in zip(*results, strict=True):
+        assert error(actual, wanted.double()) < 1e-5
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_layers_in_half_precision_train_and_evaluate(dtype):
+    """With parameters and averages in half precision too, which the kernels read and write."""
+    x, results = normal(6, 10, 5, 5, dtype=dtype), []
+    for each in (dtype, torch.float64):
+        results.append(sum_of_squares(IterNorm(10, group_size=4, dtype=each).to(DEVICE), x, each))
+    for actual, wanted in zip(*results, strict=True):
+        assert error(actual, wanted.double()) < 10 * torch.finfo(dtype).eps
+
+
+@runs
+def test_gradients_in_another_order_in_memory_and_expanded_ones_are_read():
+    x = normal(4, 6, 5, 5).requires_grad_()
+    for layer in (IterNorm(6, group_size=3), GroupWhitening(3, 6)):
+        y = layer.to(DEVICE)(x)
+        for dy in (normal(4, 6, 5, 5, seed=1).to(memory_format=LAST), normal(1, 6, 1, 1, seed=1).expand(4, 6, 5, 5)):
+            actual, wanted = (torch.autograd.grad(y, x, each, retain_graph=True)[0] for each in (dy, dy.contiguous()))
+            assert error(actual, wanted.double()) < 1e-6
+
+
+@runs
+def test_orders_in_memory_that_results_and_gradients_cannot_have_are_served():
+    """Of an expanded array the result is another one's order; a gradient may lie in one that the kernels can't read."""
+    expanded = normal(1, 1, 1).expand(3, 4, 5) + normal(3, 4, 5)[:, :, :1]
+    last = normal(2, 3, 5, 8).permute(0, 1, 3, 2)  # (2, 3, 8, 5): positions of one stride around the channels
+    for x in (expanded, normal(1, 4, 1, 1).expand(3, 4, 5, 6), last):
+        axis = 2 if x is last else 1
+        x = x.detach().requires_grad_()
+        y = pw.group_whiten(x, num_groups=2, axis=axis)
+        dy = normal(*reversed(x.shape), seed=1).permute(*range(x.ndim)[::-1])
+        given = x.detach().double().requires_grad_()
+        exact = pw.group_whiten(given, num_groups=2, axis=axis)
+        assert error(y.detach(), exact.detach()) < 1e-4
+        (dx,), (exact_dx,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(exact, given, dy.double())
+        assert error(dx, exact_dx) < 1e-4
+
+
+@runs
+def test_a_mean_far_above_the_spread_costs_no_digits():
+    x = normal(40, 16, 9, mean=1e3)
+    assert error(pw.iter_norm(x, group_size=16), pw.iter_norm(x.double(), group_size=16)) < 1e-3
+
+
+@runs
+@pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
+def test_second_derivatives_and_transforms_are_those_of_the_default_kernels(name):
+    check_second_derivatives_and_transforms(name)
+
+
+@runs
+@pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
+def test_gradients_with_a_derivative_count_every_way_and_hook_once(name):
+    """Weight and bias may depend on each other and on x, and hooks change gradients: those of x, or of a layer's."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        start, parameter = (each.to(dtype).requires_grad_() for each in (normal(5, 4, 3), normal(4, seed=1)))
+        x = 2 * start
+        x.register_hook(lambda gradient: 3 * gradient)
+        parameter.register_hook(lambda gradient: 5 * gradient)
+        weight = x.mean((0, 2)) * parameter
+        options = {"group_size": 2} if name == "iter_norm" else {"num_groups": 2}
+        y = getattr(pw, name)(x, weight=weight, bias=weight, **options)
+        first = torch.autograd.grad((y**3).sum(), [start, parameter], create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum((each**2).sum() for each in first), [start, parameter])])
+    for actual, wanted in zip(*results, strict=True):
+        assert error(actual, wanted) < 1e-4
+
+
+@runs
+@pytest.mark.parametrize("layer", [IterNorm(6, group_size=4), GroupWhitening(3, 6)], ids=["IterNorm", "GroupWhitening"])
+def test_gradients_in_transforms_have_their_batch_and_their_tangents(layer):
+    layer, x = layer.to(DEVICE), normal(4, 6, 5).requires_grad_()
+    y, dy, tangent = layer(x), normal(4, 6, 5, seed=1, mean=0), normal(4, 6, 5, seed=2, mean=0)
+
+    def gradient(dy):
+        return torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+
+    wanted = [gradient(each) for each in (dy, tangent)]
+    batch = torch.func.vmap(gradient)(torch.stack([dy, tangent]))
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(gradient(forward_ad.make_dual(dy, tangent)))
+    for actual in (batch, dual):
+        for each, exact in zip(actual, wanted, strict=True):
+            assert error(each, exact.double()) < 1e-5
+
+
+@runs
+@pytest.mark.parametrize("layer", [IterNorm(8, group_size=4), GroupWhitening(4, 8)], ids=["IterNorm", "GroupWhitening"])
+def test_gradients_in_batches_are_those_one_by_one(layer):
+    """The memory of a batch of gradients isn't that of one."""
+    layer, x = layer.to(DEVICE), normal(4, 8, 3, 3).requires_grad_()
+    y, batch = layer(x), normal(2, 4, 8, 3, 3, seed=1)
+    given = [x, layer.weight, layer.bias]
+    together = torch.autograd.grad(y, given, batch, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(y, given, dy, retain_graph=True) for dy in batch]
+    for actual, wanted in zip(together, zip(*one_by_one, strict=True), strict=True):
+        assert error(actual, torch.stack(wanted).double()) < 1e-5
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="Triton's interpreter alone lets programs run in another order")
+@pytest.mark.usefixtures("small_clusters")
+@pytest.mark.parametrize("blocks", [ChannelGroups(1, 4), SampleGroups(1, 4)], ids=["IterNorm", "group whitening"])
+def test_results_do_not_depend_on_which_program_is_the_last(blocks, monkeypatch):
+    """To the last bit; and the counters are 0 again after every launch, whoever was last."""
+    x = normal(1, 8, 1000)
+    results = []
+    orders = {"as they are": lambda i: i, "backwards": lambda i: -i, "mixed": lambda i: i * 7 % 13}
+    for place in orders.values():
+
+        def in_order(*bounds, place=place):
+            return sorted(range(*bounds), key=place) if len(bounds) == 1 else range(*bounds)
+
+        monkeypatch.setattr(triton.runtime.interpreter, "range", in_order, raising=False)
+        y, stats = joined_of(blocks).forward(x, None, None)
+        dx, *_ = joined_of(blocks).backward(x, None, None, stats, y)
+        results.append((y, dx))
+        assert all((each == 0).all() for each in counting._counters.values())
+    for y, dx in results[1:]:
+        assert torch.equal(y, results[0][0])
+        assert torch.equal(dx, results[0][1])
+
+
+# ---------------------------------------------------------------- running averages
+
+
+@runs
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_batch_that_one_average_could_not_hold_changes_none(bad, dtype):
+    """1e30 squared is infinite in float32; the second group is at fault, and the first one's averages wait too."""
+    layer = IterNorm(8, group_size=4, track="covariance", dtype=dtype).to(DEVICE)
+    layer(normal(6, 8, 3, 3))
+    before = [each.clone() for each in layer.buffers()]
+    assert layer.num_batches_tracked == 1
+    x = normal(6, 8, 3, 3)
+    x[2, 5, 1, 1] = bad
+    y = layer(x)
+    assert y[:, :4].isfinite().all()
+    for now, former in zip(layer.buffers(), before, strict=True):
+        assert torch.equal(now, former)
+
+
+@runs
+def test_averages_in_half_precision_are_judged_in_half_precision():
+    layer = IterNorm(4, track="covariance", dtype=torch.float16, momentum=1.0).to(DEVICE)
+    layer(100 * normal(6, 4, 3, 3))
+    assert layer.num_batches_tracked == 1
+    layer(1000 * normal(6, 4, 3, 3))  # a variance of 1e6
+    assert layer.num_batches_tracked == 1
+    assert layer.running_covariance.isfinite().all()
+
+
+@runs
+def test_changes_of_the_averages_are_counted():
+    """So that autograd finds out where a graph needs what they were before."""
+    layer = IterNorm(8, group_size=4).to(DEVICE)
+    before = [each._version for each in layer.buffers()]
+    layer(normal(6, 8, 3, 3))
+    assert all(each._version > version for each, version in zip(layer.buffers(), before, strict=True))
+
+
+# ---------------------------------------------------------------- launches
+
+
+def operations(run, *arguments):
+    """What a call returns, as a tuple, and how often it has called PyTorch's operations, beside what these call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        result = run(*arguments)
+    events = [event for event in profile.events() if event.name.startswith("aten::")]
+    found = Counter(event.name.removeprefix("aten::") for event in events if not _is_within_another(event))
+    del found["detach"]  # of a gradient, which becomes a leaf's; it allocates nothing
+    return (result,), found
+
+
+def _is_within_another(event):
+    return event.cpu_parent is not None and event.cpu_parent.name.startswith("aten::")
+
+
+STEPS = {
+    "IterNorm": (lambda: IterNorm(256), ["whiten_sums", "whiten_map"], ["channels_gradient_sums", "gradient_map"]),
+    "IterNorm, 128 channels": (
+        lambda: IterNorm(256, group_size=128),
+        ["whiten_sums", "whiten_map"],
+        ["channels_gradient_sums", "gradient_map"],
+    ),
+    "IterNorm, a smaller last group": (
+        lambda: IterNorm(256, group_size=100),
+        ["whiten_sums", "whiten_map"],
+        ["channels_gradient_sums", "gradient_map"],
+    ),
+    "GroupWhitening": (lambda: GroupWhitening(32, 256), ["whiten_sums"], ["samples_gradient_sums", "gradient_map"]),
+}
+
+
+@compiled
+@pytest.mark.parametrize("memory", [torch.contiguous_format, LAST], ids=str)
+@pytest.mark.parametrize("what", STEPS)
+def test_a_step_launches_and_allocates_so_much_and_no_more(what, memory, noted):
+    """Y, statistics and scratch memory forward; the gradients and scratch memory backward; and no other operation."""
+    make, forward_launches, backward_launches = STEPS[what]
+    layer, x = make(), torch.randn(8, 256, 7, 7).to(memory_format=memory)
+    dy = torch.empty_like(x)
+    expected = {"empty_like": 1, "empty": 2}, {"empty_like": 3, "empty": 1}
+    for again in (False, True):
+        noted.clear()
+        x = x.detach().requires_grad_()
+        layer.zero_grad()
+        (y, *_), of_forward = operations(layer, x)
+        assert names(noted) == forward_launches
+        noted.clear()
+        _, of_backward = operations(y.backward, dy)
+        assert names(noted) == backward_launches
+        assert again == all(how == "again" for *_, how in noted)
+    assert (of_forward, of_backward) == expected  # of the second step, when the counters are there
+
+
+@compiled
+def test_evaluation_is_one_launch_and_one_allocation(noted):
+    layer, x = IterNorm(256, group_size=100).eval(), torch.randn(8, 256, 7, 7)
+    with torch.no_grad():
+        layer(x)
+        _, found = operations(layer, x)
+    assert found == {"empty_like": 1}
+    assert names(noted) == ["whiten_map"] * 2
+
+
+@compiled
+def test_a_large_sample_takes_two_launches(noted):
+    pw.group_whiten(torch.randn(2, 64, 64, 64), num_groups=32)
+    assert names(noted) == ["whiten_sums", "whiten_map"]
+
+
+@compiled
+@pytest.mark.parametrize("known", [True, False])
+def test_launches_are_repeated_without_triton_where_its_version_is_known(known, noted, monkeypatch):
+    monkeypatch.setattr(prepared, "IS_KNOWN", known)
+    x = torch.randn(8, 16, 7, 7)
+    given = []
+    for _ in range(2):
+        noted.clear()
+        pw.iter_norm(x, group_size=16)
+        given.append([arguments for _, arguments, _ in noted])
+        ways = {"again" if how == "again" else "by Triton" for *_, how in noted}
+    assert ways == {"again" if known else "by Triton"}
+    if known:  # addresses in place of tensors, then the same numbers, then what is known when kernels are compiled
+        for kernel, first, second in zip(("whiten_sums", "whiten_map"), *given, strict=True):
+            arguments = getattr(joined_forward, kernel).params
+            assert len(second) == len(arguments)
+            assert second[0] == x.data_ptr() or second[1] == x.data_ptr()
+            assert [each for each in first if not isinstance(each, torch.Tensor)][-10:] == list(
+                second[: len(first)][-10:]
+            )
+            assert all(parameter.is_constexpr for parameter in arguments[len(first) :])
+
+
+def test_a_thread_that_launches_while_another_prepares_gives_all_arguments():
+    given = []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *arguments, stream: given.append(len(arguments))
+
+    class Kernel:
+        is_asked = False
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: given.append(len(arguments) + len(constants)) or Compiled()
+
+        @property
+        def arg_names(self):
+            if not self.is_asked:
+                self.is_asked = True
+                launch(0, x)  # as the other thread does
+            return ["x", "number", "CONSTANT"]
+
+    x, launch = torch.empty(16), prepared.PreparedLaunch(Kernel(), (1, 1, 1), (7,), {"CONSTANT": 8})
+    for _ in range(2):
+        launch(0, x)
+    assert given == [3, 3, 3]
+
+
+@compiled
+def test_memory_that_is_not_aligned_is_launched_by_triton(noted):
+    memory = torch.randn(8 * 16 * 49 + 1)
+    for x in (memory[:-1], memory[1:], memory[:-1]):
+        pw.iter_norm(x.view(8, 16, 7, 7), group_size=16)
+    assert [how == "again" for *_, how in noted] == [False] * 4 + [True] * 2
+
+
+def test_counters_are_a_streams_own_and_grow():
+    device = torch.device("cpu")
+    first = counting.counters(device, 1, 10, rank=0)
+    assert counting.counters(device, 1, 20, rank=0) is first
+    assert counting.counters(device, 2, 10, rank=0) is not first
+    larger = counting.counters(device, 1, 5000, rank=0)
+    assert larger.numel() >= 5000
+    assert not larger.any()
+    assert counting.counters(device, 1, 0, rank=0) is None
+
+
+@compiled
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: IterNorm(8, on_nonfinite="raise")(torch.randn(4, 8, 3)),
+        lambda: pw.iter_norm(torch.randn(4, 8, 3), method="eigh"),
+        lambda: pw.iter_norm(torch.randn(4, 8, 3), relative_eps=True),
+        lambda: pw.iter_norm(torch.randn(400, 129), group_size=129),
+        lambda: pw.iter_norm(torch.randn(4, 8, 3, dtype=torch.float64)),
+        lambda: pw.iter_norm(torch.randn(4, 8, 3), all_reduce=lambda a: a + 0),
+        lambda: pw.iter_norm(torch.randn(5, 6, 8).permute(0, 2, 1)[:, :, ::2].unflatten(2, (3, 1)).expand(5, 8, 3, 2)),
+        lambda: pw.group_whiten(torch.randn(2, 3, 12, 5), num_groups=4, axis=2),
+        lambda: pw.group_whiten(torch.randn(4097, 8), num_groups=4),
+        lambda: torch.func.vmap(partial(pw.iter_norm, group_size=4))(torch.randn(3, 4, 8, 3)),
+    ],
+    ids=[
+        "raise",
+        "eigh",
+        "relative eps",
+        "129 channels",
+        "float64",
+        "workers",
+        "strides",
+        "both sides",
+        "rows",
+        "vmap",
+    ],
+)
+def test_the_other_structure_serves_what_this_one_cannot(run, noted, monkeypatch):
+    launched = []
+    monkeypatch.setattr(Joined, "forward", lambda *given: launched.append(given))
+    with warnings.catch_warnings(), suppress(ValueError):  # nothing is computed, so averages may be found infinite
+        warnings.simplefilter("ignore")
+        run()
+    assert not launched
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("name", "shape"), [("weight", 3), ("bias", 16), ("running_mean", 3), ("running_whitener", (1, 4, 4))], ids=str
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_no_kernel_is_given_memory_that_ends_too_early(name, shape, training, noted):
+    """Parameters and averages that users have put in place of a layer's; the other structure has errors for them."""
+    layer = IterNorm(8, group_size=4).train(training).requires_grad_(False)
+    value = torch.ones(shape)
+    setattr(layer, name, torch.nn.Parameter(value, requires_grad=False) if name in ("weight", "bias") else value)
+    with suppress(ValueError, RuntimeError):
+        layer(torch.randn(6, 8, 3))
+    assert not {"whiten_sums", "whiten_map"} & set(names(noted))
+
+
+@runs
+def test_statistics_of_more_variables_than_there_are_channels_are_used_in_part():
+    given = normal(20, 4), normal(4, seed=1), normal(1, 6, 6, seed=2)
+    actual, wanted = (
+        pw.apply_whitening(x, pw.WhiteningStats(mean, whitener, whitener))
+        for x, mean, whitener in (given, in_float64(*given))
+    )
+    assert error(actual, wanted) < 1e-5
+
+
+def test_a_layer_whose_averages_are_none_whitens_by_the_batch(noted):
+    layer = IterNorm(8)
+    layer.running_mean = layer.running_whitener = None
+    layer(torch.randn(4, 8, 3))
+    assert layer.num_batches_tracked == 1
+
+
+# ---------------------------------------------------------------- compiled, without a device
+
+CASES = {
+    "IterNorm, 64 channels first, float32": ((16, 128, 28, 28), ChannelGroups(1, 64), torch.float32),
+    "IterNorm, 64 channels last, bfloat16": ((16, 28, 28, 128), ChannelGroups(3, 64), torch.bfloat16),
+    "IterNorm, 128 channels first, float32": ((16, 128, 28, 28), ChannelGroups(1, 128), torch.float32),
+    "IterNorm, 128 channels last, bfloat16": ((16, 28, 28, 128), ChannelGroups(3, 128), torch.bfloat16),
+    "group whitening, 32 channels first, float32": ((4, 256, 28, 28), SampleGroups(1, 32), torch.float32),
+    "group whitening, 64 channels last, small, bfloat16": ((4, 7, 7, 128), SampleGroups(3, 64), torch.bfloat16),
+}
+
+
+def note_a_step(case):
+    shape, blocks, dtype = CASES[case]
+    x, weight = torch.empty(shape, dtype=dtype), torch.empty(shape[blocks.axis])
+    averages = None
+    if isinstance(blocks, ChannelGroups):
+        d = blocks.group_size
+        matrices, count = torch.empty(len(weight) // d, d, d), torch.zeros((), dtype=torch.int64)
+        averages = RunningAverages(weight, matrices, count, 0.1, of_covariance=False)
+    whitening = joined_of(blocks, 5, 1e-5)
+    y, stats = whitening.forward(x, weight, weight, averages)
+    whitening.backward(x, weight, weight, stats, y)
+
+
+_FIRST, *_, _LAST_128, _GROUPS, _SMALL = CASES
+COMPILED = [  # each takes seconds
+    *((case, 90, EAGER) for case in CASES if case != _LAST_128),
+    *((case, 80, EAGER) for case in (_FIRST, _LAST_128, _GROUPS)),  # iterations in memory, and in registers
+    *((case, 90, INDUCTOR) for case in (_FIRST, _SMALL)),  # all kernels
+]
+
+
+@compiled
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize(("case", "capability", "scalars"), COMPILED)
+def test_kernels_compile_within_the_resources_of_devices(
+    case, capability, scalars, noted, monkeypatch, record_property
+):
+    """With the scalars of torch.compile too: numbers of 64 bits would take twice the registers."""
+    monkeypatch.setattr(plans, "_capability", lambda device: divmod(capability, 10))
+    note_a_step(case)
+    assert len(noted) >= 3
+    for kernel, arguments, constants in noted:
+        registers, spilled, shared = compile_offline(kernel, arguments, constants, capability, scalars)
+        record_property(
+            "resources",
+            f"{kernel.__name__:<22} sm_{capability} {registers:>3} registers, {shared:>6} bytes shared, "
+            f"{spilled:>3} of stack; {case}",
+        )
+        assert shared <= SHARED_MEMORY[capability], kernel.__name__
+        assert spilled <= LARGEST_SPILL, kernel.__name__
+
+
+class _Driver:
+    """Of a device that isn't there: what PyTorch asks Triton while it traces kernels."""
+
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+
+@compiled
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize(
+    ("what", "dynamic"), [("IterNorm", True), ("IterNorm", False), ("GroupWhitening", False)], ids=str
+)
+def test_torch_compile_has_nothing_but_these_kernels_to_launch(what, dynamic, monkeypatch):
+    """In one graph forward and one backward, beside counters set to 0; and it copies nothing that kernels write."""
+    from functorch.compile import min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver())
+    graphs = []
+
+    def note(module, inputs):
+        nodes = [node for node in module.graph.nodes if node.op == "call_function"]
+        graphs.append([_kernel_of(node) or _operation_of(node) for node in nodes])
+        results = [node if node is None else node.meta["val"] for node in module.graph.output_node().args[0]]
+
+        def run(arguments):
+            arguments.clear()
+            return [_made_up(each) for each in results]
+
+        run._boxed_call = True
+        return run
+
+    torch._dynamo.reset()
+    make, forward_launches, backward_launches = STEPS[what]
+    layer, x = make(), torch.randn(8, 256, 30, 30).requires_grad_()
+    if dynamic:
+        torch._dynamo.mark_dynamic(x, 0)
+    if what == "GroupWhitening":
+        forward_launches = ["whiten_sums", "whiten_map"]  # of large samples
+    partition = {"partition_fn": min_cut_rematerialization_partition}  # as Inductor does
+    backend = aot_autograd(fw_compiler=note, bw_compiler=note, **partition)
+    step = torch.compile(layer, fullgraph=True, backend=backend)
+    step(x).sum().backward()
+    for graph, launches in zip(graphs, (forward_launches, backward_launches), strict=True):
+        found = [each for each in graph if each not in NO_LAUNCHES]
+        assert [each for each in found if each != "zeros"] == launches
+        assert found.count("zeros") <= 1
+
+
+def _made_up(result):
+    """A tensor, a size or None for what a graph would give; a batch of unknown size has 8 samples."""
+    if isinstance(result, torch.Tensor):
+        return torch.zeros([size if type(size) is int else 8 for size in result.shape])
+    return None if result is None else 8
+
+
+NO_LAUNCHES = {"empty", "new_empty", "empty_like", "getitem", "view", "expand", "sym_size", "mul", "add", "sub"}
+NO_LAUNCHES |= {"floordiv", "sym_min", "sym_max", "eq", "le", "lt", "ge", "gt"}
+
+
+def _kernel_of(node):
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    index = node.kwargs.get("kernel_idx")
+    if index is None:
+        return None
+    kernel = kernel_side_table.id_to_kernel[index]
+    empties = [each for each in node.kwargs["kwargs"].values() if _operation_of(each) in ("new_empty", "empty_like")]
+    assert len(set(empties)) == len(empties), "PyTorch takes two of them for one, which it copies"
+    return (kernel if hasattr(kernel, "__name__") else kernel.fn).__name__
+
+
+def _operation_of(node):
+    name = getattr(node.target, "__name__", str(node.target))
+    return name.partition(".")[0]
+
+
+# ---------------------------------------------------------------- on a device
+
+
+@needs_device
+@pytest.mark.parametrize(
+    ("shape", "blocks", "dtype"),
+    [
+        ((32, 64, 56, 56), ChannelGroups(1, 64), torch.float32),
+        ((32, 28, 28, 160), ChannelGroups(3, 64), torch.bfloat16),
+        ((16, 256, 14, 14), ChannelGroups(1, 128), torch.float32),
+        ((4, 64, 64, 64), SampleGroups(1, 32), torch.float32),
+        ((4, 7, 7, 128), SampleGroups(3, 64), torch.bfloat16),
+    ],
+    ids=["parts in clusters", "a smaller last group", "128 channels", "large samples", "small samples"],
+)
+def test_devices_whiten_as_float64_does(shape, blocks, dtype):
+    check_against_float64(shape, blocks, dtype, (True, True))
+
+
+@needs_device
+@pytest.mark.parametrize("layer", [lambda: IterNorm(10, group_size=4), lambda: GroupWhitening(5, 10)])
+@pytest.mark.parametrize("how", ["a CUDA graph", "torch.compile"])
+def test_captured_steps_are_those_of_eager_mode(layer, how):
+    check_captured_steps(layer().to(DEVICE), 50, how)  # so large that samples have several parts
+
+
+@needs_device
+def test_results_are_the_same_every_time_and_on_every_stream():
+    layer = IterNorm(64, track_running_stats=False).to(DEVICE)
+    x = normal(64, 64, 56, 56)
+    expected = layer(x)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(layer(x))
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, expected) for y in results)
+        results.clear()
