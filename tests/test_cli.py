@@ -19,7 +19,8 @@ for _module in ("torch", "click", "rich", "sklearn", "matplotlib"):
     pytest.importorskip(_module)
 
 import polywhiten  # noqa: E402
-from polywhiten import cli, gpu_launches, info  # noqa: E402
+from polywhiten import gpu_launches  # noqa: E402
+from polywhiten.cli import commands, info  # noqa: E402
 from polywhiten.cli.demo import data as demo_data  # noqa: E402
 from polywhiten.cli.demo import frameworks  # noqa: E402
 from polywhiten.cli.demo.data import DataError, load_digits, prepare  # noqa: E402
@@ -66,7 +67,7 @@ def _one_thread():
 
 
 def demo(*args):
-    return cli.run(["demo", *map(str, args)])
+    return commands.run(["demo", *map(str, args)])
 
 
 def rows(out):
@@ -427,7 +428,7 @@ def test_training_that_fails_keeps_what_was_done(small, out, capsys, monkeypatch
 
 
 def test_a_command_that_is_none_is_one_line(capsys):
-    assert cli.run(["train"]) == 2
+    assert commands.run(["train"]) == 2
     check_one_line(capsys, ["train", "polywhiten --help"])
 
 
@@ -443,10 +444,10 @@ def check_one_line(capsys, words):
 
 
 def test_help_and_version_are_no_errors(capsys):
-    assert cli.run(["--version"]) == 0
+    assert commands.run(["--version"]) == 0
     assert capsys.readouterr().out == f"polywhiten {polywhiten.__version__}\n"
     for args in ([], ["--help"], ["demo", "--help"]):
-        assert cli.run(args) == 0
+        assert commands.run(args) == 0
         assert capsys.readouterr().out.startswith("Usage: polywhiten")
 
 
@@ -606,7 +607,7 @@ def test_ctrl_c_anywhere_else_is_one_line(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(info, "report", interrupted)
-    assert cli.run(["info"]) == 130
+    assert commands.run(["info"]) == 130
     check_one_line(capsys, ["stopped"])
 
 
@@ -770,7 +771,7 @@ def test_info_is_not_misled_by_what_a_framework_prints_or_by_a_folder_of_its_nam
 def test_info_names_versions_devices_and_kernels(capsys):
     import torch
 
-    assert cli.run(["info"]) == 0
+    assert commands.run(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"polywhiten {polywhiten.__version__}, Python ")
     (line,) = [line for line in lines if line.startswith("torch ")]
@@ -805,7 +806,7 @@ def test_info_says_which_gpu_kernels_there_are_and_how_to_choose(chosen, line, m
 
 def test_recommend_says_what_both_layers_can_do_with_a_shape(capsys):
     for args in (["32", "80", "2", "2"], ["32", "2", "2", "80", "--axis", "-1"]):
-        assert cli.run(["recommend", *args]) == 0
+        assert commands.run(["recommend", *args]) == 0
         batch, group = capsys.readouterr().out.splitlines()
         assert batch.startswith("IterNorm: group_size=16: an eighth of the 128 samples")
         assert group.startswith(
@@ -824,7 +825,7 @@ def test_recommend_says_what_both_layers_can_do_with_a_shape(capsys):
     ],
 )
 def test_a_shape_that_has_no_groups_is_one_line(args, words, capsys):
-    assert cli.run(["recommend", *args]) == 2
+    assert commands.run(["recommend", *args]) == 2
     check_one_line(capsys, words)
 
 

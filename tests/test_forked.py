@@ -75,9 +75,9 @@ import multiprocessing, os, sys
 from pathlib import Path
 
 def forked():
-    from polywhiten import compiled
-    compiled._STAT = Path(sys.argv[1])
-    return compiled._is_forked()
+    from polywhiten import cpu
+    cpu._STAT = Path(sys.argv[1])
+    return cpu._is_forked()
 
 if __name__ == "__main__":
     found = {}

@@ -18,7 +18,7 @@ if ROW is None or ROW.value.missing:
 
 import keras  # noqa: E402
 
-from polywhiten import cli  # noqa: E402
+from polywhiten.cli import commands  # noqa: E402
 from polywhiten.cli.demo.data import prepare  # noqa: E402
 from polywhiten.cli.demo.training import NORMS, Settings, batches  # noqa: E402
 from polywhiten.keras import GroupWhitening, IterNorm  # noqa: E402
@@ -64,7 +64,7 @@ def out(tmp_path):
 
 
 def demo(*args):
-    return cli.run(["demo", "--framework", "keras", *map(str, args)])
+    return commands.run(["demo", "--framework", "keras", *map(str, args)])
 
 
 def rows(out):
