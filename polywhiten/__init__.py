@@ -12,7 +12,7 @@ from polywhiten.functional import (
     iter_norm_vjp,
     whitening_stats,
 )
-from polywhiten.groups import WhiteningStats
+from polywhiten.statistics import WhiteningStats
 
 __version__ = "0.1.0"
 

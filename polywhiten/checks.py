@@ -119,6 +119,15 @@ def check_sample_count(sizes: Sequence[Any], shape: Shape, what: str, hint: str)
         raise ValueError(f"x of shape {tuple(shape)} gives {count} {what}: at least 2 are needed; {hint}")
 
 
+def check_sample_groups(x: Array, num_groups: int, axis: int) -> int:
+    """Return a number of groups that divides the channels, with enough values in every group for a covariance."""
+    channels = x.shape[axis]
+    num_groups = check_num_groups(num_groups, channels)
+    sizes = [channels // num_groups, *x.shape[1:axis], *x.shape[axis + 1 :]]
+    check_sample_count(sizes, x.shape, "values a group", f"use fewer than {num_groups} groups")
+    return num_groups
+
+
 def check_statistics(xp: Namespace, channels: int, mean: Array, whitener: Array) -> None:
     """The statistics' shapes are those of x's channels, in whole groups or with a smaller last one."""
     check_array(xp, mean, "stats.mean")

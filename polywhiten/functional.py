@@ -1,6 +1,6 @@
 """The functions that users call, for arrays of every library.
 
-Each finds the array's backend, checks the arguments, and hands the work to `polywhiten.whitening`.
+Each finds the backend of the array, checks the arguments and hands the work to the backend.
 """
 
 from __future__ import annotations
@@ -9,18 +9,12 @@ from collections.abc import Callable
 
 from polywhiten import checks
 from polywhiten._types import AllReduce, Array
-from polywhiten.blocks import ChannelGroups, SampleGroups, channel_shape
-from polywhiten.dispatch import Backend, backend_of
-from polywhiten.groups import (
-    WhiteningStats,
-    channel_parts,
-    join_channels,
-    join_statistics,
-    take_channels,
-    take_groups,
-)
-from polywhiten.solvers import Solver, regularized_solver, solver_for
-from polywhiten.whitening import Plan, affine, backward, forward, statistics
+from polywhiten.backend import Backend, equal_parts
+from polywhiten.blocks import ChannelGroups, SampleGroups, join_channels, take_channels
+from polywhiten.dispatch import backend_of
+from polywhiten.solvers import regularized_solver, solver_for
+from polywhiten.spec import WhiteningSpec
+from polywhiten.statistics import WhiteningStats
 
 Pullback = Callable[[Array], tuple[Array, Array | None, Array | None]]
 
@@ -104,15 +98,9 @@ def iter_norm(
     True
     """
     backend, x, axis = checked_input(x, axis)
-    weight, bias = _affine(backend, x, axis, weight, bias)
-    solver, eps = regularized_solver(method, iterations, eps, relative_eps)
-    group_size = checks.check_positive("group_size", group_size)
-    if all_reduce is None:  # else the workers' samples together count
-        checks.check_batch(x, axis)
-        y = backend.whiten_groups(False, x, weight, bias, group_size, axis, solver, eps)
-        if y is not None:
-            return y
-    return whiten_channels(backend, x, weight, bias, group_size, axis, solver, eps, all_reduce)[0]
+    weight, bias = _checked_affine(backend, x, axis, weight, bias)
+    spec = _batch_spec(x, axis, group_size, method, iterations, eps, relative_eps, all_reduce)
+    return backend.whiten(spec, x, weight, bias)
 
 
 def group_whiten(
@@ -173,9 +161,9 @@ def group_whiten(
     True
     """
     backend, x, axis = checked_input(x, axis, first_axis=1)
-    weight, bias = _affine(backend, x, axis, weight, bias)
-    solver, eps = regularized_solver(method, iterations, eps, relative_eps)
-    return whiten_samples(backend, x, weight, bias, num_groups, axis, solver, eps)
+    weight, bias = _checked_affine(backend, x, axis, weight, bias)
+    spec = _sample_spec(x, axis, num_groups, method, iterations, eps, relative_eps)
+    return backend.whiten(spec, x, weight, bias)
 
 
 def iter_norm_vjp(
@@ -223,12 +211,9 @@ def iter_norm_vjp(
     ((32, 8), (8,), True)
     """
     backend, x, axis = checked_input(x, axis)
-    weight, bias = _affine(backend, x, axis, weight, bias)
-    solver, eps = regularized_solver(method, iterations, eps, relative_eps)
-    if all_reduce is None:
-        checks.check_batch(x, axis)
-    plans = _channel_plans(x, group_size, axis, solver, eps, all_reduce)
-    return _vjp(backend, plans, axis, x, weight, bias)
+    weight, bias = _checked_affine(backend, x, axis, weight, bias)
+    spec = _batch_spec(x, axis, group_size, method, iterations, eps, relative_eps, all_reduce)
+    return _vjp(backend, spec, x, weight, bias)
 
 
 def group_whiten_vjp(
@@ -274,10 +259,9 @@ def group_whiten_vjp(
     (2, 8, 5, 5)
     """
     backend, x, axis = checked_input(x, axis, first_axis=1)
-    weight, bias = _affine(backend, x, axis, weight, bias)
-    solver, eps = regularized_solver(method, iterations, eps, relative_eps)
-    plan = Plan(SampleGroups(axis, _check_sample_groups(x, num_groups, axis)), solver, eps)
-    return _vjp(backend, [(slice(0, x.shape[axis]), plan)], axis, x, weight, bias)
+    weight, bias = _checked_affine(backend, x, axis, weight, bias)
+    spec = _sample_spec(x, axis, num_groups, method, iterations, eps, relative_eps)
+    return _vjp(backend, spec, x, weight, bias)
 
 
 def whitening_stats(
@@ -320,14 +304,7 @@ def whitening_stats(
     (100, 80)
     """
     backend, x, axis = checked_input(x, axis)
-    solver, eps = regularized_solver(method, iterations, eps, relative_eps)
-    if all_reduce is None:
-        checks.check_batch(x, axis)
-    plans = _channel_plans(x, group_size, axis, solver, eps, all_reduce)
-    kernels = backend.kernels
-    return join_statistics(
-        kernels.xp, [statistics(kernels, plan, take_channels(x, part, axis)) for part, plan in plans]
-    )
+    return backend.statistics(_batch_spec(x, axis, group_size, method, iterations, eps, relative_eps, all_reduce), x)
 
 
 def apply_whitening(
@@ -373,10 +350,10 @@ def apply_whitening(
     True
     """
     backend, x, axis = checked_input(x, axis)
-    weight, bias = _affine(backend, x, axis, weight, bias)
+    weight, bias = _checked_affine(backend, x, axis, weight, bias)
     mean, whitener = (backend.converted(getattr(stats, name), f"stats.{name}", x) for name in ("mean", "whitener"))
     checks.check_statistics(backend.kernels.xp, x.shape[axis], mean, whitener)
-    return apply_frozen(backend, x, mean, whitener, weight, bias, axis)
+    return backend.apply_frozen(axis, x, mean, whitener, weight, bias)
 
 
 def inverse_sqrt(cov: Array, *, method: str = "newton", iterations: int | None = None) -> Array:
@@ -417,98 +394,21 @@ def inverse_sqrt(cov: Array, *, method: str = "newton", iterations: int | None =
     kernels, cov = backend.kernels, backend.tensor(cov, "cov")
     checks.check_array(kernels.xp, cov, "cov")
     checks.check_square(cov)
-    return kernels.inverse_sqrt(solver_for(method, iterations), kernels.for_statistics(cov))
-
-
-def whiten_channels(
-    backend: Backend,
-    x: Array,
-    weight: Array | None,
-    bias: Array | None,
-    group_size: int,
-    axis: int,
-    solver: Solver,
-    eps: float,
-    all_reduce: AllReduce | None = None,
-) -> tuple[Array, WhiteningStats]:
-    """`iter_norm` of checked arguments, with the batch's statistics; for layers."""
-    x, axis, restore = backend.in_memory_order(x, axis)
-    xp = backend.kernels.xp
-    outputs, stats = [], []
-    for part, plan in _channel_plans(x, group_size, axis, solver, eps, all_reduce):
-        given = take_channels(x, part, axis), take_channels(weight, part), take_channels(bias, part)
-        y, part_stats = backend.whiten(plan, *given)
-        outputs.append(y)
-        stats.append(part_stats)
-    return restore(join_channels(xp, outputs, axis)), join_statistics(xp, stats)
-
-
-def whiten_samples(
-    backend: Backend,
-    x: Array,
-    weight: Array | None,
-    bias: Array | None,
-    num_groups: int,
-    axis: int,
-    solver: Solver,
-    eps: float,
-) -> Array:
-    """`group_whiten` of checked arguments; for layers."""
-    num_groups = _check_sample_groups(x, num_groups, axis)
-    y = backend.whiten_groups(True, x, weight, bias, num_groups, axis, solver, eps)
-    if y is not None:
-        return y
-    x, axis, restore = backend.in_memory_order(x, axis)
-    plan = Plan(SampleGroups(axis, num_groups), solver, eps)
-    return restore(backend.whiten(plan, x, weight, bias)[0])
-
-
-def whiten_nothing(backend: Backend, x: Array, weight: Array | None, bias: Array | None, axis: int) -> Array:
-    """An array without elements, whitened; with gradients of 0 for weight and bias; for layers."""
-
-    def along_channels(values: Array) -> Array:
-        return xp.reshape(xp.astype(values, x.dtype, copy=False), channel_shape(x.ndim, axis))
-
-    xp, y = backend.kernels.xp, x + 0  # a new array, which may be changed in place
-    if weight is not None:
-        y = y * along_channels(weight)
-    if bias is not None:
-        y = y + along_channels(bias)
-    return y
-
-
-def apply_frozen(
-    backend: Backend, x: Array, mean: Array, whitener: Array, weight: Array | None, bias: Array | None, axis: int
-) -> Array:
-    """`apply_whitening` of checked arguments; for layers."""
-    y = backend.apply_frozen(x, mean, whitener, weight, bias, axis)
-    if y is not None:
-        return y
-    x, axis, restore = backend.in_memory_order(x, axis)
-    kernels, outputs = backend.kernels, []
-    dtype = kernels.statistics_dtype(x.dtype)
-    for part, size in channel_parts(x.shape[axis], whitener.shape[-1]):
-        part_mean = kernels.xp.reshape(take_channels(kernels.xp.astype(mean, dtype, copy=False), part), (-1, size))
-        part_whitener = take_groups(kernels.xp.astype(whitener, dtype, copy=False), part, size)
-        given = take_channels(x, part, axis), part_mean, part_whitener
-        outputs.append(
-            affine(kernels, ChannelGroups(axis, size), *given, take_channels(weight, part), take_channels(bias, part))
-        )
-    return restore(join_channels(kernels.xp, outputs, axis))
+    return backend.inverse_sqrt(solver_for(method, iterations), kernels.to_accumulation_dtype(cov))
 
 
 def checked_input(x: Array, axis: int, first_axis: int = 0) -> tuple[Backend, Array, int]:
-    """The backend of x, x as a tensor, and its channel axis counted from the front."""
+    """Return the backend of x, x as a tensor, and its channel axis counted from the front."""
     backend = backend_of(x)
     x = backend.tensor(x)
     checks.check_array(backend.kernels.xp, x)
     return backend, x, checks.check_channel_axis(x, axis, first_axis)
 
 
-def _affine(
+def _checked_affine(
     backend: Backend, x: Array, axis: int, weight: Array | None, bias: Array | None
 ) -> tuple[Array | None, Array | None]:
-    """Weight and bias as arrays of x's library, with a value for each of its channels."""
+    """Return weight and bias as arrays of x's library, with a value for each channel of x."""
 
     def checked(values: Array | None, name: str) -> Array | None:
         if values is not None:
@@ -519,57 +419,56 @@ def _affine(
     return checked(weight, "weight"), checked(bias, "bias")
 
 
-def _channel_plans(
-    x: Array, group_size: int, axis: int, solver: Solver, eps: float, all_reduce: AllReduce | None
-) -> list[tuple[slice, Plan]]:
-    group_size = checks.check_positive("group_size", group_size)
-    channels = x.shape[axis]
-    return [
-        (part, Plan(ChannelGroups(axis, size), solver, eps, all_reduce))
-        for part, size in channel_parts(channels, group_size)
-    ]
+def _batch_spec(
+    x: Array,
+    axis: int,
+    group_size: int,
+    method: str,
+    iterations: int | None,
+    eps: float,
+    relative_eps: bool,
+    all_reduce: AllReduce | None,
+) -> WhiteningSpec:
+    """Return what IterNorm computes of x, from arguments that are checked here."""
+    solver, eps = regularized_solver(method, iterations, eps, relative_eps)
+    blocks = ChannelGroups(axis, checks.check_positive("group_size", group_size))
+    if all_reduce is None:  # otherwise the samples of all workers together count
+        checks.check_batch(x, axis)
+    return WhiteningSpec(blocks, solver, eps, all_reduce)
 
 
-def _check_sample_groups(x: Array, num_groups: int, axis: int) -> int:
-    """As a number that divides the channels, with enough values in every group for a covariance."""
-    channels = x.shape[axis]
-    num_groups = checks.check_num_groups(num_groups, channels)
-    sizes = [channels // num_groups, *x.shape[1:axis], *x.shape[axis + 1 :]]
-    checks.check_sample_count(sizes, x.shape, "values a group", f"use fewer than {num_groups} groups")
-    return num_groups
+def _sample_spec(
+    x: Array, axis: int, num_groups: int, method: str, iterations: int | None, eps: float, relative_eps: bool
+) -> WhiteningSpec:
+    """Return what group whitening computes of x, from arguments that are checked here."""
+    solver, eps = regularized_solver(method, iterations, eps, relative_eps)
+    return WhiteningSpec(SampleGroups(axis, checks.check_sample_groups(x, num_groups, axis)), solver, eps)
 
 
 def _vjp(
-    backend: Backend,
-    plans: list[tuple[slice, Plan]],
-    axis: int,
-    x: Array,
-    weight: Array | None,
-    bias: Array | None,
+    backend: Backend, spec: WhiteningSpec, x: Array, weight: Array | None, bias: Array | None
 ) -> tuple[Array, Pullback]:
-    kernels = backend.kernels
-    parts, outputs = [], []
-    for part, plan in plans:
-        given = take_channels(x, part, axis), take_channels(weight, part), take_channels(bias, part)
-        y, stats = forward(kernels, plan, *given)
-        parts.append((part, plan, given, stats))
+    """Return the whitened array, and the function that maps the gradient of it to those of x, weight and bias."""
+    xp, axis, parts, outputs = backend.kernels.xp, spec.blocks.axis, [], []
+    for part, equal in equal_parts(spec, x):
+        inputs = take_channels(x, part, axis), take_channels(weight, part), take_channels(bias, part)
+        y, stats = backend.forward(equal, *inputs)
+        parts.append((part, equal, inputs, stats))
         outputs.append(y)
 
     def pullback(dy: Array) -> tuple[Array, Array | None, Array | None]:
         dy = backend.converted(dy, "dy", x)
-        checks.check_gradient(kernels.xp, dy, x.shape)
-        dy = kernels.xp.astype(dy, x.dtype, copy=False)
-        dxs, dweights, dbiases = zip(
-            *(
-                backward(kernels, plan, *given, stats, take_channels(dy, part, axis))
-                for part, plan, given, stats in parts
-            ),
-            strict=True,
-        )
+        checks.check_gradient(xp, dy, x.shape)
+        dy = xp.astype(dy, x.dtype, copy=False)
+        gradients = [
+            backend.backward(equal, *inputs, stats, take_channels(dy, part, axis))
+            for part, equal, inputs, stats in parts
+        ]
+        dxs, dweights, dbiases = zip(*gradients, strict=True)
         return (
-            join_channels(kernels.xp, dxs, axis),
-            None if weight is None else join_channels(kernels.xp, dweights),
-            None if bias is None else join_channels(kernels.xp, dbiases),
+            join_channels(xp, dxs, axis),
+            None if weight is None else join_channels(xp, dweights),
+            None if bias is None else join_channels(xp, dbiases),
         )
 
-    return join_channels(kernels.xp, outputs, axis), pullback
+    return join_channels(xp, outputs, axis), pullback

@@ -12,19 +12,21 @@ pytest.importorskip("numba")
 from numba import njit
 
 import polywhiten as pw
-from polywhiten import dispatch
 from polywhiten.blocks import ChannelGroups, SampleGroups
 from polywhiten.cpu import implementation as whole
 from polywhiten.cpu import launches as calls
 from polywhiten.cpu import numpy_kernels as kernels
 from polywhiten.cpu import schedule as steps
+from polywhiten.cpu.backend import numpy_backend
 from polywhiten.cpu.device import gemm as products
 from polywhiten.cpu.device import packing as panels
 from polywhiten.cpu.device import simd as tile
 from polywhiten.cpu.runtime import parallel
 from polywhiten.kernels import Kernels, Term
+from polywhiten.reference import Reference
 from polywhiten.solvers import solver_for
-from polywhiten.whitening import NO_STATISTICS, Plan, Statistics, backward, forward
+from polywhiten.spec import WhiteningSpec
+from polywhiten.statistics import NO_STATISTICS, Statistics
 
 EXACT = Kernels(xp)
 NEWTON = solver_for("newton", 5)
@@ -51,6 +53,18 @@ def _several_threads(monkeypatch):
 def compiled(request, monkeypatch):
     monkeypatch.setattr(kernels, "threads", lambda: request.param)
     return kernels.NumPyKernels(xp)
+
+
+def implementation(used):
+    return Reference(used) if used is EXACT else whole.CpuImplementation(used, kernels._CALLS, kernels._serves)
+
+
+def forward(kernels, spec, *arrays):
+    return implementation(kernels).forward(spec, *arrays)
+
+
+def backward(kernels, spec, *arrays):
+    return implementation(kernels).backward(spec, *arrays)
 
 
 def random(*shape, dtype="float64", seed=0):
@@ -115,7 +129,7 @@ def test_group_whitening(compiled, shape, axis, groups, dtype, affine):
     x, dy = random(*shape, dtype=dtype, seed=1) * 2 + 3, random(*shape, dtype=dtype, seed=2)
     weight, bias = random(2, shape[axis], dtype=dtype, seed=3)
     given = x, weight if "weight" in affine else None, bias if "bias" in affine else None
-    check_both_passes(compiled, Plan(SampleGroups(axis, groups), NEWTON, 1e-3), given, dy)
+    check_both_passes(compiled, WhiteningSpec(SampleGroups(axis, groups), NEWTON, 1e-3), given, dy)
 
 
 def check_both_passes(compiled, plan, given, dy):
@@ -141,7 +155,7 @@ def test_iter_norm(compiled, monkeypatch, dtype, affine, order, cached):
     weight, bias = random(2, 24, dtype=dtype, seed=3)
     given = x, weight if "weight" in affine else None, bias if "bias" in affine else None
     for size in (4, 12, 24):
-        check_both_passes(compiled, Plan(ChannelGroups(1, size), NEWTON, 1e-3), given, dy)
+        check_both_passes(compiled, WhiteningSpec(ChannelGroups(1, size), NEWTON, 1e-3), given, dy)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 5, 12])
@@ -173,7 +187,7 @@ class TestBothPasses:
 
     def check(self, compiled, blocks, solver=NEWTON, **other):
         given = {"x": self.x, "dy": self.dy, "weight": self.weight, "bias": self.bias} | other
-        plan = Plan(blocks, solver, 1e-3)
+        plan = WhiteningSpec(blocks, solver, 1e-3)
         found, wanted = (both_passes(kernels, plan, **given) for kernels in (compiled, EXACT))
         for a, b in zip(found, wanted, strict=True):
             assert a.dtype == b.dtype
@@ -215,7 +229,7 @@ def test_more_channels_than_a_panel_has_samples(compiled, order):
     x, dy = (in_memory(random(2, 272, 301, seed=seed), order) for seed in (0, 1))
     weight, bias = random(2, 272, seed=2)
     for blocks in (ChannelGroups(1, 272), SampleGroups(1, 272)):
-        plan = Plan(blocks, NEWTON, 1e-3)
+        plan = WhiteningSpec(blocks, NEWTON, 1e-3)
         close(*(both_passes(kernels, plan, x, dy, weight, bias) for kernels in (compiled, EXACT)))
 
 
@@ -312,7 +326,7 @@ def test_other_solvers_are_the_plain_ones(compiled):
 def test_views_are_read_as_they_are(compiled, view, blocks, channels):
     x = view(random(6, channels, 5, 40))
     dy = random(*x.shape, seed=1)
-    plan = Plan(blocks(1, channels // 2), NEWTON, 1e-5)
+    plan = WhiteningSpec(blocks(1, channels // 2), NEWTON, 1e-5)
     for gradient in (dy, np.broadcast_to(dy[:, :1], dy.shape), np.asfortranarray(dy)):
         y, stats = forward(compiled, plan, x, None, None)
         wanted, expected = forward(EXACT, plan, x, None, None)
@@ -353,14 +367,10 @@ def test_odd_arrays_are_left_to_the_plain_kernels(monkeypatch):
 
 
 def test_numpy_without_numba(monkeypatch):
-    monkeypatch.setattr("polywhiten.cpu.is_available", lambda: False)
-    dispatch._backend.cache_clear()
-    try:
-        assert type(dispatch.backend_of(np.ones(2)).kernels) is Kernels
-    finally:
-        monkeypatch.undo()
-        dispatch._backend.cache_clear()
-    assert type(dispatch.backend_of(np.ones(2)).kernels) is kernels.NumPyKernels
+    monkeypatch.setattr("polywhiten.cpu.backend.is_available", lambda: False)
+    assert len(numpy_backend().implementations) == 1
+    monkeypatch.undo()
+    assert len(numpy_backend().implementations) == 2
 
 
 @pytest.mark.parametrize("layer", ["workqueue", "omp"])
@@ -419,6 +429,6 @@ def test_sums_of_many_samples_are_exact(compiled):
     _, k = compiled.cross_moments(dy, np.ones_like(dy), np.zeros((1, 64), "float32"), 1)
     np.testing.assert_allclose(k, 10_000, rtol=3e-6)
     x, dy = random(1, 30_000, 16, dtype="float32"), np.full((1, 30_000, 16), 0.1, "float32")
-    plan, bias = Plan(SampleGroups(2, 1), NEWTON, 1e-3), np.zeros(16, "float32")
+    plan, bias = WhiteningSpec(SampleGroups(2, 1), NEWTON, 1e-3), np.zeros(16, "float32")
     _, stats = forward(compiled, plan, x, None, bias)
     np.testing.assert_allclose(backward(compiled, plan, x, None, bias, stats, dy)[2], 3000, rtol=1e-6)

@@ -20,11 +20,14 @@ from cuda_on_cpu.counting import CountingNumPy, Counts, NoLauncher, counted
 import polywhiten as pw
 from polywhiten.blocks import ChannelGroups, SampleGroups
 from polywhiten.cli.info import probe
+from polywhiten.cupy.implementation import CupyImplementation
+from polywhiten.cupy.joined import JoinedWhitening
 from polywhiten.dispatch import framework_module
 from polywhiten.gpu_launches import CHOICES, use_gpu_launches
 from polywhiten.kernels import Kernels, Term
+from polywhiten.reference import Reference
 from polywhiten.solvers import solver_for
-from polywhiten.whitening import Plan, backward, forward
+from polywhiten.spec import WhiteningSpec
 
 cupy = pytest.importorskip("cupy")
 
@@ -155,6 +158,16 @@ def structure(request):
 
 
 EXACT = Kernels(array_api_compat.numpy)
+
+
+def forward(kernels, spec, *arrays):
+    return (CupyImplementation if isinstance(kernels, CupyKernels) else Reference)(kernels).forward(spec, *arrays)
+
+
+def backward(kernels, spec, *arrays):
+    return (CupyImplementation if isinstance(kernels, CupyKernels) else Reference)(kernels).backward(spec, *arrays)
+
+
 TOLERANCE = {"float16": 2e-3, "float32": 1e-5, "float64": 1e-12}
 
 # Of (p, q, d, l) arrays: the block axis, the shape for d variables, and the order in which the axes lie in memory.
@@ -231,7 +244,7 @@ def test_whitening_and_its_gradient_over_these_kernels(machine, structure, block
     rng = np.random.default_rng(0)
     given = [a.astype(dtype) for a in (rng.normal(2, 3, shape), rng.uniform(1, 2, 12), rng.normal(size=12))]
     dy = rng.normal(size=shape).astype(dtype)
-    plan = Plan(blocks, solver_for("newton", 5), 1e-5)
+    plan = WhiteningSpec(blocks, solver_for("newton", 5), 1e-5)
     x, weight, bias = (machine.array(a) for a in given)
     y, stats = forward(machine.kernels, plan, x, weight, bias)
     gradients = backward(machine.kernels, plan, x, weight, bias, stats, machine.array(dy))
@@ -254,7 +267,7 @@ def check_whitening(machine, blocks, shape, dtype, parameter_dtypes, order=None)
     # with gaps, as a slice of a larger array has them
     given = [None if each is None else machine.array(np.repeat(each, 2))[::2] for each in exact]
     exact = [None if each is None else np.float64(each) for each in exact]
-    plan = Plan(blocks, solver_for("newton", 5), 1e-3)
+    plan = WhiteningSpec(blocks, solver_for("newton", 5), 1e-3)
     y, stats = forward(machine.kernels, plan, x, *given)
     gradients = backward(machine.kernels, plan, x, *given, stats, dy)
     exact_y, exact_stats = forward(EXACT, plan, exact_x, *exact)
@@ -328,7 +341,7 @@ def test_constant_channels_have_exactly_no_variance_and_finite_roots(machine, dt
 def test_what_is_not_finite_spoils_its_own_block_alone(machine, structure, bad):
     values = np.random.default_rng(0).normal(size=(6, 2, 20, 30)).astype("float32")
     values[2, 1, 5, 3] = bad
-    plan = Plan(ChannelGroups(1, 20), solver_for("newton", 5), 1e-5)
+    plan = WhiteningSpec(ChannelGroups(1, 20), solver_for("newton", 5), 1e-5)
     x = machine.array(values.reshape(6, 40, 30))
     with np.errstate(invalid="ignore"):
         y, stats = forward(machine.kernels, plan, x, None, None)
@@ -420,7 +433,7 @@ def costs(structure, blocks, shape, with_parameters):
     x, dy = (counted(np.zeros(shape, "float32"), counts) for _ in range(2))
     given = [counted(np.ones(shape[1], "float32"), counts) if with_parameters else None for _ in range(2)]
     kernels = CupyKernels(CountingNumPy(counts), NoLauncher(counts))
-    plan = Plan(blocks, solver_for("newton", 5), 1e-5)
+    plan = WhiteningSpec(blocks, solver_for("newton", 5), 1e-5)
     with use_gpu_launches(structure):
         for step in ("forward", "backward"):
             before = counts.allocations, counts.operations.total()
@@ -462,7 +475,7 @@ def test_the_number_of_launches_allocations_and_operations(structure, blocks, wi
 def test_joined_launches_leave_other_solvers_to_the_separate_kernels(solver):
     x = np.ones((5, 4, 3), "float32")
     with use_gpu_launches("joined"):
-        assert PLAIN.whole(Plan(ChannelGroups(1, 2), solver, 1e-5), x, None, None) is None
+        assert JoinedWhitening.of(PLAIN, WhiteningSpec(ChannelGroups(1, 2), solver, 1e-5), x) is None
 
 
 @pytest.mark.parametrize(
@@ -476,19 +489,19 @@ def test_joined_launches_leave_other_solvers_to_the_separate_kernels(solver):
     ids=["65 variables", "nothing", "little shared memory", "another dtype"],
 )
 def test_joined_launches_leave_other_arrays_to_the_separate_kernels(kernels, shape, dtype):
-    plan = Plan(ChannelGroups(1, shape[1]), solver_for("newton", 5), 1e-5)
+    plan = WhiteningSpec(ChannelGroups(1, shape[1]), solver_for("newton", 5), 1e-5)
     with use_gpu_launches("joined"):
-        assert kernels.whole(plan, np.ones(shape, dtype), None, None) is None
+        assert JoinedWhitening.of(kernels, plan, np.ones(shape, dtype)) is None
 
 
 def test_joined_launches_leave_statistics_that_are_not_kept_to_the_separate_kernels():
-    plan, x = Plan(ITER_NORM, solver_for("newton", 5), 1e-5), np.ones((30, 16), "float32")
+    plan, x = WhiteningSpec(ITER_NORM, solver_for("newton", 5), 1e-5), np.ones((30, 16), "float32")
     mean, matrix = np.zeros((1, 16), "float32"), np.eye(16, dtype="float32")[None]
     with use_gpu_launches("joined"):
-        assert PLAIN.whole(plan, x, None, None, x, mean, matrix, matrix) is not None
+        assert JoinedWhitening.of(PLAIN, plan, x, x, mean, matrix, matrix) is not None
         for others in ((mean, matrix, None), (mean, matrix, np.float64(matrix)), (mean, matrix, matrix[:, :, ::-1])):
-            assert PLAIN.whole(plan, x, None, None, x, *others) is None
-        assert PLAIN.whole(plan, x, None, None, np.float64(x), mean, matrix, matrix) is None
+            assert JoinedWhitening.of(PLAIN, plan, x, x, *others) is None
+        assert JoinedWhitening.of(PLAIN, plan, x, np.float64(x), mean, matrix, matrix) is None
 
 
 # ---------------------------------------------------------------- users and their devices

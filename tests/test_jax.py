@@ -14,8 +14,10 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import polywhiten as pw  # noqa: E402
 import polywhiten.jax  # noqa: E402
+from polywhiten.blocks import ChannelGroups, SampleGroups  # noqa: E402
 from polywhiten.kernels import Kernels  # noqa: E402
 from polywhiten.solvers import solver_for  # noqa: E402
+from polywhiten.spec import WhiteningSpec  # noqa: E402
 
 DEVICES = 4
 jax.config.update("jax_num_cpu_devices", DEVICES)  # before JAX starts, which tests do and imports don't
@@ -49,11 +51,10 @@ def cubes(function, x, weight=None, bias=None, **arguments):
 
 def by_jax(name, method):
     """The function without a gradient of its own, which JAX then differentiates."""
-    plain = polywhiten.dispatch.Backend(Kernels(jnp))
+    plain = polywhiten.backend.Backend(Kernels(jnp))
     solver = solver_for(method["method"], method.get("iterations"))
-    if name == "iter_norm":
-        return lambda x, w, b: polywhiten.functional.whiten_channels(plain, x, w, b, 3, 1, solver, 1e-5)[0]
-    return lambda x, w, b: polywhiten.functional.whiten_samples(plain, x, w, b, 3, 1, solver, 1e-5)
+    blocks = ChannelGroups(1, 3) if name == "iter_norm" else SampleGroups(1, 3)
+    return partial(plain.whiten, WhiteningSpec(blocks, solver, 1e-5))
 
 
 def squared_gradient(loss):
@@ -148,12 +149,13 @@ def test_statistics_are_differentiable():
     solver = solver_for("newton", 2)
 
     def beside_y(backend):
-        return lambda x: polywhiten.functional.whiten_channels(backend, x, None, None, 4, 1, solver, 1e-5)[1]
+        spec = WhiteningSpec(ChannelGroups(1, 4), solver, 1e-5)
+        return lambda x: backend.whiten_with_statistics(spec, x, None, None)[1]
 
     def alone(x):
         return pw.whitening_stats(x, iterations=2)
 
-    plain = polywhiten.dispatch.Backend(Kernels(jnp))
+    plain = polywhiten.backend.Backend(Kernels(jnp))
     expected = jax.jit(jax.jacrev(beside_y(plain)))(x)
     for function in (alone, beside_y(polywhiten.jax.BACKEND)):
         assert_close(jax.jit(jax.jacrev(function))(x), expected)

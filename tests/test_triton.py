@@ -18,11 +18,14 @@ import polywhiten as pw  # noqa: E402
 from polywhiten.blocks import ChannelGroups, SampleGroups  # noqa: E402
 from polywhiten.gpu_launches import use_gpu_launches  # noqa: E402
 from polywhiten.kernels import Kernels, Term  # noqa: E402
+from polywhiten.reference import Reference  # noqa: E402
 from polywhiten.solvers import solver_for  # noqa: E402
+from polywhiten.spec import WhiteningSpec  # noqa: E402
+from polywhiten.statistics import NO_STATISTICS  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm, namespace  # noqa: E402
 from polywhiten.torch.triton import group_whitening, tiles  # noqa: E402
+from polywhiten.torch.triton.implementation import JoinedKernels, TritonImplementation  # noqa: E402
 from polywhiten.torch.triton.kernels import FusedKernels  # noqa: E402
-from polywhiten.whitening import NO_STATISTICS, Plan, backward, forward  # noqa: E402
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
@@ -32,15 +35,15 @@ compiled = pytest.mark.skipif(IS_INTERPRETED, reason="TRITON_INTERPRET is 1: not
 class AnywhereKernels(FusedKernels):
     """For tensors on the CPU too."""
 
-    def _is_on_device(self, x):
+    def is_on_device(self, x):
         return True
 
 
 class OnlyFusedKernels(AnywhereKernels):
     """That never hand over to the default ones."""
 
-    def _serves(self, *tensors):
-        assert super()._serves(*tensors), "the fused kernels serve all of these tests"
+    def serves(self, *tensors):
+        assert super().serves(*tensors), "the fused kernels serve all of these tests"
         return True
 
 
@@ -54,6 +57,20 @@ def runs(test):
 
 
 FUSED, EXACT = OnlyFusedKernels(xp), Kernels(xp)
+
+
+def forward(kernels, spec, *arrays):
+    return (TritonImplementation(kernels) if isinstance(kernels, FusedKernels) else Reference(kernels)).forward(
+        spec, *arrays
+    )
+
+
+def backward(kernels, spec, *arrays):
+    return (TritonImplementation(kernels) if isinstance(kernels, FusedKernels) else Reference(kernels)).backward(
+        spec, *arrays
+    )
+
+
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -84,7 +101,9 @@ def tensor_cores(monkeypatch):
 @pytest.fixture
 def fused_backend(monkeypatch):
     """The public functions and layers with fused kernels on the CPU."""
-    monkeypatch.setitem(vars(pw.torch.BACKEND), "kernels", AnywhereKernels(namespace))
+    kernels, backend = AnywhereKernels(namespace), pw.torch.BACKEND
+    monkeypatch.setattr(backend, "implementations", (TritonImplementation(kernels), *backend.implementations))
+    monkeypatch.setattr(backend, "joined", JoinedKernels(kernels))
 
 
 def error(actual, exact):
@@ -198,7 +217,7 @@ def test_group_whitening_is_that_of_float64(monkeypatch, shape, blocks, paramete
     weight, bias = (
         normal(channels, seed=seed) if there else None for there, seed in zip(parameters, (2, 3), strict=True)
     )
-    plan = Plan(blocks, solver_for("newton", 3), 1e-3)
+    plan = WhiteningSpec(blocks, solver_for("newton", 3), 1e-3)
     y, stats = FUSED.whiten(plan, x, weight, bias)
     gradients = FUSED.whiten_adjoint(plan, x, weight, bias, stats, dy, NO_STATISTICS)
     given = in_float64(x, weight, bias)
@@ -213,7 +232,7 @@ def test_group_whitening_is_that_of_float64(monkeypatch, shape, blocks, paramete
 @runs
 def test_gradients_of_the_statistics_reach_the_input_of_group_whitening():
     x = normal(2, 12, 5, 7)
-    plan = Plan(SampleGroups(1, 4), solver_for("newton", 3), 1e-3)
+    plan = WhiteningSpec(SampleGroups(1, 4), solver_for("newton", 3), 1e-3)
     y, stats = FUSED.whiten(plan, x, None, None)
     dstats = type(stats)(*(normal(*each.shape, seed=4) for each in stats))
     dx, *_ = FUSED.whiten_adjoint(plan, x, None, None, stats, y, dstats)
@@ -379,7 +398,7 @@ def test_no_kernel_is_given_parameters_that_end_too_early(layer, launches):
     ids=["float64", "empty", "more variables than a tile has", "more elements than 32 bits count", "recorded"],
 )
 def test_the_default_kernels_serve_what_the_fused_ones_cannot(x):
-    assert not AnywhereKernels(xp)._serves(x)
+    assert not AnywhereKernels(xp).serves(x)
 
 
 @runs
@@ -395,7 +414,7 @@ def test_tracers_see_the_default_kernels(layer):
 
 
 def test_the_default_kernels_serve_the_cpu():
-    assert not FusedKernels(xp)._serves(normal(4, 2, 8, 3).cpu())
+    assert not FusedKernels(xp).serves(normal(4, 2, 8, 3).cpu())
 
 
 def test_tf32_is_used_for_float32_only_where_users_allow_it():
@@ -483,7 +502,7 @@ CASES = {
 def launch_a_step(case):
     """Forward and backward."""
     shape, blocks, dtype = CASES[case]
-    x, plan = torch.empty(shape, dtype=dtype), Plan(blocks, solver_for("newton", 5), 1e-5)
+    x, plan = torch.empty(shape, dtype=dtype), WhiteningSpec(blocks, solver_for("newton", 5), 1e-5)
     weight = torch.empty(shape[blocks.axis])
     y, stats = FUSED.whiten(plan, x, weight, weight)
     FUSED.whiten_adjoint(plan, x, weight, weight, stats, y, NO_STATISTICS)

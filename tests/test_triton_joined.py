@@ -36,12 +36,13 @@ from torch.autograd import forward_ad  # noqa: E402
 import polywhiten as pw  # noqa: E402
 from polywhiten.blocks import ChannelGroups, SampleGroups  # noqa: E402
 from polywhiten.gpu_launches import use_gpu_launches  # noqa: E402
+from polywhiten.reference import Reference  # noqa: E402
 from polywhiten.solvers import solver_for  # noqa: E402
+from polywhiten.spec import WhiteningSpec  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
 from polywhiten.torch.averages import RunningAverages  # noqa: E402
 from polywhiten.torch.triton import counting, joined, joined_backward, joined_forward, plans, prepared, tiles  # noqa: E402
 from polywhiten.torch.triton.joined import Joined  # noqa: E402
-from polywhiten.whitening import Plan, backward, forward  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("fused_backend", "launch_joined"),
@@ -149,9 +150,9 @@ def check_against_float64(shape, blocks, dtype, parameters):
     whitening = joined_of(blocks)
     y, stats = whitening.forward(x, weight, bias)
     gradients = whitening.backward(x, weight, bias, stats, dy)
-    plan, given = Plan(blocks, solver_for("newton", 3), 1e-3), in_float64(x, weight, bias)
-    exact, exact_stats = forward(EXACT, plan, *given)
-    exact_gradients = backward(EXACT, plan, *given, exact_stats, dy.double())
+    plan, given = WhiteningSpec(blocks, solver_for("newton", 3), 1e-3), in_float64(x, weight, bias)
+    exact, exact_stats = Reference(EXACT).forward(plan, *given)
+    exact_gradients = Reference(EXACT).backward(plan, *given, exact_stats, dy.double())
     for actual, wanted in zip((y, *gradients), (exact, *exact_gradients), strict=True):
         assert (actual is None) == (wanted is None)
         if actual is not None:

@@ -16,10 +16,48 @@ from polywhiten.cpu.launches import Calls
 from polywhiten.cpu.runtime.parallel import Step, run
 from polywhiten.cpu.schedule import NO_CHANNELS, Steps, scratch, scratch_size, solve
 from polywhiten.kernels import Kernels, Term
-from polywhiten.solvers.newton import is_iterated_in
-from polywhiten.whitening import Plan, Statistics, as_dtype_of
+from polywhiten.reference import Gradients, Reference, as_dtype_of
+from polywhiten.spec import WhiteningSpec
+from polywhiten.statistics import NO_STATISTICS, Statistics
 
 _CACHED = 1 << 19  # bytes of a block of channels; a sample's are read in their order anyway
+
+
+class CpuImplementation(Reference):
+    """NumPy's arrays by compiled kernels."""
+
+    def __init__(self, kernels: Kernels, calls: Calls, serves: Any) -> None:
+        super().__init__(kernels)
+        object.__setattr__(self, "_calls", calls)
+        object.__setattr__(self, "_serves", serves)
+
+    def supports(self, spec: WhiteningSpec | None, x: Array, *others: Array | None) -> bool:
+        return bool(self._serves(x))
+
+    def forward(
+        self, spec: WhiteningSpec, x: Array, weight: Array | None, bias: Array | None
+    ) -> tuple[Array, Statistics]:
+        if spec.all_reduce is not None:
+            return super().forward(spec, x, weight, bias)
+        y, stats = WholeWhitening(self.kernels, self._calls, spec, x).forward(weight, bias)
+        return self.kernels.xp.reshape(y, x.shape), stats
+
+    def backward(
+        self,
+        spec: WhiteningSpec,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        stats: Statistics,
+        dy: Array,
+        dstats: Statistics = NO_STATISTICS,
+    ) -> Gradients:
+        extra = spec.all_reduce is not None or any(each is not None for each in dstats)
+        if extra or not self._serves(x, dy, *stats):
+            return super().backward(spec, x, weight, bias, stats, dy, dstats)
+        dy = self.kernels.split(spec.blocks, dy)
+        dx, dweight, dbias = WholeWhitening(self.kernels, self._calls, spec, x).backward(weight, bias, stats, dy)
+        return self.kernels.xp.reshape(dx, x.shape), dweight, dbias
 
 
 class WholeWhitening:
@@ -29,21 +67,21 @@ class WholeWhitening:
     solver is one of them. Else threads share the blocks in each step.
     """
 
-    def __init__(self, kernels: Kernels, calls: Calls, plan: Plan, x: Array) -> None:
-        self._kernels, self._calls, self._plan = kernels, calls, plan
-        self._x = kernels.split(plan.blocks, x)
-        self._steps = Steps(calls.library, plan.blocks.block_axis)
+    def __init__(self, kernels: Kernels, calls: Calls, spec: WhiteningSpec, x: Array) -> None:
+        self._kernels, self._calls, self._spec = kernels, calls, spec
+        self._x = kernels.split(spec.blocks, x)
+        self._steps = Steps(calls.library, spec.blocks.block_axis)
         layout = self._layout = self._steps.layout(self._x)
         self._count, self._dtype = layout.outer * layout.inner, calls.library.dtype(x)
         self._channels = NO_CHANNELS
-        if isinstance(plan.blocks, SampleGroups):
-            axis = plan.blocks.axis
+        if isinstance(spec.blocks, SampleGroups):
+            axis = spec.blocks.axis
             self._channels = Channels(x.shape[axis], math.prod(x.shape[axis + 1 :]))
         self._workers, self._chunks = calls.shares(layout)
         lines = self._count * padded(layout.d) * np.dtype(self._dtype).itemsize
         even = layout.blocks % self._workers == 0 or layout.blocks >= 4 * self._workers
         # the solver, if its steps are among the compiled ones
-        self._newton = plan.solver if is_iterated_in(plan.solver, np.dtype(self._dtype).itemsize) else None
+        self._newton = None if spec.solver.newton_steps(np.dtype(self._dtype).itemsize) is None else spec.solver
         self._by_block = self._newton is not None and even and (self._channels.number > 0 or lines <= _CACHED)
         if self._by_block:
             self._chunks = 1
@@ -66,7 +104,7 @@ class WholeWhitening:
     def backward(
         self, weight: Array | None, bias: Array | None, stats: Statistics, dy: Array
     ) -> tuple[Array, Array | None, Array | None]:
-        """As `polywhiten.whitening.backward`."""
+        """As `polywhiten.reference.Reference.backward`."""
         steps, channels = self._steps, self._channels
         factors, zeros = None, None
         if channels.number and not (weight is None and bias is None):
@@ -104,7 +142,7 @@ class WholeWhitening:
 
     def _whitener(self, own: np.ndarray[Any, Any], steps: list[Step], cov: Array) -> tuple[Array, list[Step]]:
         """W, and the steps that are still to be run for it."""
-        solver, eps = self._plan.solver, self._plan.eps
+        solver, eps = self._spec.solver, self._spec.eps
         if self._newton is not None:
             whitener, solving = solve(self._calls.library, self._newton, eps, self._phased, cov)
             return whitener, [*steps, *solving]
@@ -124,7 +162,7 @@ class WholeWhitening:
 
         Newton's iteration gives W again, in `whitener`.
         """
-        solver, eps = self._plan.solver, self._plan.eps
+        solver, eps = self._spec.solver, self._spec.eps
         if self._newton is not None:
             ds, solving = solve(self._calls.library, self._newton, eps, self._phased, cov, grad, weight, whitener)
             return ds, [*steps, *solving]

@@ -8,13 +8,10 @@ from typing import Any
 import numpy as np
 
 from polywhiten._types import Array
-from polywhiten.cpu.implementation import WholeWhitening
 from polywhiten.cpu.launches import Calls
 from polywhiten.cpu.runtime.parallel import address, threads
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import Solver
-from polywhiten.solvers.newton import is_iterated_in
-from polywhiten.whitening import Plan, Whole
 
 
 class _NumPy:
@@ -69,28 +66,32 @@ class NumPyKernels(Kernels):
             return super().cross_moments(dy, x, mean, block_axis)
         return _CALLS.cross_moments(dy, x, mean, block_axis)
 
-    def affine_map(self, terms: Sequence[Term], bias: Array | None, block_axis: int, dtype: Any) -> Array:
+    def affine_map(
+        self,
+        terms: Sequence[Term],
+        bias: Array | None,
+        block_axis: int,
+        dtype: Any,
+        *,
+        row_scale: Array | None = None,
+    ) -> Array:
         """The sum of the terms, in one pass."""
         others = [array for term in terms for array in (term.array, term.matrix, term.centre)]
-        if not _serves(terms[-1].array, *others, bias):
-            return super().affine_map(terms, bias, block_axis, dtype)
-        return _CALLS.affine_map(terms, bias, block_axis).astype(dtype, copy=False)
+        if not _serves(terms[-1].array, *others, bias, row_scale):
+            return super().affine_map(terms, bias, block_axis, dtype, row_scale=row_scale)
+        return _CALLS.affine_map(terms, bias, block_axis, row_scale).astype(dtype, copy=False)
 
     def inverse_sqrt(self, solver: Solver, cov: Array, eps: float = 0.0) -> Array:
         """W, every matrix in the cache."""
-        if not (is_iterated_in(solver, cov.itemsize) and _serves(cov)):
+        if not (solver.newton_steps(cov.itemsize) is not None and _serves(cov)):
             return super().inverse_sqrt(solver, cov, eps)
         return _CALLS.inverse_sqrt(solver, cov, eps)
 
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array, eps: float = 0.0) -> Array:
         """Gradient with respect to cov, every matrix in the cache."""
-        if not (is_iterated_in(solver, cov.itemsize) and _serves(cov, grad)):
+        if not (solver.newton_steps(cov.itemsize) is not None and _serves(cov, grad)):
             return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
         return _CALLS.inverse_sqrt_adjoint(solver, cov, grad, eps)
-
-    def whole(self, plan: Plan, x: Array, *others: Array | None) -> Whole | None:
-        """Of arrays that kernels are compiled for; weight and bias are converted."""
-        return WholeWhitening(self, _CALLS, plan, x) if _serves(x, *others[2:]) else None
 
 
 def _serves(x: Array, *others: Array | None) -> bool:

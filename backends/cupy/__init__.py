@@ -21,13 +21,15 @@ from polywhiten import (
     iter_norm_vjp,
     whitening_stats,
 )
+from polywhiten.backend import Backend
+from polywhiten.cupy.implementation import CupyImplementation
 from polywhiten.cupy.kernels import CupyKernels
 from polywhiten.cupy.launcher import CudaLauncher
-from polywhiten.dispatch import Backend
 from polywhiten.kernels import Kernels
 
 # the sources have instructions that AMD's devices, which CuPy has too, don't know
-BACKEND = Backend(Kernels(xp) if cupy.cuda.runtime.is_hip else CupyKernels(xp, CudaLauncher()))
+_faster = () if cupy.cuda.runtime.is_hip else (CupyImplementation(CupyKernels(xp, CudaLauncher())),)
+BACKEND = Backend(Kernels(xp), *_faster)
 
 __all__ = [
     "BACKEND",

@@ -12,8 +12,10 @@ from polywhiten._types import Array
 from polywhiten.blocks import ChannelGroups
 from polywhiten.cupy.passes import Arrays, Launch, backward_pass, forward_pass, needed_memory
 from polywhiten.cupy.variants import TYPES, is_sized
-from polywhiten.solvers.newton import Newton, is_iterated_in
-from polywhiten.whitening import Plan, Statistics, as_dtype_of
+from polywhiten.reference import as_dtype_of
+from polywhiten.solvers.newton import Newton
+from polywhiten.spec import WhiteningSpec
+from polywhiten.statistics import Statistics
 
 if TYPE_CHECKING:
     from polywhiten.cupy.kernels import CupyKernels
@@ -30,10 +32,12 @@ class JoinedWhitening(NamedTuple):
     eps: float
 
     @classmethod
-    def of(cls, kernels: CupyKernels, plan: Plan, x: Array, *in_backward: Array | None) -> JoinedWhitening | None:
+    def of(
+        cls, kernels: CupyKernels, spec: WhiteningSpec, x: Array, *in_backward: Array | None
+    ) -> JoinedWhitening | None:
         """None for arrays that the kernels aren't made for; in backward dy and the statistics come beside x."""
-        blocks = plan.blocks
-        if x.dtype.char not in TYPES or not is_iterated_in(plan.solver, x.itemsize):
+        blocks = spec.blocks
+        if x.dtype.char not in TYPES or spec.solver.newton_steps(x.itemsize) is None:
             return None
         if in_backward and not _are_readable(kernels, x, *in_backward):
             return None
@@ -41,15 +45,15 @@ class JoinedWhitening(NamedTuple):
         if not (is_sized(x4, blocks.block_axis) and _fits(kernels, x4, bool(in_backward))):
             return None
         channels = 1 if isinstance(blocks, ChannelGroups) else x.shape[blocks.axis] // blocks.num_groups
-        return cls(kernels, x4, blocks.block_axis, channels, plan.solver, float(plan.eps))
+        return cls(kernels, x4, blocks.block_axis, channels, spec.solver, float(spec.eps))
 
     def forward(self, weight: Array | None, bias: Array | None) -> tuple[Array, Statistics]:
-        """As `polywhiten.whitening.forward`."""
+        """As `polywhiten.reference.Reference.forward`."""
         kernels, x = self.kernels, self.x
         empty, launch = kernels.xp.empty, kernels.launch
         weight, bias = self._parameter(weight), self._parameter(bias)
         this = forward_pass(self._arrays(weight, bias), launch.processors, launch.shared_memory)
-        dtype, matrices = kernels.statistics_dtype(x.dtype), (this.blocks, this.d, this.d)
+        dtype, matrices = kernels.accumulation_dtype(x.dtype), (this.blocks, this.d, this.d)
         y = empty(x.shape, dtype=x.dtype)
         mean, cov = empty(matrices[:2], dtype=dtype), empty(matrices, dtype=dtype)
         whitener, memory = empty(matrices, dtype=dtype), empty((this.memory,), dtype=dtype)
@@ -62,7 +66,7 @@ class JoinedWhitening(NamedTuple):
     def backward(
         self, weight: Array | None, bias: Array | None, stats: Statistics, dy: Array
     ) -> tuple[Array, Array | None, Array | None]:
-        """As `polywhiten.whitening.backward`, of dy as (p, q, d, l)."""
+        """As `polywhiten.reference.Reference.backward`, of dy as (p, q, d, l)."""
         kernels, x = self.kernels, self.x
         empty, launch = kernels.xp.empty, kernels.launch
         mean, cov, whitener = stats
@@ -91,7 +95,7 @@ class JoinedWhitening(NamedTuple):
             return None
         kernels = self.kernels
         if not _is_half(values):
-            values = kernels.xp.astype(values, kernels.statistics_dtype(self.x.dtype), copy=False)
+            values = kernels.xp.astype(values, kernels.accumulation_dtype(self.x.dtype), copy=False)
         return kernels.in_order(values)
 
     def _counters(self, count: int) -> Array | int:
@@ -108,7 +112,7 @@ def _fits(kernels: CupyKernels, x: Array, backward: bool) -> bool:
 
 def _are_readable(kernels: CupyKernels, x: Array, dy: Array, *stats: Array | None) -> bool:
     """Whether dy has the dtype of x, and statistics are there in theirs, without gaps."""
-    dtype = kernels.statistics_dtype(x.dtype)
+    dtype = kernels.accumulation_dtype(x.dtype)
     return dy.dtype == x.dtype and all(
         each is not None and each.dtype == dtype and each.flags.c_contiguous for each in stats
     )

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from polywhiten._types import Array
-from polywhiten.cupy.joined import JoinedWhitening
 from polywhiten.cupy.variants import (
     ADJOINT_MATRICES,
     AFFINE_THREADS,
@@ -31,11 +30,9 @@ from polywhiten.cupy.variants import (
     stretches,
     variant,
 )
-from polywhiten.gpu_launches import JOINED, gpu_launches
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import Solver
-from polywhiten.solvers.newton import Newton, is_iterated_in
-from polywhiten.whitening import Plan, Whole
+from polywhiten.solvers.newton import Newton
 
 
 @dataclass(frozen=True)
@@ -97,8 +94,17 @@ class CupyKernels(Kernels):
         )
         return s, k
 
-    def affine_map(self, terms: Sequence[Term], bias: Array | None, block_axis: int, dtype: Any) -> Array:
+    def affine_map(
+        self,
+        terms: Sequence[Term],
+        bias: Array | None,
+        block_axis: int,
+        dtype: Any,
+        *,
+        row_scale: Array | None = None,
+    ) -> Array:
         """Sum of matrix (array - centre) over one or two terms, plus bias (blocks, d); (p, q, d, l) of `dtype`."""
+        terms = self.scaled(terms, row_scale)
         arrays = [term.array for term in terms]
         values = [value for matrix, _, centre in terms for value in (matrix, centre)] + [bias] * (bias is not None)
         x = arrays[0]
@@ -132,24 +138,20 @@ class CupyKernels(Kernels):
 
     def inverse_sqrt(self, solver: Solver, cov: Array, eps: float = 0.0) -> Array:
         """W = (cov + eps I)^(-1/2); of Newton's iteration in one launch."""
-        if not (is_iterated_in(solver, cov.itemsize) and self._is_iterated(cov, ROOT_MATRICES)):
+        if not (solver.newton_steps(cov.itemsize) is not None and self._is_iterated(cov, ROOT_MATRICES)):
             return super().inverse_sqrt(solver, cov, eps)
         return self._newton("newton", solver, [cov], eps, ROOT_MATRICES)
 
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array, eps: float = 0.0) -> Array:
         """Gradient of a loss with respect to cov; of Newton's iteration in one launch."""
         alike = grad.dtype == cov.dtype and grad.shape == cov.shape
-        if not (is_iterated_in(solver, cov.itemsize) and alike and self._is_iterated(cov, ADJOINT_MATRICES)):
+        if not (solver.newton_steps(cov.itemsize) is not None and alike and self._is_iterated(cov, ADJOINT_MATRICES)):
             return super().inverse_sqrt_adjoint(solver, cov, grad, eps)
         return self._newton("newton_adjoint", solver, [cov, grad], eps, ADJOINT_MATRICES)
 
-    def statistics_dtype(self, dtype: Any) -> Any:
+    def accumulation_dtype(self, dtype: Any) -> Any:
         """As inherited; without a look at what NumPy knows of the dtype, which takes longer than a launch."""
-        return dtype if dtype.char in "fd" else super().statistics_dtype(dtype)
-
-    def whole(self, plan: Plan, x: Array, *others: Array | None) -> Whole | None:
-        """What joins the launches, where that is asked for."""
-        return JoinedWhitening.of(self, plan, x, *others[2:]) if gpu_launches() == JOINED else None
+        return dtype if dtype.char in "fd" else super().accumulation_dtype(dtype)
 
     def _is_iterated(self, cov: Array, matrices: int) -> bool:
         return (
@@ -174,7 +176,7 @@ class CupyKernels(Kernels):
         return result
 
     def _empty(self, x: Array, *shape: int) -> Array:
-        return self.xp.empty(shape, dtype=self.statistics_dtype(x.dtype))
+        return self.xp.empty(shape, dtype=self.accumulation_dtype(x.dtype))
 
     def in_order(self, array: Array) -> Array:
         """The array itself, or where it is a view at other strides than those of its shape, a copy."""
@@ -183,7 +185,7 @@ class CupyKernels(Kernels):
 
     def _are_statistics(self, values: Sequence[Array], arrays: Sequence[Array]) -> bool:
         """Whether `values` have the dtype that statistics of each of the arrays are computed in."""
-        return all(value.dtype == self.statistics_dtype(array.dtype) for value in values for array in arrays)
+        return all(value.dtype == self.accumulation_dtype(array.dtype) for value in values for array in arrays)
 
     def _fits(self, shared: int) -> bool:
         return shared + STATIC <= self.launch.shared_memory

@@ -29,7 +29,7 @@ from polywhiten import (
     whitening_stats,
 )
 from polywhiten._types import Array, Namespace
-from polywhiten.dispatch import Backend
+from polywhiten.backend import Backend
 from polywhiten.kernels import Kernels
 from polywhiten.solvers import Solver
 

@@ -9,22 +9,25 @@ import jax
 import numpy as np
 from jax import Array
 
-from polywhiten import checks, whitening
-from polywhiten.dispatch import Backend
+from polywhiten import checks
+from polywhiten.backend import Backend
 from polywhiten.jax.kernels import KERNELS, varying_alike
-from polywhiten.whitening import Plan, Statistics
+from polywhiten.reference import Reference
+from polywhiten.spec import WhiteningSpec
+from polywhiten.statistics import Statistics
 
+_REFERENCE = Reference(KERNELS)
 Residuals = tuple[Array, Array | None, Array | None, Statistics]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _whiten(plan: Plan, x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Statistics]:
+def _whiten(spec: WhiteningSpec, x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Statistics]:
     """The core's forward and backward.
 
     The statistics are outputs too, so that what backward computes from them has a derivative of its own: a second
     derivative comes back here as gradients of the statistics.
     """
-    y, stats = whitening.forward(KERNELS, plan, x, weight, bias)
+    y, stats = _REFERENCE.forward(spec, x, weight, bias)
     return y, _mapped_as(y, stats)
 
 
@@ -41,17 +44,17 @@ def _mapped_as(y: Array, stats: Statistics) -> Statistics:
 
 
 def _forward(
-    plan: Plan, x: Array, weight: Array | None, bias: Array | None
+    spec: WhiteningSpec, x: Array, weight: Array | None, bias: Array | None
 ) -> tuple[tuple[Array, Statistics], Residuals]:
-    y, stats = _whiten(plan, x, weight, bias)  # not the core's: a second derivative differentiates this function
+    y, stats = _whiten(spec, x, weight, bias)  # not the core's: a second derivative differentiates this function
     return (y, stats), (x, weight, bias, stats)
 
 
 def _backward(
-    plan: Plan, residuals: Residuals, gradients: tuple[Array, Statistics]
+    spec: WhiteningSpec, residuals: Residuals, gradients: tuple[Array, Statistics]
 ) -> tuple[Array, Array | None, Array | None]:
     dy, dstats = jax.tree.map(jax.numpy.asarray, gradients)  # they can be NumPy's
-    return whitening.backward(KERNELS, plan, *residuals, dy, dstats)
+    return _REFERENCE.backward(spec, *residuals, dy, dstats)
 
 
 _whiten.defvjp(_forward, _backward)
@@ -74,9 +77,11 @@ class JaxBackend(Backend):
             return jax.numpy.asarray(values)
         raise checks.wrong_type(values, name, "a JAX or NumPy array")
 
-    def whiten(self, plan: Plan, x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Statistics]:
+    def whiten_blocks(
+        self, spec: WhiteningSpec, x: Array, weight: Array | None, bias: Array | None
+    ) -> tuple[Array, Statistics]:
         """Y and the statistics, all differentiable."""
-        return _whiten(plan, *varying_alike((x, weight, bias)))
+        return _whiten(spec, *varying_alike((x, weight, bias)))
 
 
 BACKEND = JaxBackend(KERNELS)

@@ -12,12 +12,14 @@ from keras import KerasTensor, constraints, initializers, ops, regularizers
 
 from polywhiten import checks
 from polywhiten.analysis.notices import Framework, Notice
-from polywhiten.dispatch import Backend, backend_of
+from polywhiten.backend import Backend
+from polywhiten.blocks import ChannelGroups, SampleGroups
+from polywhiten.dispatch import backend_of
 from polywhiten.feasibility import batch_objection, sample_objection
-from polywhiten.functional import apply_frozen, whiten_channels, whiten_nothing, whiten_samples
-from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
-from polywhiten.masking import whiten_masked_channels
+from polywhiten.layer_entry import whiten_masked, whiten_nothing
 from polywhiten.solvers import regularized_solver
+from polywhiten.spec import WhiteningSpec
+from polywhiten.statistics import TRACKED, WhiteningStats, whitener_of
 
 Tensor = Any  # of the backend in use
 
@@ -305,16 +307,16 @@ class IterNorm(_WhiteningLayer):
         self._take_notice(None if unknown else self._objection(x, axis))
         if 0 in x.shape and not self.synchronized:  # else this replica still takes part in the exchange
             return whiten_nothing(backend, x, gamma, beta, axis)
-        options = self.group_size, axis, self._solver, self._shift, self._all_reduce
+        spec = WhiteningSpec(ChannelGroups(axis, self.group_size), self._solver, self._shift, self._all_reduce)
         if mask is None:
-            y, stats = whiten_channels(backend, x, gamma, beta, *options)
+            y, stats = backend.whiten_with_statistics(spec, x, gamma, beta)
             shape = backend.kernels.shape(x)
             count = math.prod(shape[:axis]) * math.prod(shape[axis + 1 :])
             if self.synchronized:
                 count = self._all_reduce(ops.cast(count, "float32"))
         else:
             keep = ops.cast(mask, "bool")
-            y, stats, count = whiten_masked_channels(backend, x, keep, gamma, beta, *options)
+            y, stats, count = whiten_masked(backend, spec, x, keep, gamma, beta)
         self._update(stats, count)
         return y
 
@@ -345,9 +347,9 @@ class IterNorm(_WhiteningLayer):
     def _frozen(self, backend: Backend, x: Tensor, axis: int, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
         mean, matrices = (backend.snapshot(backend.tensor(moving.value), x, gamma, beta) for moving in self._moving)
         if self.track == "covariance":
-            full = backend.kernels.for_statistics(matrices)
-            matrices = whitener_of(backend.kernels, full, x.shape[axis], self._solver, self._shift)
-        return apply_frozen(backend, x, mean, matrices, gamma, beta, axis)
+            full = backend.kernels.to_accumulation_dtype(matrices)
+            matrices = whitener_of(backend.kernels_for(full), full, x.shape[axis], self._solver, self._shift)
+        return backend.apply_frozen(axis, x, mean, matrices, gamma, beta)
 
     def _update(self, stats: WhiteningStats, count: Any) -> None:
         """Average, but for statistics of one sample, which has no covariance, and for those that aren't finite.
@@ -501,7 +503,8 @@ class GroupWhitening(_WhiteningLayer):
         backend, x, axis, gamma, beta = self._given(inputs)
         if 0 in x.shape:
             return whiten_nothing(backend, x, gamma, beta, axis)
-        y = whiten_samples(backend, x, gamma, beta, self._groups, axis, self._solver, self._shift)
+        groups = checks.check_sample_groups(x, self._groups, axis)
+        y = backend.whiten(WhiteningSpec(SampleGroups(axis, groups), self._solver, self._shift), x, gamma, beta)
         known = _are_known(x.shape[1:])
         objection = sample_objection(self._groups, x.shape[axis], math.prod(x.shape[1:]), "groups") if known else None
         self._take_notice(objection)

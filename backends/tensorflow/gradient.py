@@ -7,11 +7,12 @@ from typing import Any
 
 import tensorflow as tf
 
-from polywhiten import checks, whitening
-from polywhiten.dispatch import Backend
+from polywhiten import checks
+from polywhiten.backend import Backend
+from polywhiten.spec import WhiteningSpec
+from polywhiten.statistics import Statistics
 from polywhiten.tensorflow.kernels import KERNELS, unrecorded
 from polywhiten.tensorflow.namespace import Tensor
-from polywhiten.whitening import Plan, Statistics
 
 
 class TensorFlowBackend(Backend):
@@ -28,7 +29,9 @@ class TensorFlowBackend(Backend):
         """As TensorFlow's functions convert it: the arrays of all libraries, and lists."""
         return self.tensor(values, name)
 
-    def whiten(self, plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
+    def whiten_blocks(
+        self, spec: WhiteningSpec, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Statistics]:
         """Y and the statistics, all differentiable.
 
         The gradient is computed from the statistics as they are given out, so that a second derivative comes back
@@ -43,11 +46,11 @@ class TensorFlowBackend(Backend):
 
         @tf.custom_gradient
         def run(*tensors: Tensor) -> Any:
-            y, inner = whitening.forward(KERNELS, plan, *arrays([unrecorded(tensor) for tensor in tensors]))
+            y, inner = self.forward(spec, *arrays([unrecorded(tensor) for tensor in tensors]))
 
             def gradient(dy: Tensor, *dstats: Tensor) -> list[Tensor]:
                 known = Statistics(*stats) if stats else inner  # forward mode asks before they are given out
-                gradients = whitening.backward(KERNELS, plan, *arrays(inputs), known, dy, Statistics(*dstats))
+                gradients = self.backward(spec, *arrays(inputs), known, dy, Statistics(*dstats))
                 return [gradient for gradient in gradients if gradient is not None]
 
             return (y, *inner), gradient

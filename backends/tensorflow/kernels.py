@@ -34,7 +34,7 @@ class TensorFlowKernels(Kernels):
         count = shape[1 - block_axis] * shape[3]
         if isinstance(count, int):
             return max(count, least)
-        return tf.maximum(tf.cast(count, self.statistics_dtype(x.dtype)), least)
+        return tf.maximum(tf.cast(count, self.accumulation_dtype(x.dtype)), least)
 
     def is_wide(self, x: Tensor) -> bool:
         """A size that isn't known is that of a picture; transpositions cost more than elsewhere."""
@@ -63,7 +63,7 @@ class TensorFlowKernels(Kernels):
             return super().moments(x, block_axis)
         groups, count = _Groups.of(x), self.sample_count(x, block_axis, least=1)
         means, covs = [], []
-        for rows in groups.rows(self.for_statistics(x)):
+        for rows in groups.rows(self.to_accumulation_dtype(x)):
             mean = _sums(rows) / count
             centred = rows - mean[..., None, :]
             lost = _sums(centred) / count
@@ -71,11 +71,20 @@ class TensorFlowKernels(Kernels):
             covs.append(tf.matmul(centred, centred, transpose_a=True) / count - outer_square(lost))
         return groups.joined(means), groups.joined(covs)
 
-    def affine_map(self, terms: Sequence[Term], bias: Tensor | None, block_axis: int, dtype: tf.DType) -> Tensor:
+    def affine_map(
+        self,
+        terms: Sequence[Term],
+        bias: Tensor | None,
+        block_axis: int,
+        dtype: tf.DType,
+        *,
+        row_scale: Tensor | None = None,
+    ) -> Tensor:
         """Centres folded into the bias, for no centred copy.
 
         A mean of 1e4 deviations costs float32 three digits of y so, two with centred copies.
         """
+        terms = self.scaled(terms, row_scale)
         # not as products: these take ten times as long for a vector
         offset = -tf.add_n([tf.reduce_sum(matrix * centre[:, None], -1) for matrix, _, centre in terms])
         if bias is not None:
@@ -84,12 +93,12 @@ class TensorFlowKernels(Kernels):
         if not _is_channels_last(x, block_axis):
             result = along(offset, block_axis)
             for matrix, array, _ in terms:
-                result = self._apply(matrix, self.for_statistics(array), block_axis) + result
+                result = self._apply(matrix, self.to_accumulation_dtype(array), block_axis) + result
             return tf.cast(result, dtype)
         groups = _Groups.of(x)
         sums: list[Tensor] = []
         for matrix, array, _ in terms:
-            given = zip(groups.rows(self.for_statistics(array)), groups.each(matrix), strict=True)
+            given = zip(groups.rows(self.to_accumulation_dtype(array)), groups.each(matrix), strict=True)
             products = [tf.matmul(rows, own, transpose_b=True) for rows, own in given]
             plus, others = (tf.add, sums) if sums else (_plus_vector, groups.each(offset))
             sums = list(map(plus, products, others))
@@ -100,7 +109,7 @@ class TensorFlowKernels(Kernels):
         if not _is_channels_last(x, block_axis):
             return super().cross_moments(dy, x, mean, block_axis)
         groups = _Groups.of(x)
-        gradients, samples = (groups.rows(self.for_statistics(array)) for array in (dy, x))
+        gradients, samples = (groups.rows(self.to_accumulation_dtype(array)) for array in (dy, x))
         given = zip(gradients, samples, groups.each(mean), strict=True)
         products = [tf.matmul(rows, own - centre[..., None, :], transpose_a=True) for rows, own, centre in given]
         return groups.joined(list(map(_sums, gradients))), groups.joined(products)

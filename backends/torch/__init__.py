@@ -10,7 +10,7 @@ from polywhiten import (
     iter_norm_vjp,
     whitening_stats,
 )
-from polywhiten.torch.autograd import BACKEND
+from polywhiten.torch.backend import BACKEND
 from polywhiten.torch.modules import GroupWhitening, IterNorm
 from polywhiten.torch.tracking import track
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import reduce, wraps
+from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -15,7 +13,6 @@ from torch.autograd import forward_ad
 import polywhiten.torch.namespace as xp
 from polywhiten.kernels import Kernels, Term, regularized
 from polywhiten.solvers import Solver, is_twice_differentiable
-from polywhiten.whitening import Plan, Statistics, backward, forward
 
 _ACCELERATOR = getattr(torch.accelerator.current_accelerator(), "type", "cpu")
 
@@ -89,11 +86,20 @@ class TorchKernels(Kernels):
     cross_moments = full_precision(Kernels.cross_moments)
 
     @full_precision
-    def affine_map(self, terms: Sequence[Term], bias: Tensor | None, block_axis: int, dtype: torch.dtype) -> Tensor:
+    def affine_map(
+        self,
+        terms: Sequence[Term],
+        bias: Tensor | None,
+        block_axis: int,
+        dtype: torch.dtype,
+        *,
+        row_scale: Tensor | None = None,
+    ) -> Tensor:
         """Centres folded into the bias, which starts the sum of the products: no centred copy.
 
         A mean of 1e4 deviations costs float32 three digits of y here, the plain kernel two.
         """
+        terms = self.scaled(terms, row_scale)
         offset = folded(terms, bias)
         shape = terms[0].array.shape
         wide = self.is_wide(terms[0].array)
@@ -103,7 +109,7 @@ class TorchKernels(Kernels):
 
         result = for_every_product(offset) if wide else offset.transpose(1, 2)
         for matrix, array, _ in terms:
-            x = self.for_statistics(array)
+            x = self.to_accumulation_dtype(array)
             if wide:
                 result = torch.baddbmm(result, for_every_product(matrix), x.reshape(-1, *shape[2:]))
             else:
@@ -132,70 +138,6 @@ class TorchKernels(Kernels):
         result: Tensor = _Adjoint.apply(cov, grad, solver) if own else solver.adjoint(xp, cov, grad)
         return result
 
-    @full_precision
-    def whiten(self, plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
-        """Forward."""
-        with self.on_its_device(x):
-            return forward(self, plan, x, weight, bias)
-
-    @full_precision
-    def whiten_adjoint(
-        self,
-        plan: Plan,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        stats: Statistics,
-        dy: Tensor,
-        dstats: Statistics,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Backward."""
-        with self.on_its_device(x):
-            return backward(self, plan, x, weight, bias, stats, dy, dstats)
-
-    def average(
-        self,
-        averages: Sequence[Tensor],
-        statistics: Sequence[Tensor],
-        judged: Sequence[Tensor],
-        count: Tensor | None,
-        momentum: float | None,
-    ) -> Tensor | bool:
-        """A step of running averages, in place, and whether it was taken.
-
-        It isn't where an average in its own dtype wouldn't be finite any more, or one of `judged`, other statistics,
-        isn't. The plain average of all batches, `momentum` None, takes a count.
-        """
-        newest = []
-        for running, batch in zip(averages, statistics, strict=True):
-            if momentum is not None:
-                factor: Any = momentum
-            else:
-                factor = 0.0 if count is None else 1 / (count + 1).to(batch.dtype)
-            newest.append(torch.lerp(running.to(batch.dtype), batch, factor).to(running.dtype))
-        finite = are_finite(*judged, *newest)
-        for running, new in zip(averages, newest, strict=True):
-            running.copy_(torch.where(finite, new, running))
-        if count is not None:
-            count.add_(finite)
-        return finite
-
-    def joined(self, of_samples: bool, axis: int, groups: int, solver: Solver, eps: float, *tensors: Any) -> Any:
-        """What whitens x, the first of the tensors, in as few launches as possible; None without such kernels."""
-        return None
-
-    def frozen(self, axis: int, mean: Tensor, whitener: Tensor, x: Tensor, *affine: Tensor | None) -> Tensor | None:
-        """As `polywhiten.functional.apply_frozen`, in one launch; None without such kernels."""
-        return None
-
-    def keeps_statistics(self, solver: Solver, x: Tensor) -> bool:
-        """Whether backward is to have all of them: else it computes again what isn't small beside x."""
-        return True
-
-    def on_its_device(self, x: Tensor) -> AbstractContextManager[object]:
-        """Where launches go to the device of x."""
-        return nullcontext()
-
 
 def is_tracing() -> bool:
     """Whether a trace is recorded, by `torch.jit.trace` or for ONNX: none can be saved with an operation of our own."""
@@ -209,23 +151,18 @@ def folded(terms: Sequence[Term], bias: Tensor | None) -> Tensor:
     return offset if bias is None else offset + bias.unsqueeze(-1)
 
 
-def are_finite(*tensors: Tensor) -> Tensor:
-    """Whether all numbers of all are, as a tensor of one."""
-    largest = reduce(torch.maximum, (torch.linalg.vector_norm(tensor, math.inf) for tensor in tensors))
-    result: Tensor = largest < math.inf
-    return result
-
-
-def is_unobserved(tensors: Sequence[Tensor]) -> bool:
+def can_bypass_autograd(tensors: Sequence[Tensor]) -> bool:
     """Whether nobody but the caller sees how a result comes about.
 
     PyTorch does where it records operations for a derivative of theirs, where tensors may have tangents, in the
     transforms of `torch.func`, while it traces, and where tensors are of subclasses.
     """
-    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)) and is_memory(tensors)
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)) and is_readable_memory(
+        tensors
+    )
 
 
-def is_memory(tensors: Sequence[Tensor]) -> bool:
+def is_readable_memory(tensors: Sequence[Tensor]) -> bool:
     """Whether tensors are what a device's memory holds, so that kernels may read it; they may require a gradient.
 
     They are not in the transforms of `torch.func`, while PyTorch traces, with tangents, where they are of subclasses,

@@ -12,12 +12,14 @@ from torch.fx import Proxy
 
 from polywhiten import checks
 from polywhiten.analysis.notices import Framework, Notice
+from polywhiten.blocks import ChannelGroups, SampleGroups
 from polywhiten.feasibility import batch_objection, sample_objection
-from polywhiten.functional import apply_frozen, whiten_channels, whiten_nothing, whiten_samples
-from polywhiten.groups import TRACKED, WhiteningStats, whitener_of
+from polywhiten.layer_entry import whiten_nothing
 from polywhiten.solvers import regularized_solver
-from polywhiten.torch.autograd import BACKEND
-from polywhiten.torch.averages import RunningAverages
+from polywhiten.spec import WhiteningSpec
+from polywhiten.statistics import TRACKED, WhiteningStats, whitener_of
+from polywhiten.torch.averages import RunningAverages, update_averages
+from polywhiten.torch.backend import BACKEND
 from polywhiten.torch.leaf import LeafModule
 
 ON_NONFINITE = ("skip", "raise")
@@ -196,12 +198,13 @@ class IterNorm(LeafModule):
         _take_notice(self, batch_objection, self.group_size, self.num_features, x.numel() // self.num_features)
         updates = self.training and self.track_running_stats
         running = self._running(averages) if updates else None
-        given = self.weight, self.bias, self.group_size, 1, self._solver, self._shift
-        y = BACKEND.whiten_groups(False, x, *given, running) if running is not None or not updates else None
+        spec = WhiteningSpec(ChannelGroups(1, self.group_size), self._solver, self._shift)
+        if not updates:
+            return BACKEND.whiten(spec, x, self.weight, self.bias)
+        y = None if running is None else BACKEND.whiten_and_average(spec, x, self.weight, self.bias, running)
         if y is None:
-            y, stats = whiten_channels(BACKEND, x, *given)
-            if updates:
-                self._update(stats, averages)
+            y, stats = BACKEND.whiten_with_statistics(spec, x, self.weight, self.bias)
+            self._update(stats, averages)
         return y
 
     def _averages(self) -> tuple[Tensor, Tensor] | None:
@@ -227,10 +230,9 @@ class IterNorm(LeafModule):
         affine = self.weight, self.bias
         mean, whitener = (BACKEND.snapshot(each, x, *affine) for each in (mean, whitener))
         if self.track == "covariance":
-            full = BACKEND.kernels.for_statistics(whitener)
-            whitener = whitener_of(BACKEND.kernels, full, self.num_features, self._solver, self._shift)
-        y: Tensor = apply_frozen(BACKEND, x, mean, whitener, *affine, 1)
-        return y
+            full = BACKEND.kernels.to_accumulation_dtype(whitener)
+            whitener = whitener_of(BACKEND.kernels_for(full), full, self.num_features, self._solver, self._shift)
+        return BACKEND.apply_frozen(1, x, mean, whitener, *affine)
 
     @torch.no_grad()
     def _update(self, stats: WhiteningStats, averages: tuple[Tensor, Tensor] | None) -> None:
@@ -238,7 +240,7 @@ class IterNorm(LeafModule):
         others = () if self.track == "whitener" else (stats.whitener,)
         # without averages batches are counted all the same
         given: tuple[Any, Any, Any] = ((), (), batch + others) if averages is None else (averages, batch, others)
-        finite = BACKEND.kernels.average(*given, self.num_batches_tracked, self.momentum)
+        finite = update_averages(*given, self.num_batches_tracked, self.momentum)
         if self.on_nonfinite == "raise" and not finite:
             raise ValueError(
                 "x has NaN or infinity, or values too large for its dtype or for that of the running averages "
@@ -364,7 +366,9 @@ class GroupWhitening(LeafModule):
         _check_input(x, self.num_channels, "num_channels")
         if x.numel() == 0:
             return _whiten_nothing(self, x)
-        y: Tensor = whiten_samples(BACKEND, x, self.weight, self.bias, self.num_groups, 1, self._solver, self._shift)
+        num_groups = checks.check_sample_groups(x, self.num_groups, 1)
+        spec = WhiteningSpec(SampleGroups(1, num_groups), self._solver, self._shift)
+        y = BACKEND.whiten(spec, x, self.weight, self.bias)
         _take_notice(self, sample_objection, self.num_groups, self.num_channels, math.prod(x.shape[1:]))
         return y
 

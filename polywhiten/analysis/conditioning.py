@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from polywhiten._types import Array
+from polywhiten.backend import Backend
 from polywhiten.blocks import Blocks, ChannelGroups, SampleGroups
 from polywhiten.checks import check_array, check_batch, check_num_groups, check_square
-from polywhiten.dispatch import Backend, backend_of
+from polywhiten.dispatch import backend_of
 from polywhiten.functional import checked_input
 from polywhiten.solvers.eigh import eigenpairs
 from polywhiten.solvers.iteration import identity_like
@@ -55,7 +56,7 @@ def covariance(x: Array, *, axis: int = 1, num_groups: int | None = None) -> Arr
     else:
         check_num_groups(num_groups, x.shape[axis])
     x, axis, _ = backend.in_memory_order(x, axis)
-    channels, kernels = x.shape[axis], backend.kernels
+    channels, kernels = x.shape[axis], backend.kernels_for(x)
     blocks: Blocks = ChannelGroups(axis, channels) if num_groups is None else SampleGroups(axis, num_groups)
     cov = kernels.moments(kernels.split(blocks, x), blocks.block_axis)[1]
     return cov[0, ...] if num_groups is None else cov
@@ -241,4 +242,4 @@ def checked_covariance(cov: Array) -> tuple[Backend, Array]:
     cov = backend.tensor(cov, "cov")
     check_array(backend.kernels.xp, cov, "cov")
     check_square(cov)
-    return backend, backend.kernels.for_statistics(cov)
+    return backend, backend.kernels.to_accumulation_dtype(cov)

@@ -102,5 +102,5 @@ def required_iterations(cov: Array, error: float) -> int:
 
 
 def _error(backend: Backend, cov: Array, iterations: int) -> Array:
-    whitener = backend.kernels.inverse_sqrt(Newton(iterations), cov)
+    whitener = backend.inverse_sqrt(Newton(iterations), cov)
     return whitening_error(whitener @ cov @ whitener)

@@ -11,8 +11,9 @@ import numpy as np
 from array_api_compat import device
 
 from polywhiten._types import Array
+from polywhiten.backend import Backend
 from polywhiten.checks import check_array, check_integer, check_positive
-from polywhiten.dispatch import Backend, backend_of
+from polywhiten.dispatch import backend_of
 
 
 class Disturbance(NamedTuple):
@@ -101,7 +102,7 @@ def _distance(normalize: Callable[[Array], Array], batches: Iterable[Array]) -> 
         check_array(kernels.xp, y, "normalize(batch)")
         if tuple(y.shape) != tuple(batch.shape):
             raise ValueError(f"normalize(batch) has shape {tuple(y.shape)}: that of the batch, {tuple(batch.shape)}")
-        outputs.append(kernels.xp.reshape(kernels.for_statistics(y[:1, ...]), (1, -1)))
+        outputs.append(kernels.xp.reshape(kernels.to_accumulation_dtype(y[:1, ...]), (1, -1)))
     if len(outputs) < 2:
         raise ValueError(f"a sample has {len(outputs)} batches in sample_batches: at least 2 are needed")
     xp = kernels.xp

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from polywhiten._types import Array
 from polywhiten.analysis.conditioning import condition_number, mean_correlation, whitening_error
-from polywhiten.blocks import Blocks, ChannelGroups
+from polywhiten.blocks import Blocks, ChannelGroups, channel_parts, take_channels
 from polywhiten.dispatch import backend_of
-from polywhiten.groups import channel_parts, take_channels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -149,7 +148,7 @@ def block_covariances(x: Array, blocks: Blocks) -> list[Array]:
     The group size of `ChannelGroups` need not divide the number of channels.
     """
     backend = backend_of(x)
-    kernels = backend.kernels
+    kernels = backend.kernels_for(x)
     x, axis, _ = backend.in_memory_order(x, blocks.axis)
     parts: list[tuple[Array, Blocks]] = [(x, replace(blocks, axis=axis))]
     if isinstance(blocks, ChannelGroups):

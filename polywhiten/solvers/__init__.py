@@ -25,6 +25,9 @@ class Solver(Protocol):
     def needs_float64(self, epsilon: float) -> bool:
         """Whether it works in float64 on matrices of that machine epsilon, if their device has float64."""
 
+    def newton_steps(self, itemsize: int) -> int | None:
+        """Return how many of Newton's steps give this result in numbers of so many bytes; None if none do."""
+
     def by_products(self) -> Solver:
         """A solver with the same result that needs no eigendecomposition, for graphs that can't have one."""
 

@@ -22,6 +22,9 @@ class Eigh:
     def needs_float64(self, epsilon: float) -> bool:
         return False
 
+    def newton_steps(self, itemsize: int) -> int | None:
+        return None
+
     def by_products(self) -> Newton:
         """Newton's iteration with all steps that the digits allow, which make it exact."""
         return Newton(ALL_STEPS)

@@ -86,6 +86,9 @@ class ScaledIteration(ABC):
     def by_products(self) -> Self:
         return self
 
+    def newton_steps(self, itemsize: int) -> int | None:
+        return None
+
     def inverse_sqrt(self, xp: Namespace, cov: Array) -> Array:
         dtype, epsilon, (cov,) = self._prepared(xp, cov)
         t = positive(xp, self.scale(xp, cov), dtype)

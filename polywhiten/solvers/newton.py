@@ -67,6 +67,11 @@ class Newton(ScaledIteration):
             z = _reduced(xp, 1.5, z, z, r)
         return z, dz
 
+    def newton_steps(self, itemsize: int) -> int | None:
+        epsilon = DOUBLE if itemsize == 8 else SINGLE
+        fits = not self.needs_float64(epsilon) and self.iterations <= most_steps(_GROWTH, epsilon)
+        return self.iterations if fits else None
+
     def _steps(self, epsilon: float) -> int:
         return min(self.iterations, most_steps(_GROWTH, epsilon))
 

@@ -35,6 +35,9 @@ class Relative:
     def needs_float64(self, epsilon: float) -> bool:
         return self.solver.needs_float64(epsilon)
 
+    def newton_steps(self, itemsize: int) -> int | None:
+        return None
+
     def by_products(self) -> Relative:
         return Relative(self.solver.by_products(), self.eps)
 

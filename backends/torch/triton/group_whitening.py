@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from polywhiten.kernels import Term
+from polywhiten.statistics import Statistics
 from polywhiten.torch.triton.affine_map import Channels, affine_map, load_channels, mapped
 from polywhiten.torch.triton.moments import SPREAD, Crossed, moments, shifted_sums, total_crossed
 from polywhiten.torch.triton.newton import SCRATCH, constants, inverse_sqrt, inverse_sqrt_adjoint, newton, scratch
@@ -26,7 +27,6 @@ from polywhiten.torch.triton.tiles import (
     tile_height,
     tile_width,
 )
-from polywhiten.whitening import Statistics
 
 _LARGEST_SAMPLE = 2**16  # elements that a program reads twice: those of all programs at work stay in the device's cache
 _LARGEST_MATRIX = 64  # that leaves registers for weight and bias
@@ -56,7 +56,7 @@ class WholeGroupWhitening(NamedTuple):
         return cls(x, eps, iterations, channels, lead * inner // channels, strides)
 
     def forward(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
-        """As `polywhiten.whitening.forward`."""
+        """As `polywhiten.reference.Reference.forward`."""
         x = self.x
         channels = Channels(weight, bias, x.shape[3] // self.channels)
         if x[0].numel() <= _LARGEST_SAMPLE and x.shape[1] * x.shape[3] <= LONGEST:
@@ -68,7 +68,7 @@ class WholeGroupWhitening(NamedTuple):
     def backward(
         self, weight: Tensor | None, bias: Tensor | None, stats: Statistics, dy: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """As `polywhiten.whitening.backward`, of dy in the shape of x."""
+        """As `polywhiten.reference.Reference.backward`, of dy in the shape of x."""
         x = self.x
         crossed, dweight, dbias = self._cross_moments(weight, bias, stats, dy)
         samples = x.shape[1] * x.shape[3]

@@ -7,10 +7,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from polywhiten.kernels import Term
+from polywhiten.statistics import Statistics
 from polywhiten.torch.triton.affine_map import affine_map
 from polywhiten.torch.triton.moments import cross_moments, moments
 from polywhiten.torch.triton.newton import inverse_sqrt, inverse_sqrt_adjoint
-from polywhiten.whitening import Statistics
 
 
 class WholeIterNorm(NamedTuple):
@@ -21,7 +21,7 @@ class WholeIterNorm(NamedTuple):
     iterations: int
 
     def forward(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Statistics]:
-        """As `polywhiten.whitening.forward`."""
+        """As `polywhiten.reference.Reference.forward`."""
         mean, cov = moments(self.x, 1)
         stats = Statistics(mean, cov, inverse_sqrt(cov, self.eps, self.iterations))
         scale, shift = (_by_block(values, mean) for values in (weight, bias))
@@ -30,7 +30,7 @@ class WholeIterNorm(NamedTuple):
     def backward(
         self, weight: Tensor | None, bias: Tensor | None, stats: Statistics, dy: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """As `polywhiten.whitening.backward`, of dy in the shape of x."""
+        """As `polywhiten.reference.Reference.backward`, of dy in the shape of x."""
         x, mean = self.x, stats.mean
         scale = _by_block(weight, mean)
         crossed = cross_moments(dy, x, mean, 1, scale, stats.whitener)

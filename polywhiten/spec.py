@@ -1,0 +1,35 @@
+"""What a whitening computes, apart from the arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from polywhiten._types import AllReduce
+from polywhiten.blocks import Blocks
+from polywhiten.solvers import Solver
+
+
+@dataclass(frozen=True)
+class WhiteningSpec:
+    """All that forward and backward need beside the arrays; hashable, so that tracers can treat it as a constant.
+
+    Attributes
+    ----------
+    blocks : ChannelGroups or SampleGroups
+        How an array is cut into the blocks that are whitened.
+    solver : Solver
+        Computes inverse square roots.
+    eps : float
+        Added to the diagonal of every covariance.
+    all_reduce : callable, optional
+        Returns the sum of an array over all workers, as a new array. Statistics then cover the joined batch.
+    """
+
+    blocks: Blocks
+    solver: Solver
+    eps: float
+    all_reduce: AllReduce | None = None
+
+    def at_axis(self, axis: int) -> WhiteningSpec:
+        """Return what is computed of an array with its channels at another axis."""
+        return replace(self, blocks=replace(self.blocks, axis=axis))
