@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from array_api_compat import array_namespace
 
 from polywhiten import checks
 from polywhiten._types import Array, Namespace
-from polywhiten.blocks import join_channels, take_channels
+from polywhiten.blocks import ChannelGroups, SampleGroups, channel_parts, join_channels, take_channels
 from polywhiten.kernels import Kernels
 from polywhiten.reference import Gradients, Reference
 from polywhiten.solvers import Solver
 from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import NO_STATISTICS, Statistics, WhiteningStats, join_statistics
+
+Pullback = Callable[[Array], Gradients]
 
 
 class Implementation(Protocol):
@@ -92,8 +95,12 @@ class Backend:
     def _whiten_parts(
         self, spec: WhiteningSpec, x: Array, weight: Array | None, bias: Array | None
     ) -> tuple[Array, list[Statistics]]:
+        parts = equal_parts(spec, x)
+        if len(parts) == 1:
+            y, one = self.whiten_blocks(parts[0][1], x, weight, bias)
+            return y, [one]
         axis, outputs, stats = spec.blocks.axis, [], []
-        for part, equal in equal_parts(spec, x):
+        for part, equal in parts:
             arrays = take_channels(x, part, axis), take_channels(weight, part), take_channels(bias, part)
             y, part_stats = self.whiten_blocks(equal, *arrays)
             outputs.append(y)
@@ -126,6 +133,32 @@ class Backend:
         implementation = self.implementation(spec, x, weight, bias, dy, *stats, *dstats)
         return implementation.backward(spec, x, weight, bias, stats, dy, dstats)
 
+    def vjp(self, spec: WhiteningSpec, x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Pullback]:
+        """Whiten an array, and return the function that maps the gradient of the result to those of the arguments."""
+        xp, axis, parts, outputs = self.kernels.xp, spec.blocks.axis, [], []
+        for part, equal in equal_parts(spec, x):
+            inputs = take_channels(x, part, axis), take_channels(weight, part), take_channels(bias, part)
+            y, stats = self.forward(equal, *inputs)
+            parts.append((part, equal, inputs, stats))
+            outputs.append(y)
+
+        def pullback(dy: Array) -> Gradients:
+            dy = self.converted(dy, "dy", x)
+            checks.check_gradient(xp, dy, x.shape)
+            dy = xp.astype(dy, x.dtype, copy=False)
+            gradients = [
+                self.backward(equal, *inputs, stats, take_channels(dy, part, axis))
+                for part, equal, inputs, stats in parts
+            ]
+            dxs, dweights, dbiases = zip(*gradients, strict=True)
+            return (
+                join_channels(xp, dxs, axis),
+                None if weight is None else join_channels(xp, dweights),
+                None if bias is None else join_channels(xp, dbiases),
+            )
+
+        return join_channels(xp, outputs, axis), pullback
+
     def statistics(self, spec: WhiteningSpec, x: Array) -> WhiteningStats:
         """Return the statistics of an array, whose last group may be smaller than the others."""
         stats = []
@@ -152,6 +185,19 @@ class Backend:
     def snapshot(self, state: Array, *inputs: Array | None) -> Array:
         """Return a layer's state, or a copy if it may change in place while the gradient of the inputs needs it."""
         return state
+
+    def checked_affine(
+        self, x: Array, axis: int, weight: Array | None, bias: Array | None
+    ) -> tuple[Array | None, Array | None]:
+        """Return weight and bias as arrays of x's library; raise an error if they haven't a value for each channel."""
+
+        def checked(values: Array | None, name: str) -> Array | None:
+            if values is not None:
+                values = self.converted(values, name, x)
+                checks.check_per_channel(self.kernels.xp, values, name, x.shape[axis])
+            return values
+
+        return checked(weight, "weight"), checked(bias, "bias")
 
     def in_memory_order(self, x: Array, axis: int) -> tuple[Array, int, Callable[[Array], Array]]:
         """Return a view of x with its axes as they lie in memory, its channel axis, and what restores a result's axes.
@@ -180,7 +226,10 @@ def namespace_of(x: Any) -> Namespace | None:
 
 def equal_parts(spec: WhiteningSpec, x: Array) -> list[tuple[slice, WhiteningSpec]]:
     """Return slices of the channels of x, in each of which all blocks are equal, with what is computed there."""
+    channels, blocks = x.shape[spec.blocks.axis], spec.blocks
+    if isinstance(blocks, SampleGroups) or channels % blocks.group_size == 0:
+        return [(slice(0, channels), spec)]
     return [
-        (part, spec if blocks is spec.blocks else WhiteningSpec(blocks, spec.solver, spec.eps, spec.all_reduce))
-        for part, blocks in spec.blocks.equal_parts(x.shape[spec.blocks.axis])
+        (part, replace(spec, blocks=ChannelGroups(blocks.axis, size)))
+        for part, size in channel_parts(channels, blocks.group_size)
     ]

@@ -8,7 +8,7 @@ hold a block's M samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,11 +28,6 @@ class ChannelGroups:
         lead, channels, trail = _around(shape, self.axis)
         return math.prod(lead), channels // self.group_size, self.group_size, math.prod(trail)
 
-    def equal_parts(self, channels: int) -> Iterator[tuple[slice, ChannelGroups]]:
-        """Yield the channels that equal groups fill, then those of a smaller last group, each with its blocks."""
-        for part, size in channel_parts(channels, self.group_size):
-            yield part, self if size == self.group_size else ChannelGroups(self.axis, size)
-
 
 @dataclass(frozen=True)
 class SampleGroups:
@@ -46,10 +41,6 @@ class SampleGroups:
         """Return the shape (p, q, d, l) for an array of this shape."""
         (batch, *lead), channels, trail = _around(shape, self.axis)
         return batch, math.prod(lead), self.num_groups, channels // self.num_groups * math.prod(trail)
-
-    def equal_parts(self, channels: int) -> Iterator[tuple[slice, SampleGroups]]:
-        """Yield all channels: the number of groups divides them."""
-        yield slice(0, channels), self
 
 
 Blocks = ChannelGroups | SampleGroups

@@ -35,6 +35,14 @@ def backend_of(x: Array, name: str = "x") -> Backend:
     return _plain_backend(xp)
 
 
+def checked_input(x: Array, axis: int, first_axis: int = 0) -> tuple[Backend, Array, int]:
+    """Return the backend of x, x as a tensor, and its channel axis counted from the front."""
+    backend = backend_of(x)
+    x = backend.tensor(x)
+    checks.check_array(backend.kernels.xp, x)
+    return backend, x, checks.check_channel_axis(x, axis, first_axis)
+
+
 @cache
 def _plain_backend(xp: Namespace) -> Backend:
     """Return a backend of the array API's kernels alone."""

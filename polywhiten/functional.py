@@ -5,18 +5,14 @@ Each finds the backend of the array, checks the arguments and hands the work to 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from polywhiten import checks
 from polywhiten._types import AllReduce, Array
-from polywhiten.backend import Backend, equal_parts
-from polywhiten.blocks import ChannelGroups, SampleGroups, join_channels, take_channels
-from polywhiten.dispatch import backend_of
+from polywhiten.backend import Pullback
+from polywhiten.blocks import ChannelGroups, SampleGroups
+from polywhiten.dispatch import backend_of, checked_input
 from polywhiten.solvers import regularized_solver, solver_for
 from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import WhiteningStats
-
-Pullback = Callable[[Array], tuple[Array, Array | None, Array | None]]
 
 
 def iter_norm(
@@ -98,7 +94,7 @@ def iter_norm(
     True
     """
     backend, x, axis = checked_input(x, axis)
-    weight, bias = _checked_affine(backend, x, axis, weight, bias)
+    weight, bias = backend.checked_affine(x, axis, weight, bias)
     spec = _batch_spec(x, axis, group_size, method, iterations, eps, relative_eps, all_reduce)
     return backend.whiten(spec, x, weight, bias)
 
@@ -161,7 +157,7 @@ def group_whiten(
     True
     """
     backend, x, axis = checked_input(x, axis, first_axis=1)
-    weight, bias = _checked_affine(backend, x, axis, weight, bias)
+    weight, bias = backend.checked_affine(x, axis, weight, bias)
     spec = _sample_spec(x, axis, num_groups, method, iterations, eps, relative_eps)
     return backend.whiten(spec, x, weight, bias)
 
@@ -211,9 +207,9 @@ def iter_norm_vjp(
     ((32, 8), (8,), True)
     """
     backend, x, axis = checked_input(x, axis)
-    weight, bias = _checked_affine(backend, x, axis, weight, bias)
+    weight, bias = backend.checked_affine(x, axis, weight, bias)
     spec = _batch_spec(x, axis, group_size, method, iterations, eps, relative_eps, all_reduce)
-    return _vjp(backend, spec, x, weight, bias)
+    return backend.vjp(spec, x, weight, bias)
 
 
 def group_whiten_vjp(
@@ -259,9 +255,9 @@ def group_whiten_vjp(
     (2, 8, 5, 5)
     """
     backend, x, axis = checked_input(x, axis, first_axis=1)
-    weight, bias = _checked_affine(backend, x, axis, weight, bias)
+    weight, bias = backend.checked_affine(x, axis, weight, bias)
     spec = _sample_spec(x, axis, num_groups, method, iterations, eps, relative_eps)
-    return _vjp(backend, spec, x, weight, bias)
+    return backend.vjp(spec, x, weight, bias)
 
 
 def whitening_stats(
@@ -350,7 +346,7 @@ def apply_whitening(
     True
     """
     backend, x, axis = checked_input(x, axis)
-    weight, bias = _checked_affine(backend, x, axis, weight, bias)
+    weight, bias = backend.checked_affine(x, axis, weight, bias)
     mean, whitener = (backend.converted(getattr(stats, name), f"stats.{name}", x) for name in ("mean", "whitener"))
     checks.check_statistics(backend.kernels.xp, x.shape[axis], mean, whitener)
     return backend.apply_frozen(axis, x, mean, whitener, weight, bias)
@@ -397,28 +393,6 @@ def inverse_sqrt(cov: Array, *, method: str = "newton", iterations: int | None =
     return backend.inverse_sqrt(solver_for(method, iterations), kernels.to_accumulation_dtype(cov))
 
 
-def checked_input(x: Array, axis: int, first_axis: int = 0) -> tuple[Backend, Array, int]:
-    """Return the backend of x, x as a tensor, and its channel axis counted from the front."""
-    backend = backend_of(x)
-    x = backend.tensor(x)
-    checks.check_array(backend.kernels.xp, x)
-    return backend, x, checks.check_channel_axis(x, axis, first_axis)
-
-
-def _checked_affine(
-    backend: Backend, x: Array, axis: int, weight: Array | None, bias: Array | None
-) -> tuple[Array | None, Array | None]:
-    """Return weight and bias as arrays of x's library, with a value for each channel of x."""
-
-    def checked(values: Array | None, name: str) -> Array | None:
-        if values is not None:
-            values = backend.converted(values, name, x)
-            checks.check_per_channel(backend.kernels.xp, values, name, x.shape[axis])
-        return values
-
-    return checked(weight, "weight"), checked(bias, "bias")
-
-
 def _batch_spec(
     x: Array,
     axis: int,
@@ -443,32 +417,3 @@ def _sample_spec(
     """Return what group whitening computes of x, from arguments that are checked here."""
     solver, eps = regularized_solver(method, iterations, eps, relative_eps)
     return WhiteningSpec(SampleGroups(axis, checks.check_sample_groups(x, num_groups, axis)), solver, eps)
-
-
-def _vjp(
-    backend: Backend, spec: WhiteningSpec, x: Array, weight: Array | None, bias: Array | None
-) -> tuple[Array, Pullback]:
-    """Return the whitened array, and the function that maps the gradient of it to those of x, weight and bias."""
-    xp, axis, parts, outputs = backend.kernels.xp, spec.blocks.axis, [], []
-    for part, equal in equal_parts(spec, x):
-        inputs = take_channels(x, part, axis), take_channels(weight, part), take_channels(bias, part)
-        y, stats = backend.forward(equal, *inputs)
-        parts.append((part, equal, inputs, stats))
-        outputs.append(y)
-
-    def pullback(dy: Array) -> tuple[Array, Array | None, Array | None]:
-        dy = backend.converted(dy, "dy", x)
-        checks.check_gradient(xp, dy, x.shape)
-        dy = xp.astype(dy, x.dtype, copy=False)
-        gradients = [
-            backend.backward(equal, *inputs, stats, take_channels(dy, part, axis))
-            for part, equal, inputs, stats in parts
-        ]
-        dxs, dweights, dbiases = zip(*gradients, strict=True)
-        return (
-            join_channels(xp, dxs, axis),
-            None if weight is None else join_channels(xp, dweights),
-            None if bias is None else join_channels(xp, dbiases),
-        )
-
-    return join_channels(xp, outputs, axis), pullback

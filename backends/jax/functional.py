@@ -11,7 +11,7 @@ from jax import Array
 import polywhiten
 from polywhiten import WhiteningStats
 from polywhiten._types import AllReduce
-from polywhiten.functional import Pullback
+from polywhiten.backend import Pullback
 
 AxisName = Hashable | tuple[Hashable, ...]
 _psum: Callable[..., Array] = jax.lax.psum  # which JAX has left without types

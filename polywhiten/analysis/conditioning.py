@@ -8,8 +8,7 @@ from polywhiten._types import Array
 from polywhiten.backend import Backend
 from polywhiten.blocks import Blocks, ChannelGroups, SampleGroups
 from polywhiten.checks import check_array, check_batch, check_num_groups, check_square
-from polywhiten.dispatch import backend_of
-from polywhiten.functional import checked_input
+from polywhiten.dispatch import backend_of, checked_input
 from polywhiten.solvers.eigh import eigenpairs
 from polywhiten.solvers.iteration import identity_like
 
