@@ -23,7 +23,7 @@ from polywhiten.solvers.minimax import minimax_steps, widest_interval
 from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import NO_STATISTICS, Statistics
 from polywhiten.torch.averages import RunningAverages
-from polywhiten.torch.cpu import TorchCpuImplementation, recomputes_cheaply
+from polywhiten.torch.cpu import TorchCpuImplementation
 from polywhiten.torch.kernels import (
     TorchKernels,
     can_bypass_autograd,
@@ -54,8 +54,7 @@ class _Whiten(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, weight, bias, ctx.spec = inputs
         _, *stats = output
-        saved = saved_statistics(ctx.spec, x, stats, recomputes_cheaply(ctx.spec, x))
-        ctx.save_for_backward(x, weight, bias, *saved)
+        ctx.save_for_backward(x, weight, bias, *saved_statistics(ctx.spec, x, stats))
         ctx.set_materialize_grads(False)
         if torch.compiler.is_compiling():  # it takes no second derivatives, but makes gradients of 0 for all outputs
             ctx.mark_non_differentiable(*stats)

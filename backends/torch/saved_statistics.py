@@ -13,12 +13,13 @@ from torch import Tensor
 
 from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import Statistics
+from polywhiten.torch.cpu import recomputes_cheaply
 from polywhiten.torch.kernels import can_bypass_autograd
 
 _SMALL_FRACTION = 0.01  # of the input's elements, which backward keeps anyway
 
 
-def saved_statistics(spec: WhiteningSpec, x: Tensor, stats: Sequence[Tensor], recomputes: bool) -> Sequence[Tensor]:
+def saved_statistics(spec: WhiteningSpec, x: Tensor, stats: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return the statistics to save for backward, which computes the others again.
 
     If the kernels recompute them at little cost, only those are saved that are small beside x, or half of the
@@ -27,7 +28,7 @@ def saved_statistics(spec: WhiteningSpec, x: Tensor, stats: Sequence[Tensor], re
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or spec.all_reduce is not None:
         return stats
-    if not recomputes:
+    if not recomputes_cheaply(spec, x):
         return stats
     limit = _SMALL_FRACTION * x.numel()
     number = sum(size <= limit for size in accumulate(each.numel() for each in stats))
