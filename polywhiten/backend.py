@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from array_api_compat import array_namespace
 
@@ -18,41 +18,7 @@ from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import NO_STATISTICS, Statistics, WhiteningStats, join_statistics
 
 Pullback = Callable[[Array], Gradients]
-
-
-class Implementation(Protocol):
-    """Whitening of arrays that it supports, whose blocks are all equal; `polywhiten.reference.Reference` says how."""
-
-    kernels: Kernels
-
-    def supports(self, spec: WhiteningSpec | None, *arrays: Array | None) -> bool:
-        """Return whether the methods may be called with these arrays, of which x, dy or a covariance is the first.
-
-        There is no spec for `apply_frozen` and `inverse_sqrt`.
-        """
-
-    def statistics(self, spec: WhiteningSpec, x: Array) -> Statistics: ...
-
-    def forward(
-        self, spec: WhiteningSpec, x: Array, weight: Array | None, bias: Array | None
-    ) -> tuple[Array, Statistics]: ...
-
-    def backward(
-        self,
-        spec: WhiteningSpec,
-        x: Array,
-        weight: Array | None,
-        bias: Array | None,
-        stats: Statistics,
-        dy: Array,
-        dstats: Statistics = NO_STATISTICS,
-    ) -> Gradients: ...
-
-    def apply_frozen(
-        self, axis: int, x: Array, mean: Array, whitener: Array, weight: Array | None, bias: Array | None
-    ) -> Array: ...
-
-    def inverse_sqrt(self, solver: Solver, cov: Array, eps: float = 0.0) -> Array: ...
+Implementation = Reference  # an implementation inherits from the reference what it doesn't do faster
 
 
 class Backend:

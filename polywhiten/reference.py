@@ -27,14 +27,17 @@ Gradients = tuple[Array, Array | None, Array | None]  # of x, weight and bias
 class Reference:
     """The implementation that serves every array, over the five kernels of its library.
 
-    A backend's faster implementations may inherit from it and bring kernels of their own, or shortcuts. All blocks of
-    an array are equal here: `polywhiten.backend.Backend` cuts off a smaller last group.
+    A backend's faster implementations inherit from it, with kernels of their own, shortcuts, or both. All blocks of an
+    array are equal here: `polywhiten.backend.Backend` cuts off a smaller last group.
     """
 
     kernels: Kernels
 
     def supports(self, spec: WhiteningSpec | None, *arrays: Array | None) -> bool:
-        """Return True: there is nothing that this implementation can't do."""
+        """Return whether the other methods may be called with these arrays, of which x or a covariance is the first.
+
+        There is no spec for `apply_frozen` and `inverse_sqrt`. Any array will do here.
+        """
         return True
 
     def statistics(self, spec: WhiteningSpec, x: Array) -> Statistics:
