@@ -124,7 +124,7 @@ class TorchKernels(Kernels):
         tracing = is_tracing()
         if tracing or torch.onnx.is_in_onnx_export():
             # ONNX has no eigendecomposition, and the derivative that a trace records is NaN for equal eigenvalues
-            solver = solver.by_products()
+            solver = solver.without_eigh()
         # an operation of its own costs as much as some of the solver's products: only where its derivative is asked for
         own = torch.is_grad_enabled() and not tracing
         result: Tensor = _InverseSqrt.apply(cov, solver) if own else solver.inverse_sqrt(xp, cov)

@@ -1,8 +1,12 @@
-"""Inverse square roots of symmetric positive definite matrices, each with its derivative."""
+"""Inverse square roots of symmetric positive definite matrices, with their derivatives: one file a solver.
+
+The formulas of all solvers are derived in `docs/mathematics.md`.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol, TypeGuard
+from collections.abc import Callable
+from typing import Protocol
 
 from polywhiten._types import Array, Namespace
 from polywhiten.checks import check_choice, check_eps, check_positive
@@ -16,45 +20,51 @@ DEFAULT_ITERATIONS = 5
 
 
 class Solver(Protocol):
-    """W = S^(-1/2) of S (..., d, d), and the gradient with respect to S."""
+    """Computes W = S^(-1/2) for matrices S of shape (..., d, d), and the gradient with respect to S.
+
+    A solver is hashable, and two solvers with the same settings are equal. Backends ask it what it offers, and never
+    which class it has.
+    """
 
     @property
-    def has_second(self) -> bool:
-        """Whether it is a `TwiceDifferentiable`."""
+    def second(self) -> Callable[[Namespace, Array, Array, Array], Array] | None:
+        """A function of (xp, cov, grad, direction): the gradient of <adjoint(cov, grad), direction> in cov.
+
+        None if automatic differentiation of `adjoint` gives the right result.
+        """
 
     def needs_float64(self, epsilon: float) -> bool:
-        """Whether it works in float64 on matrices of that machine epsilon, if their device has float64."""
+        """Return whether matrices of this machine epsilon are computed in float64, on devices that have it."""
 
     def newton_steps(self, itemsize: int) -> int | None:
-        """Return how many of Newton's steps give this result in numbers of so many bytes; None if none do."""
+        """Return how many Newton steps from S / trace(S) a compiled kernel has to take for this solver's result.
 
-    def by_products(self) -> Solver:
-        """A solver with the same result that needs no eigendecomposition, for graphs that can't have one."""
+        The kernel computes every step in floating-point numbers of `itemsize` bytes, of 4 for half precision. None if
+        it can't compute the result like this.
+        """
 
-    def inverse_sqrt(self, xp: Namespace, cov: Array) -> Array: ...
+    def without_eigh(self) -> Solver:
+        """Return a solver with the same result that needs no eigendecomposition, for graphs that can't have one."""
 
-    def adjoint(self, xp: Namespace, cov: Array, grad: Array) -> Array: ...
+    def inverse_sqrt(self, xp: Namespace, cov: Array) -> Array:
+        """Return W."""
 
-
-class TwiceDifferentiable(Solver, Protocol):
-    """A solver whose adjoint has a derivative of its own, as automatic differentiation of it would fail."""
-
-    def second(self, xp: Namespace, cov: Array, grad: Array, direction: Array) -> Array:
-        """Gradient of <adjoint(cov, grad), direction> with respect to cov."""
+    def adjoint(self, xp: Namespace, cov: Array, grad: Array) -> Array:
+        """Return the gradient of <inverse_sqrt(cov), grad> with respect to cov."""
 
 
-def is_twice_differentiable(solver: Solver) -> TypeGuard[TwiceDifferentiable]:
-    return solver.has_second
+def is_twice_differentiable(solver: Solver) -> bool:
+    return solver.second is not None
 
 
 def regularized_solver(method: str, iterations: int | None, eps: float, relative_eps: bool) -> tuple[Solver, float]:
-    """The solver of checked arguments, and what is to be added to the covariance's diagonal before it."""
+    """Return the solver for a layer's arguments, and the number to add to the covariance's diagonal before solving."""
     solver, eps = solver_for(method, iterations), check_eps(eps)
     return (Relative(solver, eps), 0.0) if relative_eps else (solver, eps)
 
 
 def solver_for(method: str, iterations: int | None) -> Solver:
-    """The solver that `method` and `iterations` name; ValueError or TypeError where they don't name one."""
+    """Return the solver that `method` and `iterations` name; raise ValueError or TypeError if there is none."""
     check_choice("method", method, METHODS)
     if method == "eigh":
         if iterations is not None:
@@ -62,7 +72,5 @@ def solver_for(method: str, iterations: int | None) -> Solver:
                 f"iterations={iterations!r} has no meaning for method='eigh', which is exact: leave it out"
             )
         return Eigh()
-    if iterations is None:
-        iterations = DEFAULT_ITERATIONS
-    iterations = check_positive("iterations", iterations)
+    iterations = DEFAULT_ITERATIONS if iterations is None else check_positive("iterations", iterations)
     return Newton(iterations) if method == "newton" else Minimax(iterations)

@@ -1,17 +1,17 @@
 """Minimax polynomials: exact whitening in a third of Newton's steps.
 
-With S scaled to S / t, eigenvalues in (0, 1], every step multiplies by a polynomial Q of R = Z Y::
+With S scaled to S / t, whose eigenvalues are in (0, 1], every step multiplies by a polynomial Q of R = Z Y::
 
     Y = S / t    Z = I
     R = Z Y      Q = a I + b R + c R R      Z = Q Z      Y = Y Q
     W = Z / sqrt(t)
 
-The polynomial of all steps together differs from the inverse square root by little, and oscillates, so that its
-derivative differs from that of the inverse square root by much. The last step is therefore one more, a polynomial that
-is flat at 1: a derivative that passes through it is that of the inverse square root itself.
+The polynomial of all steps together is close to the inverse square root, but oscillates about it, so that their
+derivatives differ much. One more step therefore follows, by a polynomial that is flat at 1: a derivative that passes
+through it is that of the inverse square root itself.
 
-The order of the products matters: Y Z and Z Q would be the same in exact arithmetic, and diverge in floating
-point (N. J. Higham, Functions of Matrices, 2008, eq. 6.35).
+The order of the products matters: Y Z and Z Q are the same in exact arithmetic, and diverge in floating point
+(N. J. Higham, Functions of Matrices, 2008, eq. 6.35).
 """
 
 import math
@@ -22,26 +22,25 @@ from typing import Any
 import numpy as np
 
 from polywhiten._types import Array, Namespace
-from polywhiten.solvers.iteration import ScaledIteration, identity_like, inner, positive, symmetric_part, trace
+from polywhiten.solvers.iteration import Pair, ScaledIteration, identity_like, inner, positive, symmetric_part, trace
 
 Step = tuple[float, float, float]  # a, b, c
-Pair = tuple[Array, Array]  # a matrix, and its directional derivative where that is wanted
 
-_TARGET = 1e-4  # the largest |1 - p| that the last step may leave
-_LOWEST = 1e-4  # lower end of the widest first interval in float64: norm(S) / (smallest eigenvalue) = 1e8
+_TARGET = 1e-4  # the largest |1 - p| before the flat step
+_LOWEST = 1e-4  # lower end of the widest first interval in float64, where norm(S) / (smallest eigenvalue) = 1e8
 _FLAT = (15 / 8, -10 / 8, 3 / 8)  # the quintic that is 1 at 1, with first and second derivative 0
 _NARROW = 1e-3  # width of an interval below which the exchange is ill-conditioned, and its limit as good
 
 
 @dataclass(frozen=True)
 class Minimax(ScaledIteration):
-    """T steps, each the odd quintic that is closest to 1 where the scaled singular values then lie, and a flat one.
+    """T steps and a flat one, each the odd quintic that is closest to 1 on the current interval of singular values.
 
     The first interval is as wide as T steps can bring within 1e-4 of 1, which the flat step brings within 1e-11. So T
-    sets the condition number that is whitened exactly: with S scaled by its Frobenius norm, norm(S) / (smallest
-    eigenvalue) may be 1.5e3 for T = 4, 2.7e4 for 5, 4.9e5 for 6, 9e6 for 7 and 1e8 for 8. More than 8 steps are not
-    taken, nor more than 7 of float32 covariances: what these leave is smaller than rounding. Smaller eigenvalues are
-    whitened in part, as by Newton's iteration.
+    sets the condition number up to which whitening is exact: norm(S) / (smallest eigenvalue), in the Frobenius norm,
+    may be 1.5e3 for T = 4, 2.7e4 for 5, 4.9e5 for 6, 9e6 for 7 and 1e8 for 8. Smaller eigenvalues are whitened in part,
+    as by Newton's iteration. At most 8 steps are taken, and 7 for float32 covariances: what these leave is smaller than
+    rounding.
 
     References
     ----------
@@ -61,14 +60,7 @@ class Minimax(ScaledIteration):
     def scale_gradient(self, xp: Namespace, cov: Array, scale: Array) -> Array:
         return cov / scale
 
-    def value(self, xp: Namespace, s: Array, epsilon: float) -> Array:
-        return self._iterate(xp, s, None, epsilon)[0]
-
-    def value_and_derivative(self, xp: Namespace, s: Array, ds: Array, epsilon: float) -> Pair:
-        return self._iterate(xp, s, ds, epsilon)
-
-    def _iterate(self, xp: Namespace, s: Array, ds: Array | None, epsilon: float) -> Pair:
-        """Z, and its directional derivative along ds where that is given."""
+    def iterate(self, xp: Namespace, s: Array, ds: Array | None, epsilon: float) -> Pair:
         eye = identity_like(xp, s)
         y: Pair = s, ds
         z: Any = None
@@ -85,18 +77,18 @@ class Minimax(ScaledIteration):
 
 
 def _times(m: Pair, n: Pair) -> Pair:
-    """A product by the product rule."""
+    """Return the product, and its derivative by the product rule."""
     (a, da), (b, db) = m, n
     return a @ b, None if da is None else da @ b + a @ db
 
 
 def minimax_steps(iterations: int, lowest: float = _LOWEST) -> tuple[Step, ...]:
-    """Coefficients of the steps, computed once for every number of them; of fewer, if these reach the lowest value."""
+    """Return the coefficients of the steps: of fewer, if these suffice for an interval that begins at `lowest`."""
     return _steps_and_interval(iterations, lowest)[0]
 
 
 def widest_interval(iterations: int, lowest: float) -> float:
-    """Lower end of the first interval, with 1 as the upper one, that so many steps bring within the target of 1."""
+    """Return the lower end of the widest interval, with the upper end 1, that so many steps bring within 1e-4 of 1."""
     return _steps_and_interval(iterations, lowest)[1]
 
 
@@ -126,13 +118,13 @@ def _schedule(lower: float, iterations: int) -> tuple[tuple[Step, ...], float]:
 
 
 def _best_quintic(lower: float, upper: float) -> tuple[Step, float]:
-    """The (a, b, c) that minimise max |1 - (a x + b x^3 + c x^5)| on [lower, upper], and that maximum.
+    """Return the (a, b, c) that minimise max |1 - (a x + b x^3 + c x^5)| on [lower, upper], and that maximum.
 
-    Remez exchange: the error of the best one takes its maximum with alternating sign at both ends and at the two
-    extrema of the polynomial between them.
+    By Remez exchange: the error of the best polynomial takes its maximum, with alternating sign, at both ends and at
+    the two extrema between them.
     """
     middle, width = (lower + upper) / 2, upper - lower
-    if width < _NARROW:  # the quintic that is flat at the middle: 1 - p = -5/2 (x - 1)^3 there
+    if width < _NARROW:  # flat at the middle: with x relative to it, 1 - p = -5/2 (x - 1)^3
         return (15 / 8 / middle, -10 / 8 / middle**3, 3 / 8 / middle**5), 5 / 2 * (width / 2) ** 3
     extrema = lower + width * np.array([0.25, 0.75])
     while True:

@@ -1,33 +1,34 @@
-"""Newton's iteration: the papers' solver, partial on purpose where T is small.
+"""Newton's iteration: the papers' solver, which whitens in part on purpose if T is small.
 
-With S scaled to R = S / t, eigenvalues in (0, 1], a step multiplies Z by E = (3 I - R) / 2 and so R = Z S Z by E E::
+With S scaled to R = S / t, whose eigenvalues are in (0, 1], a step multiplies Z by E = (3 I - R) / 2, and so R = Z S Z
+by E twice::
 
     Z <- (3 Z - Z R) / 2        R <- (9 R - 6 R R + R R R) / 4        W = Z / sqrt(t)
 
-Rounding errors in R don't grow, as those of the papers' P <- (3 P - P P P S) / 2 do: R alone decides the steps, and
-the map of R contracts near I. R and its derivative along a symmetric matrix are symmetric, so that R dR is known from
-dR R, and a step with its derivative costs seven products. With r = R / 3 the steps are Z <- 3/2 (Z - Z r) and
-r <- 9/4 (v - v r), v = r - r r: nothing but differences.
+Rounding errors of the papers' P <- (3 P - P P P S) / 2 grow; those of R don't, as R alone decides the steps, and its
+map contracts near I. With r = R / 3 the steps are Z <- 3/2 (Z - Z r) and r <- 9/4 (v - v r), where v = r - r r: nothing
+but differences. R and its derivative are symmetric, so R dR is the transpose of dR R, and a step with its derivative
+costs seven products.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 from polywhiten._types import Array, Namespace
-from polywhiten.solvers.iteration import DOUBLE, SINGLE, ScaledIteration, identity_like, most_steps, trace
+from polywhiten.solvers.iteration import DOUBLE, SINGLE, Pair, ScaledIteration, identity_like, max_steps, trace
 
-_GROWTH = 9 / 4  # of small eigenvalues of R in a step
-ALL_STEPS = most_steps(_GROWTH, DOUBLE)  # more are not taken, and fewer of float32
+_GROWTH = 9 / 4  # a step multiplies small eigenvalues of R by this
+ALL_STEPS = max_steps(_GROWTH, DOUBLE)  # the largest number of steps that is ever taken, in float64
 
 
 @dataclass(frozen=True)
 class Newton(ScaledIteration):
     """T steps of Newton's iteration from S / trace(S).
 
-    The same Z as IterNorm's P <- (3 P - P^3 S) / 2 in exact arithmetic, by a recurrence that is stable for every T.
-    An eigenvalue that is small beside the trace is whitened in part: T sets how much. More than 22 steps are not
-    taken of float32 covariances, nor more than 47 of float64: what these leave is smaller than rounding.
+    In exact arithmetic the result is that of IterNorm's P <- (3 P - P^3 S) / 2, by a recurrence that is stable for
+    every T. An eigenvalue that is small beside the trace is whitened in part, and T sets how much. At most 22 steps are
+    taken for float32 covariances and 47 for float64: what these leave is smaller than rounding.
 
     References
     ----------
@@ -40,62 +41,51 @@ class Newton(ScaledIteration):
     def lost_bits(self) -> float:
         return self.iterations * math.log2(_GROWTH)
 
+    def newton_steps(self, itemsize: int) -> int | None:
+        epsilon = DOUBLE if itemsize == 8 else SINGLE
+        fits = not self.needs_float64(epsilon) and self.iterations <= max_steps(_GROWTH, epsilon)
+        return self.iterations if fits else None
+
     def scale(self, xp: Namespace, cov: Array) -> Array:
         return trace(xp, cov)
 
     def scale_gradient(self, xp: Namespace, cov: Array, scale: Array) -> Array:
         return identity_like(xp, cov)
 
-    def value(self, xp: Namespace, s: Array, epsilon: float) -> Array:
-        r = s / 3
-        z = 1.5 * (identity_like(xp, s) - r)
+    def iterate(self, xp: Namespace, s: Array, ds: Array | None, epsilon: float) -> Pair:
+        r: Array = s / 3
+        dr: Any = None if ds is None else ds / 3
+        z, dz = 1.5 * (identity_like(xp, s) - r), None if ds is None else -1.5 * dr
         for _ in range(self._steps(epsilon) - 1):
+            if dr is not None:
+                dr = _step_derivative(xp, r, dr)
             r = _step(xp, r)
-            z = _reduced(xp, 1.5, z, z, r)
-        return z
-
-    def value_and_derivative(self, xp: Namespace, s: Array, ds: Array, epsilon: float) -> tuple[Array, Array]:
-        r, dr = s / 3, ds / 3
-        z, dz = 1.5 * (identity_like(xp, s) - r), -1.5 * dr
-        for _ in range(self._steps(epsilon) - 1):
-            p = dr @ r
-            p = dr - p - (p + xp.matrix_transpose(p))
-            p = _reduced(xp, 1.125, p, p, r)
-            dr = p + xp.matrix_transpose(p)  # 9/4 (dr - 2 (r dr + dr r) + r r dr + r dr r + dr r r)
-            r = _step(xp, r)
-            dz = _reduced(xp, 1.5, _reduced(xp, 1.0, dz, dz, r), z, dr)
-            z = _reduced(xp, 1.5, z, z, r)
+            if dr is not None:
+                dz = _difference(xp, 1.5, _difference(xp, 1.0, dz, dz, r), z, dr)
+            z = _difference(xp, 1.5, z, z, r)
         return z, dz
 
-    def newton_steps(self, itemsize: int) -> int | None:
-        epsilon = DOUBLE if itemsize == 8 else SINGLE
-        fits = not self.needs_float64(epsilon) and self.iterations <= most_steps(_GROWTH, epsilon)
-        return self.iterations if fits else None
-
     def _steps(self, epsilon: float) -> int:
-        return min(self.iterations, most_steps(_GROWTH, epsilon))
-
-
-def is_iterated_in(solver: Any, itemsize: int) -> TypeGuard[Newton]:
-    """Whether a solver is Newton's iteration with no more steps than kernels can take in numbers of so many bytes.
-
-    Kernels take all of a solver's steps in the dtype of the statistics, which is float32 for half precision.
-    """
-    if not isinstance(solver, Newton):
-        return False
-    epsilon = DOUBLE if itemsize == 8 else SINGLE
-    return not solver.needs_float64(epsilon) and solver.iterations <= most_steps(_GROWTH, epsilon)
+        return min(self.iterations, max_steps(_GROWTH, epsilon))
 
 
 def _step(xp: Namespace, r: Array) -> Array:
-    once = _reduced(xp, 1.0, r, r, r)
-    return _reduced(xp, 2.25, once, once, r)
+    v = _difference(xp, 1.0, r, r, r)
+    return _difference(xp, 2.25, v, v, r)
 
 
-def _reduced(xp: Namespace, factor: float, c: Array, a: Array, b: Array) -> Array:
-    """Factor (C - A B)."""
-    one_call = getattr(xp, "multiply_add", None)
-    if one_call is not None:
-        return one_call(factor, c, -factor, a, b)
+def _step_derivative(xp: Namespace, r: Array, dr: Array) -> Array:
+    """Return 9/4 (dr - 2 (r dr + dr r) + r r dr + r dr r + dr r r)."""
+    p = dr @ r
+    p = dr - p - (p + xp.matrix_transpose(p))
+    p = _difference(xp, 1.125, p, p, r)
+    return p + xp.matrix_transpose(p)
+
+
+def _difference(xp: Namespace, factor: float, c: Array, a: Array, b: Array) -> Array:
+    """Return factor (c - a b)."""
+    native = getattr(xp, "multiply_add", None)
+    if native is not None:
+        return native(factor, c, -factor, a, b)
     difference = c - a @ b
     return difference if factor == 1 else factor * difference
