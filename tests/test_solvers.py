@@ -4,7 +4,7 @@ import array_api_compat.numpy as xp
 import numpy as np
 import pytest
 
-from polywhiten.solvers import solver_for
+from polywhiten.solvers import regularized_solver, solver_for
 from polywhiten.solvers.eigh import Eigh
 from polywhiten.solvers.minimax import minimax_steps
 from polywhiten.solvers.newton import Newton
@@ -82,16 +82,44 @@ def test_a_minimax_step_is_the_best_quintic(iterations):
         lower, upper = 1 - largest, 1 + largest
 
 
-def test_eigh_differentiates_equal_eigenvalues():
+@pytest.mark.parametrize("relative", [False, True])
+def test_eigh_differentiates_equal_eigenvalues_twice(relative):
+    solver, _ = regularized_solver("eigh", None, 0.1, relative)
     rng = np.random.default_rng(0)
     grad, direction, third = ((m + m.T) / 2 for m in rng.normal(size=(3, 5, 5)))
     cov, step = np.diag([2.0, 2.0, 2.0, 1.0, 1.0]), 1e-5
-    value = lambda s: np.sum(grad * Eigh().inverse_sqrt(xp, s))
-    slope = (value(cov + step * direction) - value(cov - step * direction)) / (2 * step)
-    assert np.sum(Eigh().adjoint(xp, cov, grad) * direction) == pytest.approx(slope, rel=1e-8)
-    along = lambda s: np.sum(Eigh().adjoint(xp, s, grad) * direction)
-    slope = (along(cov + step * third) - along(cov - step * third)) / (2 * step)
-    assert np.sum(Eigh().second(xp, cov, grad, direction) * third) == pytest.approx(slope, rel=1e-8)
+
+    def slope(function, at, along):
+        return (function(at + step * along) - function(at - step * along)) / (2 * step)
+
+    value = lambda s: np.sum(grad * solver.inverse_sqrt(xp, s))
+    assert np.sum(solver.adjoint(xp, cov, grad) * direction) == pytest.approx(
+        slope(value, cov, direction), rel=1e-8, abs=1e-9
+    )
+    dcov, dgrad = solver.adjoint_vjp(xp, cov, grad, direction)
+    of_cov = lambda s: np.sum(solver.adjoint(xp, s, grad) * direction)
+    of_grad = lambda g: np.sum(solver.adjoint(xp, cov, g) * direction)
+    assert np.sum(dcov * third) == pytest.approx(slope(of_cov, cov, third), rel=1e-8, abs=1e-9)
+    assert np.sum(dgrad * third) == pytest.approx(slope(of_grad, grad, third), rel=1e-8, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("solver", "of_float32", "of_float64"),
+    [
+        (Newton(5), 5, 5),
+        (Newton(12), 12, 12),
+        (Newton(13), None, 13),  # float32 would lose too many bits
+        (Newton(47), None, 47),
+        (Newton(48), None, None),  # it is left out, as it would change nothing
+        (solver_for("minimax", 5), None, None),
+        (Eigh(), None, None),
+        (regularized_solver("newton", 5, 1e-5, True)[0], None, None),
+    ],
+    ids=str,
+)
+def test_a_solver_says_which_newton_steps_give_its_result(solver, of_float32, of_float64):
+    assert solver.newton_steps(4) == of_float32
+    assert solver.newton_steps(8) == of_float64
 
 
 def test_eigenvalues_that_rounding_made_negative_stay_out():

@@ -13,7 +13,7 @@ import jax.numpy as xp
 from jax import Array
 
 from polywhiten.kernels import Kernels, regularized
-from polywhiten.solvers import Solver, is_twice_differentiable
+from polywhiten.solvers import Solver
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -115,8 +115,8 @@ def _adjoint_forward(solver: Solver, cov: Array, grad: Array) -> tuple[Array, tu
 @full_precision
 def _adjoint_backward(solver: Solver, given: tuple[Array, Array], direction: Array) -> tuple[Array, Array]:
     cov, grad = given
-    if is_twice_differentiable(solver):
-        return solver.second(xp, cov, grad, direction), _adjoint(solver, cov, direction)
+    if solver.adjoint_vjp is not None:
+        return solver.adjoint_vjp(xp, cov, grad, direction)
     with _with_float64(solver, cov):
         _, pullback = jax.vjp(partial(solver.adjoint, xp), cov, grad)
         gradients: tuple[Array, Array] = pullback(direction)
@@ -144,7 +144,7 @@ class JaxKernels(Kernels):
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array, eps: float = 0.0) -> Array:
         """Gradient with respect to cov."""
         cov = regularized(xp, cov, eps)
-        if is_twice_differentiable(solver) or _needs_float64(solver, cov):
+        if solver.adjoint_vjp is not None or _needs_float64(solver, cov):
             return _adjoint(solver, *varying_alike((cov, grad)))
         result: Array = solver.adjoint(xp, cov, grad)
         return result

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from polywhiten._types import Shape
 from polywhiten.kernels import Kernels, Term, along, outer_square, regularized
-from polywhiten.solvers import Solver, is_twice_differentiable
+from polywhiten.solvers import Solver
 from polywhiten.tensorflow.namespace import Tensor, small_xp, xp
 
 # all as measured on a CPU
@@ -127,15 +127,14 @@ class TensorFlowKernels(Kernels):
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor:
         """Gradient with respect to cov; that of "eigh" with a derivative that equal eigenvalues don't disturb."""
         cov = regularized(xp, cov, eps)
-        if not is_twice_differentiable(solver):
+        adjoint_vjp = solver.adjoint_vjp
+        if adjoint_vjp is None:
             return _one_by_one(solver.adjoint, cov, grad)
 
         @tf.custom_gradient
         def run(cov: Tensor, grad: Tensor) -> Any:
-            def derivative(direction: Tensor) -> tuple[Tensor, Tensor]:
-                return solver.second(xp, cov, grad, direction), self.inverse_sqrt_adjoint(solver, cov, direction)
-
-            return solver.adjoint(xp, unrecorded(cov), unrecorded(grad)), derivative
+            ds = solver.adjoint(xp, unrecorded(cov), unrecorded(grad))
+            return ds, lambda direction: adjoint_vjp(xp, cov, grad, direction)
 
         return run(cov, grad)
 

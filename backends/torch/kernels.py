@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 import polywhiten.torch.namespace as xp
 from polywhiten.kernels import Kernels, Term, regularized
-from polywhiten.solvers import Solver, is_twice_differentiable
+from polywhiten.solvers import Solver
 
 _ACCELERATOR = getattr(torch.accelerator.current_accelerator(), "type", "cpu")
 
@@ -44,7 +44,7 @@ class _InverseSqrt(torch.autograd.Function):
 
 
 class _Adjoint(torch.autograd.Function):
-    """The adjoint of a solver with a second derivative of its own: PyTorch's of eigh is NaN for equal eigenvalues."""
+    """The adjoint of a solver with its own derivative: PyTorch's derivative of eigh is NaN for equal eigenvalues."""
 
     generate_vmap_rule = True
 
@@ -60,8 +60,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, direction: Tensor) -> tuple[Tensor, Tensor, None]:
-        cov, grad = ctx.saved_tensors
-        return ctx.solver.second(xp, cov, grad, direction), _Adjoint.apply(cov, direction, ctx.solver), None
+        return *ctx.solver.adjoint_vjp(xp, *ctx.saved_tensors, direction), None
 
 
 def full_precision(kernel: Callable[P, R]) -> Callable[P, R]:
@@ -134,8 +133,8 @@ class TorchKernels(Kernels):
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor:
         """Gradient with respect to cov."""
         cov = regularized(xp, cov, eps)
-        own = is_twice_differentiable(solver)
-        result: Tensor = _Adjoint.apply(cov, grad, solver) if own else solver.adjoint(xp, cov, grad)
+        plain = solver.adjoint_vjp is None
+        result: Tensor = solver.adjoint(xp, cov, grad) if plain else _Adjoint.apply(cov, grad, solver)
         return result
 
 

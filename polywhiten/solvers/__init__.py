@@ -5,12 +5,12 @@ The formulas of all solvers are derived in `docs/mathematics.md`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from polywhiten._types import Array, Namespace
 from polywhiten.checks import check_choice, check_eps, check_positive
 from polywhiten.solvers.eigh import Eigh
+from polywhiten.solvers.iteration import AdjointVJP
 from polywhiten.solvers.minimax import Minimax
 from polywhiten.solvers.newton import Newton
 from polywhiten.solvers.relative import Relative
@@ -27,10 +27,10 @@ class Solver(Protocol):
     """
 
     @property
-    def second(self) -> Callable[[Namespace, Array, Array, Array], Array] | None:
-        """A function of (xp, cov, grad, direction): the gradient of <adjoint(cov, grad), direction> in cov.
+    def adjoint_vjp(self) -> AdjointVJP | None:
+        """Computes the gradients of <adjoint(cov, grad), direction> with respect to cov and grad.
 
-        None if automatic differentiation of `adjoint` gives the right result.
+        None if automatic differentiation of `adjoint` gives them right.
         """
 
     def needs_float64(self, epsilon: float) -> bool:
@@ -51,10 +51,6 @@ class Solver(Protocol):
 
     def adjoint(self, xp: Namespace, cov: Array, grad: Array) -> Array:
         """Return the gradient of <inverse_sqrt(cov), grad> with respect to cov."""
-
-
-def is_twice_differentiable(solver: Solver) -> bool:
-    return solver.second is not None
 
 
 def regularized_solver(method: str, iterations: int | None, eps: float, relative_eps: bool) -> tuple[Solver, float]:

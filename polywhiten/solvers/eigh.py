@@ -36,19 +36,20 @@ class Eigh:
         gradient = _divided_differences(root) * _to_basis(xp, vectors, symmetric_part(xp, grad))
         return _from_basis(xp, vectors, gradient) / t / xp.sqrt(t) + poison
 
-    def second(self, xp: Namespace, cov: Array, grad: Array, direction: Array) -> Array:
-        """Return the gradient of <adjoint(cov, grad), direction> with respect to `cov`.
+    def adjoint_vjp(self, xp: Namespace, cov: Array, grad: Array, direction: Array) -> tuple[Array, Array]:
+        """Return the gradients of <adjoint(cov, grad), direction> with respect to `cov` and `grad`.
 
-        With G the gradient, V the direction, P = W W, and X and Y the derivatives of W along G and V, it is the Z that
-        solves Z W + W Z = P V P G P + P G P V P - X Y - Y X.
+        Let X and Y be the derivatives of W along the gradient G and the direction V, and P = W W. The second gradient
+        is Y, and the first one the Z that solves Z W + W Z = P V P G P + P G P V P - X Y - Y X.
         """
         t, root, vectors, poison = _decompose(xp, cov)
         rows, columns = root[..., :, None], root[..., None, :]
         g, v = (_to_basis(xp, vectors, symmetric_part(xp, m)) for m in (grad, direction))
-        differences = _divided_differences(root)
-        half = v @ (g / rows**2) / (rows * columns) ** 2 - (differences * g) @ (differences * v)
+        x, y = (_divided_differences(root) * m for m in (g, v))
+        half = v @ (g / rows**2) / (rows * columns) ** 2 - x @ y
         z = (half + xp.matrix_transpose(half)) / (1 / rows + 1 / columns)
-        return _from_basis(xp, vectors, z) / t / t / xp.sqrt(t) + poison
+        dcov, dgrad = (_from_basis(xp, vectors, m) / t / xp.sqrt(t) for m in (z, y))
+        return dcov / t + poison, dgrad + poison
 
 
 def eigenpairs(xp: Namespace, cov: Array) -> tuple[Array, Array, Array]:

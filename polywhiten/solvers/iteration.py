@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 from polywhiten._types import Array, Namespace
 
+AdjointVJP = Callable[[Namespace, Array, Array, Array], tuple[Array, Array]]  # of xp, cov, grad, direction
 Pair = tuple[Array, Array]  # a matrix and its directional derivative, which is None if nobody asked for it
 
 SINGLE, DOUBLE = 2.0**-23, 2.0**-52  # machine epsilons of float32 and float64
@@ -55,7 +57,7 @@ def positive(xp: Namespace, scale: Array, dtype: Any) -> Array:
 class ScaledIteration(ABC):
     """Base class for W = Z(S / t) / sqrt(t), where Z is a polynomial and S / t has its eigenvalues in (0, 1]."""
 
-    second: ClassVar[None] = None  # the adjoint consists of products, which every library differentiates
+    adjoint_vjp: ClassVar[None] = None  # the adjoint consists of products, which every library differentiates
 
     @property
     @abstractmethod

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from polywhiten._types import Array, Namespace
-from polywhiten.solvers.iteration import identity_like, trace
+from polywhiten.solvers.iteration import AdjointVJP, identity_like, trace
 
 if TYPE_CHECKING:
     from polywhiten.solvers import Solver
@@ -30,15 +29,16 @@ class Relative:
         return getattr(self.solver, "iterations", None)
 
     @property
-    def second(self) -> Callable[[Namespace, Array, Array, Array], Array] | None:
-        second = self.solver.second
-        if second is None:
+    def adjoint_vjp(self) -> AdjointVJP | None:
+        vjp = self.solver.adjoint_vjp
+        if vjp is None:
             return None
 
-        def shifted(xp: Namespace, cov: Array, grad: Array, direction: Array) -> Array:
-            return self._shift(xp, second(xp, self._shift(xp, cov), grad, self._shift(xp, direction)))
+        def run(xp: Namespace, cov: Array, grad: Array, direction: Array) -> tuple[Array, Array]:
+            dcov, dgrad = vjp(xp, self._shift(xp, cov), grad, self._shift(xp, direction))
+            return self._shift(xp, dcov), dgrad
 
-        return shifted
+        return run
 
     def needs_float64(self, epsilon: float) -> bool:
         return self.solver.needs_float64(epsilon)
