@@ -323,7 +323,7 @@ WRONG = {
     "one batch": (
         lambda: analysis.stochastic_normalization_disturbance(batch_norm, [[X]]),
         ValueError,
-        "a sample has 1 batches in sample_batches: at least 2",
+        "sample_batches gives fewer than 2 batches for a sample: 1",
     ),
     "no steps": (lambda: analysis.convergence(np.eye(2), 0), ValueError, "iterations=0 must be 1 or more"),
     "no error": (lambda: analysis.required_iterations(np.eye(2), 0), ValueError, "error=0 must be above 0"),
@@ -342,7 +342,7 @@ WRONG = {
     "another shape": (
         lambda: analysis.stochastic_normalization_disturbance(lambda x: x[:, :2], [[X, X]]),
         ValueError,
-        r"normalize\(batch\) has shape \(6, 2\): that of the batch, \(6, 4\)",
+        r"normalize\(batch\) has shape \(6, 2\): it must have the batch's, \(6, 4\)",
     ),
 }
 

@@ -110,7 +110,7 @@ def test_eigh_differentiates_equal_eigenvalues_twice(relative):
         (Newton(12), 12, 12),
         (Newton(13), None, 13),  # float32 would lose too many bits
         (Newton(47), None, 47),
-        (Newton(48), None, None),  # it is left out, as it would change nothing
+        (Newton(48), None, None),  # the last step would change nothing
         (solver_for("minimax", 5), None, None),
         (Eigh(), None, None),
         (regularized_solver("newton", 5, 1e-5, True)[0], None, None),

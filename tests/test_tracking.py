@@ -13,7 +13,8 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
-from polywhiten.analysis.tracking import Record, block_covariances  # noqa: E402
+from polywhiten.analysis.conditioning import block_covariances  # noqa: E402
+from polywhiten.analysis.tracking import Record  # noqa: E402
 from polywhiten.blocks import ChannelGroups, SampleGroups  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm, track  # noqa: E402
 

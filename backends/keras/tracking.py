@@ -14,7 +14,8 @@ from keras import ops
 from numpy.typing import NDArray
 
 from polywhiten import checks
-from polywhiten.analysis.tracking import BATCH_NORM_BLOCK, Record, block_covariances
+from polywhiten.analysis.conditioning import block_covariances
+from polywhiten.analysis.tracking import BATCH_NORM_BLOCK, Record
 from polywhiten.blocks import Blocks, ChannelGroups, SampleGroups
 from polywhiten.keras.layers import GroupWhitening, IterNorm
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from polywhiten import checks
-from polywhiten.analysis.tracking import BATCH_NORM_BLOCK, Record, block_covariances
+from polywhiten.analysis.conditioning import block_covariances
+from polywhiten.analysis.tracking import BATCH_NORM_BLOCK, Record
 from polywhiten.blocks import Blocks, ChannelGroups, SampleGroups
 from polywhiten.torch.modules import GroupWhitening, IterNorm
 

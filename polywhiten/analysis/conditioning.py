@@ -1,12 +1,13 @@
-"""Covariances of activations, and what they say of them: how far from white, from well-conditioned, uncorrelated."""
+"""Covariances of activations, and how far they are from white, well-conditioned and uncorrelated."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from polywhiten._types import Array
 from polywhiten.backend import Backend
-from polywhiten.blocks import Blocks, ChannelGroups, SampleGroups
+from polywhiten.blocks import Blocks, ChannelGroups, SampleGroups, channel_parts, take_channels
 from polywhiten.checks import check_array, check_batch, check_num_groups, check_square
 from polywhiten.dispatch import backend_of, checked_input
 from polywhiten.solvers.eigh import eigenpairs
@@ -14,30 +15,26 @@ from polywhiten.solvers.iteration import identity_like
 
 
 def covariance(x: Array, *, axis: int = 1, num_groups: int | None = None) -> Array:
-    """Covariance of a layer's activations: of its channels, or of groups of channels within every sample.
+    """Compute the covariance of a layer's channels, or of groups of channels within every sample.
 
     Parameters
     ----------
     x : array, shape (N, C, ...) or with the channels at `axis`
-        Real floating point, 2 dimensions or more.
+        Activations: real floating point, 2 dimensions or more.
     axis : int
         The channel axis.
     num_groups : int, optional
-        Groups as those of `polywhiten.group_whiten`; divides C. By default, channels over all samples and positions.
+        Number of groups as in `polywhiten.group_whiten`; divides C. By default the covariance is that of single
+        channels over all samples and positions.
 
     Returns
     -------
     array, shape (C, C), or (N, num_groups, num_groups)
         Divided by the number of samples; float32 for half precision, else in the dtype of x.
 
-    Raises
-    ------
-    TypeError, ValueError
-        As by `polywhiten.iter_norm` and `polywhiten.group_whiten`.
-
     See Also
     --------
-    polywhiten.whitening_stats : Covariances of groups of channels.
+    polywhiten.whitening_stats : Covariances of groups of channels over the batch.
 
     Examples
     --------
@@ -49,20 +46,30 @@ def covariance(x: Array, *, axis: int = 1, num_groups: int | None = None) -> Arr
     >>> float(condition_number(covariance(x)).round()), float(condition_number(covariance(y)).round())
     (98.0, 1.0)
     """
-    backend, x, axis = checked_input(x, axis, first_axis=0 if num_groups is None else 1)
-    if num_groups is None:
-        check_batch(x, axis)
-    else:
-        check_num_groups(num_groups, x.shape[axis])
-    x, axis, _ = backend.in_memory_order(x, axis)
-    channels, kernels = x.shape[axis], backend.kernels_for(x)
-    blocks: Blocks = ChannelGroups(axis, channels) if num_groups is None else SampleGroups(axis, num_groups)
-    cov = kernels.moments(kernels.split(blocks, x), blocks.block_axis)[1]
-    return cov[0, ...] if num_groups is None else cov
+    _, x, axis = checked_input(x, axis, first_axis=0 if num_groups is None else 1)
+    if num_groups is not None:
+        return block_covariances(x, SampleGroups(axis, check_num_groups(num_groups, x.shape[axis])))[0]
+    check_batch(x, axis)
+    return block_covariances(x, ChannelGroups(axis, x.shape[axis]))[0][0, ...]
+
+
+def block_covariances(x: Array, blocks: Blocks) -> list[Array]:
+    """Return the covariances (blocks, d, d) of all blocks of x, in two arrays if the last group of channels is smaller.
+
+    The group size of `ChannelGroups` need not divide the number of channels.
+    """
+    backend = backend_of(x)
+    kernels = backend.kernels_for(x)
+    x, axis, _ = backend.in_memory_order(x, blocks.axis)
+    parts: list[tuple[Array, Blocks]] = [(x, replace(blocks, axis=axis))]
+    if isinstance(blocks, ChannelGroups):
+        sizes = channel_parts(x.shape[axis], blocks.group_size)
+        parts = [(take_channels(x, part, axis), ChannelGroups(axis, size)) for part, size in sizes]
+    return [kernels.moments(kernels.split(blocks, part), blocks.block_axis)[1] for part, blocks in parts]
 
 
 def spectrum(cov: Array) -> Array:
-    """Eigenvalues of covariances, the largest first.
+    """Compute the eigenvalues of covariances, the largest first.
 
     Parameters
     ----------
@@ -72,14 +79,7 @@ def spectrum(cov: Array) -> Array:
     Returns
     -------
     array, shape (..., d)
-        In the dtype of cov, but float32 for half precision. NaN where a matrix isn't finite.
-
-    Raises
-    ------
-    TypeError
-        cov is no array, or has no real floating-point dtype.
-    ValueError
-        cov isn't square.
+        In the dtype of cov, but float32 for half precision. NaN for a matrix that isn't finite.
 
     Examples
     --------
@@ -95,25 +95,20 @@ def spectrum(cov: Array) -> Array:
 
 
 def condition_number(cov: Array, *, fraction: float = 1.0) -> Array:
-    """Largest eigenvalue of covariances over their smallest.
+    """Divide the largest eigenvalue of covariances by their smallest.
 
     Parameters
     ----------
     cov : array, shape (..., d, d)
         Symmetric, positive semidefinite, real floating point.
     fraction : float
-        Above 0, to 1. Over the eigenvalue that this part of all are no smaller than, in place of the smallest: a
-        single dead channel makes the condition number infinite, and not that of `fraction=0.9`.
+        Above 0, and 1 at most. In place of the smallest eigenvalue, take the one that this fraction of all eigenvalues
+        reach or exceed. A single dead channel makes the condition number infinite, but not that of `fraction=0.9`.
 
     Returns
     -------
     array, shape (...)
-        Infinite where the eigenvalue is 0 up to rounding, NaN where a matrix isn't finite or is 0.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As by `spectrum`, or fraction doesn't fit.
+        Infinite if the eigenvalue is 0 up to rounding, NaN for a matrix that isn't finite or is 0.
 
     Examples
     --------
@@ -128,29 +123,25 @@ def condition_number(cov: Array, *, fraction: float = 1.0) -> Array:
     values = spectrum(cov)
     xp, d = backend_of(values).kernels.xp, values.shape[-1]
     largest, smallest = values[..., 0], values[..., math.ceil(fraction * d) - 1]
-    # what LAPACK's backward error makes of an eigenvalue of 0
+    # LAPACK's backward error can turn an eigenvalue of 0 into as much as this
     zero = smallest <= d * float(xp.finfo(values.dtype).eps) * largest
     ratio = largest / xp.where(zero, xp.ones_like(smallest), smallest)
     return xp.where(zero, xp.where(largest > 0, math.inf * xp.ones_like(ratio), math.nan * ratio), ratio)
 
 
 def whitening_error(cov: Array) -> Array:
-    """Distance of covariances from the identity, relative to it: 0 for white outputs.
+    r"""Compute the relative distance of covariances from the identity, 0 for white outputs.
+
+    .. math:: \lVert cov - I \rVert_F / \sqrt d
 
     Parameters
     ----------
     cov : array, shape (..., d, d)
-        Symmetric, real floating point; of an output, `covariance` gives it.
+        Symmetric, real floating point: a normalized output's `covariance`.
 
     Returns
     -------
     array, shape (...)
-        Frobenius norm of cov - I, divided by that of I, sqrt(d).
-
-    Raises
-    ------
-    TypeError, ValueError
-        As by `spectrum`.
 
     Examples
     --------
@@ -171,7 +162,7 @@ def whitening_error(cov: Array) -> Array:
 
 
 def correlation(cov: Array) -> Array:
-    """Correlation matrices of covariances.
+    """Turn covariances into correlation matrices.
 
     Parameters
     ----------
@@ -182,11 +173,6 @@ def correlation(cov: Array) -> Array:
     -------
     array, shape (..., d, d)
         1 on the diagonal; a constant variable has correlation 0 with all others.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As by `spectrum`.
 
     Examples
     --------
@@ -205,7 +191,7 @@ def correlation(cov: Array) -> Array:
 
 
 def mean_correlation(cov: Array) -> Array:
-    """How correlated variables are: the mean over all pairs of the correlation's absolute value.
+    """Average the absolute values of the correlations over all pairs of variables.
 
     Parameters
     ----------
@@ -216,11 +202,6 @@ def mean_correlation(cov: Array) -> Array:
     -------
     array, shape (...)
         From 0 to 1; 0 for a single variable.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As by `spectrum`.
 
     Examples
     --------
@@ -236,7 +217,7 @@ def mean_correlation(cov: Array) -> Array:
 
 
 def checked_covariance(cov: Array) -> tuple[Backend, Array]:
-    """The backend of cov, and cov as a tensor in the dtype of statistics."""
+    """Return the backend of cov, and cov as a tensor in the dtype in which statistics are computed."""
     backend = backend_of(cov, "cov")
     cov = backend.tensor(cov, "cov")
     check_array(backend.kernels.xp, cov, "cov")

@@ -10,11 +10,11 @@ from polywhiten.checks import check_positive
 from polywhiten.dispatch import Backend
 from polywhiten.solvers.newton import Newton
 
-_MOST = 64  # past which float64 has nothing to gain for any covariance that can be whitened
+_MAX_ITERATIONS = 64  # more gain nothing, even in float64, for any covariance that can be whitened
 
 
 def convergence(cov: Array, iterations: int) -> Array:
-    r"""Whitening error after each of Newton's steps.
+    r"""Compute the whitening error after each Newton step.
 
     After T steps the layers' whitener is W_T, and a whitened output has covariance W_T S W_T:
 
@@ -25,19 +25,12 @@ def convergence(cov: Array, iterations: int) -> Array:
     cov : array, shape (..., d, d)
         S, symmetric positive definite, real floating point. The layers whiten a covariance + eps I.
     iterations : int
-        T of the last error.
+        The last T, 1 or more.
 
     Returns
     -------
     array, shape (..., iterations)
         Errors after 1, 2 ... T steps; in the dtype of cov, but float32 for half precision.
-
-    Raises
-    ------
-    TypeError
-        cov is no array, or has no real floating-point dtype.
-    ValueError
-        cov isn't square, or `iterations` is below 1.
 
     References
     ----------
@@ -51,31 +44,28 @@ def convergence(cov: Array, iterations: int) -> Array:
     array([0.571, 0.439, 0.247, 0.072, 0.006, 0.   ])
     """
     backend, cov = checked_covariance(cov)
-    xp = backend.kernels.xp
     errors = [_error(backend, cov, step) for step in range(1, check_positive("iterations", iterations) + 1)]
-    return xp.concat([error[..., None] for error in errors], axis=-1)
+    return backend.kernels.xp.concat([error[..., None] for error in errors], axis=-1)
 
 
 def required_iterations(cov: Array, error: float) -> int:
-    """Newton's steps after which the whitening error is no larger than wanted.
+    """Find the smallest T after which the whitening error e_T is no larger than `error`.
 
     Parameters
     ----------
     cov : array, shape (..., d, d)
-        As for `convergence`. Of several, the one that needs most steps counts.
+        S as for `convergence`. Of several matrices, the one that needs most steps counts.
     error : float
-        Wanted whitening error, above 0.
+        The largest whitening error to accept, above 0.
 
     Returns
     -------
     int
-        The smallest T with e_T <= error.
 
     Raises
     ------
-    TypeError, ValueError
-        As by `convergence`; and where 64 steps don't do, as for a singular or non-finite covariance, or an error below
-        what the dtype can resolve.
+    ValueError
+        64 steps aren't enough: cov is singular or not finite, or the dtype can't resolve so small an error.
 
     Examples
     --------
@@ -87,18 +77,16 @@ def required_iterations(cov: Array, error: float) -> int:
     if not error > 0:
         raise ValueError(f"error={error} must be above 0")
     backend, cov = checked_covariance(cov)
-    xp = backend.kernels.xp
 
-    def left(iterations: int) -> float:
-        return float(xp.max(_error(backend, cov, iterations)))
+    def largest(iterations: int) -> float:
+        return float(backend.kernels.xp.max(_error(backend, cov, iterations)))
 
-    if not left(_MOST) <= error:  # NaN neither
+    if not largest(_MAX_ITERATIONS) <= error:  # also if it is NaN
         raise ValueError(
-            f"error={error} isn't reached in {_MOST} steps, which leave {left(_MOST):.2g}: add eps I to cov, "
-            "or allow a larger error"
+            f"error={error} isn't reached in {_MAX_ITERATIONS} steps, which leave {largest(_MAX_ITERATIONS):.2g}: "
+            "add eps I to cov, or allow a larger error"
         )
-    steps = range(1, _MOST + 1)
-    return steps[bisect_left(steps, True, key=lambda iterations: left(iterations) <= error)]
+    return 1 + bisect_left(range(1, _MAX_ITERATIONS + 1), True, key=lambda iterations: largest(iterations) <= error)
 
 
 def _error(backend: Backend, cov: Array, iterations: int) -> Array:

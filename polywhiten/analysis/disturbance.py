@@ -1,4 +1,4 @@
-"""Stochastic normalization disturbance (SND): how much the batch that a sample comes in changes its output."""
+"""Stochastic normalization disturbance (SND): how much a sample's output depends on the batch that it comes in."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Disturbance(NamedTuple):
     value : float
         Mean over the samples.
     standard_error : float
-        Of that mean; NaN for a single sample.
+        Standard error of that mean; NaN for a single sample.
     """
 
     value: float
@@ -34,7 +34,7 @@ class Disturbance(NamedTuple):
 def stochastic_normalization_disturbance(
     normalize: Callable[[Array], Array], sample_batches: Iterable[Iterable[Array]]
 ) -> Disturbance:
-    r"""Mean distance of a sample's normalized output from its mean over random batches, per output.
+    r"""Measure how far a sample's normalized output is from its mean over random batches, per element.
 
     For a sample x in batches B_1 ... B_s, all of which hold it, and an output of d elements,
 
@@ -44,27 +44,20 @@ def stochastic_normalization_disturbance(
     Parameters
     ----------
     normalize : callable
-        F: of a batch (m, ...), an array of the same shape. Modules of PyTorch are best measured under
-        `torch.no_grad()`: their outputs keep what a gradient would need.
+        F, which maps a batch (m, ...) to an array of the same shape. Call PyTorch modules under `torch.no_grad()`:
+        otherwise their outputs keep alive what a gradient would need.
     sample_batches : iterable of iterables of arrays
-        For every sample its batches, which all hold the sample at index 0; as `sample_batches` draws them.
+        For every sample its batches, with the sample at index 0, as the function `sample_batches` draws them.
 
     Returns
     -------
     Disturbance
-        Value and standard error, over the samples. What normalizes every sample by itself has exactly 0.
-
-    Raises
-    ------
-    TypeError
-        A batch or an output is no array of real floating-point values.
-    ValueError
-        There is no sample, a sample has fewer than 2 batches, or an output hasn't the batch's shape.
+        Mean and standard error over the samples; exactly 0 if F normalizes every sample by itself.
 
     Notes
     -----
-    The mean over s batches lies closer to their outputs than the mean over all batches would, and the value is too
-    small by a factor of about sqrt(1 - 1 / s): 1 % for 50 batches.
+    The mean over s batches is closer to their outputs than the mean over all batches would be, so the value is too
+    small by a factor of about sqrt(1 - 1 / s): by 1 % for 50 batches.
 
     References
     ----------
@@ -85,15 +78,15 @@ def stochastic_normalization_disturbance(
     >>> stochastic_normalization_disturbance(lambda x: pw.group_whiten(x, num_groups=4), batches)
     Disturbance(value=0.0, standard_error=0.0)
     """
-    distances = [_distance(normalize, batches) for batches in sample_batches]
+    distances = [_mean_distance(normalize, batches) for batches in sample_batches]
     if not distances:
         raise ValueError("sample_batches has no samples: at least 1 is needed")
     error = float(np.std(distances, ddof=1)) / math.sqrt(len(distances)) if len(distances) > 1 else math.nan
     return Disturbance(float(np.mean(distances)), error)
 
 
-def _distance(normalize: Callable[[Array], Array], batches: Iterable[Array]) -> float:
-    """Of one sample."""
+def _mean_distance(normalize: Callable[[Array], Array], batches: Iterable[Array]) -> float:
+    """Return one sample's mean distance, divided by the number of its elements."""
     outputs = []
     for batch in batches:
         y = normalize(batch)
@@ -101,51 +94,24 @@ def _distance(normalize: Callable[[Array], Array], batches: Iterable[Array]) -> 
         kernels, y = backend.kernels, backend.tensor(y, "normalize(batch)")
         check_array(kernels.xp, y, "normalize(batch)")
         if tuple(y.shape) != tuple(batch.shape):
-            raise ValueError(f"normalize(batch) has shape {tuple(y.shape)}: that of the batch, {tuple(batch.shape)}")
+            raise ValueError(
+                f"normalize(batch) has shape {tuple(y.shape)}: it must have the batch's, {tuple(batch.shape)}"
+            )
         outputs.append(kernels.xp.reshape(kernels.to_accumulation_dtype(y[:1, ...]), (1, -1)))
     if len(outputs) < 2:
-        raise ValueError(f"a sample has {len(outputs)} batches in sample_batches: at least 2 are needed")
+        raise ValueError(f"sample_batches gives fewer than 2 batches for a sample: {len(outputs)}")
     xp = kernels.xp
-    # about the first of them, so that equal outputs are exactly at their mean
+    # relative to the first one, so that equal outputs are exactly at their mean
     off = xp.concat([output - outputs[0] for output in outputs])
     count, size = map(int, off.shape)
     off = off - xp.sum(off, axis=0) / count
-    total = float(xp.sum(xp.sqrt(xp.sum(off * off, axis=1))))
-    return total / (count * size)
-
-
-@dataclass(frozen=True)
-class _SampleBatches:
-    """What `sample_batches` gives: may be gone through again, and gives the same batches then."""
-
-    backend: Backend
-    data: Array
-    batch_size: int
-    num_samples: int
-    num_batches: int
-    seed: int
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __iter__(self) -> Iterator[Iterator[Array]]:
-        total = self.data.shape[0]
-        chosen = np.random.default_rng(self.seed).choice(total, self.num_samples, replace=False)
-        return (self._batches(int(sample), total) for sample in chosen)
-
-    def _batches(self, sample: int, total: int) -> Iterator[Array]:
-        random = np.random.default_rng((self.seed, sample))
-        xp = self.backend.kernels.xp
-        for _ in range(self.num_batches):
-            others = random.choice(total - 1, self.batch_size - 1, replace=False, shuffle=False)
-            indices = np.concatenate([[sample], others + (others >= sample)])
-            yield xp.take(self.data, xp.asarray(indices, device=device(self.data)), axis=0)
+    return float(xp.sum(xp.sqrt(xp.sum(off * off, axis=1)))) / (count * size)
 
 
 def sample_batches(
     data: Array, batch_size: int, *, num_samples: int = 50, num_batches: int = 50, seed: int = 0
 ) -> Iterable[Iterable[Array]]:
-    """Random batches for `stochastic_normalization_disturbance`: many for each of some samples.
+    """Draw random batches for `stochastic_normalization_disturbance`: several for each of some samples.
 
     Parameters
     ----------
@@ -154,22 +120,17 @@ def sample_batches(
     batch_size : int
         2 to N.
     num_samples : int
-        Samples to draw from the data, N at most.
+        Number of samples to draw from the data, N at most.
     num_batches : int
-        Batches to draw for every sample.
+        Number of batches to draw for every sample.
     seed : int
-        Of the draws, 0 or more; the same data, sizes and seed give the same batches, in every library.
+        0 or more. The same data, sizes and seed give the same batches, in every library.
 
     Returns
     -------
     iterable of iterables of arrays, shape (batch_size, ...)
-        For every sample its batches, each with the sample at index 0 and other ones drawn without replacement. They
-        are made when they are asked for, and anew for every iteration.
-
-    Raises
-    ------
-    TypeError, ValueError
-        An argument doesn't fit.
+        For every sample its batches, each with the sample at index 0 and others drawn without replacement. Batches are
+        made on demand, and again in every iteration.
 
     Examples
     --------
@@ -192,3 +153,30 @@ def sample_batches(
     if check_integer("seed", seed) < 0:
         raise ValueError(f"seed={seed} must be 0 or more")
     return _SampleBatches(backend, data, batch_size, num_samples, num_batches, seed)
+
+
+@dataclass(frozen=True)
+class _SampleBatches:
+    """The iterable that `sample_batches` returns. It draws the same batches in every iteration."""
+
+    backend: Backend
+    data: Array
+    batch_size: int
+    num_samples: int
+    num_batches: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[Iterator[Array]]:
+        chosen = np.random.default_rng(self.seed).choice(self.data.shape[0], self.num_samples, replace=False)
+        return (self._batches(int(sample)) for sample in chosen)
+
+    def _batches(self, sample: int) -> Iterator[Array]:
+        random = np.random.default_rng((self.seed, sample))
+        xp = self.backend.kernels.xp
+        for _ in range(self.num_batches):
+            others = random.choice(self.data.shape[0] - 1, self.batch_size - 1, replace=False, shuffle=False)
+            indices = np.concatenate([[sample], others + (others >= sample)])
+            yield xp.take(self.data, xp.asarray(indices, device=device(self.data)), axis=0)

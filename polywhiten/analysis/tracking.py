@@ -1,7 +1,6 @@
-"""What normalization layers do to their inputs while a network is trained: rows of measures, and their plot.
+"""Measures of what normalization layers do to their inputs while a network is trained, and their plot.
 
-Each framework finds the layers and their inputs in its own way; see `polywhiten.torch.track` and
-`polywhiten.keras.WhiteningTracker`.
+The backends find the layers and their inputs, each in its framework's way.
 """
 
 from __future__ import annotations
@@ -10,24 +9,22 @@ import csv
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields, replace
-from typing import TYPE_CHECKING
+from dataclasses import astuple, dataclass, fields
+from itertools import product
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from polywhiten._types import Array
 from polywhiten.analysis.conditioning import condition_number, mean_correlation, whitening_error
-from polywhiten.blocks import Blocks, ChannelGroups, channel_parts, take_channels
-from polywhiten.dispatch import backend_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Batch normalization has blocks of one channel, where there is nothing to measure: those of IterNorm's default instead.
+# Batch normalization has blocks of one channel, which leave nothing to measure: IterNorm's default is used instead.
 BATCH_NORM_BLOCK = 64
 
-_PLACES = "input", "output"
+_SIDES = "input", "output"
 _MEASURES = {
     "condition_number": "condition number",
     "whitening_error": "whitening error",
@@ -38,29 +35,28 @@ _LEGEND_SIZE = 12  # layers that a legend can tell apart
 
 @dataclass(frozen=True)
 class Row:
-    """What one layer did in one step: the medians, over its blocks, of measures of their covariances.
+    """Measures of one layer's input and output in one step: medians over the covariances of its blocks.
 
     Attributes
     ----------
     step : int
-        Training steps before this one.
+        Number of training steps before this one.
     layer : str
-        Its name in the model; for a layer that is called more than once in a step, with the number of the call.
+        The layer's name in the model, with the number of the call if it is called more than once in a step.
     kind : str
-        Name of its class.
+        Name of the layer's class.
     input_condition_number, output_condition_number : float
-        Largest eigenvalue of the covariance over the smallest; infinite where that is 0.
+        Largest eigenvalue of the covariance divided by the smallest; infinite if that is 0.
     input_whitening_error, output_whitening_error : float
         Relative distance of the covariance from the identity, in the Frobenius norm.
     input_correlation, output_correlation : float
-        Mean absolute correlation of a block's variables with each other; 0 where a block has but one.
+        Mean absolute correlation of a block's variables with each other; 0 if a block has only one.
 
     Notes
     -----
-    Blocks are the layer's own: groups of channels over the batch for `IterNorm`, and in groups of 64 for batch
-    normalization; groups of channels against each other within a sample for group whitening and group normalization.
-    The output is what the layer gives to the next one, after its own scale and shift. Values that aren't finite make
-    all measures NaN.
+    Blocks are what the layer normalizes together: groups of channels over the batch for `IterNorm`, with 64 channels
+    for batch normalization; a sample's groups of channels for group whitening and group normalization. The output is
+    what the next layer receives, after scale and shift. Values that aren't finite make all measures NaN.
     """
 
     step: int
@@ -80,7 +76,7 @@ class Record:
     Attributes
     ----------
     rows : list of Row
-        `pandas.DataFrame(record.rows)` makes a table of them.
+        `pandas.DataFrame(record.rows)` turns them into a table.
     """
 
     def __init__(self) -> None:
@@ -89,14 +85,14 @@ class Record:
         self._calls: Counter[tuple[int, str]] = Counter()
 
     def plot(self, path: str | os.PathLike[str] | None = None, title: str = "") -> Figure:
-        """Draw every measure of inputs and outputs over the steps, a line a layer, with triangles for what is infinite.
+        """Draw every measure over the steps, with a line for each layer and triangles for infinite values.
 
         Parameters
         ----------
         path : path, optional
             A file to write the picture to.
         title : str
-            Stands above the picture.
+            The picture's title.
 
         Returns
         -------
@@ -109,18 +105,18 @@ class Record:
         ValueError
             Nothing was measured yet.
         """
-        figure = _curves(self.rows, title)
+        figure = _draw(self.rows, title)
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
 
     def write_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the rows as a table with a line of names.
+        """Write the rows to a CSV file, after a line with their names.
 
         Parameters
         ----------
         path : path
-            A file, overwritten.
+            An existing file is overwritten.
         """
         with open(path, "w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
@@ -135,68 +131,64 @@ class Record:
         inputs: Sequence[NDArray[np.floating]],
         outputs: Sequence[NDArray[np.floating]],
     ) -> None:
-        """A row, of the covariances of a layer's input and output."""
+        """Append a row for the covariances of a layer's input and output."""
         self._calls[step, layer] += 1
         call = self._calls[step, layer]
         name = layer if call == 1 else f"{layer} ({call})"
         self.rows.append(Row(step, name, kind, *_measures(inputs), *_measures(outputs)))
 
 
-def block_covariances(x: Array, blocks: Blocks) -> list[Array]:
-    """Covariances of x's blocks, arrays (blocks, d, d): two where the last group of channels is smaller.
-
-    The group size of `ChannelGroups` need not divide the number of channels.
-    """
-    backend = backend_of(x)
-    kernels = backend.kernels_for(x)
-    x, axis, _ = backend.in_memory_order(x, blocks.axis)
-    parts: list[tuple[Array, Blocks]] = [(x, replace(blocks, axis=axis))]
-    if isinstance(blocks, ChannelGroups):
-        sizes = channel_parts(x.shape[axis], blocks.group_size)
-        parts = [(take_channels(x, part, axis), ChannelGroups(axis, size)) for part, size in sizes]
-    return [kernels.moments(kernels.split(own, part), own.block_axis)[1] for part, own in parts]
-
-
 def _measures(covariances: Sequence[NDArray[np.floating]]) -> tuple[float, float, float]:
-    """Condition number, whitening error and correlation."""
+    """Return the condition number, the whitening error and the correlation, each the median over all blocks."""
     if not all(np.all(np.isfinite(cov)) for cov in covariances):
         return np.nan, np.nan, np.nan
     double = [np.asarray(cov, np.float64) for cov in covariances]
-    each = [[measure(cov) for cov in double] for measure in (condition_number, whitening_error, mean_correlation)]
-    condition, error, mean = (float(np.median(np.concatenate(values))) for values in each)
-    return condition, error, mean
+    values = [[measure(cov) for cov in double] for measure in (condition_number, whitening_error, mean_correlation)]
+    condition, error, correlation = (float(np.median(np.concatenate(parts))) for parts in values)
+    return condition, error, correlation
 
 
-def _curves(rows: Sequence[Row], title: str) -> Figure:
+def _draw(rows: Sequence[Row], title: str) -> Figure:
     if not rows:
         raise ValueError("rows is empty: nothing was measured yet, run the model for a step first")
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
     except ImportError as error:
         raise ImportError(f'a plot needs matplotlib ({error}): pip install "polywhiten[plot]"') from error
-    lines = {layer: [row for row in rows if row.layer == layer] for layer in dict.fromkeys(row.layer for row in rows)}
-    colours = colormaps["viridis"](np.linspace(0, 0.9, len(lines)))  # from the first layer to the last
+    layers = {name: [row for row in rows if row.layer == name] for name in dict.fromkeys(row.layer for row in rows)}
+    colours = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))  # from the first layer to the last
     figure = Figure(figsize=(12, 7), layout="constrained")
-    panels = figure.subplots(2, len(_MEASURES), sharex=True, sharey="col")
-    for line_of_panels, place in zip(panels, _PLACES, strict=True):
-        for panel, (measure, words) in zip(line_of_panels, _MEASURES.items(), strict=True):
-            for colour, (layer, own) in zip(colours, lines.items(), strict=True):
-                steps, values = [row.step for row in own], [getattr(row, f"{place}_{measure}") for row in own]
-                drawn = np.where(np.isfinite(values), values, np.nan)
-                panel.plot(steps, drawn, color=colour, marker=".", label=f"{layer}, {own[0].kind}")
-                endless = [step for step, value in zip(steps, values, strict=True) if value == np.inf]
-                top = panel.get_xaxis_transform()
-                panel.plot(endless, [0.98] * len(endless), color=colour, marker="^", linestyle="", transform=top)
-            panel.set_title(f"{place}: {words}")
-            panel.grid(color="0.9")
-            panel.set_axisbelow(True)
-            panel.spines[["top", "right"]].set_visible(False)
-    for panel, measure in zip(panels[0], _MEASURES, strict=True):  # which share their scales with those below
+    panels = figure.subplots(len(_SIDES), len(_MEASURES), sharex=True, sharey="col")
+    for (side, (measure, words)), panel in zip(product(_SIDES, _MEASURES.items()), panels.flat, strict=True):
+        for colour, (layer, layer_rows) in zip(colours, layers.items(), strict=True):
+            steps = np.array([row.step for row in layer_rows])
+            values = np.array([getattr(row, f"{side}_{measure}") for row in layer_rows])
+            finite = np.where(np.isfinite(values), values, np.nan)
+            panel.plot(steps, finite, color=colour, marker=".", label=f"{layer}, {layer_rows[0].kind}")
+            infinite, top = steps[values == np.inf], panel.get_xaxis_transform()
+            panel.plot(infinite, np.full(len(infinite), 0.98), color=colour, marker="^", linestyle="", transform=top)
+        panel.set_title(f"{side}: {words}")
+        panel.grid(color="0.9")
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    _set_scales(panels, rows)
+    figure.suptitle(title, parse_math=False)  # names may contain dollars
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    if len(layers) > _LEGEND_SIZE:
+        handles, labels = [handles[0], handles[-1]], [f"first: {labels[0]}", f"last: {labels[-1]}"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _set_scales(panels: Any, rows: Sequence[Row]) -> None:
+    """Set the scales of all axes. The panels of a measure share one, which is logarithmic if it has values to show."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    for panel, measure in zip(panels[0], _MEASURES, strict=True):
         if measure == "correlation":
             panel.set_ylim(0, 1)
-        elif any(0 < getattr(row, f"{place}_{measure}") < np.inf for row in rows for place in _PLACES):
+        elif any(0 < getattr(row, f"{side}_{measure}") < np.inf for row in rows for side in _SIDES):
             panel.set_yscale("log")
             bottom, top = panel.get_ylim()
             panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < 1000 * bottom else (1,)))
@@ -205,11 +197,3 @@ def _curves(rows: Sequence[Row], title: str) -> Figure:
     for panel in panels[-1]:
         panel.set(xlabel="step")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    figure.suptitle(title, parse_math=False)  # names may have dollars in them
-    if len(lines) <= _LEGEND_SIZE:
-        handles, labels = panels[0, 0].get_legend_handles_labels()
-    else:
-        handles, labels = ([some[0], some[-1]] for some in panels[0, 0].get_legend_handles_labels())
-        labels = [f"first: {labels[0]}", f"last: {labels[1]}"]
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    return figure
