@@ -1,4 +1,4 @@
-"""What users may pass: each check names the argument, its value, and what would do."""
+"""Checks of what users pass. Every error names the argument, its value, and what would be accepted."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ Layer = TypeVar("Layer")
 
 
 def wrong_type(values: Any, name: str, wanted: str) -> TypeError:
+    """Return the error to raise for values of a class that isn't accepted."""
     return TypeError(f"{name} is a {type(values).__module__}.{type(values).__qualname__}: pass {wanted}")
 
 
@@ -23,7 +24,7 @@ def check_array(xp: Namespace, x: Array, name: str = "x") -> None:
         raise wrong_type(x, name, "an array")
     try:
         real = xp.isdtype(x.dtype, "real floating")
-    except TypeError:  # a dtype that the library doesn't know, as NumPy bfloat16
+    except TypeError:  # the library doesn't know the dtype, as NumPy doesn't know bfloat16
         real = False
     if not real:
         raise TypeError(f"{name} has dtype {x.dtype}: whitening needs real floating-point values, convert it first")
@@ -32,13 +33,13 @@ def check_array(xp: Namespace, x: Array, name: str = "x") -> None:
 
 
 def check_channels(x: Array, channels: int, name: str) -> None:
-    """The input of a layer that was made for `channels` channels, at axis 1."""
+    """Check that the input of a layer has the layer's number of channels, at axis 1."""
     if x.ndim < 2 or x.shape[1] != channels:
         raise ValueError(f"x has shape {tuple(x.shape)}: (N, {channels}, ...) is needed for {name}={channels}")
 
 
 def check_channel_axis(x: Array, axis: int, first: int = 0) -> int:
-    """`axis` counted from the front; `first` is the first axis that may hold channels."""
+    """Return `axis` counted from the front; `first` is the first axis that may hold channels."""
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}: at least 2 dimensions are needed, samples and channels")
     axis = check_integer("axis", axis)
@@ -95,23 +96,23 @@ def check_per_channel(xp: Namespace, values: Array, name: str, channels: int) ->
 
 
 def check_gradient(xp: Namespace, dy: Array, shape: tuple[int, ...]) -> None:
-    """The shape is that of y, as far as both are known while a graph is traced."""
+    """Check that dy has the shape of y. Sizes can be None, for unknown, while a graph is traced."""
     check_array(xp, dy, "dy")
-    given, wanted = tuple(dy.shape), tuple(shape)
-    if len(given) != len(wanted) or any(
-        None not in sizes and sizes[0] != sizes[1] for sizes in zip(given, wanted, strict=True)
+    actual, wanted = tuple(dy.shape), tuple(shape)
+    if len(actual) != len(wanted) or any(
+        None not in sizes and sizes[0] != sizes[1] for sizes in zip(actual, wanted, strict=True)
     ):
-        raise ValueError(f"dy has shape {given}: y has {wanted}, and dy needs the same")
+        raise ValueError(f"dy has shape {actual}: y has {wanted}, and dy needs the same")
 
 
 def check_batch(x: Array, axis: int) -> None:
-    """Enough samples for a covariance."""
+    """Check that there are enough samples for a covariance."""
     sizes = [*x.shape[:axis], *x.shape[axis + 1 :]]
     check_sample_count(sizes, x.shape, "samples a channel", "use a larger batch, or frozen statistics")
 
 
 def check_sample_count(sizes: Sequence[Any], shape: Shape, what: str, hint: str) -> None:
-    """The product of `sizes` is 2 or more, as far as it is known while a graph is traced."""
+    """Check that the product of `sizes` is 2 or more, unless one of them is unknown while a graph is traced."""
     if not all(isinstance(size, Real) for size in sizes):
         return
     count = math.prod(sizes)
@@ -129,12 +130,12 @@ def check_sample_groups(x: Array, num_groups: int, axis: int) -> int:
 
 
 def check_statistics(xp: Namespace, channels: int, mean: Array, whitener: Array) -> None:
-    """The statistics' shapes are those of x's channels, in whole groups or with a smaller last one."""
+    """Check that the statistics' shapes fit the channels, in groups of which the last one may be smaller."""
     check_array(xp, mean, "stats.mean")
     check_array(xp, whitener, "stats.whitener")
     if tuple(mean.shape) != (channels,):
         raise ValueError(
-            f"stats.mean has shape {tuple(mean.shape)}: x has {channels} channels, it has to be ({channels},)"
+            f"stats.mean has shape {tuple(mean.shape)}: x has {channels} channels, so ({channels},) is needed"
         )
     size = whitener.shape[-1] if whitener.ndim == 3 else 0
     groups = len(range(0, channels, size)) if size else 0
@@ -146,7 +147,7 @@ def check_statistics(xp: Namespace, channels: int, mean: Array, whitener: Array)
 
 
 def check_layers(names: Sequence[str] | None, found: Mapping[str, Layer]) -> dict[str, Layer]:
-    """Those of a model's layers `found` that are wanted by their names; all of them for None."""
+    """Return the layers to track: of those `found` in a model, the ones with these names, or all of them for None."""
     if not found:
         raise ValueError("model has no layer to track: an IterNorm, GroupWhitening, batch or group normalization")
     if names is None:

@@ -1,9 +1,9 @@
-"""What a normalization demands of its outputs, counted in equations, and when these are more than the outputs.
+"""How many equations a normalization demands of its outputs, and when these are more than the outputs.
 
 Group whitening's paper (Huang et al., CVPR 2021, arXiv:2009.13333, section 4) reads a normalization as a system of
-equations that its outputs solve. A block of d variables and m samples has d equations for means of 0 and, for
-variances of 1, d more; whitening has d (d + 1) / 2 for the covariance. Where there are more equations than outputs,
-they can't all hold, and what the network can represent is lost first.
+equations that its outputs solve. A block of d variables and m samples has d equations for means of 0, d more for
+variances of 1, or d (d + 1) / 2 for a white covariance. If there are more equations than outputs, they can't all hold,
+and the network loses what it could represent.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ KINDS = (*OVER_BATCHES, *WITHIN_SAMPLES)
 
 
 class InfeasibleWarning(UserWarning):
-    """Layers' configurations demand more equations than they have outputs; a network says so once.
+    """Issued once per network if layers demand more equations than they have outputs.
 
-    To turn it off, or into an error: `warnings.filterwarnings("ignore", category=InfeasibleWarning)`, or "error".
+    `warnings.filterwarnings("ignore", category=InfeasibleWarning)` turns it off, and "error" turns it into an error.
 
     Parameters
     ----------
     message : str
-        With the first of the layers, and their number.
+        Names the first of the layers, and how many there are.
     layers : mapping, optional
         As the attribute.
 
@@ -51,9 +51,9 @@ def constraint_number(
     group_size: int | None = None,
     num_samples: int | None = None,
 ) -> float:
-    """Independent equations that a normalization of a whole data set demands.
+    """Count the independent equations that a normalization of a data set demands.
 
-    With d features, N samples in batches of m, and g groups, they are, out of d N outputs,
+    With d features, N samples in batches of m, and g groups, there are d N outputs, and the number of equations is
 
     ===================  ====================
     batch_norm           2 d N / m
@@ -62,24 +62,24 @@ def constraint_number(
     group_whitening      g (g + 3) / 2 N
     ===================  ====================
 
-    Batch whitening of groups of features is counted group by group, the smaller last one as it is.
+    Batch whitening in groups is counted group by group, with a last group that may be smaller.
 
     Parameters
     ----------
     kind : {"batch_norm", "batch_whitening", "group_norm", "group_whitening"}
         "batch_whitening" is IterNorm and decorrelated batch normalization.
     num_features : int
-        d. For feature maps, the channels where statistics are taken over the batch; where they are taken within a
-        sample, the channels times the positions.
+        d. For feature maps it is the number of channels for "batch_norm" and "batch_whitening", and the channels times
+        the positions for the other two.
     batch_size : int, optional
-        m, needed over batches. Every position of a feature map is a sample: the batch size times the positions.
+        m, needed for "batch_norm" and "batch_whitening" alone. For feature maps it is the batch size times the
+        positions.
     num_groups : int, optional
-        g, needed within samples; without a meaning over batches.
+        g, needed for "group_norm" and "group_whitening" alone.
     group_size : int, optional
-        Features whitened together by "batch_whitening", all by default; without a meaning elsewhere.
+        Number of features that "batch_whitening" whitens together, all by default; not for other kinds.
     num_samples : int, optional
-        N; for feature maps over batches, times the positions as the batch size is. By default one batch, or where
-        statistics are taken within a sample, one sample.
+        N, counted as `batch_size` is, or else the number of samples. By default one batch, or one sample.
 
     Returns
     -------
@@ -87,8 +87,8 @@ def constraint_number(
 
     Raises
     ------
-    TypeError, ValueError
-        An argument doesn't fit, is missing, or has no meaning for the kind.
+    ValueError
+        An argument is missing, has no meaning for the kind, or is too small or too large.
 
     References
     ----------
@@ -102,13 +102,13 @@ def constraint_number(
     >>> constraint_number("group_whitening", 64 * 14 * 14, num_groups=32)  # of one sample's 12544 outputs
     560.0
     """
-    d, m, g, size = _checked(kind, num_features, batch_size, num_groups, group_size)
-    n = (m or 1) if num_samples is None else check_positive("num_samples", num_samples)
-    if g is not None:
-        return float(_equations(kind, g) * n)
-    whole, rest = divmod(d, size)
-    assert m is not None  # as checked
-    return (whole * _equations(kind, size) + _equations(kind, rest)) * n / m
+    d, size = _check_arguments(kind, num_features, batch_size, num_groups, group_size)
+    n = (batch_size or 1) if num_samples is None else check_positive("num_samples", num_samples)
+    if num_groups is not None:
+        return float(_equations(kind, num_groups) * n)
+    full_groups, rest = divmod(d, size)
+    assert batch_size is not None  # as checked
+    return (full_groups * _equations(kind, size) + _equations(kind, rest)) * n / batch_size
 
 
 def is_feasible(
@@ -118,7 +118,9 @@ def is_feasible(
     num_groups: int | None = None,
     group_size: int | None = None,
 ) -> bool:
-    """Whether a normalization demands no more equations than it has outputs.
+    """Return whether a normalization demands no more equations than it has outputs.
+
+    That is so if
 
     ===================  ============================
     batch_norm           m >= 2
@@ -127,7 +129,7 @@ def is_feasible(
     group_whitening      g <= (sqrt(8 d + 9) - 3) / 2
     ===================  ============================
 
-    where d is the group size for batch whitening of groups of features.
+    where d is the group size for batch whitening in groups.
 
     Parameters
     ----------
@@ -138,19 +140,14 @@ def is_feasible(
     -------
     bool
 
-    Raises
-    ------
-    TypeError, ValueError
-        As by `constraint_number`.
-
     See Also
     --------
     min_batch_size, largest_group_size, max_num_groups : The values at the bounds.
 
     Notes
     -----
-    The bounds are necessary, and for whitening not sufficient: the covariance of m samples has rank m - 1 at most, so
-    that exact whitening of d features needs m > d as well. `recommend` keeps well away from both.
+    For whitening the bounds are necessary, but not sufficient: the covariance of m samples has rank m - 1 at most, so
+    exact whitening of d features needs m > d as well. `recommend` stays well away from both.
 
     Examples
     --------
@@ -160,31 +157,26 @@ def is_feasible(
     >>> is_feasible("batch_whitening", 256, batch_size=64, group_size=32)
     True
     """
-    d, m, g, size = _checked(kind, num_features, batch_size, num_groups, group_size)
-    if g is not None:
-        return _equations(kind, g) <= d
-    assert m is not None  # as checked
-    return _equations(kind, size) <= size * m
+    d, size = _check_arguments(kind, num_features, batch_size, num_groups, group_size)
+    if num_groups is not None:
+        return _equations(kind, num_groups) <= d
+    assert batch_size is not None  # as checked
+    return _equations(kind, size) <= size * batch_size
 
 
 def min_batch_size(kind: str, num_features: int) -> int:
-    """The smallest batch, positions of feature maps counted, that a normalization over batches is feasible for.
+    """Return the smallest batch size for which a normalization over batches is feasible.
 
     Parameters
     ----------
     kind : {"batch_norm", "batch_whitening"}
     num_features : int
-        Features that are whitened together.
+        d, the number of features that are whitened together.
 
     Returns
     -------
     int
-        2, or (d + 3) / 2 rounded up.
-
-    Raises
-    ------
-    TypeError, ValueError
-        An argument doesn't fit.
+        2, or (d + 3) / 2 rounded up. For feature maps it is the batch size times the positions.
 
     Examples
     --------
@@ -198,21 +190,17 @@ def min_batch_size(kind: str, num_features: int) -> int:
 
 
 def largest_group_size(batch_size: int) -> int:
-    """The most features that batch whitening can feasibly whiten together, 2 m - 3.
+    """Return the largest number of features that batch whitening can feasibly whiten together.
 
     Parameters
     ----------
     batch_size : int
-        m, 2 or more; positions of feature maps counted.
+        m, 2 or more. For feature maps it is the batch size times the positions.
 
     Returns
     -------
     int
-
-    Raises
-    ------
-    TypeError, ValueError
-        The batch size is no integer of 2 or more.
+        2 m - 3.
 
     Examples
     --------
@@ -227,23 +215,18 @@ def largest_group_size(batch_size: int) -> int:
 
 
 def max_num_groups(kind: str, num_features: int) -> int:
-    """The largest number of groups that a normalization within a sample is feasible for.
+    """Return the largest number of groups for which a normalization within samples is feasible.
 
     Parameters
     ----------
     kind : {"group_norm", "group_whitening"}
     num_features : int
-        d, 2 or more: of feature maps, the channels times the positions.
+        d, 2 or more. For feature maps it is the channels times the positions.
 
     Returns
     -------
     int
         d / 2 or (sqrt(8 d + 9) - 3) / 2, rounded down. The layers need a divisor of the channels.
-
-    Raises
-    ------
-    TypeError, ValueError
-        An argument doesn't fit.
 
     Examples
     --------
@@ -260,7 +243,7 @@ def max_num_groups(kind: str, num_features: int) -> int:
 
 @lru_cache  # layers ask in every step
 def batch_objection(group_size: int, channels: int, samples: int) -> str | None:
-    """What is infeasible in whitening groups of channels over so many samples and positions; None where nothing is."""
+    """Return what is infeasible in whitening groups of channels over so many samples and positions, or None."""
     d = min(group_size, channels)
     if samples == 0 or is_feasible("batch_whitening", d, samples):
         return None
@@ -273,33 +256,30 @@ def batch_objection(group_size: int, channels: int, samples: int) -> str | None:
 
 @lru_cache
 def sample_objection(num_groups: int, channels: int, values: int, name: str = "num_groups") -> str | None:
-    """What is infeasible in whitening groups of so many values a sample; None where nothing is."""
-    most = max_num_groups("group_whitening", values)
-    if num_groups <= most:
+    """Return what is infeasible in whitening groups of channels within samples of so many values, or None."""
+    largest = max_num_groups("group_whitening", values)
+    if num_groups <= largest:
         return None
     return (
         f"{name}={num_groups} is infeasible: samples of d = {values} values, channels times positions, have room for "
         f"g <= (sqrt(8 d + 9) - 3) / 2 = {(math.sqrt(8 * values + 9) - 3) / 2:.1f} groups; "
-        f"use {name}={max(g for g in divisors(channels) if g <= most)}"
+        f"use {name}={max(g for g in divisors(channels) if g <= largest)}"
     )
 
 
 def _equations(kind: str, variables: int) -> int:
-    """Of one block: a batch, or one group of features in it; or a sample."""
-    if kind in ("batch_norm", "group_norm"):
-        return 2 * variables
-    return variables * (variables + 3) // 2
+    """Count the equations of a sample or batch with so many groups or features."""
+    return 2 * variables if kind in ("batch_norm", "group_norm") else variables * (variables + 3) // 2
 
 
-def _checked(
+def _check_arguments(
     kind: str, num_features: int, batch_size: int | None, num_groups: int | None, group_size: int | None
-) -> tuple[int, int | None, int | None, int]:
-    """D, m, g, and the number of features that are whitened together."""
+) -> tuple[int, int]:
+    """Return d and the number of features that are whitened together."""
     check_choice("kind", kind, KINDS)
     d = check_positive("num_features", num_features)
-    given = {"batch_size": batch_size, "num_groups": num_groups, "group_size": group_size}
     needed = "batch_size" if kind in OVER_BATCHES else "num_groups"
-    for name, value in given.items():
+    for name, value in (("batch_size", batch_size), ("num_groups", num_groups), ("group_size", group_size)):
         if value is None:
             if name == needed:
                 raise ValueError(f"{name}=None: kind={kind!r} needs it")
@@ -309,4 +289,4 @@ def _checked(
             raise ValueError(f"{name}={value!r} has no meaning for kind={kind!r}: leave it out")
     if num_groups is not None and num_groups > d:
         raise ValueError(f"num_groups={num_groups} is more than num_features={d}: use fewer groups")
-    return d, batch_size, num_groups, min(group_size or d, d)
+    return d, min(group_size or d, d)

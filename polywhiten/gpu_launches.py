@@ -1,4 +1,4 @@
-"""How many kernels a layer launches on a GPU: the switch between the two structures that they can have."""
+"""How many kernels a layer launches on a GPU: the switch between two structures."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from functools import cache
 from polywhiten import checks
 
 VARIABLE = "POLYWHITEN_GPU_LAUNCHES"
-SEPARATE = "separate"  # one kernel for each step of the algorithm
-JOINED = "joined"  # the program that is the last to finish one step goes on with the next, so there are fewer launches
+SEPARATE = "separate"  # one kernel per step of the algorithm
+JOINED = "joined"  # the last program to finish a step goes on with the next one, which saves launches
 CHOICES = (SEPARATE, JOINED)
-DEFAULT = SEPARATE  # the one that has run on a device
+DEFAULT = SEPARATE  # the one that has run on a GPU
 
 _preferred: str | None = None
 
@@ -23,7 +23,7 @@ def gpu_launches() -> str:
     return _preferred or _wanted()
 
 
-@cache  # a look into the environment takes as long as a tenth of a small layer
+@cache  # reading the environment takes a tenth of a small layer's time
 def _wanted() -> str:
     return checks.check_choice(VARIABLE, os.environ.get(VARIABLE, DEFAULT), CHOICES)
 

@@ -4,6 +4,7 @@ import gc
 import itertools
 import math
 import re
+import sys
 import warnings
 import weakref
 
@@ -267,6 +268,15 @@ def test_feasible_while_the_equations_are_no_more_than_the_outputs():
 def test_former_names_go_on_working_with_a_warning_that_says_the_present_ones(former, present):
     with pytest.warns(DeprecationWarning, match=f"polywhiten.analysis.{former} is called {present} now"):
         assert getattr(analysis, former) is getattr(analysis, present)
+
+
+def test_the_former_module_goes_on_working_with_a_warning():
+    sys.modules.pop("polywhiten.analysis.constraints", None)
+    with pytest.warns(DeprecationWarning, match="constraints is deprecated: use polywhiten.analysis") as caught:
+        from polywhiten.analysis.constraints import InfeasibleWarning, feasible
+    assert caught[0].filename == __file__
+    assert feasible is analysis.is_feasible
+    assert InfeasibleWarning is analysis.InfeasibleWarning
 
 
 def test_a_name_that_there_never_was_is_an_error():

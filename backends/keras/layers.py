@@ -11,12 +11,12 @@ import keras
 from keras import KerasTensor, constraints, initializers, ops, regularizers
 
 from polywhiten import checks
-from polywhiten.analysis.notices import Framework, Notice
 from polywhiten.backend import Backend
 from polywhiten.blocks import ChannelGroups, SampleGroups
 from polywhiten.dispatch import backend_of
 from polywhiten.feasibility import batch_objection, sample_objection
 from polywhiten.layer_entry import whiten_masked, whiten_nothing
+from polywhiten.notices import Framework, Notice
 from polywhiten.solvers import regularized_solver
 from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import TRACKED, WhiteningStats, whitener_of

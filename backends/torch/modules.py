@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from polywhiten import checks
-from polywhiten.analysis.notices import Framework, Notice
 from polywhiten.blocks import ChannelGroups, SampleGroups
 from polywhiten.feasibility import batch_objection, sample_objection
 from polywhiten.layer_entry import whiten_nothing
+from polywhiten.notices import Framework, Notice
 from polywhiten.solvers import regularized_solver
 from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import TRACKED, WhiteningStats, whitener_of

@@ -1,4 +1,7 @@
-"""What whitening does to a network: the papers' measures, over the array API."""
+"""What whitening does to a network: the papers' measures, for arrays of every library.
+
+Arguments that don't fit raise TypeError or ValueError, with a message that says what is accepted.
+"""
 
 import warnings
 from typing import Any
@@ -53,7 +56,7 @@ _FORMER_NAMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """A function by its former name, with a warning that says its present one."""
+    """Return a function by its former name, with a warning that says the present one."""
     if name not in _FORMER_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     present = _FORMER_NAMES[name]

@@ -6,8 +6,8 @@ from bisect import bisect_left
 
 from polywhiten._types import Array
 from polywhiten.analysis.conditioning import checked_covariance, whitening_error
+from polywhiten.backend import Backend
 from polywhiten.checks import check_positive
-from polywhiten.dispatch import Backend
 from polywhiten.solvers.newton import Newton
 
 _MAX_ITERATIONS = 64  # more gain nothing, even in float64, for any covariance that can be whitened

@@ -10,14 +10,14 @@ from polywhiten.blocks import divisors
 from polywhiten.checks import check_choice, check_integer, check_positive
 from polywhiten.feasibility import constraint_number, largest_group_size, max_num_groups
 
-SINGLE = {"group_size": "batch", "num_groups": "layer"}  # what 1 makes of whitening
-WHITENING = ("batch_whitening", "group_whitening")
+_WHITENING = ("batch_whitening", "group_whitening")
+_SINGLE = {"group_size": "batch", "num_groups": "layer"}  # the normalization that a value of 1 amounts to
 
-GROUP_SIZE = 64  # the paper's
-NUM_GROUPS = 32  # the layers' default
-# Samples for each of the channels that are whitened together. Channels that are white in truth have, in 8 times as many
-# samples, a covariance of condition number 4.4 by chance, ((1 + 8^(-1/2)) / (1 - 8^(-1/2)))^2; in twice as many, 34.
-SAMPLES_A_CHANNEL = 8
+_GROUP_SIZE = 64  # the paper's
+_NUM_GROUPS = 32  # the layers' default
+# Samples per channel that is whitened. With 8, channels that are truly white have by chance a covariance of condition
+# number 4.4, ((1 + 8^(-1/2)) / (1 - 8^(-1/2)))^2; with 2 it is 34.
+_SAMPLES_PER_CHANNEL = 8
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Recommendation:
     argument : str
         "group_size" of `IterNorm` or "num_groups" of `GroupWhitening` ("groups" in Keras).
     value : int
-        What is recommended.
+        The recommended value.
     bound : int
-        The largest feasible value, whether or not the layer takes it.
+        The largest feasible value, whether or not the layer accepts it.
     share : float
-        Equations that the value demands, over the outputs that there are.
+        Number of equations that the value demands, divided by the number of outputs.
     reason : str
-        Which limit decided, in words.
+        Which limit was decisive, in words.
     """
 
     argument: str
@@ -49,25 +49,25 @@ class Recommendation:
 
 
 def recommend(shape: Sequence[int], kind: str = "batch_whitening", *, axis: int = 1) -> Recommendation:
-    """Group size for batch whitening, or number of groups for group whitening, of inputs of a shape.
+    """Recommend a group size for batch whitening, or a number of groups for group whitening.
 
-    Of the divisors of the channels, the largest that
+    It is the largest divisor of the number of channels that
 
-    - for "batch_whitening" (`IterNorm`) is no more than the paper's 64 and than an eighth of the samples, batch size
-      times positions, so that the covariance is no mere noise. Where the channels have no such divisor of half that
-      size or more, the largest power of two is recommended, and the last group is smaller.
-    - for "group_whitening" is no more than 32, as the cost grows with the groups, and demands equations for no more
-      than half of a sample's values, channels times positions.
+    - for "batch_whitening" (`IterNorm`) exceeds neither the paper's 64 nor an eighth of the samples, batch size times
+      positions: the covariance of fewer samples is mostly noise. If the largest such divisor is less than half of the
+      limit, the largest power of two is recommended instead, and the last group is smaller.
+    - for "group_whitening" is at most 32, as the cost grows with the groups, and demands no more equations than half
+      of a sample's values, channels times positions.
 
-    The eighth and the half are rules of thumb, this library's own; both stay well within the bounds of `is_feasible`,
-    which say what is too much, and not what is good.
+    The eighth and the half are this library's rules of thumb. Both stay well within the bounds of `is_feasible`, which
+    say what is too much, but not what is good.
 
     Parameters
     ----------
     shape : sequence of int
-        Of a layer's input in training, batch size included.
+        Shape of a layer's input in training, with the batch size.
     kind : {"batch_whitening", "group_whitening"}
-        What to recommend a value for.
+        The layer to recommend a value for.
     axis : int
         The channel axis.
 
@@ -77,8 +77,8 @@ def recommend(shape: Sequence[int], kind: str = "batch_whitening", *, axis: int 
 
     Raises
     ------
-    TypeError, ValueError
-        An argument doesn't fit, or the shape leaves a single sample a channel, or value a sample.
+    ValueError
+        The shape leaves a single sample per channel or a single value per sample, or an argument doesn't fit.
 
     References
     ----------
@@ -92,7 +92,7 @@ def recommend(shape: Sequence[int], kind: str = "batch_whitening", *, axis: int 
     >>> recommend((32, 256)).value, recommend((32, 256), "group_whitening").value
     (4, 8)
     """
-    check_choice("kind", kind, WHITENING)
+    check_choice("kind", kind, _WHITENING)
     sizes = tuple(check_positive(f"shape[{i}]", size) for i, size in enumerate(shape))
     axis, rank = check_integer("axis", axis), len(sizes)
     if axis not in range(-rank, rank) or axis % rank == 0:
@@ -108,34 +108,31 @@ def _group_size(channels: int, samples: int, shape: tuple[int, ...]) -> Recommen
         raise ValueError(
             f"shape={shape} gives 1 sample a channel, which has no covariance: use a larger batch, or group whitening"
         )
-    enough, given = samples // SAMPLES_A_CHANNEL, f"{samples} samples, batch size times positions"
+    described = f"{samples} samples, batch size times positions"
+    by_samples = (samples // _SAMPLES_PER_CHANNEL, f"an eighth of the {described}")
+    if by_samples[0] == 0:
+        by_samples = (1, f"as there are no more than {described}")
     limit, why = min(
-        (channels, "all channels"),
-        (GROUP_SIZE, "the paper's size"),
-        (enough, f"an eighth of the {given}") if enough else (1, f"as there are no more than {given}"),
-        key=lambda pair: pair[0],
+        (channels, "all channels"), (_GROUP_SIZE, "the paper's size"), by_samples, key=lambda pair: pair[0]
     )
     value = _largest_divisor(channels, limit)
     if 2 * value < limit:
         value = 1 << (limit.bit_length() - 1)
     share = constraint_number("batch_whitening", channels, samples, group_size=value) / (channels * samples)
-    return _recommendation("group_size", value, channels, limit, why, min(largest_group_size(samples), channels), share)
+    bound = min(largest_group_size(samples), channels)
+    return _recommendation("group_size", value, channels, limit, why, bound, share)
 
 
 def _num_groups(channels: int, values: int, shape: tuple[int, ...]) -> Recommendation:
     if values < 2:
         raise ValueError(f"shape={shape} gives 1 value a sample, which has no variance: more channels are needed")
-    half = values // 2
-    room = max_num_groups("group_whitening", half) if half > 1 else 0
-    given = f"{values} values, channels times positions"
-    limit, why = min(
-        (channels, "all channels"),
-        (NUM_GROUPS, "the layer's default, as the cost grows with it"),
-        (room, f"for no more equations than half of a sample's {given}")
-        if room
-        else (1, f"as a sample has but {given}"),
-        key=lambda pair: pair[0],
-    )
+    described = f"{values} values, channels times positions"
+    room = max_num_groups("group_whitening", values // 2) if values > 3 else 0
+    by_values = (room, f"for no more equations than half of a sample's {described}")
+    if room == 0:
+        by_values = (1, f"as a sample has but {described}")
+    default = (_NUM_GROUPS, "the layer's default, as the cost grows with it")
+    limit, why = min((channels, "all channels"), default, by_values, key=lambda pair: pair[0])
     value = _largest_divisor(channels, limit)
     share = constraint_number("group_whitening", values, num_groups=value) / values
     bound = min(max_num_groups("group_whitening", values), channels)
@@ -150,12 +147,10 @@ def _recommendation(
     argument: str, value: int, channels: int, limit: int, why: str, bound: int, share: float
 ) -> Recommendation:
     if channels % value:
-        found = f"the largest power of two up to {limit}, {why}; the last group is smaller"
+        why = f"the largest power of two up to {limit}, {why}; the last group is smaller"
     elif value < limit:
-        found = f"the largest divisor of {channels} channels up to {limit}, {why}"
-    else:
-        found = why
+        why = f"the largest divisor of {channels} channels up to {limit}, {why}"
     if value == 1:
-        found = f"{found}; this is {SINGLE[argument]} normalization"
-    reason = f"{found}. Up to {bound} would be feasible; the equations take {share:.1%} of the outputs."
+        why = f"{why}; this is {_SINGLE[argument]} normalization"
+    reason = f"{why}. Up to {bound} would be feasible; the equations take {share:.1%} of the outputs."
     return Recommendation(argument, value, bound, share, reason)
