@@ -81,10 +81,6 @@ def constraint_number(
     num_samples : int, optional
         N, counted as `batch_size` is, or else the number of samples. By default one batch, or one sample.
 
-    Returns
-    -------
-    float
-
     Raises
     ------
     ValueError
@@ -135,10 +131,6 @@ def is_feasible(
     ----------
     kind, num_features, batch_size, num_groups, group_size
         As for `constraint_number`.
-
-    Returns
-    -------
-    bool
 
     See Also
     --------

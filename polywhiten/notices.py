@@ -20,22 +20,11 @@ from polywhiten.feasibility import InfeasibleWarning
 
 @dataclass(frozen=True)
 class Framework:
-    """How to recognise a framework's networks.
+    """How to recognise a framework's networks."""
 
-    Attributes
-    ----------
-    kind : type
-        Class of networks and their parts.
-    name : callable
-        Returns the name of such an object for the warning.
-    layers : callable
-        Returns the layers inside such an object that take part, by their names for the warning. A layer contains
-        itself.
-    """
-
-    kind: type
-    name: Callable[[Any], str]
-    layers: Callable[[Any], Mapping[str, Any]]
+    kind: type  # the class of networks and of all their parts
+    name: Callable[[Any], str]  # returns a network's name for the warning
+    layers: Callable[[Any], Mapping[str, Any]]  # returns the layers in an object, or itself, by names for the warning
 
 
 @dataclass

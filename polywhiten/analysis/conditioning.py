@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from polywhiten._types import Array
-from polywhiten.backend import Backend
+from polywhiten._types import Array, Namespace
 from polywhiten.blocks import Blocks, ChannelGroups, SampleGroups, channel_parts, take_channels
 from polywhiten.checks import check_array, check_batch, check_num_groups, check_square
 from polywhiten.dispatch import backend_of, checked_input
@@ -88,8 +87,7 @@ def spectrum(cov: Array) -> Array:
     >>> spectrum(np.array([[2.0, 1.0], [1.0, 2.0]])).round(6)
     array([3., 1.])
     """
-    backend, cov = checked_covariance(cov)
-    xp = backend.kernels.xp
+    xp, cov = checked_covariance(cov)
     values, _, poison = eigenpairs(xp, cov)
     return xp.flip(values + poison[..., 0], axis=-1)
 
@@ -155,8 +153,7 @@ def whitening_error(cov: Array) -> Array:
     0.281
     0.01
     """
-    backend, cov = checked_covariance(cov)
-    xp = backend.kernels.xp
+    xp, cov = checked_covariance(cov)
     off = cov - identity_like(xp, cov)
     return xp.sqrt(xp.sum(off * off, axis=(-2, -1)) / cov.shape[-1])
 
@@ -182,8 +179,7 @@ def correlation(cov: Array) -> Array:
     array([[1. , 0.5],
            [0.5, 1. ]])
     """
-    backend, cov = checked_covariance(cov)
-    xp = backend.kernels.xp
+    xp, cov = checked_covariance(cov)
     eye = identity_like(xp, cov)
     deviation = xp.sqrt(xp.sum(cov * eye, axis=-1))
     deviation = xp.where(deviation > 0, deviation, xp.ones_like(deviation))
@@ -216,10 +212,10 @@ def mean_correlation(cov: Array) -> Array:
     return xp.sum(xp.abs(off), axis=(-2, -1)) / max(d * (d - 1), 1)
 
 
-def checked_covariance(cov: Array) -> tuple[Backend, Array]:
-    """Return the backend of cov, and cov as a tensor in the dtype in which statistics are computed."""
+def checked_covariance(cov: Array) -> tuple[Namespace, Array]:
+    """Return the array namespace of cov, and cov as a tensor in the dtype in which statistics are computed."""
     backend = backend_of(cov, "cov")
     cov = backend.tensor(cov, "cov")
     check_array(backend.kernels.xp, cov, "cov")
     check_square(cov)
-    return backend, backend.kernels.to_accumulation_dtype(cov)
+    return backend.kernels.xp, backend.kernels.to_accumulation_dtype(cov)

@@ -6,8 +6,8 @@ from bisect import bisect_left
 
 from polywhiten._types import Array
 from polywhiten.analysis.conditioning import checked_covariance, whitening_error
-from polywhiten.backend import Backend
 from polywhiten.checks import check_positive
+from polywhiten.dispatch import backend_of
 from polywhiten.solvers.newton import Newton
 
 _MAX_ITERATIONS = 64  # more gain nothing, even in float64, for any covariance that can be whitened
@@ -43,9 +43,9 @@ def convergence(cov: Array, iterations: int) -> Array:
     >>> convergence(np.diag([1.0, 0.1]), 6).round(3)
     array([0.571, 0.439, 0.247, 0.072, 0.006, 0.   ])
     """
-    backend, cov = checked_covariance(cov)
-    errors = [_error(backend, cov, step) for step in range(1, check_positive("iterations", iterations) + 1)]
-    return backend.kernels.xp.concat([error[..., None] for error in errors], axis=-1)
+    xp, cov = checked_covariance(cov)
+    errors = [_error(cov, step) for step in range(1, check_positive("iterations", iterations) + 1)]
+    return xp.concat([error[..., None] for error in errors], axis=-1)
 
 
 def required_iterations(cov: Array, error: float) -> int:
@@ -57,10 +57,6 @@ def required_iterations(cov: Array, error: float) -> int:
         S as for `convergence`. Of several matrices, the one that needs most steps counts.
     error : float
         The largest whitening error to accept, above 0.
-
-    Returns
-    -------
-    int
 
     Raises
     ------
@@ -76,10 +72,10 @@ def required_iterations(cov: Array, error: float) -> int:
     """
     if not error > 0:
         raise ValueError(f"error={error} must be above 0")
-    backend, cov = checked_covariance(cov)
+    xp, cov = checked_covariance(cov)
 
     def largest(iterations: int) -> float:
-        return float(backend.kernels.xp.max(_error(backend, cov, iterations)))
+        return float(xp.max(_error(cov, iterations)))
 
     if not largest(_MAX_ITERATIONS) <= error:  # also if it is NaN
         raise ValueError(
@@ -89,6 +85,6 @@ def required_iterations(cov: Array, error: float) -> int:
     return 1 + bisect_left(range(1, _MAX_ITERATIONS + 1), True, key=lambda iterations: largest(iterations) <= error)
 
 
-def _error(backend: Backend, cov: Array, iterations: int) -> Array:
-    whitener = backend.inverse_sqrt(Newton(iterations), cov)
+def _error(cov: Array, iterations: int) -> Array:
+    whitener = backend_of(cov).inverse_sqrt(Newton(iterations), cov)
     return whitening_error(whitener @ cov @ whitener)

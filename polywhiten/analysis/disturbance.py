@@ -10,8 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from array_api_compat import device
 
-from polywhiten._types import Array
-from polywhiten.backend import Backend
+from polywhiten._types import Array, Namespace
 from polywhiten.checks import check_array, check_integer, check_positive
 from polywhiten.dispatch import backend_of
 
@@ -44,8 +43,8 @@ def stochastic_normalization_disturbance(
     Parameters
     ----------
     normalize : callable
-        F, which maps a batch (m, ...) to an array of the same shape. Call PyTorch modules under `torch.no_grad()`:
-        otherwise their outputs keep alive what a gradient would need.
+        F, which maps a batch (m, ...) to an array of the same shape. Call a layer without recording gradients:
+        otherwise its outputs keep alive what a gradient would need.
     sample_batches : iterable of iterables of arrays
         For every sample its batches, with the sample at index 0, as the function `sample_batches` draws them.
 
@@ -152,31 +151,24 @@ def sample_batches(
     check_positive("num_batches", num_batches)
     if check_integer("seed", seed) < 0:
         raise ValueError(f"seed={seed} must be 0 or more")
-    return _SampleBatches(backend, data, batch_size, num_samples, num_batches, seed)
+    chosen = np.random.default_rng(seed).choice(total, num_samples, replace=False)
+    return [_Batches(backend.kernels.xp, data, batch_size, num_batches, seed, int(sample)) for sample in chosen]
 
 
 @dataclass(frozen=True)
-class _SampleBatches:
-    """The iterable that `sample_batches` returns. It draws the same batches in every iteration."""
+class _Batches:
+    """The batches of one sample, drawn alike in every iteration."""
 
-    backend: Backend
+    xp: Namespace
     data: Array
     batch_size: int
-    num_samples: int
-    num_batches: int
+    number: int
     seed: int
+    sample: int
 
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __iter__(self) -> Iterator[Iterator[Array]]:
-        chosen = np.random.default_rng(self.seed).choice(self.data.shape[0], self.num_samples, replace=False)
-        return (self._batches(int(sample)) for sample in chosen)
-
-    def _batches(self, sample: int) -> Iterator[Array]:
-        random = np.random.default_rng((self.seed, sample))
-        xp = self.backend.kernels.xp
-        for _ in range(self.num_batches):
+    def __iter__(self) -> Iterator[Array]:
+        random = np.random.default_rng((self.seed, self.sample))
+        for _ in range(self.number):
             others = random.choice(self.data.shape[0] - 1, self.batch_size - 1, replace=False, shuffle=False)
-            indices = np.concatenate([[sample], others + (others >= sample)])
-            yield xp.take(self.data, xp.asarray(indices, device=device(self.data)), axis=0)
+            indices = np.concatenate([[self.sample], others + (others >= self.sample)])
+            yield self.xp.take(self.data, self.xp.asarray(indices, device=device(self.data)), axis=0)

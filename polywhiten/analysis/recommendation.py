@@ -27,7 +27,7 @@ class Recommendation:
     Attributes
     ----------
     argument : str
-        "group_size" of `IterNorm` or "num_groups" of `GroupWhitening` ("groups" in Keras).
+        "group_size" of `IterNorm`, or "num_groups" of `GroupWhitening`, which some frameworks call "groups".
     value : int
         The recommended value.
     bound : int
@@ -70,10 +70,6 @@ def recommend(shape: Sequence[int], kind: str = "batch_whitening", *, axis: int 
         The layer to recommend a value for.
     axis : int
         The channel axis.
-
-    Returns
-    -------
-    Recommendation
 
     Raises
     ------

@@ -94,10 +94,6 @@ class Record:
         title : str
             The picture's title.
 
-        Returns
-        -------
-        matplotlib.figure.Figure
-
         Raises
         ------
         ImportError

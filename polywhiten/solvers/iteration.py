@@ -1,12 +1,7 @@
 """The parts that all iterations for the inverse square root share: scaling, gradient and precision.
 
-Every step multiplies the smallest eigenvalues of S / t by a constant, until they reach 1, and rounding errors grow as
-they do. If S is singular, as with fewer samples than channels, only rounding errors are left to grow, and the gradient,
-a difference of two terms that grow alike, shows them first. Therefore
-
-- an iteration works in float64 if in float32 the rounding errors would become visible, and
-- no iteration takes more steps than bring an eigenvalue of a quarter of the covariance's machine epsilon to 1: later
-  steps would whiten rounding errors alone.
+Steps multiply the smallest eigenvalues of S / t, and rounding errors with them. So an iteration that would make errors
+of float32 visible works in float64, and no iteration takes steps that could whiten nothing but rounding errors.
 """
 
 from __future__ import annotations

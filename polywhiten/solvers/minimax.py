@@ -1,17 +1,11 @@
 """Minimax polynomials: exact whitening in a third of Newton's steps.
 
-With S scaled to S / t, whose eigenvalues are in (0, 1], every step multiplies by a polynomial Q of R = Z Y::
+Every step multiplies by a polynomial Q of R = Z Y, where Y begins as S / t and Z as I::
 
-    Y = S / t    Z = I
-    R = Z Y      Q = a I + b R + c R R      Z = Q Z      Y = Y Q
-    W = Z / sqrt(t)
+    Q = a I + b R + c R R        Z <- Q Z        Y <- Y Q
 
-The polynomial of all steps together is close to the inverse square root, but oscillates about it, so that their
-derivatives differ much. One more step therefore follows, by a polynomial that is flat at 1: a derivative that passes
-through it is that of the inverse square root itself.
-
-The order of the products matters: Y Z and Z Q are the same in exact arithmetic, and diverge in floating point
-(N. J. Higham, Functions of Matrices, 2008, eq. 6.35).
+R = Y Z and Z <- Z Q would be the same in exact arithmetic, but diverge in floating point. A polynomial that is flat at
+1 follows as one more step, as the derivative of the others oscillates.
 """
 
 import math

@@ -1,14 +1,8 @@
 """Newton's iteration: the papers' solver, which whitens in part on purpose if T is small.
 
-With S scaled to R = S / t, whose eigenvalues are in (0, 1], a step multiplies Z by E = (3 I - R) / 2, and so R = Z S Z
-by E twice::
+Every step multiplies Z by (3 I - R) / 2, and so R = Z S Z twice. With r = R / 3 it consists of differences alone::
 
-    Z <- (3 Z - Z R) / 2        R <- (9 R - 6 R R + R R R) / 4        W = Z / sqrt(t)
-
-Rounding errors of the papers' P <- (3 P - P P P S) / 2 grow; those of R don't, as R alone decides the steps, and its
-map contracts near I. With r = R / 3 the steps are Z <- 3/2 (Z - Z r) and r <- 9/4 (v - v r), where v = r - r r: nothing
-but differences. R and its derivative are symmetric, so R dR is the transpose of dR R, and a step with its derivative
-costs seven products.
+    v = r - r r        r <- 9/4 (v - v r)        Z <- 3/2 (Z - Z r)
 """
 
 import math
