@@ -25,13 +25,6 @@ class InfeasibleWarning(UserWarning):
 
     `warnings.filterwarnings("ignore", category=InfeasibleWarning)` turns it off, and "error" turns it into an error.
 
-    Parameters
-    ----------
-    message : str
-        Names the first of the layers, and how many there are.
-    layers : mapping, optional
-        As the attribute.
-
     Attributes
     ----------
     layers : dict of str to str
@@ -80,11 +73,6 @@ def constraint_number(
         Number of features that "batch_whitening" whitens together, all by default; not for other kinds.
     num_samples : int, optional
         N, counted as `batch_size` is, or else the number of samples. By default one batch, or one sample.
-
-    Raises
-    ------
-    ValueError
-        An argument is missing, has no meaning for the kind, or is too small or too large.
 
     References
     ----------

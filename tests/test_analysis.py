@@ -429,12 +429,12 @@ RECOMMENDED = {
     "the paper's": ((32, 256, 14, 14), "batch_whitening", 64, "the paper's size"),
     "all channels": ((32, 3, 14, 14), "batch_whitening", 3, "all channels"),
     "few samples": ((32, 256), "batch_whitening", 4, "an eighth of the 32 samples"),
-    "too few samples": ((4, 256), "batch_whitening", 1, "no more than 4 samples.* batch normalization"),
+    "too few samples": ((4, 256), "batch_whitening", 1, "only 4 samples.* batch normalization"),
     "a divisor": ((256, 80, 7, 7), "batch_whitening", 40, "largest divisor of 80 channels up to 64"),
     "no divisor": ((256, 67, 7, 7), "batch_whitening", 64, "power of two up to 64.* last group is smaller"),
     "the default": ((1, 256, 14, 14), "group_whitening", 32, "default"),
     "few values": ((1, 256), "group_whitening", 8, "up to 14, .* half of a sample's 256 values"),
-    "too few values": ((1, 3), "group_whitening", 1, "but 3 values.* layer normalization"),
+    "too few values": ((1, 3), "group_whitening", 1, "only 3 values.* layer normalization"),
 }
 
 

@@ -104,13 +104,9 @@ def _group_size(channels: int, samples: int, shape: tuple[int, ...]) -> Recommen
         raise ValueError(
             f"shape={shape} gives 1 sample a channel, which has no covariance: use a larger batch, or group whitening"
         )
-    described = f"{samples} samples, batch size times positions"
-    by_samples = (samples // _SAMPLES_PER_CHANNEL, f"an eighth of the {described}")
-    if by_samples[0] == 0:
-        by_samples = (1, f"as there are no more than {described}")
-    limit, why = min(
-        (channels, "all channels"), (_GROUP_SIZE, "the paper's size"), by_samples, key=lambda pair: pair[0]
-    )
+    described, enough = f"{samples} samples, batch size times positions", samples // _SAMPLES_PER_CHANNEL
+    by_samples = (enough, f"an eighth of the {described}") if enough else (1, f"as there are only {described}")
+    limit, why = _smallest((channels, "all channels"), (_GROUP_SIZE, "the paper's size"), by_samples)
     value = _largest_divisor(channels, limit)
     if 2 * value < limit:
         value = 1 << (limit.bit_length() - 1)
@@ -122,17 +118,21 @@ def _group_size(channels: int, samples: int, shape: tuple[int, ...]) -> Recommen
 def _num_groups(channels: int, values: int, shape: tuple[int, ...]) -> Recommendation:
     if values < 2:
         raise ValueError(f"shape={shape} gives 1 value a sample, which has no variance: more channels are needed")
-    described = f"{values} values, channels times positions"
-    room = max_num_groups("group_whitening", values // 2) if values > 3 else 0
-    by_values = (room, f"for no more equations than half of a sample's {described}")
-    if room == 0:
-        by_values = (1, f"as a sample has but {described}")
-    default = (_NUM_GROUPS, "the layer's default, as the cost grows with it")
-    limit, why = min((channels, "all channels"), default, by_values, key=lambda pair: pair[0])
+    described, half = f"{values} values, channels times positions", values // 2
+    by_values = (1, f"as a sample has only {described}")
+    if half > 1:
+        room = max_num_groups("group_whitening", half)
+        by_values = (room, f"for no more equations than half of a sample's {described}")
+    default = _NUM_GROUPS, "the layer's default, as the cost grows with it"
+    limit, why = _smallest((channels, "all channels"), default, by_values)
     value = _largest_divisor(channels, limit)
     share = constraint_number("group_whitening", values, num_groups=value) / values
     bound = min(max_num_groups("group_whitening", values), channels)
     return _recommendation("num_groups", value, channels, limit, why, bound, share)
+
+
+def _smallest(*limits: tuple[int, str]) -> tuple[int, str]:
+    return min(limits, key=lambda limit: limit[0])
 
 
 def _largest_divisor(channels: int, limit: int) -> int:

@@ -5,22 +5,17 @@ from dataclasses import dataclass
 from polywhiten._types import Array, Namespace
 from polywhiten.solvers.iteration import identity_like, positive, symmetric_part, trace
 from polywhiten.solvers.newton import ALL_STEPS, Newton
+from polywhiten.solvers.solver import Solver
 
 
 @dataclass(frozen=True)
-class Eigh:
+class Eigh(Solver):
     """W = U diag(l)^(-1/2) U' from S = U diag(l) U', with a gradient that is right for equal eigenvalues too.
 
     References
     ----------
     Huang et al., Decorrelated Batch Normalization, CVPR 2018, arXiv:1804.08450.
     """
-
-    def needs_float64(self, epsilon: float) -> bool:
-        return False
-
-    def newton_steps(self, itemsize: int) -> None:
-        return None
 
     def without_eigh(self) -> Newton:
         """Return Newton's iteration with enough steps to be exact."""

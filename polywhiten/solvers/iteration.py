@@ -7,13 +7,12 @@ of float32 visible works in float64, and no iteration takes steps that could whi
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from abc import abstractmethod
+from typing import Any
 
 from polywhiten._types import Array, Namespace
+from polywhiten.solvers.solver import Solver
 
-AdjointVJP = Callable[[Namespace, Array, Array, Array], tuple[Array, Array]]  # of xp, cov, grad, direction
 Pair = tuple[Array, Array]  # a matrix and its directional derivative, which is None if nobody asked for it
 
 SINGLE, DOUBLE = 2.0**-23, 2.0**-52  # machine epsilons of float32 and float64
@@ -49,10 +48,11 @@ def positive(xp: Namespace, scale: Array, dtype: Any) -> Array:
     return xp.clip(scale, min=float(xp.finfo(dtype).smallest_normal))
 
 
-class ScaledIteration(ABC):
-    """Base class for W = Z(S / t) / sqrt(t), where Z is a polynomial and S / t has its eigenvalues in (0, 1]."""
+class ScaledIteration(Solver):
+    """Base class for W = Z(S / t) / sqrt(t), where Z is a polynomial and S / t has its eigenvalues in (0, 1].
 
-    adjoint_vjp: ClassVar[None] = None  # the adjoint consists of products, which every library differentiates
+    All of it consists of products, which every library differentiates.
+    """
 
     @property
     @abstractmethod
@@ -73,12 +73,6 @@ class ScaledIteration(ABC):
 
     def needs_float64(self, epsilon: float) -> bool:
         return epsilon > DOUBLE and self.lost_bits > _MAX_LOST_BITS
-
-    def newton_steps(self, itemsize: int) -> int | None:
-        return None
-
-    def without_eigh(self) -> Self:
-        return self
 
     def inverse_sqrt(self, xp: Namespace, cov: Array) -> Array:
         dtype, epsilon, (cov,) = self._prepare(xp, cov)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from polywhiten._types import Array, Namespace
-from polywhiten.solvers.iteration import AdjointVJP, identity_like, trace
-
-if TYPE_CHECKING:
-    from polywhiten.solvers import Solver
+from polywhiten.solvers.iteration import identity_like, trace
+from polywhiten.solvers.solver import AdjointVJP, Solver
 
 
 @dataclass(frozen=True)
-class Relative:
+class Relative(Solver):
     """W = S^(-1/2) by another solver, where S = cov + eps (trace(cov) / d) I.
 
     Data that is scaled by a factor is then whitened as before, up to the factor. The map from cov to S is linear and
@@ -42,9 +39,6 @@ class Relative:
 
     def needs_float64(self, epsilon: float) -> bool:
         return self.solver.needs_float64(epsilon)
-
-    def newton_steps(self, itemsize: int) -> None:
-        return None
 
     def without_eigh(self) -> Relative:
         return Relative(self.solver.without_eigh(), self.eps)
