@@ -48,11 +48,7 @@ __all__ = [
     "whitening_error",
 ]
 
-_FORMER_NAMES = {
-    "feasible": "is_feasible",
-    "least_batch_size": "min_batch_size",
-    "most_groups": "max_num_groups",
-}
+_FORMER_NAMES = {"feasible": "is_feasible", "least_batch_size": "min_batch_size", "most_groups": "max_num_groups"}
 
 
 def __getattr__(name: str) -> Any:

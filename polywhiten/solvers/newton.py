@@ -1,6 +1,6 @@
 """Newton's iteration: the papers' solver, which whitens in part on purpose if T is small.
 
-Every step multiplies Z by (3 I - R) / 2, and so R = Z S Z twice. With r = R / 3 it consists of differences alone::
+Every step multiplies Z by (3 I - R) / 2, and R = Z (S / t) Z by it twice. With r = R / 3 that is differences alone::
 
     v = r - r r        r <- 9/4 (v - v r)        Z <- 3/2 (Z - Z r)
 """
