@@ -43,13 +43,13 @@ ACCUMULATORS = ("float", "double")
 PAIRS = ("half, half", "float, half", "float, float", "double, double")  # of dy and x
 MAPS = ("half, half, half", "half, half, float", "float, half, half", "float, float, float", "double, double, double")
 KERNELS = {
-    "moments.cu": {"moments": ("half", *ACCUMULATORS), "finish_moments": ACCUMULATORS},
-    "cross_moments.cu": {"cross_moments": PAIRS, "finish_cross_moments": ACCUMULATORS},
+    "moments.cu": {"partial_moments": ("half", *ACCUMULATORS), "combine_moments": ACCUMULATORS},
+    "cross_moments.cu": {"partial_cross_moments": PAIRS, "combine_cross_moments": ACCUMULATORS},
     "affine_map.cu": {"affine_map": MAPS},
     "newton.cu": {"newton": ACCUMULATORS, "newton_adjoint": ACCUMULATORS},
-    "joined_statistics.cu": {"find_statistics": TYPES.values()},
-    "joined_gradient.cu": {"find_gradient": TYPES.values()},
-    "joined_maps.cu": {"whiten": TYPES.values(), "pull_back": TYPES.values()},
+    "joined_statistics.cu": {"joined_statistics": TYPES.values()},
+    "joined_gradient.cu": {"joined_gradient": TYPES.values()},
+    "joined_maps.cu": {"whiten": TYPES.values(), "input_gradient": TYPES.values()},
 }
 VARIANTS = {
     file: [
@@ -65,10 +65,10 @@ VARIANTS = {
 def most_shared(kernel):
     """Bytes, beside what a launch gives: the host has these bounds, for what can run at a time."""
     name, first_type, *_, size = re.findall(r"\w+", kernel)
-    joined = {"find_statistics": passes.STATISTICS_STATIC, "find_gradient": passes.GRADIENT_STATIC}.get(name)
+    joined = {"joined_statistics": passes.STATISTICS_STATIC, "joined_gradient": passes.GRADIENT_STATIC}.get(name)
     if joined:
         return joined[int(size)] * 1024 * (2 if first_type == "double" else 1)
-    return 4096 if name in ("affine_map", "newton", "newton_adjoint", "whiten", "pull_back") else 48 * 1024
+    return 4096 if name in ("affine_map", "newton", "newton_adjoint", "whiten", "input_gradient") else 48 * 1024
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -447,9 +447,9 @@ def costs(structure, blocks, shape, with_parameters):
     return found
 
 
-SEPARATE_FORWARD = ("moments", "finish_moments", "newton", "affine_map")
-SEPARATE_BACKWARD = ("cross_moments", "finish_cross_moments", "newton_adjoint", "affine_map")
-JOINED_FORWARD, JOINED_BACKWARD = ("find_statistics", "whiten"), ("find_gradient", "pull_back")
+SEPARATE_FORWARD = ("partial_moments", "combine_moments", "newton", "affine_map")
+SEPARATE_BACKWARD = ("partial_cross_moments", "combine_cross_moments", "newton_adjoint", "affine_map")
+JOINED_FORWARD, JOINED_BACKWARD = ("joined_statistics", "whiten"), ("joined_gradient", "input_gradient")
 ITER_NORM, GROUP_WHITENING = ChannelGroups(1, 16), SampleGroups(1, 16)
 
 

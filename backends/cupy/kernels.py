@@ -54,14 +54,14 @@ class CupyKernels(Kernels):
         products, sums = (self._empty(x, blocks * programs, *shape) for shape in ((d, d), (d,)))
         self.launch(
             "moments.cu",
-            f"moments<{_type(x)}, {size}>",
+            f"partial_moments<{_type(x)}, {size}>",
             blocks * programs,
             PRODUCT_THREADS,
             (*_view(x, block_axis), d, x.shape[3], count, programs, stretch, shifts, products, sums),
         )
         self.launch(
             "moments.cu",
-            f"finish_moments<{_type(mean)}, {size}>",
+            f"combine_moments<{_type(mean)}, {size}>",
             blocks * d,
             PRODUCT_THREADS,
             (shifts, products, sums, programs, d, float(count), mean, cov),
@@ -80,14 +80,14 @@ class CupyKernels(Kernels):
         views = *_view(dy, block_axis), *_view(x, block_axis)
         self.launch(
             "cross_moments.cu",
-            f"cross_moments<{_type(dy)}, {_type(x)}, {size}>",
+            f"partial_cross_moments<{_type(dy)}, {_type(x)}, {size}>",
             blocks * programs,
             PRODUCT_THREADS,
             (*views, self.in_order(mean), d, x.shape[3], count, programs, stretch, products, sums),
         )
         self.launch(
             "cross_moments.cu",
-            f"finish_cross_moments<{_type(s)}, {size}>",
+            f"combine_cross_moments<{_type(s)}, {size}>",
             blocks * d,
             PRODUCT_THREADS,
             (products, sums, programs, d, s, k),

@@ -28,8 +28,8 @@ from polywhiten.cupy.variants import (
 _STRIDES = np.dtype([(name, np.int64) for name in ("block", "outer", "variable", "inner", "along_samples")])
 _NUMBERS = (
     *("blocks", "d", "outer", "channels", "positions", "block_channels", "all_channels"),
-    *("programs", "cluster", "counters", "channel_chunk", "position_parts", "stretch"),
-    *("maps", "gradients", "rows", "half_weight", "half_bias"),
+    *("num_parts", "fan_in", "num_counters", "channels_per_part", "position_parts", "samples_per_part"),
+    *("map_parts", "parameter_thread_blocks", "gradient_rows", "half_weight", "half_bias"),
 )
 PASS = np.dtype([*((name, _STRIDES) for name in ("x", "dy", "result")), *((name, np.int64) for name in _NUMBERS)])
 
@@ -92,15 +92,15 @@ def forward_pass(arrays: Arrays, processors: int, shared_memory: int) -> Pass:
     given, at_once = _programs_of_sums(size, itemsize, shared_memory, backward=False)
     programs, stretch = stretches(processors, blocks, count, min(2048 // size, 256), at_once)
     maps = map_programs(processors, blocks, count)
-    numbers = _numbers(arrays, programs=programs, position_parts=programs, stretch=stretch, channel_chunk=1, maps=maps)
+    numbers = _numbers(arrays, num_parts=programs, position_parts=programs, samples_per_part=stretch, channels_per_part=1, map_parts=maps)
     kind = f"<{TYPES[arrays.dtype]}, {size}>"
     return Pass(
         blocks,
         d,
-        Launch("joined_statistics.cu", f"find_statistics{kind}", blocks * programs, PRODUCT_THREADS, given),
+        Launch("joined_statistics.cu", f"joined_statistics{kind}", blocks * programs, PRODUCT_THREADS, given),
         Launch("joined_maps.cu", f"whiten{kind}", blocks * maps, AFFINE_THREADS, map_memory(size, itemsize, 1)),
         _structure(numbers, x=_strides(arrays, arrays.strides), result=_strides(arrays, _ordered(arrays))),
-        blocks * numbers["counters"],
+        blocks * numbers["num_counters"],
         blocks * programs * (d * d + d),
     )
 
@@ -126,26 +126,26 @@ def backward_pass(
     maps = map_programs(processors, blocks, count)
     numbers = _numbers(
         arrays,
-        programs=programs,
+        num_parts=programs,
         position_parts=position_parts,
-        stretch=stretch,
-        channel_chunk=channel_chunk,
-        maps=maps,
+        samples_per_part=stretch,
+        channels_per_part=channel_chunk,
+        map_parts=maps,
     )
     if has_parameters:
-        numbers["rows"] = position_parts * (1 if numbers["block_channels"] else blocks)
-        numbers["gradients"] = -(-numbers["all_channels"] // _CHANNELS_AT_ONCE)
-    all_maps = numbers["gradients"] + blocks * maps
+        numbers["gradient_rows"] = position_parts * (1 if numbers["block_channels"] else blocks)
+        numbers["parameter_thread_blocks"] = -(-numbers["all_channels"] // _CHANNELS_AT_ONCE)
+    all_maps = numbers["parameter_thread_blocks"] + blocks * maps
     kind = f"<{TYPES[arrays.dtype]}, {size}>"
     strides = {"x": arrays.strides, "dy": dy_strides, "result": _ordered(arrays)}
     return Pass(
         blocks,
         d,
-        Launch("joined_gradient.cu", f"find_gradient{kind}", blocks * programs, PRODUCT_THREADS, given),
-        Launch("joined_maps.cu", f"pull_back{kind}", all_maps, AFFINE_THREADS, map_memory(size, itemsize, 2)),
+        Launch("joined_gradient.cu", f"joined_gradient{kind}", blocks * programs, PRODUCT_THREADS, given),
+        Launch("joined_maps.cu", f"input_gradient{kind}", all_maps, AFFINE_THREADS, map_memory(size, itemsize, 2)),
         _structure(numbers, **{name: _strides(arrays, each) for name, each in strides.items()}),
-        blocks * numbers["counters"],
-        blocks * (programs + 1) * (d * d + d) + 2 * numbers["rows"] * numbers["all_channels"],
+        blocks * numbers["num_counters"],
+        blocks * (programs + 1) * (d * d + d) + 2 * numbers["gradient_rows"] * numbers["all_channels"],
     )
 
 
@@ -169,10 +169,10 @@ def _programs_of_sums(size: int, itemsize: int, shared_memory: int, backward: bo
     return given, min(2, (shared_memory + _RESERVED) // (whole + _RESERVED))
 
 
-def _numbers(arrays: Arrays, programs: int, **others: int) -> dict[str, int]:
+def _numbers(arrays: Arrays, num_parts: int, **others: int) -> dict[str, int]:
     """Those of pass.cuh but for strides; for weight and bias there are no programs and rows yet."""
     blocks, _, d, _, _ = _sizes(arrays)
-    cluster = programs if programs <= _ADDED_AT_ONCE else math.isqrt(programs - 1) + 1
+    fan_in = num_parts if num_parts <= _ADDED_AT_ONCE else math.isqrt(num_parts - 1) + 1
     by_variable = arrays.block_axis == 1  # every block has channels of its own, which are its variables
     return {
         "blocks": blocks,
@@ -182,11 +182,11 @@ def _numbers(arrays: Arrays, programs: int, **others: int) -> dict[str, int]:
         "positions": arrays.shape[3] // arrays.channels,
         "block_channels": d if by_variable else 0,
         "all_channels": d * (blocks if by_variable else arrays.channels),
-        "programs": programs,
-        "cluster": cluster,
-        "counters": 1 + -(-programs // cluster) if programs > 1 else 0,
-        "gradients": 0,
-        "rows": 0,
+        "num_parts": num_parts,
+        "fan_in": fan_in,
+        "num_counters": 1 + -(-num_parts // fan_in) if num_parts > 1 else 0,
+        "parameter_thread_blocks": 0,
+        "gradient_rows": 0,
         "half_weight": arrays.half_weight,
         "half_bias": arrays.half_bias,
         **others,

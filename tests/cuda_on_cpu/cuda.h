@@ -15,6 +15,7 @@
 #define __global__
 #define __device__
 #define __shared__ thread_local  // the only variables that are: see poison
+#define __forceinline__ inline
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
 
