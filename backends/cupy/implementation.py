@@ -105,13 +105,18 @@ class JoinedImplementation(Reference):
         self._launch(this.maps, dy4, x4, *common, workspace, dx, _or_null(dweight), _or_null(dbias))
         return dx, as_dtype_of(kernels, dweight, weight), as_dtype_of(kernels, dbias, bias)
 
-    def _are_readable(self, x: Array, dy: Array, *statistics: Array | None) -> bool:
+    def _are_readable(
+        self, x: Array, dy: Array, mean: Array | None, cov: Array | None, whitener: Array | None, *dstats: Array | None
+    ) -> bool:
         """Return whether backward has all statistics as the kernels read them, and no gradients of statistics."""
-        stats, dstats = statistics[:3], statistics[3:]
-        return (
-            all(values is None for values in dstats)
-            and all(values is not None and values.flags.c_contiguous for values in stats)
-            and _has_dtypes(x.dtype, self.kernels.accumulation_dtype(x.dtype), dy, *stats)
+        if mean is None or cov is None or whitener is None:
+            return False
+        for gradient in dstats:
+            if gradient is not None:
+                return False
+        dtype = self.kernels.accumulation_dtype(x.dtype)
+        return _has_dtypes(x.dtype, dtype, dy, mean, cov, whitener) and bool(
+            mean.flags.c_contiguous and cov.flags.c_contiguous and whitener.flags.c_contiguous
         )
 
     def _parameter(self, values: Array | None, dtype: Any) -> Array | None:
@@ -136,20 +141,17 @@ def _num_variables(blocks: Blocks, shape: Shape) -> int:
 
 def _has_dtypes(dtype: Any, accumulation_dtype: Any, dy: Array, *stats: Array | None) -> bool:
     """Return whether dy has the dtype of x, and statistics have the accumulation dtype."""
-    return bool(dy.dtype == dtype) and all(v is None or v.dtype == accumulation_dtype for v in stats)
+    if dy.dtype != dtype:
+        return False
+    for values in stats:  # noqa: SIM110 - `all` takes twice as long
+        if values is not None and values.dtype != accumulation_dtype:
+            return False
+    return True
 
 
 def _properties(blocks: Blocks, x: Array, x4: Array, weight: Array | None, bias: Array | None) -> Arrays:
     channels = 1 if isinstance(blocks, ChannelGroups) else x.shape[blocks.axis] // blocks.num_groups
-    return Arrays(
-        block_axis=blocks.block_axis,
-        channels=channels,
-        shape=x4.shape,
-        strides=x4.strides,
-        dtype=x4.dtype.char,
-        half_weight=_is_half(weight),
-        half_bias=_is_half(bias),
-    )
+    return Arrays(blocks.block_axis, channels, x4.shape, x4.strides, x4.dtype.char, _is_half(weight), _is_half(bias))
 
 
 def _is_half(values: Array | None) -> bool:
