@@ -242,13 +242,13 @@ def test_kernels_agree_with_the_plain_ones(machine, dtype, d, layout):
 def test_whitening_and_its_gradient_over_these_kernels(machine, structure, blocks, shape, dtype):
     """In half precision the gradient of y is float32 if weights don't fold into the whitener."""
     rng = np.random.default_rng(0)
-    given = [a.astype(dtype) for a in (rng.normal(2, 3, shape), rng.uniform(1, 2, 12), rng.normal(size=12))]
+    inputs = [a.astype(dtype) for a in (rng.normal(2, 3, shape), rng.uniform(1, 2, 12), rng.normal(size=12))]
     dy = rng.normal(size=shape).astype(dtype)
     spec = WhiteningSpec(blocks, NEWTON, 1e-5)
-    x, weight, bias = (machine.array(a) for a in given)
+    x, weight, bias = (machine.array(a) for a in inputs)
     y, stats = machine.backend.forward(spec, x, weight, bias)
     gradients = machine.backend.backward(spec, x, weight, bias, stats, machine.array(dy))
-    exact = [np.float64(a) for a in given]
+    exact = [np.float64(a) for a in inputs]
     exact_y, exact_stats = EXACT_BACKEND.forward(spec, *exact)
     exact_gradients = EXACT_BACKEND.backward(spec, *exact, exact_stats, np.float64(dy))
     for actual, expected in zip((y, *gradients), (exact_y, *exact_gradients), strict=True):
@@ -265,11 +265,11 @@ def check_whitening(machine, blocks, shape, dtype, parameter_dtypes, order=None)
     channels = shape[blocks.axis]
     exact = [None if name is None else rng.uniform(1, 2, channels).astype(name) for name in parameter_dtypes]
     # not contiguous, as slices of larger arrays aren't
-    given = [None if each is None else machine.array(np.repeat(each, 2))[::2] for each in exact]
-    exact = [None if each is None else np.float64(each) for each in exact]
+    parameters = [None if values is None else machine.array(np.repeat(values, 2))[::2] for values in exact]
+    exact = [None if values is None else np.float64(values) for values in exact]
     spec = WhiteningSpec(blocks, NEWTON, 1e-3)
-    y, stats = machine.backend.forward(spec, x, *given)
-    gradients = machine.backend.backward(spec, x, *given, stats, dy)
+    y, stats = machine.backend.forward(spec, x, *parameters)
+    gradients = machine.backend.backward(spec, x, *parameters, stats, dy)
     exact_y, exact_stats = EXACT_BACKEND.forward(spec, exact_x, *exact)
     exact_gradients = EXACT_BACKEND.backward(spec, exact_x, *exact, exact_stats, exact_dy)
     tolerance = 5e-3 if "float16" in (dtype, *parameter_dtypes) else {"float32": 1e-4, "float64": 1e-11}[dtype]
@@ -278,7 +278,11 @@ def check_whitening(machine, blocks, shape, dtype, parameter_dtypes, order=None)
             assert actual is None
         else:
             check(machine, actual, expected, tolerance)
-    assert [None if each is None else each.dtype.name for each in (y, *gradients)] == [dtype, dtype, *parameter_dtypes]
+    assert [None if values is None else values.dtype.name for values in (y, *gradients)] == [
+        dtype,
+        dtype,
+        *parameter_dtypes,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -472,7 +476,7 @@ def costs(structure, blocks, shape, with_parameters):
     found = []
     counts = Counts()
     x, dy = (counted(np.zeros(shape, "float32"), counts) for _ in range(2))
-    given = [counted(np.ones(shape[1], "float32"), counts) if with_parameters else None for _ in range(2)]
+    parameters = [counted(np.ones(shape[1], "float32"), counts) if with_parameters else None for _ in range(2)]
     backend = backend_with(CupyKernels(CountingNumPy(counts), NoLauncher(counts)))
     spec = WhiteningSpec(blocks, NEWTON, 1e-5)
     with use_gpu_launches(structure):
@@ -480,9 +484,9 @@ def costs(structure, blocks, shape, with_parameters):
             before = counts.allocations, counts.operations.total()
             counts.launches.clear()
             if step == "forward":
-                _, stats = backend.forward(spec, x, *given)
+                _, stats = backend.forward(spec, x, *parameters)
             else:
-                backend.backward(spec, x, *given, stats, dy)
+                backend.backward(spec, x, *parameters, stats, dy)
             spent = counts.allocations - before[0], counts.operations.total() - before[1]
             found.append((tuple(counts.launches), *spent))
     return found

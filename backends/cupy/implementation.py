@@ -42,8 +42,8 @@ class SeparateImplementation(Reference):
 class JoinedImplementation(Reference):
     """Two launches for the forward pass, and two for the backward pass.
 
-    The first launch of each sums over the samples. Its last thread block does Newton's iteration, or computes the
-    adjoint. The second launch maps the samples. Both apply weight and bias too.
+    The first launch of each sums over the samples, and the last thread block to finish does Newton's iteration or its
+    adjoint. The second launch maps the samples. Weight and bias are applied in the same launches.
     """
 
     kernels: CupyKernels
@@ -70,14 +70,15 @@ class JoinedImplementation(Reference):
         weight, bias = self._parameter(weight, dtype), self._parameter(bias, dtype)
         x4 = kernels.split(spec.blocks, x)
         arrays = _properties(spec.blocks, x, x4, weight, bias)
-        this = forward_pass(arrays, launch.multiprocessors, launch.max_shared_memory)
-        blocks, d = this.blocks, this.d
+        launches = forward_pass(arrays, launch.multiprocessors, launch.max_shared_memory)
+        blocks, d = launches.blocks, launches.d
         y = empty(x.shape, dtype=x.dtype)
         mean, cov = empty((blocks, d), dtype=dtype), empty((blocks, d, d), dtype=dtype)
-        whitener, workspace = empty((blocks, d, d), dtype=dtype), empty((this.workspace,), dtype=dtype)
-        eps, steps, counters = float(spec.eps), spec.solver.newton_steps(x.itemsize), self._counters(this.num_counters)
-        self._launch(this.sums, x4, this.args, eps, steps, workspace, counters, mean, cov, whitener)
-        self._launch(this.maps, x4, mean, whitener, _or_null(weight), _or_null(bias), this.args, y)
+        whitener, workspace = empty((blocks, d, d), dtype=dtype), empty((launches.workspace,), dtype=dtype)
+        newton = float(spec.eps), spec.solver.newton_steps(x.itemsize)
+        counters = self._counters(launches.num_counters)
+        self._launch(launches.sums, x4, launches.args, *newton, workspace, counters, mean, cov, whitener)
+        self._launch(launches.maps, x4, mean, whitener, _or_null(weight), _or_null(bias), launches.args, y)
         return y, Statistics(mean, cov, whitener)
 
     def backward(
@@ -93,16 +94,18 @@ class JoinedImplementation(Reference):
         """Return the gradients of x, weight and bias, as `Reference.backward` does without `dstats`."""
         kernels, (mean, cov, whitener) = self.kernels, stats
         empty, launch = kernels.xp.empty, kernels.launch
-        scale, shift = self._parameter(weight, mean.dtype), self._parameter(bias, mean.dtype)
+        kernel_weight, kernel_bias = self._parameter(weight, mean.dtype), self._parameter(bias, mean.dtype)
         x4, dy4 = kernels.split(spec.blocks, x), kernels.split(spec.blocks, dy)
-        arrays, has_parameters = _properties(spec.blocks, x, x4, scale, shift), weight is not None or bias is not None
-        this = backward_pass(arrays, dy4.strides, has_parameters, launch.multiprocessors, launch.max_shared_memory)
-        dx, workspace = empty(x.shape, dtype=x.dtype), empty((this.workspace,), dtype=mean.dtype)
-        dweight, dbias = (None if p is None else empty(p.shape, dtype=p.dtype) for p in (scale, shift))
-        common = mean, whitener, _or_null(scale), this.args
-        eps, steps, counters = float(spec.eps), spec.solver.newton_steps(x.itemsize), self._counters(this.num_counters)
-        self._launch(this.sums, dy4, x4, cov, *common, eps, steps, workspace, counters)
-        self._launch(this.maps, dy4, x4, *common, workspace, dx, _or_null(dweight), _or_null(dbias))
+        arrays = _properties(spec.blocks, x, x4, kernel_weight, kernel_bias)
+        has_parameters = weight is not None or bias is not None
+        launches = backward_pass(arrays, dy4.strides, has_parameters, launch.multiprocessors, launch.max_shared_memory)
+        dx, workspace = empty(x.shape, dtype=x.dtype), empty((launches.workspace,), dtype=mean.dtype)
+        dweight, dbias = (None if p is None else empty(p.shape, dtype=p.dtype) for p in (kernel_weight, kernel_bias))
+        common = mean, whitener, _or_null(kernel_weight), launches.args
+        newton = float(spec.eps), spec.solver.newton_steps(x.itemsize)
+        counters = self._counters(launches.num_counters)
+        self._launch(launches.sums, dy4, x4, cov, *common, *newton, workspace, counters)
+        self._launch(launches.maps, dy4, x4, *common, workspace, dx, _or_null(dweight), _or_null(dbias))
         return dx, as_dtype_of(kernels, dweight, weight), as_dtype_of(kernels, dbias, bias)
 
     def _are_readable(

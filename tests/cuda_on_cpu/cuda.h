@@ -35,7 +35,7 @@ constexpr size_t STACK = 128 * 1024;
 
 struct Fiber {
     ucontext_t entry;
-    jmp_buf place;  // swapcontext would be simpler, but calls the kernel of the operating system
+    jmp_buf context;  // swapcontext would be simpler, but calls the kernel of the operating system
     std::vector<char> stack = std::vector<char>(STACK);
     bool begun, done;
 };
@@ -53,7 +53,7 @@ static void run() {
 // Runs a thread until it waits or ends.
 __attribute__((noinline)) static void resume(Fiber& fiber) {
     if (_setjmp(scheduler)) return;
-    if (fiber.begun) _longjmp(fiber.place, 1);
+    if (fiber.begun) _longjmp(fiber.context, 1);
     fiber.begun = true;
     setcontext(&fiber.entry);
 }
@@ -116,16 +116,16 @@ int launch(void (*kernel)(P...), unsigned thread_blocks, unsigned threads, bool 
 }  // namespace emulator
 
 inline void __syncthreads() {
-    if (!_setjmp(emulator::fibers[threadIdx.x].place)) _longjmp(emulator::scheduler, 1);
+    if (!_setjmp(emulator::fibers[threadIdx.x].context)) _longjmp(emulator::scheduler, 1);
 }
 
 // There is nothing to do, as thread blocks run one after the other.
 inline void __threadfence() {}
 
-inline unsigned atomicAdd(unsigned* place, unsigned number) {
-    const unsigned before = *place;
-    *place += number;
+inline unsigned atomicAdd(unsigned* counter, unsigned increment) {
+    const unsigned before = *counter;
+    *counter += increment;
     return before;
 }
 
-template <typename T> T __ldcg(const T* place) { return *place; }
+template <typename T> T __ldcg(const T* pointer) { return *pointer; }
