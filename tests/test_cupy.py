@@ -1,4 +1,4 @@
-"""What only CuPy has: kernels in CUDA. They compile without a device, and run, emulated, on a CPU."""
+"""CuPy's CUDA kernels. They compile without a device, and run on a CPU by emulation."""
 
 import os
 import re
@@ -18,14 +18,12 @@ from cuda_on_cpu import COMPILER, CpuLauncher, GuardedNumPy
 from cuda_on_cpu.counting import CountingNumPy, Counts, NoLauncher, counted
 
 import polywhiten as pw
+from polywhiten.backend import Backend
 from polywhiten.blocks import ChannelGroups, SampleGroups
 from polywhiten.cli.info import probe
-from polywhiten.cupy.implementation import CupyImplementation
-from polywhiten.cupy.joined import JoinedWhitening
 from polywhiten.dispatch import framework_module
 from polywhiten.gpu_launches import CHOICES, use_gpu_launches
 from polywhiten.kernels import Kernels, Term
-from polywhiten.reference import Reference
 from polywhiten.solvers import solver_for
 from polywhiten.spec import WhiteningSpec
 
@@ -33,6 +31,7 @@ cupy = pytest.importorskip("cupy")
 
 import polywhiten.cupy  # noqa: E402
 from polywhiten.cupy import launcher, passes  # noqa: E402
+from polywhiten.cupy.implementation import JoinedImplementation, SeparateImplementation  # noqa: E402
 from polywhiten.cupy.kernels import CupyKernels  # noqa: E402
 from polywhiten.cupy.variants import SIZES, TYPES  # noqa: E402
 
@@ -43,13 +42,13 @@ ACCUMULATORS = ("float", "double")
 PAIRS = ("half, half", "float, half", "float, float", "double, double")  # of dy and x
 MAPS = ("half, half, half", "half, half, float", "float, half, half", "float, float, float", "double, double, double")
 KERNELS = {
-    "moments.cu": {"moments": ("half", *ACCUMULATORS), "finish_moments": ACCUMULATORS},
-    "cross_moments.cu": {"cross_moments": PAIRS, "finish_cross_moments": ACCUMULATORS},
+    "moments.cu": {"partial_moments": ("half", *ACCUMULATORS), "combine_moments": ACCUMULATORS},
+    "cross_moments.cu": {"partial_cross_moments": PAIRS, "combine_cross_moments": ACCUMULATORS},
     "affine_map.cu": {"affine_map": MAPS},
     "newton.cu": {"newton": ACCUMULATORS, "newton_adjoint": ACCUMULATORS},
-    "joined_statistics.cu": {"find_statistics": TYPES.values()},
-    "joined_gradient.cu": {"find_gradient": TYPES.values()},
-    "joined_maps.cu": {"whiten": TYPES.values(), "pull_back": TYPES.values()},
+    "joined_statistics.cu": {"joined_statistics": TYPES.values()},
+    "joined_gradient.cu": {"joined_gradient": TYPES.values()},
+    "joined_maps.cu": {"whiten": TYPES.values(), "input_gradient": TYPES.values()},
 }
 VARIANTS = {
     file: [
@@ -62,13 +61,13 @@ VARIANTS = {
 # ---------------------------------------------------------------- compiled, without a device
 
 
-def most_shared(kernel):
-    """Bytes, beside what a launch gives: the host has these bounds, for what can run at a time."""
+def static_bound(kernel):
+    """Return the most bytes of static shared memory that the host expects of a kernel."""
     name, first_type, *_, size = re.findall(r"\w+", kernel)
-    joined = {"find_statistics": passes.STATISTICS_STATIC, "find_gradient": passes.GRADIENT_STATIC}.get(name)
+    joined = {"joined_statistics": passes.STATISTICS_STATIC, "joined_gradient": passes.GRADIENT_STATIC}.get(name)
     if joined:
         return joined[int(size)] * 1024 * (2 if first_type == "double" else 1)
-    return 4096 if name in ("affine_map", "newton", "newton_adjoint", "whiten", "pull_back") else 48 * 1024
+    return 4096 if name in ("affine_map", "newton", "newton_adjoint", "whiten", "input_gradient") else 48 * 1024
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -77,7 +76,7 @@ def test_every_variant_compiles_and_keeps_to_its_registers_and_shared_memory(fil
     from cupy.cuda.compiler import _NVRTCProgram  # the public function asks for a device
 
     names = VARIANTS[file]
-    if file.startswith("joined"):  # they take long; float16 differs from float32 by what it loads
+    if file.startswith("joined"):  # they take long, and float16 differs from float32 only in its loads
         names = [name for name in names if ("half" in name) == (arch == "sm_80")]
     log = StringIO()
     program = _NVRTCProgram(launcher.source(file), file, name_expressions=names, method="cubin")
@@ -92,14 +91,14 @@ def test_every_variant_compiles_and_keeps_to_its_registers_and_shared_memory(fil
     for name, *numbers in report:
         spilled, registers, shared = (int(number or 0) for number in numbers)
         record_property("resources", f"{kernels[name]:<36} {arch} {registers:>3} registers, {shared:>6} bytes shared")
-        # what joined kernels know of their launch may wait elsewhere while the sums take all registers
+        # joined kernels may spill what they know of their launch while the sums need all registers
         assert spilled <= (32 if file.startswith("joined") else 0), kernels[name]
-        assert shared <= most_shared(kernels[name]), kernels[name]
+        assert shared <= static_bound(kernels[name]), kernels[name]
 
 
 @pytest.mark.parametrize("file", VARIANTS)
 def test_float32_is_not_computed_with_in_float64(file):
-    """That is slow on many devices, and rounds otherwise: eps comes as float64, and is converted."""
+    """Float64 is slow on many devices, and rounds differently. Only eps is float64, and is converted."""
     from cupy.cuda.compiler import _NVRTCProgram
 
     names = [name for name in VARIANTS[file] if "double" not in name and name.endswith("16>")]
@@ -116,11 +115,20 @@ def test_float32_is_not_computed_with_in_float64(file):
 
 @dataclass
 class Machine:
-    """CuPy's kernels over arrays of some library."""
+    """CuPy's kernels over the arrays of a library, and conversions from and to NumPy."""
 
     kernels: CupyKernels
     array: Any
     numpy: Any
+
+    @property
+    def backend(self):
+        return backend_with(self.kernels)
+
+
+def backend_with(kernels):
+    """Return CuPy's backend with these kernels."""
+    return Backend(Kernels(kernels.xp), JoinedImplementation(kernels), SeparateImplementation(kernels))
 
 
 @cache
@@ -131,10 +139,10 @@ def emulated(build):
 
 
 def larger(machine):
-    """The same with as many processors as devices have, if it is emulated."""
+    """Return the same with as many multiprocessors as devices have, if it is emulated."""
     launch = copy(machine.kernels.launch)
     if isinstance(launch, CpuLauncher):
-        launch.processors = 100
+        launch.multiprocessors = 100
     return replace(machine, kernels=CupyKernels(machine.kernels.xp, launch))
 
 
@@ -148,7 +156,7 @@ def machine(request, tmp_path_factory):
     if request.param == "emulated":
         folder = tmp_path_factory.getbasetemp()
         return emulated(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
-    return Machine(polywhiten.cupy.BACKEND.kernels, cupy.asarray, cupy.asnumpy)
+    return Machine(polywhiten.cupy.BACKEND.implementations[0].kernels, cupy.asarray, cupy.asnumpy)
 
 
 @pytest.fixture(params=CHOICES)
@@ -157,20 +165,12 @@ def structure(request):
         yield request.param
 
 
+NEWTON = solver_for("newton", 5)
 EXACT = Kernels(array_api_compat.numpy)
-
-
-def forward(kernels, spec, *arrays):
-    return (CupyImplementation if isinstance(kernels, CupyKernels) else Reference)(kernels).forward(spec, *arrays)
-
-
-def backward(kernels, spec, *arrays):
-    return (CupyImplementation if isinstance(kernels, CupyKernels) else Reference)(kernels).backward(spec, *arrays)
-
-
+EXACT_BACKEND = Backend(EXACT)
 TOLERANCE = {"float16": 2e-3, "float32": 1e-5, "float64": 1e-12}
 
-# Of (p, q, d, l) arrays: the block axis, the shape for d variables, and the order in which the axes lie in memory.
+# The block axis of (p, q, d, l) arrays, their shape for d variables, and the order of their axes in memory.
 LAYOUTS = {
     "channels first": (1, lambda d: (5, 2, d, 37), (0, 1, 2, 3)),
     "channels last": (1, lambda d: (600, 2, d, 1), (0, 1, 2, 3)),
@@ -182,7 +182,7 @@ LAYOUTS = {
 
 
 def draw(machine, shape, dtype, order=(0, 1, 2, 3), seed=0, mean=3.0):
-    """Random numbers, every second one of a larger array of NaN; and the same as float64 of NumPy."""
+    """Return random values as every second element of an array whose others are NaN, and NumPy's float64 of them."""
     rng = np.random.default_rng(seed)
     spread = [shape[i] for i in order]
     values = rng.normal(mean, 1, [*spread[:-1], 2 * spread[-1]]).astype(dtype)
@@ -200,9 +200,9 @@ def check(machine, actual, expected, tolerance):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("d", [1, 4, 13, 32, 50, 64])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_kernels_are_the_plain_ones(machine, dtype, d, layout):
+def test_kernels_agree_with_the_plain_ones(machine, dtype, d, layout):
     block_axis, shape, order = LAYOUTS[layout]
-    kernels, newton = machine.kernels, solver_for("newton", 5)
+    kernels, newton = machine.kernels, NEWTON
     tolerance = TOLERANCE["float64" if dtype == "float64" else "float32"]
     x, exact_x = draw(machine, shape(d), dtype, order)
     dy, exact_dy = draw(machine, shape(d), dtype, order, seed=1, mean=0.5)
@@ -240,45 +240,49 @@ def test_kernels_are_the_plain_ones(machine, dtype, d, layout):
     ids=["iter_norm", "iter_norm, channels last", "group_whiten", "group_whiten, channels last"],
 )
 def test_whitening_and_its_gradient_over_these_kernels(machine, structure, blocks, shape, dtype):
-    """In half precision the gradient of y arrives in float32 where weights don't fold into the whitener."""
+    """In half precision the gradient of y is float32 if weights don't fold into the whitener."""
     rng = np.random.default_rng(0)
-    given = [a.astype(dtype) for a in (rng.normal(2, 3, shape), rng.uniform(1, 2, 12), rng.normal(size=12))]
+    inputs = [a.astype(dtype) for a in (rng.normal(2, 3, shape), rng.uniform(1, 2, 12), rng.normal(size=12))]
     dy = rng.normal(size=shape).astype(dtype)
-    plan = WhiteningSpec(blocks, solver_for("newton", 5), 1e-5)
-    x, weight, bias = (machine.array(a) for a in given)
-    y, stats = forward(machine.kernels, plan, x, weight, bias)
-    gradients = backward(machine.kernels, plan, x, weight, bias, stats, machine.array(dy))
-    exact = [np.float64(a) for a in given]
-    exact_y, exact_stats = forward(EXACT, plan, *exact)
-    exact_gradients = backward(EXACT, plan, *exact, exact_stats, np.float64(dy))
+    spec = WhiteningSpec(blocks, NEWTON, 1e-5)
+    x, weight, bias = (machine.array(a) for a in inputs)
+    y, stats = machine.backend.forward(spec, x, weight, bias)
+    gradients = machine.backend.backward(spec, x, weight, bias, stats, machine.array(dy))
+    exact = [np.float64(a) for a in inputs]
+    exact_y, exact_stats = EXACT_BACKEND.forward(spec, *exact)
+    exact_gradients = EXACT_BACKEND.backward(spec, *exact, exact_stats, np.float64(dy))
     for actual, expected in zip((y, *gradients), (exact_y, *exact_gradients), strict=True):
         assert actual.dtype == dtype
         check(machine, actual, expected, 10 * TOLERANCE[dtype] if dtype != "float16" else 5e-3)
 
 
 def check_whitening(machine, blocks, shape, dtype, parameter_dtypes, order=None):
-    """Forward and backward against the plain kernels in float64."""
+    """Compare forward and backward with the plain kernels in float64."""
     rng = np.random.default_rng(0)
     order = order or tuple(range(len(shape)))
     x, exact_x = draw(machine, shape, dtype, order)
     dy, exact_dy = draw(machine, shape, dtype, order, seed=1, mean=0.5)
     channels = shape[blocks.axis]
     exact = [None if name is None else rng.uniform(1, 2, channels).astype(name) for name in parameter_dtypes]
-    # with gaps, as a slice of a larger array has them
-    given = [None if each is None else machine.array(np.repeat(each, 2))[::2] for each in exact]
-    exact = [None if each is None else np.float64(each) for each in exact]
-    plan = WhiteningSpec(blocks, solver_for("newton", 5), 1e-3)
-    y, stats = forward(machine.kernels, plan, x, *given)
-    gradients = backward(machine.kernels, plan, x, *given, stats, dy)
-    exact_y, exact_stats = forward(EXACT, plan, exact_x, *exact)
-    exact_gradients = backward(EXACT, plan, exact_x, *exact, exact_stats, exact_dy)
+    # not contiguous, as slices of larger arrays aren't
+    parameters = [None if values is None else machine.array(np.repeat(values, 2))[::2] for values in exact]
+    exact = [None if values is None else np.float64(values) for values in exact]
+    spec = WhiteningSpec(blocks, NEWTON, 1e-3)
+    y, stats = machine.backend.forward(spec, x, *parameters)
+    gradients = machine.backend.backward(spec, x, *parameters, stats, dy)
+    exact_y, exact_stats = EXACT_BACKEND.forward(spec, exact_x, *exact)
+    exact_gradients = EXACT_BACKEND.backward(spec, exact_x, *exact, exact_stats, exact_dy)
     tolerance = 5e-3 if "float16" in (dtype, *parameter_dtypes) else {"float32": 1e-4, "float64": 1e-11}[dtype]
     for actual, expected in zip((*stats, y, *gradients), (*exact_stats, exact_y, *exact_gradients), strict=True):
         if expected is None:
             assert actual is None
         else:
             check(machine, actual, expected, tolerance)
-    assert [None if each is None else each.dtype.name for each in (y, *gradients)] == [dtype, dtype, *parameter_dtypes]
+    assert [None if values is None else values.dtype.name for values in (y, *gradients)] == [
+        dtype,
+        dtype,
+        *parameter_dtypes,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -304,14 +308,14 @@ WHITENED = {
 
 
 @pytest.mark.parametrize("layout", WHITENED)
-def test_many_programs_for_each_block(machine, structure, layout):
-    """They are added up as a tree where the launches are joined, and channels are spread over programs."""
+def test_many_parts_of_each_block(machine, structure, layout):
+    """Joined launches combine them by a tree, and give them different channels."""
     blocks, shape, order = WHITENED[layout]
     check_whitening(larger(machine), blocks, shape, "float64", ("float64", "float64"), order)
 
 
 @pytest.mark.parametrize("shape", [(16, 2, 8, 40), (640, 2, 8, 1)])
-def test_a_mean_far_above_the_spread_costs_float32_no_more_than_its_digits(machine, shape):
+def test_a_mean_far_above_the_standard_deviation_costs_no_accuracy_in_float32(machine, shape):
     x, exact = draw(machine, shape, "float32", mean=1e3)
     mean, cov = machine.kernels.moments(x, 1)
     exact_mean, exact_cov = EXACT.moments(exact, 1)
@@ -324,12 +328,12 @@ def test_a_mean_far_above_the_spread_costs_float32_no_more_than_its_digits(machi
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_constant_channels_have_exactly_no_variance_and_finite_roots(machine, dtype):
+def test_constant_channels_have_zero_variance_and_finite_inverse_roots(machine, dtype):
     x = machine.array(np.full((7, 2, 9, 11), 0.1, dtype))
     mean, cov = machine.kernels.moments(x, 1)
     assert (machine.numpy(mean) == np.asarray(0.1, dtype)).all()
     assert (machine.numpy(cov) == 0).all()
-    newton = solver_for("newton", 5)
+    newton = NEWTON
     w = machine.kernels.inverse_sqrt(newton, cov)
     y = machine.kernels.affine_map([Term(w, x, mean)], None, 1, x.dtype)
     assert (machine.numpy(y) == 0).all()
@@ -338,14 +342,14 @@ def test_constant_channels_have_exactly_no_variance_and_finite_roots(machine, dt
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_spoils_its_own_block_alone(machine, structure, bad):
+def test_a_value_that_is_not_finite_affects_only_its_block(machine, structure, bad):
     values = np.random.default_rng(0).normal(size=(6, 2, 20, 30)).astype("float32")
     values[2, 1, 5, 3] = bad
-    plan = WhiteningSpec(ChannelGroups(1, 20), solver_for("newton", 5), 1e-5)
+    spec = WhiteningSpec(ChannelGroups(1, 20), NEWTON, 1e-5)
     x = machine.array(values.reshape(6, 40, 30))
     with np.errstate(invalid="ignore"):
-        y, stats = forward(machine.kernels, plan, x, None, None)
-        dx, _, _ = backward(machine.kernels, plan, x, None, None, stats, y)
+        y, stats = machine.backend.forward(spec, x, None, None)
+        dx, _, _ = machine.backend.backward(spec, x, None, None, stats, y)
     for array in (machine.numpy(y), machine.numpy(dx)):
         assert np.isfinite(array[:, :20]).all()
         assert not np.isfinite(array[:, 20:]).any()
@@ -353,7 +357,7 @@ def test_what_is_not_finite_spoils_its_own_block_alone(machine, structure, bad):
 
 @pytest.mark.parametrize("iterations", [1, 2, 3, 300])
 def test_any_number_of_steps(machine, iterations):
-    """Also so many that what a tile has beyond the matrix would have overflowed."""
+    """With 300 steps elements of a tile past the matrix would overflow if they weren't 0."""
     a = np.random.default_rng(0).normal(size=(3, 5, 20))
     cov, grad = a @ a.swapaxes(1, 2) / 20, a[..., :5]
     solver = solver_for("newton", iterations)
@@ -364,7 +368,7 @@ def test_any_number_of_steps(machine, iterations):
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 5])
-def test_one_nan_leaves_nothing_finite_of_its_matrix(machine, iterations):
+def test_one_nan_makes_every_element_of_its_matrix_not_finite(machine, iterations):
     cov = np.tile(np.eye(6), (3, 1, 1))
     cov[1, 4, 4] = np.nan
     solver, kernels = solver_for("newton", iterations), machine.kernels
@@ -375,38 +379,68 @@ def test_one_nan_leaves_nothing_finite_of_its_matrix(machine, iterations):
 
 
 def no_launch(*arguments):
-    raise AssertionError("a case that the kernels are not made for was launched")
+    raise AssertionError("a kernel was launched for a case without a variant")
 
 
 @dataclass(frozen=True)
 class Refusing:
-    """A launcher that nothing may reach."""
+    """A launcher that must not be called."""
 
-    shared_memory: int = CpuLauncher.shared_memory
-    processors = 2
+    max_shared_memory: int = CpuLauncher.max_shared_memory
+    multiprocessors = 2
     __call__ = staticmethod(no_launch)
 
 
-PLAIN, TINY = (CupyKernels(array_api_compat.numpy, Refusing(*memory)) for memory in ((), (1024,)))
+REFUSING, TINY = (CupyKernels(array_api_compat.numpy, Refusing(*memory)) for memory in ((), (1024,)))
 
 
-@pytest.mark.parametrize("shape", [(3, 2, 65, 5), (0, 2, 4, 5), (3, 0, 4, 5), (3, 2, 4, 0)], ids=str)
-@pytest.mark.parametrize("block_axis", [0, 1])
-def test_more_than_64_variables_and_nothing_have_the_plain_kernels(shape, block_axis):
-    x = np.random.default_rng(0).normal(size=shape)
-    mean, cov = PLAIN.moments(x, block_axis)
-    np.testing.assert_array_equal(cov, EXACT.moments(x, block_axis)[1])
-    s, _ = PLAIN.cross_moments(x, x, mean, block_axis)
-    np.testing.assert_array_equal(s, EXACT.cross_moments(x, x, mean, block_axis)[0])
-    terms = [Term(cov, x, mean)]
-    y = PLAIN.affine_map(terms, None, block_axis, x.dtype)
-    np.testing.assert_array_equal(y, EXACT.affine_map(terms, None, block_axis, x.dtype))
+@pytest.mark.parametrize(
+    ("blocks", "shape"),
+    [
+        (ChannelGroups(1, 65), (300, 65)),
+        (SampleGroups(1, 65), (2, 65, 300)),
+        *((ChannelGroups(1, 4), shape) for shape in ((0, 8, 5), (3, 0, 5), (3, 8, 0))),
+        *((SampleGroups(1, 4), shape) for shape in ((0, 8, 5), (3, 0, 5), (3, 8, 0))),
+    ],
+    ids=str,
+)
+def test_more_than_64_variables_and_empty_arrays_have_the_plain_kernels(blocks, shape):
+    spec, x = WhiteningSpec(blocks, NEWTON, 1e-5), np.random.default_rng(0).normal(size=shape)
+    backend = backend_with(REFUSING)
+    with np.errstate(invalid="ignore"):
+        y, stats = backend.forward(spec, x, None, None)
+        exact_y, exact_stats = EXACT_BACKEND.forward(spec, x, None, None)
+        gradients = backend.backward(spec, x, None, None, stats, x)
+        exact_gradients = EXACT_BACKEND.backward(spec, x, None, None, exact_stats, x)
+    for actual, expected in zip((y, *stats, gradients[0]), (exact_y, *exact_stats, exact_gradients[0]), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("shape", [(9, 65), (0, 4)], ids=str)
+def test_frozen_statistics_of_unsupported_arrays_have_the_plain_kernels(shape):
+    x, mean, whitener = np.ones(shape), np.zeros(shape[1]), np.eye(shape[1])[None]
+    y = backend_with(REFUSING).apply_frozen(1, x, mean, whitener, None, None)
+    np.testing.assert_array_equal(y, x)
+
+
+@pytest.mark.parametrize("shape", [(37, 11, 5), (9, 5, 11)], ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_frozen_statistics(machine, dtype, shape):
+    """The last group may be smaller than the others, and statistics may have another dtype than x."""
+    rng = np.random.default_rng(0)
+    axis = shape.index(11)
+    x, weight = rng.normal(size=shape).astype(dtype), rng.normal(size=11).astype(dtype)
+    mean, whitener = rng.normal(size=11), rng.normal(size=(2, 6, 6))
+    y = machine.backend.apply_frozen(axis, *map(machine.array, (x, mean, whitener, weight, weight)))
+    arrays = (np.float64(a) for a in (x, mean, whitener, weight, weight))
+    assert y.dtype == dtype
+    check(machine, y, EXACT_BACKEND.apply_frozen(axis, *arrays), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("method", ["newton", "eigh", "minimax"])
 def test_other_solvers_and_small_devices_have_the_plain_kernels(method):
     solver, cov = solver_for(method, None), np.eye(5)[None] + 0.1
-    kernels = TINY if method == "newton" else PLAIN
+    kernels = TINY if method == "newton" else REFUSING
     np.testing.assert_array_equal(kernels.inverse_sqrt(solver, cov), EXACT.inverse_sqrt(solver, cov))
     adjoint = kernels.inverse_sqrt_adjoint(solver, cov, cov)
     np.testing.assert_array_equal(adjoint, EXACT.inverse_sqrt_adjoint(solver, cov, cov))
@@ -415,41 +449,52 @@ def test_other_solvers_and_small_devices_have_the_plain_kernels(method):
     np.testing.assert_array_equal(y, EXACT.affine_map(terms, None, 1, np.float64))
 
 
-def test_statistics_of_another_precision_have_the_plain_kernels():
-    x, matrix, mean = np.ones((3, 1, 2, 4), "float32"), np.eye(2)[None], np.zeros((1, 2))
-    y = PLAIN.affine_map([Term(matrix, x, mean)], None, 1, x.dtype)
-    np.testing.assert_array_equal(y, x)
-    s, _ = PLAIN.cross_moments(x, x, mean, 1)
-    np.testing.assert_array_equal(s, [[12, 12]])
+def test_statistics_that_all_reduce_returns_in_another_dtype_are_converted(machine):
+    rng = np.random.default_rng(0)
+    x, dy, weight = (rng.normal(size=shape).astype("float32") for shape in ((40, 12), (40, 12), (12,)))
+
+    def all_reduce(array):
+        return 2 * array.astype("float64")  # of two workers with the same samples
+
+    spec = WhiteningSpec(ChannelGroups(1, 6), NEWTON, 1e-5, all_reduce)
+    arrays = [machine.array(a) for a in (x, weight, weight)]
+    y, stats = machine.backend.forward(spec, *arrays)
+    gradients = machine.backend.backward(spec, *arrays, stats, machine.array(dy))
+    exact = [np.float64(a) for a in (x, weight, weight)]
+    exact_y, exact_stats = EXACT_BACKEND.forward(spec, *exact)
+    exact_gradients = EXACT_BACKEND.backward(spec, *exact, exact_stats, np.float64(dy))
+    for actual, expected in zip((y, *gradients), (exact_y, *exact_gradients), strict=True):
+        assert actual.dtype == "float32"
+        check(machine, actual, expected, 1e-5)
 
 
 # ---------------------------------------------------------------- what a call costs the host
 
 
 def costs(structure, blocks, shape, with_parameters):
-    """Launches, allocations and operations of forward, and of backward."""
+    """Return the launches, allocations and operations of forward, and those of backward."""
     found = []
     counts = Counts()
     x, dy = (counted(np.zeros(shape, "float32"), counts) for _ in range(2))
-    given = [counted(np.ones(shape[1], "float32"), counts) if with_parameters else None for _ in range(2)]
-    kernels = CupyKernels(CountingNumPy(counts), NoLauncher(counts))
-    plan = WhiteningSpec(blocks, solver_for("newton", 5), 1e-5)
+    parameters = [counted(np.ones(shape[1], "float32"), counts) if with_parameters else None for _ in range(2)]
+    backend = backend_with(CupyKernels(CountingNumPy(counts), NoLauncher(counts)))
+    spec = WhiteningSpec(blocks, NEWTON, 1e-5)
     with use_gpu_launches(structure):
         for step in ("forward", "backward"):
             before = counts.allocations, counts.operations.total()
             counts.launches.clear()
             if step == "forward":
-                _, stats = forward(kernels, plan, x, *given)
+                _, stats = backend.forward(spec, x, *parameters)
             else:
-                backward(kernels, plan, x, *given, stats, dy)
+                backend.backward(spec, x, *parameters, stats, dy)
             spent = counts.allocations - before[0], counts.operations.total() - before[1]
             found.append((tuple(counts.launches), *spent))
     return found
 
 
-SEPARATE_FORWARD = ("moments", "finish_moments", "newton", "affine_map")
-SEPARATE_BACKWARD = ("cross_moments", "finish_cross_moments", "newton_adjoint", "affine_map")
-JOINED_FORWARD, JOINED_BACKWARD = ("find_statistics", "whiten"), ("find_gradient", "pull_back")
+SEPARATE_FORWARD = ("partial_moments", "combine_moments", "newton", "affine_map")
+SEPARATE_BACKWARD = ("partial_cross_moments", "combine_cross_moments", "newton_adjoint", "affine_map")
+JOINED_FORWARD, JOINED_BACKWARD = ("joined_statistics", "whiten"), ("joined_gradient", "input_gradient")
 ITER_NORM, GROUP_WHITENING = ChannelGroups(1, 16), SampleGroups(1, 16)
 
 
@@ -467,44 +512,62 @@ ITER_NORM, GROUP_WHITENING = ChannelGroups(1, 16), SampleGroups(1, 16)
     ],
 )
 def test_the_number_of_launches_allocations_and_operations(structure, blocks, with_parameters, in_forward, in_backward):
-    """Joined ones allocate their results (y and three statistics, or the gradients) and memory to work in."""
+    """Joined launches allocate their results (y and three statistics, or the gradients) and a workspace."""
     assert costs(structure, blocks, (32, 64, 7, 7), with_parameters) == [in_forward, in_backward]
+
+
+JOINED = JoinedImplementation(REFUSING)
 
 
 @pytest.mark.parametrize("solver", [solver_for("eigh", None), solver_for("newton", 300)], ids=["eigh", "many steps"])
 def test_joined_launches_leave_other_solvers_to_the_separate_kernels(solver):
     x = np.ones((5, 4, 3), "float32")
     with use_gpu_launches("joined"):
-        assert JoinedWhitening.of(PLAIN, WhiteningSpec(ChannelGroups(1, 2), solver, 1e-5), x) is None
+        assert not JOINED.supports(WhiteningSpec(ChannelGroups(1, 2), solver, 1e-5), x, None, None)
 
 
 @pytest.mark.parametrize(
     ("kernels", "shape", "dtype"),
     [
-        (PLAIN, (300, 65), "float32"),
-        (PLAIN, (0, 4), "float32"),
+        (REFUSING, (300, 65), "float32"),
+        (REFUSING, (0, 4), "float32"),
         (TINY, (9, 4), "float32"),
-        (PLAIN, (9, 4), "longdouble"),
+        (REFUSING, (9, 4), "longdouble"),
     ],
     ids=["65 variables", "nothing", "little shared memory", "another dtype"],
 )
 def test_joined_launches_leave_other_arrays_to_the_separate_kernels(kernels, shape, dtype):
-    plan = WhiteningSpec(ChannelGroups(1, shape[1]), solver_for("newton", 5), 1e-5)
+    spec = WhiteningSpec(ChannelGroups(1, shape[1]), NEWTON, 1e-5)
     with use_gpu_launches("joined"):
-        assert JoinedWhitening.of(kernels, plan, np.ones(shape, dtype)) is None
+        assert not JoinedImplementation(kernels).supports(spec, np.ones(shape, dtype), None, None)
 
 
-def test_joined_launches_leave_statistics_that_are_not_kept_to_the_separate_kernels():
-    plan, x = WhiteningSpec(ITER_NORM, solver_for("newton", 5), 1e-5), np.ones((30, 16), "float32")
+def test_joined_launches_leave_statistics_that_are_not_saved_to_the_separate_kernels():
+    spec, x = WhiteningSpec(ITER_NORM, NEWTON, 1e-5), np.ones((30, 16), "float32")
     mean, matrix = np.zeros((1, 16), "float32"), np.eye(16, dtype="float32")[None]
+    none = [None] * 3
     with use_gpu_launches("joined"):
-        assert JoinedWhitening.of(PLAIN, plan, x, x, mean, matrix, matrix) is not None
-        for others in ((mean, matrix, None), (mean, matrix, np.float64(matrix)), (mean, matrix, matrix[:, :, ::-1])):
-            assert JoinedWhitening.of(PLAIN, plan, x, x, *others) is None
-        assert JoinedWhitening.of(PLAIN, plan, x, np.float64(x), mean, matrix, matrix) is None
+        assert JOINED.supports(spec, x, None, None, x, mean, matrix, matrix, *none)
+        for stats in ((mean, matrix, None), (mean, matrix, np.float64(matrix)), (mean, matrix, matrix[:, :, ::-1])):
+            assert not JOINED.supports(spec, x, None, None, x, *stats, *none)
+        assert not JOINED.supports(spec, x, None, None, np.float64(x), mean, matrix, matrix, *none)
+        assert not JOINED.supports(spec, x, None, None, x, mean, matrix, matrix, None, None, matrix)
+        assert not JOINED.supports(replace(spec, all_reduce=np.copy), x, None, None)
+    assert not JOINED.supports(spec, x, None, None)
 
 
-# ---------------------------------------------------------------- users and their devices
+@pytest.mark.parametrize(("name", "dtype"), [("Strides", passes.PASS_ARGS["x"]), ("Pass", passes.PASS_ARGS)])
+def test_structures_of_arguments_have_the_fields_that_the_sources_declare(name, dtype):
+    text = re.sub("//.*", "", launcher.source("pass.cuh"))
+    body = re.search(rf"struct {name} {{(.*?)(}}|__device__)", text, re.DOTALL)[1]
+    declared = [
+        field for fields in re.findall(r"(?:long long|Strides) ([\w, ]+);", body) for field in fields.split(", ")
+    ]
+    assert tuple(declared) == dtype.names
+    assert dtype.itemsize == sum(dtype[field].itemsize for field in dtype.names)  # no padding
+
+
+# ---------------------------------------------------------------- arrays, devices and streams
 
 
 def test_cupy_arrays_are_served_by_this_backend():
@@ -515,7 +578,7 @@ def test_cupy_arrays_are_served_by_this_backend():
 
 
 class FakeCuda:
-    """As much of CuPy as the launcher calls, with two devices and any number of streams."""
+    """The part of CuPy that the launcher calls, with two devices and any number of streams."""
 
     uint32 = np.uint32
     zeros = staticmethod(np.zeros)
@@ -537,7 +600,7 @@ class FakeCuda:
 
 
 class FakeKernel:
-    """Counts how often it is given memory, which is a call of the driver, and launched."""
+    """Counts the launches, and records requests for shared memory, each of which is a call of the driver."""
 
     def __init__(self):
         self.launches, self.settings, self._shared = 0, [], 48 * 1024
@@ -581,8 +644,8 @@ def test_an_array_on_another_device_is_an_error_that_says_so(fake):
         launch("newton.cu", "newton<float, 64>", 1, 256, (fake.ndarray(0), 5, fake.ndarray(1)))
 
 
-def test_every_stream_device_thread_and_graph_has_counters_of_its_own(fake):
-    """Else two launches that run at once would count each other's programs."""
+def test_every_stream_device_thread_and_graph_has_separate_counters(fake):
+    """Otherwise two launches that run at once would count each other's thread blocks."""
     counters = launcher.CudaLauncher().counters
     first = counters(3)
     assert counters(1000) is first
@@ -592,11 +655,11 @@ def test_every_stream_device_thread_and_graph_has_counters_of_its_own(fake):
     fake.device = 1
     on_device_1 = counters(3)
     with ThreadPoolExecutor(1) as pool:
-        of_thread = pool.submit(counters, 3).result()
+        in_thread = pool.submit(counters, 3).result()
     fake.capturing = True
-    of_graphs = [counters(3), counters(3)]
-    every = [first, other, on_device_1, of_thread, *of_graphs]
-    assert len({id(each) for each in every}) == 6
+    in_graphs = [counters(3), counters(3)]
+    all_counters = [first, other, on_device_1, in_thread, *in_graphs]
+    assert len({id(array) for array in all_counters}) == 6
     fake.capturing, fake.stream, fake.device = False, 7, 0
     assert counters(3) is first
     more = counters(first.size + 1)
@@ -605,7 +668,7 @@ def test_every_stream_device_thread_and_graph_has_counters_of_its_own(fake):
 
 
 def test_the_default_stream_is_not_asked_whether_it_is_captured(fake):
-    """It can't be, and CuPy refuses to ask."""
+    """It can't be captured, and CuPy raises an error for the question."""
     fake.stream, fake.capturing = 0, True
     counters = launcher.CudaLauncher().counters
     assert counters(3) is counters(3)
@@ -623,11 +686,11 @@ def test_without_a_device_info_says_why():
 @needs_device
 @pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
 def test_nothing_waits_for_the_device(structure, name):
-    """A stream that is being captured in a graph refuses whatever would wait; the graph gives the same again."""
+    """A stream refuses to wait while a graph captures it. Launching the graph gives the same results again."""
     x = cupy.asarray(np.random.default_rng(0).normal(size=(32, 64, 14, 14)).astype("float32"))
     function = getattr(pw, f"{name}_vjp")
     with cupy.cuda.Stream(non_blocking=True) as stream:
-        for _ in range(2):  # kernels are compiled, and memory is taken from the pool
+        for _ in range(2):  # this compiles the kernels, and fills the memory pool
             y, pullback = function(x)
             expected = [a.copy() for a in (y, pullback(y)[0])]
         stream.synchronize()
@@ -644,7 +707,7 @@ def test_nothing_waits_for_the_device(structure, name):
 
 @pytest.mark.gpu
 @needs_device
-def test_calls_on_several_streams_at_once_give_what_each_gives_alone(structure):
+def test_calls_on_several_streams_at_once_give_the_same_results_as_one(structure):
     x = cupy.asarray(np.random.default_rng(0).normal(size=(64, 64, 28, 28)).astype("float32"))
     expected = pw.iter_norm(x).get()
     streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(4)]
@@ -661,14 +724,14 @@ def test_calls_on_several_streams_at_once_give_what_each_gives_alone(structure):
 
 @pytest.mark.gpu
 @needs_device
-def test_pytorch_lends_a_tensor_and_gets_the_result_without_copies():
+def test_tensors_of_pytorch_are_exchanged_without_copies():
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("PyTorch sees no CUDA device")
     x = torch.randn(8, 6, 5, 4, device="cuda")
-    lent = cupy.from_dlpack(x)
-    assert lent.data.ptr == x.data_ptr()
-    y = polywhiten.cupy.iter_norm(lent, group_size=3)
+    shared = cupy.from_dlpack(x)
+    assert shared.data.ptr == x.data_ptr()
+    y = polywhiten.cupy.iter_norm(shared, group_size=3)
     back = torch.from_dlpack(y)
     assert back.data_ptr() == y.data.ptr
     torch.testing.assert_close(back.cpu(), pw.iter_norm(x.cpu(), group_size=3), atol=1e-4, rtol=0)

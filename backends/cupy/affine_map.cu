@@ -1,8 +1,9 @@
-// Sum of matrix (array - centre) over one or two arrays, plus bias: every array is read once, the result written once.
+// The sum of matrix (array - centre) over one or two arrays, plus bias. Every array is read once.
 
 #include "maps.cuh"
 
-// A program takes every so many of a block's tiles, so that it loads the matrices once. `x2` and `bias` may be null.
+// Several thread blocks, called parts, share the tiles of a block: part p takes tiles p, p + num_parts, and so on, and
+// loads the matrices once. `x2` and `bias` may be null.
 template <typename T1, typename T2, typename TY, int D>
 __global__ void __launch_bounds__(THREADS, sizeof(accumulator<T1>) == 4 ? 3 : 1)
     affine_map(const T1* x1, long long x1_block, long long x1_outer, long long x1_variable, long long x1_inner,
@@ -13,7 +14,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(accumulator<T1>) == 4 ? 3 : 1)
                long long matrix2_row, long long matrix2_column, const accumulator<T1>* centre2,
                TY* y, long long y_block, long long y_outer, long long y_variable, long long y_inner,
                long long y_along_samples, const accumulator<T1>* bias, long long size,
-               long long inner, long long count, long long programs) {
+               long long inner, long long count, long long num_parts) {
     using A = accumulator<T1>;
     using Shape = Tile<A, D>;
     extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -21,10 +22,10 @@ __global__ void __launch_bounds__(THREADS, sizeof(accumulator<T1>) == 4 ? 3 : 1)
     A* first_matrix = tile + D * Shape::stride;
     A* second_matrix = first_matrix + D * Shape::matrix_stride;
     __shared__ A centres[2][D], start[D];
-    __shared__ Places places;
+    __shared__ SampleOffsets offsets;
 
     const int d = size, thread = threadIdx.x;
-    const long long index = blockIdx.x / programs, program = blockIdx.x % programs;
+    const long long index = blockIdx.x / num_parts, part = blockIdx.x % num_parts;
     const Block<const T1> in1(x1, x1_block, x1_outer, x1_variable, x1_inner, index);
     const Block<const T2> in2(x2, x2_block, x2_outer, x2_variable, x2_inner, index);
     const Block<TY> out(y, y_block, y_outer, y_variable, y_inner, index);
@@ -38,26 +39,26 @@ __global__ void __launch_bounds__(THREADS, sizeof(accumulator<T1>) == 4 ? 3 : 1)
     }
 
     const int tiles = (count + SAMPLES - 1) / SAMPLES;
-    Cursor sample(program * SAMPLES + thread, inner);
-    const Cursor step(programs * SAMPLES, inner);
-    for (int number = program; number < tiles; number += programs) {
-        const bool there = number * SAMPLES + thread < count;
+    Cursor sample(part * SAMPLES + thread, inner);
+    const Cursor step(num_parts * SAMPLES, inner);
+    for (int tile_index = part; tile_index < tiles; tile_index += num_parts) {
+        const bool in_range = tile_index * SAMPLES + thread < count;
         __syncthreads();
-        load<T1, D>(tile, places, in1, sample, there, x1_along_samples, centres[0], d);
+        load<T1, D>(tile, offsets, in1, sample, in_range, x1_along_samples, centres[0], d);
         __syncthreads();
         A total[Shape::rows][Shape::columns];
-        begin<A, D>(total, start);
+        initialize<A, D>(total, start);
         multiply<A, D>(total, first_matrix, tile, d);
         __syncthreads();
         if (x2) {
-            load<T2, D>(tile, places, in2, sample, there, x2_along_samples, centres[1], d);
+            load<T2, D>(tile, offsets, in2, sample, in_range, x2_along_samples, centres[1], d);
             __syncthreads();
             multiply<A, D>(total, second_matrix, tile, d);
             __syncthreads();
         }
-        put<A, D>(tile, total);
+        write_tile<A, D>(tile, total);
         __syncthreads();
-        store<TY, D>(tile, places, out, sample, there, y_along_samples, d);
+        store<TY, D>(tile, offsets, out, sample, in_range, y_along_samples, d);
         sample.advance(step, inner);
     }
 }

@@ -1,4 +1,5 @@
-// float16 by the hardware's two conversions: cuda_fp16.h isn't on every machine that has a driver and CuPy.
+// float16 by the hardware's two conversions. cuda_fp16.h isn't used because not every machine with a driver and CuPy
+// has it.
 
 struct half {
     unsigned short bits;

@@ -1,11 +1,11 @@
-// The maps that finish a pass: of x to y, and of dy and x to the gradient of x. Weight and bias, and their gradients, are
-// taken care of on the way.
+// The second launch of each pass: from x to y, and from dy and x to the gradient of x. Both apply weight and bias too,
+// and the second one finishes their gradients.
 
 #include "maps.cuh"
 #include "pass.cuh"
 
-// Weight and bias of a block's channels, for the elements of an array.
-template <typename A> struct ByChannel {
+// A transform of an array's elements: times the weight of their channel, plus its bias.
+template <typename A> struct ChannelAffine {
     const Parameter<A> weight, bias;
     const Pass& pass;
     const int index;
@@ -13,49 +13,52 @@ template <typename A> struct ByChannel {
     __device__ A operator()(A element, int v, int inner) const {
         if (!weight.values && !bias.values) return element;
         const int channel = pass.channel(index, v, inner / int(pass.positions));
-        return element * weight.factor(channel) + bias.term(channel);
+        return element * weight.factor(channel) + bias.summand(channel);
     }
 };
 
-// y = weight W (x - mean) + bias. A program takes every so many of a block's tiles. Weight and bias may be null.
+// Computes y = weight W (x - mean) + bias. Part p of a block takes tiles p, p + map_parts, and so on. Weight and bias
+// may be null.
 template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, sizeof(accumulator<T>) == 4 ? 3 : 1)
-    whiten(const T* x, const accumulator<T>* mean, const accumulator<T>* whitener, const void* weight, const void* bias, Pass pass, T* y) {
+    whiten(const T* x, const accumulator<T>* mean, const accumulator<T>* whitener, const void* weight,
+           const void* bias, Pass pass, T* y) {
     using A = accumulator<T>;
     using Shape = Tile<A, D>;
     extern __shared__ __align__(16) unsigned char shared_memory[];
     A* tile = reinterpret_cast<A*>(shared_memory);
     A* matrix = tile + D * Shape::stride;
     __shared__ A centre[D];
-    __shared__ Places places;
+    __shared__ SampleOffsets offsets;
 
     const int d = pass.d, thread = threadIdx.x, count = pass.count();
-    const unsigned programs = pass.maps, index = blockIdx.x / programs, program = blockIdx.x % programs;
+    const unsigned num_parts = pass.map_parts, index = blockIdx.x / num_parts, part = blockIdx.x % num_parts;
     const auto in = block_of(x, pass.x, index);
     const auto out = block_of(y, pass.result, index);
-    const ByChannel<A> affine{{weight, bool(pass.half_weight)}, {bias, bool(pass.half_bias)}, pass, int(index)};
+    const ChannelAffine<A> affine{{weight, bool(pass.half_weight)}, {bias, bool(pass.half_bias)}, pass, int(index)};
     load_matrix<A, D>(matrix, whitener + (long long)index * d * d, d, 1, d);
     if (thread < D) centre[thread] = thread < d ? mean[index * d + thread] : A(0);
 
     const int tiles = (count + SAMPLES - 1) / SAMPLES;
-    Cursor sample(program * SAMPLES + thread, pass.inner());
-    const Cursor step(programs * SAMPLES, pass.inner());
-    for (int number = program; number < tiles; number += programs) {
-        const bool there = number * SAMPLES + thread < count;
+    Cursor sample(part * SAMPLES + thread, pass.inner());
+    const Cursor step(num_parts * SAMPLES, pass.inner());
+    for (int tile_index = part; tile_index < tiles; tile_index += num_parts) {
+        const bool in_range = tile_index * SAMPLES + thread < count;
         __syncthreads();
-        load<T, D>(tile, places, in, sample, there, pass.x.along_samples, centre, d);
+        load<T, D>(tile, offsets, in, sample, in_range, pass.x.along_samples, centre, d);
         __syncthreads();
         A total[Shape::rows][Shape::columns];
-        begin<A, D>(total);
+        initialize<A, D>(total);
         multiply<A, D>(total, matrix, tile, d);
         __syncthreads();
-        put<A, D>(tile, total);
+        write_tile<A, D>(tile, total);
         __syncthreads();
-        store<T, D>(tile, places, out, sample, there, pass.result.along_samples, d, affine);
+        store<T, D>(tile, offsets, out, sample, in_range, pass.result.along_samples, d, affine);
         sample.advance(step, pass.inner());
     }
 }
 
+// Assigns an element to an array that has the dtype of a parameter.
 template <typename A> __device__ void assign_parameter(void* to, long long channel, bool is_half, A element) {
     if (is_half)
         assign(static_cast<half*>(to)[channel], element);
@@ -63,30 +66,32 @@ template <typename A> __device__ void assign_parameter(void* to, long long chann
         assign(static_cast<A*>(to)[channel], element);
 }
 
-// Adds up the rows of the gradient of weight or bias, in a fixed order: a program has some neighbouring channels.
-template <typename A> __device__ void add_rows(const A* rows, const Pass& pass, void* gradient, bool is_half) {
+// Adds up the partial gradients of weight or bias in a fixed order. Each thread block has some adjacent channels.
+template <typename A>
+__device__ void combine_parameter_gradient(const A* partial, const Pass& pass, void* gradient, bool is_half) {
     constexpr int across = 32, lanes = THREADS / across;
-    __shared__ A partial[lanes][across];
-    const int place = threadIdx.x % across, lane = threadIdx.x / across;
-    const long long channel = blockIdx.x * across + place;
+    __shared__ A sums[lanes][across];
+    const int column = threadIdx.x % across, lane = threadIdx.x / across;
+    const long long channel = blockIdx.x * across + column;
     A sum = 0;
     if (channel < pass.all_channels)
 #pragma unroll 8
-        for (int row = lane; row < pass.rows; row += lanes) sum += rows[row * pass.all_channels + channel];
+        for (int row = lane; row < pass.gradient_rows; row += lanes) sum += partial[row * pass.all_channels + channel];
     __syncthreads();
-    partial[lane][place] = sum;
+    sums[lane][column] = sum;
     __syncthreads();
     if (lane > 0 || channel >= pass.all_channels) return;
-    for (int other = 1; other < lanes; ++other) sum += partial[other][place];
+    for (int other = 1; other < lanes; ++other) sum += sums[other][column];
     assign_parameter(gradient, channel, is_half, sum);
 }
 
-// dx = W' (weight dy - its mean) + B (x - mean), by all programs but the first few, which finish the gradients of weight
-// and bias. `weight`, `of_weight` and `of_bias` may be null; the latter two have the dtypes of weight and bias.
+// Computes dx = W' (weight dy - its mean) + B (x - mean), where B = (dS + dS') / M and dS is the gradient of the
+// covariance. The first few thread blocks complete the gradients of weight and bias instead. `weight`, `dweight` and
+// `dbias` may be null; the latter two have the dtypes of weight and bias.
 template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, sizeof(accumulator<T>) == 4 ? 3 : 1)
-    pull_back(const T* dy, const T* x, const accumulator<T>* mean, const accumulator<T>* whitener, const void* weight,
-              Pass pass, accumulator<T>* memory, T* dx, void* of_weight, void* of_bias) {
+    input_gradient(const T* dy, const T* x, const accumulator<T>* mean, const accumulator<T>* whitener,
+                   const void* weight, Pass pass, accumulator<T>* memory, T* dx, void* dweight, void* dbias) {
     using A = accumulator<T>;
     using Shape = Tile<A, D>;
     extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -94,46 +99,46 @@ __global__ void __launch_bounds__(THREADS, sizeof(accumulator<T>) == 4 ? 3 : 1)
     A* first_matrix = tile + D * Shape::stride;
     A* second_matrix = first_matrix + D * Shape::matrix_stride;
     __shared__ A centres[2][D];
-    __shared__ Places places;
+    __shared__ SampleOffsets offsets;
 
-    const Scratch<A> scratch(memory, pass);
-    if (blockIdx.x < pass.gradients) {
-        if (of_weight) add_rows(scratch.of_weight, pass, of_weight, pass.half_weight);
-        if (of_bias) add_rows(scratch.of_bias, pass, of_bias, pass.half_bias);
+    const Workspace<A> workspace(memory, pass);
+    if (blockIdx.x < pass.parameter_thread_blocks) {
+        if (dweight) combine_parameter_gradient(workspace.dweight, pass, dweight, pass.half_weight);
+        if (dbias) combine_parameter_gradient(workspace.dbias, pass, dbias, pass.half_bias);
         return;
     }
     const int d = pass.d, thread = threadIdx.x, count = pass.count();
-    const unsigned own = blockIdx.x - pass.gradients;
-    const unsigned programs = pass.maps, index = own / programs, program = own % programs;
+    const unsigned thread_block = blockIdx.x - pass.parameter_thread_blocks;
+    const unsigned num_parts = pass.map_parts, index = thread_block / num_parts, part = thread_block % num_parts;
     const auto in1 = block_of(dy, pass.dy, index), in2 = block_of(x, pass.x, index);
     const auto out = block_of(dx, pass.result, index);
-    const ByChannel<A> scaled{{weight, bool(pass.half_weight)}, {nullptr, false}, pass, int(index)};
+    const ChannelAffine<A> scaled{{weight, bool(pass.half_weight)}, {nullptr, false}, pass, int(index)};
     load_matrix<A, D>(first_matrix, whitener + (long long)index * d * d, 1, d, d);
-    load_matrix<A, D>(second_matrix, scratch.matrices + (long long)index * d * d, d, 1, d);
+    load_matrix<A, D>(second_matrix, workspace.b + (long long)index * d * d, d, 1, d);
     if (thread < D) {
-        centres[0][thread] = thread < d ? scratch.means[index * d + thread] : A(0);
+        centres[0][thread] = thread < d ? workspace.dy_means[index * d + thread] : A(0);
         centres[1][thread] = thread < d ? mean[index * d + thread] : A(0);
     }
 
     const int tiles = (count + SAMPLES - 1) / SAMPLES;
-    Cursor sample(program * SAMPLES + thread, pass.inner());
-    const Cursor step(programs * SAMPLES, pass.inner());
-    for (int number = program; number < tiles; number += programs) {
-        const bool there = number * SAMPLES + thread < count;
+    Cursor sample(part * SAMPLES + thread, pass.inner());
+    const Cursor step(num_parts * SAMPLES, pass.inner());
+    for (int tile_index = part; tile_index < tiles; tile_index += num_parts) {
+        const bool in_range = tile_index * SAMPLES + thread < count;
         __syncthreads();
-        load<T, D>(tile, places, in1, sample, there, pass.dy.along_samples, centres[0], d, scaled);
+        load<T, D>(tile, offsets, in1, sample, in_range, pass.dy.along_samples, centres[0], d, scaled);
         __syncthreads();
         A total[Shape::rows][Shape::columns];
-        begin<A, D>(total);
+        initialize<A, D>(total);
         multiply<A, D>(total, first_matrix, tile, d);
         __syncthreads();
-        load<T, D>(tile, places, in2, sample, there, pass.x.along_samples, centres[1], d);
+        load<T, D>(tile, offsets, in2, sample, in_range, pass.x.along_samples, centres[1], d);
         __syncthreads();
         multiply<A, D>(total, second_matrix, tile, d);
         __syncthreads();
-        put<A, D>(tile, total);
+        write_tile<A, D>(tile, total);
         __syncthreads();
-        store<T, D>(tile, places, out, sample, there, pass.result.along_samples, d);
+        store<T, D>(tile, offsets, out, sample, in_range, pass.result.along_samples, d);
         sample.advance(step, pass.inner());
     }
 }

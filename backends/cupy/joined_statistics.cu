@@ -1,49 +1,54 @@
-// Mean, covariance and whitener of every block: sums over parts of the samples, and the last program that is done with
-// a block adds up its parts and takes Newton's steps.
+// Mean, covariance and whitener of every block in one launch. Each thread block sums one part of a block's samples. The
+// last one to finish a block combines the parts and does Newton's iteration.
 
 #include "products.cuh"
 #include "shift.cuh"
 #include "newton.cuh"
 #include "pass.cuh"
-#include "last.cuh"
+#include "combine_parts.cuh"
 
-// From the sums of x - shift and of their products, which add_parts has left.
+// Computes mean and covariance from the sums of x - shift and of its products, as combine_parts has left them.
 template <typename A, int D>
-__device__ void find_moments(const A* products, const A* sums, const A* shift, int count, int d, A* mean, A* covariance) {
-    __shared__ A rest[D];  // of the mean, beside the shift
+__device__ void finish_moments(const A* products, const A* sums, const A* shift, int count, int d, A* mean,
+                               A* covariance) {
+    __shared__ A offset[D];  // of the mean from the shift
     const int thread = threadIdx.x;
     if (thread < d) {
-        rest[thread] = __ldcg(sums + thread) / A(count);
-        mean[thread] = shift[thread] + rest[thread];
+        offset[thread] = __ldcg(sums + thread) / A(count);
+        mean[thread] = shift[thread] + offset[thread];
     }
     __syncthreads();
-    for (int place = thread; place < d * d; place += THREADS)
-        covariance[place] = __ldcg(products + place) / A(count) - rest[place / d] * rest[place % d];
+    for (int i = thread; i < d * d; i += THREADS)
+        covariance[i] = __ldcg(products + i) / A(count) - offset[i / d] * offset[i % d];
     __syncthreads();
 }
 
-// Of all blocks, one after the other.
+// The outputs hold one mean or matrix for each block.
 template <typename T, int D>
 __global__ void __launch_bounds__(THREADS, sizeof(accumulator<T>) == 4 ? 2 : 1)
-    find_statistics(const T* x, Pass pass, double eps, long long steps, accumulator<T>* parts, unsigned* counters,
-                    accumulator<T>* means, accumulator<T>* covariances, accumulator<T>* whiteners) {
+    joined_statistics(const T* x, Pass pass, double eps, long long steps, accumulator<T>* partial_sums,
+                      unsigned* counters, accumulator<T>* means, accumulator<T>* covariances,
+                      accumulator<T>* whiteners) {
     using A = accumulator<T>;
     constexpr int LOADS = D > 4 ? 8 : 4;
     extern __shared__ __align__(16) unsigned char shared_memory[];
     __shared__ A shift[D];
     const int d = pass.d, inner = pass.inner(), count = pass.count(), length = d * d + d;
-    const unsigned programs = pass.programs, index = blockIdx.x / programs, program = blockIdx.x % programs;
+    const unsigned num_parts = pass.num_parts, index = blockIdx.x / num_parts, part = blockIdx.x % num_parts;
     const auto block = block_of(x, pass.x, index);
-    find_shift<T, D>(shift, block, d, inner, count);
+    load_shift<T, D>(shift, block, d, inner, count);
 
-    const int first = program * pass.stretch, last = count - first < pass.stretch ? count : first + pass.stretch;
-    A* part = parts + (long long)blockIdx.x * length;
+    const int begin = part * pass.samples_per_part;
+    const int end = count - begin < pass.samples_per_part ? count : begin + pass.samples_per_part;
+    A* products = partial_sums + (long long)blockIdx.x * length;
     Loader<T, D, LOADS> loader(block, pass.x.along_samples, d, shift);
-    sum_products<T, T, D, LOADS, true>(loader, loader, inner, first, last, part, part + d * d);
-    parts += (long long)index * programs * length;
-    if (!add_parts(parts, length, program, programs, pass.cluster, counters + index * pass.counters)) return;
+    sum_products<T, T, D, LOADS, true>(loader, loader, inner, begin, end, products, products + d * d);
+    partial_sums += (long long)index * num_parts * length;
+    unsigned* block_counters = counters + index * pass.num_counters;
+    if (!combine_parts(partial_sums, length, part, num_parts, pass.fan_in, block_counters)) return;
 
-    const long long place = (long long)index * d * d;
-    find_moments<A, D>(parts, parts + d * d, shift, count, d, means + (long long)index * d, covariances + place);
-    find_root<A, D, THREADS>(covariances + place, whiteners + place, eps, steps, d, shared_memory);
+    const long long first = (long long)index * d * d;
+    A* covariance = covariances + first;
+    finish_moments<A, D>(partial_sums, partial_sums + d * d, shift, count, d, means + (long long)index * d, covariance);
+    inverse_sqrt<A, D, THREADS>(covariance, whiteners + first, eps, steps, d, shared_memory);
 }

@@ -1,29 +1,32 @@
-// Newton's iteration for (cov + eps I)^(-1/2), and its derivative, by the THREADS threads of a program: its matrices stay
-// in shared memory for all steps. With batched products, a launch each, most of the time goes by between the launches.
+// Newton's iteration for (cov + eps I)^(-1/2), and its derivative, by the THREADS threads of a thread block. The
+// matrices stay in shared memory for all steps. Batched products, with one launch each, would wait for launches most of
+// the time.
 //
-// Pairs (value, tangent) are two matrices one after the other; polywhiten/solvers/iteration.py has the mathematics.
-// It needs arrays.cuh, which is to be included before.
+// A pair (value, tangent) is two matrices, one after the other. See polywhiten/solvers/iteration.py for the
+// mathematics. Include arrays.cuh before this file.
 
-template <typename A, int D> struct Matrix {
-    // A thread has a square of each product in registers. Few, large squares would leave threads idle, and few programs
-    // iterate at a time, often fewer than there are multiprocessors: it is their speed that counts.
+// The layout of a matrix in shared memory, and how threads share its elements.
+
+template <typename A, int D> struct MatrixLayout {
+    // A thread computes one square of each product in registers. Squares are small to occupy many threads: often there
+    // are fewer matrices than multiprocessors, so the time that one matrix takes is what counts.
     static constexpr int side = D > 32 ? 4 : 2;
     static constexpr int sides = D / side;
-    static constexpr int threads = sides * sides;  // a program may have more, which wait
-    static constexpr int stride = D + Pack<A>::size;  // neighbouring rows lie in other banks
+    static constexpr int threads = sides * sides;  // a thread block may have more, which wait
+    static constexpr int stride = D + Pack<A>::size;  // padded, so that neighbouring rows lie in different banks
     static constexpr int size = D * stride;
 };
 
-// The smallest normal number.
+// Returns the smallest normal number.
 template <typename A> __device__ constexpr A smallest() {
     return sizeof(A) == 8 ? 2.2250738585072014e-308 : 1.1754943508222875e-38;
 }
 
-// to = diagonal I + factor a b, both 0 beyond d; with TANGENT, the second matrix of `to` is its derivative by the product
-// rule. `to` may be one of the others.
+// Computes to = diagonal I + factor a b, which is 0 past d. With TANGENT, all three are pairs, and the tangent follows
+// from the product rule. `to` may be one of the operands.
 template <typename A, int D, int THREADS, bool TANGENT>
 __device__ void multiply(A* to, const A* a, const A* b, A diagonal, A factor, int d) {
-    using Shape = Matrix<A, D>;
+    using Shape = MatrixLayout<A, D>;
     constexpr int side = Shape::side, stride = Shape::stride, size = Shape::size, width = Pack<A>::size;
     const bool busy = THREADS == Shape::threads || threadIdx.x < Shape::threads;
     const int row = threadIdx.x / Shape::sides, column = threadIdx.x % Shape::sides * side;
@@ -32,9 +35,9 @@ __device__ void multiply(A* to, const A* a, const A* b, A diagonal, A factor, in
         A left[side][width], left_tangent[side][width];
 #pragma unroll
         for (int i = 0; i < side; ++i) {
-            const int place = (row + i * Shape::sides) * stride + first;
-            read<width>(left[i], a + place);
-            if (TANGENT) read<width>(left_tangent[i], a + size + place);
+            const int offset = (row + i * Shape::sides) * stride + first;
+            read<width>(left[i], a + offset);
+            if (TANGENT) read<width>(left_tangent[i], a + size + offset);
         }
 #pragma unroll
         for (int k = 0; k < width; ++k) {
@@ -64,12 +67,12 @@ __device__ void multiply(A* to, const A* a, const A* b, A diagonal, A factor, in
     __syncthreads();
 }
 
-// z of y, both pairs; `e` is a pair's memory to work in.
+// Computes z = y^(-1/2). All three are pairs with TANGENT. y is overwritten, and `e` is memory to work in.
 template <typename A, int D, int THREADS, bool TANGENT> __device__ void iterate(A* z, A* y, A* e, int steps, int d) {
-    using Shape = Matrix<A, D>;
-    // the first step, where z is I: z = 3/2 I - y/2
-    for (int place = threadIdx.x; place < D * D; place += THREADS) {
-        const int r = place / D, c = place % D, at = r * Shape::stride + c;
+    using Shape = MatrixLayout<A, D>;
+    // In the first step z is I, so that the new z is 3/2 I - y/2.
+    for (int i = threadIdx.x; i < D * D; i += THREADS) {
+        const int r = i / D, c = i % D, at = r * Shape::stride + c;
         z[at] = (r == c && r < d ? A(1.5) : A(0)) - y[at] / 2;
         if (TANGENT) z[Shape::size + at] = -y[Shape::size + at] / 2;
     }
@@ -82,10 +85,10 @@ template <typename A, int D, int THREADS, bool TANGENT> __device__ void iterate(
     }
 }
 
-// The sum of the threads' numbers, in every thread.
-template <typename A, int THREADS> __device__ A sum_of_all(A number) {
+// Returns the sum of all threads' values, in every thread.
+template <typename A, int THREADS> __device__ A sum_over_threads(A value) {
     __shared__ A partial[THREADS];
-    partial[threadIdx.x] = number;
+    partial[threadIdx.x] = value;
     for (int half = THREADS / 2; half > 0; half /= 2) {
         __syncthreads();
         if (threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
@@ -96,67 +99,70 @@ template <typename A, int THREADS> __device__ A sum_of_all(A number) {
     return sum;
 }
 
+// Returns an element of matrix + eps I, or 0 past d.
 template <typename A> __device__ A element(const A* matrix, int r, int c, int d, A eps) {
     return r < d && c < d ? matrix[r * d + c] + (r == c ? eps : A(0)) : A(0);
 }
 
-// The trace, which bounds the eigenvalues; NaN where it is NaN. It is 0 where eps is and all channels are constant.
-template <typename A, int THREADS> __device__ A scale(const A* matrix, int d, A eps) {
+// Returns the trace, which bounds the eigenvalues, or NaN if it is NaN. The trace is 0 if eps is 0 and all channels are
+// constant; the smallest normal number takes its place.
+template <typename A, int THREADS> __device__ A bounded_trace(const A* matrix, int d, A eps) {
     A diagonal = 0;
     for (int i = threadIdx.x; i < d; i += THREADS) diagonal += element(matrix, i, i, d, eps);
-    const A trace = sum_of_all<A, THREADS>(diagonal);
+    const A trace = sum_over_threads<A, THREADS>(diagonal);
     return trace < smallest<A>() ? smallest<A>() : trace;
 }
 
-// root = (matrix + eps I)^(-1/2). `memory` holds three matrices.
+// Computes root = (matrix + eps I)^(-1/2). `memory` holds three matrices.
 template <typename A, int D, int THREADS>
-__device__ void find_root(const A* matrix, A* root, A eps, int steps, int d, unsigned char* memory) {
-    using Shape = Matrix<A, D>;
+__device__ void inverse_sqrt(const A* matrix, A* root, A eps, int steps, int d, unsigned char* memory) {
+    using Shape = MatrixLayout<A, D>;
     A* y = reinterpret_cast<A*>(memory);
     A *z = y + Shape::size, *e = z + Shape::size;
-    const A t = scale<A, THREADS>(matrix, d, eps);
-    for (int place = threadIdx.x; place < D * D; place += THREADS) {
-        const int r = place / D, c = place % D;
+    const A t = bounded_trace<A, THREADS>(matrix, d, eps);
+    for (int i = threadIdx.x; i < D * D; i += THREADS) {
+        const int r = i / D, c = i % D;
         y[r * Shape::stride + c] = element<A>(matrix, r, c, d, eps) / t;
     }
     __syncthreads();
     iterate<A, D, THREADS, false>(z, y, e, steps, d);
-    for (int place = threadIdx.x; place < d * d; place += THREADS)
-        root[place] = z[place / d * Shape::stride + place % d] / sqrt(t);
+    for (int i = threadIdx.x; i < d * d; i += THREADS)
+        root[i] = z[i / d * Shape::stride + i % d] / sqrt(t);
 }
 
-// The gradient with respect to `matrix` of a loss whose gradient with respect to the root is `gradient`, handed over by
-// write(place, element, transposed element). `memory` holds six matrices; nothing is written before all has been read.
+// Computes the gradient of a loss with respect to `matrix` from `gradient`, the one with respect to the root. For each
+// element it calls write(index, element, element of the transpose). `memory` holds six matrices. Nothing is written
+// before all inputs have been read.
 template <typename A, int D, int THREADS, typename Write>
-__device__ void find_adjoint(const A* matrix, const A* gradient, A eps, int steps, int d, unsigned char* memory,
+__device__ void inverse_sqrt_adjoint(const A* matrix, const A* gradient, A eps, int steps, int d, unsigned char* memory,
                              const Write& write) {
-    using Shape = Matrix<A, D>;
+    using Shape = MatrixLayout<A, D>;
     A* y = reinterpret_cast<A*>(memory);
     A *z = y + 2 * Shape::size, *e = z + 2 * Shape::size;
     const auto symmetric = [&](int r, int c) {
         return (element<A>(gradient, r, c, d, 0) + element<A>(gradient, c, r, d, 0)) / 2;
     };
 
-    const A t = scale<A, THREADS>(matrix, d, eps);
-    for (int place = threadIdx.x; place < D * D; place += THREADS) {
-        const int r = place / D, c = place % D, at = r * Shape::stride + c;
+    const A t = bounded_trace<A, THREADS>(matrix, d, eps);
+    for (int i = threadIdx.x; i < D * D; i += THREADS) {
+        const int r = i / D, c = i % D, at = r * Shape::stride + c;
         y[at] = element<A>(matrix, r, c, d, eps) / t;
         y[Shape::size + at] = symmetric(r, c);
     }
     __syncthreads();
     iterate<A, D, THREADS, true>(z, y, e, steps, d);
 
-    A along_scale = 0;
-    for (int place = threadIdx.x; place < d * d; place += THREADS) {
-        const int r = place / d, c = place % d, at = r * Shape::stride + c;
-        along_scale += z[Shape::size + at] * (element<A>(matrix, r, c, d, eps) / t) + symmetric(r, c) * z[at] / 2;
+    A scale_gradient = 0;
+    for (int i = threadIdx.x; i < d * d; i += THREADS) {
+        const int r = i / d, c = i % d, at = r * Shape::stride + c;
+        scale_gradient += z[Shape::size + at] * (element<A>(matrix, r, c, d, eps) / t) + symmetric(r, c) * z[at] / 2;
     }
-    along_scale = sum_of_all<A, THREADS>(along_scale);
+    scale_gradient = sum_over_threads<A, THREADS>(scale_gradient);
     const auto result = [&](int r, int c) {
-        return (z[Shape::size + r * Shape::stride + c] - (r == c ? along_scale : A(0))) / t / sqrt(t);
+        return (z[Shape::size + r * Shape::stride + c] - (r == c ? scale_gradient : A(0))) / t / sqrt(t);
     };
-    for (int place = threadIdx.x; place < d * d; place += THREADS) {
-        const int r = place / d, c = place % d;
-        write(place, result(r, c), result(c, r));
+    for (int i = threadIdx.x; i < d * d; i += THREADS) {
+        const int r = i / d, c = i % d;
+        write(i, result(r, c), result(c, r));
     }
 }

@@ -1,20 +1,23 @@
-// What the joined kernels know of a pass, forward or backward; made in passes.py, which has the same fields.
-// It needs arrays.cuh, which is to be included before.
+// The arguments that both kernels of a joined pass, forward or backward, have in common. passes.py fills them in and
+// declares the same fields. Include arrays.cuh before this file.
 
+// Strides in elements. `along_samples` tells whether neighbouring threads take neighbouring samples, not variables.
 struct Strides {
     long long block, outer, variable, inner, along_samples;
 };
 
-// A block's variable has `channels`, each at `positions` of the inner axis: one channel, unless variables are groups of
-// them. Programs and the sums' other numbers are for each block.
+// A variable has `channels` channels, with `positions` positions on the inner axis each. That is one channel, unless
+// variables are groups of channels. Counts of parts are for each block.
 struct Pass {
     Strides x, dy, result;
     long long blocks, d, outer, channels, positions;
-    long long block_channels, all_channels;  // from a block to the next, which has the same ones where this is 0; in all
-    long long programs, cluster, counters, channel_chunk, position_parts, stretch;  // of the sums
-    long long maps, gradients;  // programs of the maps, and in all beside these, for the gradients of weight and bias
-    long long rows;  // of such gradients' parts
-    long long half_weight, half_bias;  // whether they are float16
+    long long block_channels;  // channels from one block to the next, or 0 if all blocks have the same channels
+    long long all_channels;
+    long long num_parts, fan_in, num_counters;  // of the sums; see combine_parts.cuh
+    long long channels_per_part, position_parts, samples_per_part;
+    long long map_parts, parameter_thread_blocks;  // the latter complete the gradients of weight and bias
+    long long gradient_rows;                       // of partial gradients of weight and bias
+    long long half_weight, half_bias;              // whether they are float16
 
     __device__ int inner() const { return channels * positions; }
     __device__ int count() const { return outer * channels * positions; }
@@ -25,27 +28,29 @@ template <typename T> __device__ Block<T> block_of(T* data, const Strides& strid
     return Block<T>(data, strides.block, strides.outer, strides.variable, strides.inner, index);
 }
 
-// Memory that a pass backward works in: of every block the gradient of its covariance, B, and the mean of weight dy;
-// then the parts of the gradients of weight and of bias, a row after the other; then what programs have added up.
-template <typename A> struct Scratch {
-    A *matrices, *means, *of_weight, *of_bias, *parts;
+// How a backward pass uses the memory that it works in.
+template <typename A> struct Workspace {
+    A* b;                 // (dS + dS') / M of each block, where dS is the gradient of the covariance
+    A* dy_means;          // mean of weight dy of each block
+    A *dweight, *dbias;   // rows of partial gradients
+    A* partial_sums;      // of the parts
 
-    __device__ Scratch(A* memory, const Pass& pass)
-        : matrices(memory),
-          means(matrices + pass.blocks * pass.d * pass.d),
-          of_weight(means + pass.blocks * pass.d),
-          of_bias(of_weight + pass.rows * pass.all_channels),
-          parts(of_bias + pass.rows * pass.all_channels) {}
+    __device__ Workspace(A* memory, const Pass& pass)
+        : b(memory),
+          dy_means(b + pass.blocks * pass.d * pass.d),
+          dweight(dy_means + pass.blocks * pass.d),
+          dbias(dweight + pass.gradient_rows * pass.all_channels),
+          partial_sums(dbias + pass.gradient_rows * pass.all_channels) {}
 };
 
-// Weight or bias, which may be missing: float16 or in the dtype of statistics.
+// Weight or bias: absent, float16 or of the dtype of statistics.
 template <typename A> struct Parameter {
     const void* values;
     bool is_half;
 
     __device__ A at(int channel) const {
-        return is_half ? A(value(static_cast<const half*>(values)[channel])) : static_cast<const A*>(values)[channel];
+        return is_half ? A(widen(static_cast<const half*>(values)[channel])) : static_cast<const A*>(values)[channel];
     }
     __device__ A factor(int channel) const { return values ? at(channel) : A(1); }
-    __device__ A term(int channel) const { return values ? at(channel) : A(0); }
+    __device__ A summand(int channel) const { return values ? at(channel) : A(0); }
 };

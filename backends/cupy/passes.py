@@ -1,4 +1,4 @@
-"""The numbers of the joined kernels' launches, found once for all arrays of a shape, strides and dtype."""
+"""The launches of a joined pass, forward or backward, computed once for all arrays of a shape, strides and dtype."""
 
 from __future__ import annotations
 
@@ -8,209 +8,221 @@ from typing import NamedTuple
 
 import numpy as np
 
+from polywhiten.cupy.partition import map_parts, split_evenly, sum_parts
 from polywhiten.cupy.variants import (
     ADJOINT_MATRICES,
-    AFFINE_THREADS,
+    MAP_THREADS,
     PRODUCT_THREADS,
     ROOT_MATRICES,
-    STATIC,
+    STATIC_BYTES,
     TYPES,
     along_samples,
-    cut,
-    map_memory,
-    map_programs,
-    newton_memory,
-    stretches,
-    variant,
+    map_bytes,
+    newton_bytes,
+    variant_size,
 )
 
-# The fields of pass.cuh.
+# The structures in pass.cuh, with the same fields.
 _STRIDES = np.dtype([(name, np.int64) for name in ("block", "outer", "variable", "inner", "along_samples")])
-_NUMBERS = (
+_COUNTS = (
     *("blocks", "d", "outer", "channels", "positions", "block_channels", "all_channels"),
-    *("programs", "cluster", "counters", "channel_chunk", "position_parts", "stretch"),
-    *("maps", "gradients", "rows", "half_weight", "half_bias"),
+    *("num_parts", "fan_in", "num_counters", "channels_per_part", "position_parts", "samples_per_part"),
+    *("map_parts", "parameter_thread_blocks", "gradient_rows", "half_weight", "half_bias"),
 )
-PASS = np.dtype([*((name, _STRIDES) for name in ("x", "dy", "result")), *((name, np.int64) for name in _NUMBERS)])
+PASS_ARGS = np.dtype([*((name, _STRIDES) for name in ("x", "dy", "result")), *((name, np.int64) for name in _COUNTS)])
 
-# Shared memory in KiB that the sums have in float32 at most, by their variant, beside what they are given; in float64,
-# twice as much.
+# Bounds in KiB of the static shared memory of the sums in float32, by the variant's size. In float64 they are doubled.
 STATISTICS_STATIC, GRADIENT_STATIC = {4: 14, 16: 15, 32: 13, 64: 12}, {4: 26, 16: 14, 32: 12, 64: 11}
-_RESERVED = 1024  # bytes that every program takes from a multiprocessor beside its own, which has as many more
-_ADDED_AT_ONCE = 16  # programs that are no cluster yet
-_CHANNELS_AT_ONCE = 32  # of a program that adds up gradients of weight and bias
+_RESERVED_BYTES = 1024  # of each thread block, beside its own shared memory
+_MAX_FLAT_PARTS = 16  # that one level of the tree adds up
+_CHANNELS_PER_THREAD_BLOCK = 32  # of those that complete the gradients of weight and bias
 
 Strides = tuple[int, int, int, int]
-Structure = np.ndarray[tuple[int, ...], np.dtype[np.void]]  # of one element, which CuPy passes by value
+Structure = np.ndarray[tuple[int, ...], np.dtype[np.void]]  # with one element, which CuPy passes by value
 
 
 class Arrays(NamedTuple):
-    """What a pass depends on: of x as (p, q, d, l), and of the weight and the bias of each of its channels."""
+    """The properties of x (p, q, d, l), weight and bias that a pass depends on."""
 
     block_axis: int
-    channels: int  # of a variable
+    channels: int  # of each variable
     shape: tuple[int, int, int, int]
-    strides: Strides  # in bytes, as all strides of arrays
+    strides: Strides  # in bytes
     dtype: str  # NumPy's letter
     half_weight: bool
     half_bias: bool
 
 
 class Launch(NamedTuple):
-    """All of a launch but its arguments."""
+    """Everything about a launch except its arguments."""
 
     file: str
     name: str
-    programs: int
+    thread_blocks: int
     threads: int
     shared: int
 
 
 class Pass(NamedTuple):
-    """A pass forward or backward."""
+    """A forward or backward pass: a launch that sums over the samples, and one that maps them."""
 
     blocks: int
     d: int
     sums: Launch
     maps: Launch
-    numbers: Structure  # of both launches
-    counters: int
-    memory: int  # elements that it works in
+    args: Structure  # of both launches
+    num_counters: int
+    workspace: int  # elements
 
 
 @lru_cache(maxsize=1024)
-def needed_memory(d: int, itemsize: int, backward: bool) -> int:
-    """Bytes of shared memory that the programs of a pass have at most, of statistics of so many bytes a number."""
-    size = variant(d)
-    return max(_memory_of_sums(size, itemsize, backward)[1], map_memory(size, itemsize, 1 + backward) + STATIC)
+def needed_shared_memory(d: int, itemsize: int, backward: bool) -> int:
+    """Return the most shared memory that a thread block of a pass has, for statistics of this item size."""
+    size = variant_size(d)
+    return max(_sum_bytes(size, itemsize, backward)[1], map_bytes(size, itemsize, 1 + backward) + STATIC_BYTES)
 
 
 @lru_cache(maxsize=1024)
-def forward_pass(arrays: Arrays, processors: int, shared_memory: int) -> Pass:
-    """Sums, and the map of x."""
+def forward_pass(arrays: Arrays, multiprocessors: int, max_shared_memory: int) -> Pass:
+    """Return the launches that compute the statistics and map x."""
     blocks, count, d, size, itemsize = _sizes(arrays)
-    given, at_once = _programs_of_sums(size, itemsize, shared_memory, backward=False)
-    programs, stretch = stretches(processors, blocks, count, min(2048 // size, 256), at_once)
-    maps = map_programs(processors, blocks, count)
-    numbers = _numbers(arrays, programs=programs, position_parts=programs, stretch=stretch, channel_chunk=1, maps=maps)
-    kind = f"<{TYPES[arrays.dtype]}, {size}>"
+    shared, resident = _sum_residency(size, itemsize, max_shared_memory, backward=False)
+    num_parts, samples_per_part = sum_parts(multiprocessors, blocks, count, min(2048 // size, 256), resident)
+    maps = map_parts(multiprocessors, blocks, count)
+    counts = _counts(
+        arrays,
+        num_parts=num_parts,
+        position_parts=num_parts,
+        samples_per_part=samples_per_part,
+        channels_per_part=1,
+        map_parts=maps,
+    )
+    variant = f"<{TYPES[arrays.dtype]}, {size}>"
     return Pass(
-        blocks,
-        d,
-        Launch("joined_statistics.cu", f"find_statistics{kind}", blocks * programs, PRODUCT_THREADS, given),
-        Launch("joined_maps.cu", f"whiten{kind}", blocks * maps, AFFINE_THREADS, map_memory(size, itemsize, 1)),
-        _structure(numbers, x=_strides(arrays, arrays.strides), result=_strides(arrays, _ordered(arrays))),
-        blocks * numbers["counters"],
-        blocks * programs * (d * d + d),
+        blocks=blocks,
+        d=d,
+        sums=Launch("joined_statistics.cu", f"joined_statistics{variant}", blocks * num_parts, PRODUCT_THREADS, shared),
+        maps=Launch("joined_maps.cu", f"whiten{variant}", blocks * maps, MAP_THREADS, map_bytes(size, itemsize, 1)),
+        args=_structure(counts, x=_strides(arrays, arrays.strides), result=_strides(arrays, _dense_strides(arrays))),
+        num_counters=blocks * counts["num_counters"],
+        workspace=blocks * num_parts * (d * d + d),
     )
 
 
 @lru_cache(maxsize=1024)
 def backward_pass(
-    arrays: Arrays, dy_strides: Strides, has_parameters: bool, processors: int, shared_memory: int
+    arrays: Arrays, dy_strides: Strides, has_parameters: bool, multiprocessors: int, max_shared_memory: int
 ) -> Pass:
-    """Cross moments, and the map of dy and x.
+    """Return the launches that compute the cross moments and map dy and x.
 
-    Channels are summed each by itself where they have a weight or a bias; else they are one.
+    With a weight or a bias the channels of a variable are summed one by one. Otherwise they count as one channel.
     """
     if not has_parameters:
         arrays = arrays._replace(channels=1)
     blocks, count, d, size, itemsize = _sizes(arrays)
-    given, at_once = _programs_of_sums(size, itemsize, shared_memory, backward=True)
+    shared, resident = _sum_residency(size, itemsize, max_shared_memory, backward=True)
     tile = min(1024 // size, 256)
-    programs, _ = stretches(processors, blocks, count, tile, at_once)
-    channel_chunk = -(-arrays.channels // programs)
-    channel_parts = -(-arrays.channels // channel_chunk)
-    position_parts, stretch = cut(count // arrays.channels, tile, max(1, programs // channel_parts))
-    programs = channel_parts * position_parts
-    maps = map_programs(processors, blocks, count)
-    numbers = _numbers(
+    wanted_parts, _ = sum_parts(multiprocessors, blocks, count, tile, resident)
+    channels_per_part = -(-arrays.channels // wanted_parts)
+    channel_parts = -(-arrays.channels // channels_per_part)
+    position_parts, samples_per_part = split_evenly(
+        count // arrays.channels, tile, max(1, wanted_parts // channel_parts)
+    )
+    num_parts = channel_parts * position_parts
+    maps = map_parts(multiprocessors, blocks, count)
+    counts = _counts(
         arrays,
-        programs=programs,
+        num_parts=num_parts,
         position_parts=position_parts,
-        stretch=stretch,
-        channel_chunk=channel_chunk,
-        maps=maps,
+        samples_per_part=samples_per_part,
+        channels_per_part=channels_per_part,
+        map_parts=maps,
     )
     if has_parameters:
-        numbers["rows"] = position_parts * (1 if numbers["block_channels"] else blocks)
-        numbers["gradients"] = -(-numbers["all_channels"] // _CHANNELS_AT_ONCE)
-    all_maps = numbers["gradients"] + blocks * maps
-    kind = f"<{TYPES[arrays.dtype]}, {size}>"
-    strides = {"x": arrays.strides, "dy": dy_strides, "result": _ordered(arrays)}
+        counts["gradient_rows"] = position_parts * (1 if counts["block_channels"] else blocks)
+        counts["parameter_thread_blocks"] = -(-counts["all_channels"] // _CHANNELS_PER_THREAD_BLOCK)
+    map_thread_blocks = counts["parameter_thread_blocks"] + blocks * maps
+    variant = f"<{TYPES[arrays.dtype]}, {size}>"
+    strides = {"x": arrays.strides, "dy": dy_strides, "result": _dense_strides(arrays)}
     return Pass(
-        blocks,
-        d,
-        Launch("joined_gradient.cu", f"find_gradient{kind}", blocks * programs, PRODUCT_THREADS, given),
-        Launch("joined_maps.cu", f"pull_back{kind}", all_maps, AFFINE_THREADS, map_memory(size, itemsize, 2)),
-        _structure(numbers, **{name: _strides(arrays, each) for name, each in strides.items()}),
-        blocks * numbers["counters"],
-        blocks * (programs + 1) * (d * d + d) + 2 * numbers["rows"] * numbers["all_channels"],
+        blocks=blocks,
+        d=d,
+        sums=Launch("joined_gradient.cu", f"joined_gradient{variant}", blocks * num_parts, PRODUCT_THREADS, shared),
+        maps=Launch(
+            "joined_maps.cu",
+            f"input_gradient{variant}",
+            map_thread_blocks,
+            MAP_THREADS,
+            map_bytes(size, itemsize, 2),
+        ),
+        args=_structure(counts, **{name: _strides(arrays, values) for name, values in strides.items()}),
+        num_counters=blocks * counts["num_counters"],
+        workspace=blocks * (num_parts + 1) * (d * d + d) + 2 * counts["gradient_rows"] * counts["all_channels"],
     )
 
 
 def _sizes(arrays: Arrays) -> tuple[int, int, int, int, int]:
-    """Blocks, samples of each, variables, the variant's size, and bytes of a number of the statistics."""
+    """Return the blocks, samples of each, variables, the variant's size, and the item size of statistics."""
     shape, block_axis = arrays.shape, arrays.block_axis
     itemsize = 8 if arrays.dtype == "d" else 4
-    return shape[block_axis], shape[1 - block_axis] * shape[3], shape[2], variant(shape[2]), itemsize
+    return shape[block_axis], shape[1 - block_axis] * shape[3], shape[2], variant_size(shape[2]), itemsize
 
 
-def _memory_of_sums(size: int, itemsize: int, backward: bool) -> tuple[int, int]:
-    """Bytes of shared memory that a program of the sums is given, and that it has in all."""
-    given = newton_memory(size, itemsize, ADJOINT_MATRICES if backward else ROOT_MATRICES)
+def _sum_bytes(size: int, itemsize: int, backward: bool) -> tuple[int, int]:
+    """Return the dynamic shared memory of a thread block of the sums, and all of its shared memory."""
+    dynamic = newton_bytes(size, itemsize, ADJOINT_MATRICES if backward else ROOT_MATRICES)
     static = GRADIENT_STATIC if backward else STATISTICS_STATIC
-    return given, given + static[size] * 1024 * itemsize // 4
+    return dynamic, dynamic + static[size] * 1024 * itemsize // 4
 
 
-def _programs_of_sums(size: int, itemsize: int, shared_memory: int, backward: bool) -> tuple[int, int]:
-    """Shared memory that a program of the sums is given, and how many a multiprocessor runs at once."""
-    given, whole = _memory_of_sums(size, itemsize, backward)
-    return given, min(2, (shared_memory + _RESERVED) // (whole + _RESERVED))
+def _sum_residency(size: int, itemsize: int, max_shared_memory: int, backward: bool) -> tuple[int, int]:
+    """Return the dynamic shared memory of the sums, and how many thread blocks of them fit a multiprocessor."""
+    dynamic, total = _sum_bytes(size, itemsize, backward)
+    return dynamic, min(2, (max_shared_memory + _RESERVED_BYTES) // (total + _RESERVED_BYTES))
 
 
-def _numbers(arrays: Arrays, programs: int, **others: int) -> dict[str, int]:
-    """Those of pass.cuh but for strides; for weight and bias there are no programs and rows yet."""
+def _counts(arrays: Arrays, num_parts: int, **others: int) -> dict[str, int]:
+    """Return the fields of PASS_ARGS that aren't strides, without thread blocks and rows for weight and bias."""
     blocks, _, d, _, _ = _sizes(arrays)
-    cluster = programs if programs <= _ADDED_AT_ONCE else math.isqrt(programs - 1) + 1
-    by_variable = arrays.block_axis == 1  # every block has channels of its own, which are its variables
+    fan_in = num_parts if num_parts <= _MAX_FLAT_PARTS else math.isqrt(num_parts - 1) + 1
+    variables_are_channels = arrays.block_axis == 1  # so that each block has channels of its own
     return {
         "blocks": blocks,
         "d": d,
         "outer": arrays.shape[1 - arrays.block_axis],
         "channels": arrays.channels,
         "positions": arrays.shape[3] // arrays.channels,
-        "block_channels": d if by_variable else 0,
-        "all_channels": d * (blocks if by_variable else arrays.channels),
-        "programs": programs,
-        "cluster": cluster,
-        "counters": 1 + -(-programs // cluster) if programs > 1 else 0,
-        "gradients": 0,
-        "rows": 0,
+        "block_channels": d if variables_are_channels else 0,
+        "all_channels": d * (blocks if variables_are_channels else arrays.channels),
+        "num_parts": num_parts,
+        "fan_in": fan_in,
+        "num_counters": 1 + -(-num_parts // fan_in) if num_parts > 1 else 0,
+        "parameter_thread_blocks": 0,
+        "gradient_rows": 0,
         "half_weight": arrays.half_weight,
         "half_bias": arrays.half_bias,
         **others,
     }
 
 
-def _structure(numbers: dict[str, int], **strides: tuple[int, ...]) -> Structure:
-    structure = np.zeros(1, PASS)
-    for name, value in (numbers | strides).items():
+def _structure(counts: dict[str, int], **strides: tuple[int, ...]) -> Structure:
+    structure = np.zeros(1, PASS_ARGS)
+    for name, value in (counts | strides).items():
         structure[name] = value
     return structure
 
 
 def _strides(arrays: Arrays, strides: Strides) -> tuple[int, ...]:
-    """As pass.cuh has them, in elements."""
+    """Return the fields of a `Strides` in pass.cuh."""
     itemsize = np.dtype(arrays.dtype).itemsize
     axes = (arrays.block_axis, 1 - arrays.block_axis, 2, 3)
     block, outer, variable, inner = (strides[axis] // itemsize for axis in axes)
-    samples = inner if arrays.shape[3] > 1 else outer
-    return block, outer, variable, inner, along_samples(arrays.shape, samples, variable)
+    between_samples = inner if arrays.shape[3] > 1 else outer
+    return block, outer, variable, inner, along_samples(arrays.shape, between_samples, variable)
 
 
-def _ordered(arrays: Arrays) -> Strides:
-    """Strides of a new array."""
+def _dense_strides(arrays: Arrays) -> Strides:
+    """Return the strides of a new array of the same shape."""
     _, q, d, l = arrays.shape
     itemsize = np.dtype(arrays.dtype).itemsize
     return q * d * l * itemsize, d * l * itemsize, l * itemsize, itemsize

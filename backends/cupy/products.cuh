@@ -1,43 +1,46 @@
-// Sums over a block's samples of the products of two variables, which is what moments and cross moments are.
+// Sums over the samples of products of two variables, from which moments and cross moments are made.
 //
-// A program (a CUDA block) takes a stretch of the samples, tile by tile; what it adds up goes to its own place in
-// memory, and a second kernel adds the programs' sums in a fixed order. So results don't depend on chance.
+// Each thread block goes through one part of a block's samples, tile by tile, and stores its partial sums. These are
+// added up later, in a fixed order, so that results are reproducible.
 
 #include "arrays.cuh"
 
 constexpr int THREADS = 256;
 
-// LOADS: the numbers of a tile that a thread brings. Few take less registers, many make a tile last longer.
+// The layout of a tile of samples in shared memory. A thread loads LOADS elements of each tile: few need fewer
+// registers, many make larger tiles, between which threads have to wait less often.
 template <typename A, int D, int LOADS> struct Tile {
     static constexpr int samples = LOADS * THREADS / D;
-    static_assert(samples <= THREADS, "a thread locates one sample of a tile");
-    // A thread adds up a square of products in registers: 8 x 8 does 4 multiplications for every number that it reads
-    // from shared memory, and leaves half of the registers to a second program on the same multiprocessor.
+    static_assert(samples <= THREADS, "a thread computes the offset of one sample of a tile");
+    // A thread accumulates a square of products in registers. With 8 x 8 it does 4 multiplications for each element
+    // that it reads from shared memory, and leaves half of the registers to a second thread block on the
+    // multiprocessor.
     static constexpr int side = D > 16 ? 8 : 4;
     static constexpr int sides = D / side;
-    // Threads that read packs from eight rows in turn, at the same variable, read from all banks once.
+    // Padded, so that eight threads that read a pack from eight consecutive rows use each bank once.
     static constexpr int stride = D + Pack<A>::size;
 
-    // The i-th variable of square s. Neighbouring threads have neighbouring packs.
+    // Returns the i-th variable of square s. Neighbouring squares have neighbouring packs.
     static __device__ int variable(int s, int i) {
         constexpr int size = Pack<A>::size;
         return i / size * (D * size / side) + s * size + i % size;
     }
 
-    static __device__ void read_square(A (&numbers)[side], const A* row, int s) {
+    static __device__ void read_square(A (&values)[side], const A* row, int s) {
         constexpr int size = Pack<A>::size;
 #pragma unroll
-        for (int i = 0; i < side; i += size) read<size>(numbers + i, row + variable(s, i));
+        for (int i = 0; i < side; i += size) read<size>(values + i, row + variable(s, i));
     }
 };
 
-// Brings the tiles of one array, less a centre, to shared memory; the next tile is on its way while one is in use.
+// Loads the tiles of an array, minus a centre, into shared memory. The next tile is fetched into registers while the
+// current one is in use.
 template <typename T, int D, int LOADS> struct Loader {
     using A = accumulator<T>;
     using Shape = Tile<A, D, LOADS>;
 
     const Block<const T> block;
-    const bool along_samples;  // neighbouring threads take neighbouring samples, not variables
+    const bool along_samples;  // neighbouring threads load neighbouring samples, rather than variables
     const int d;
     const A* centre;
     A fetched[LOADS];
@@ -55,36 +58,36 @@ template <typename T, int D, int LOADS> struct Loader {
         return along_samples ? thread / Shape::samples * LOADS + e : thread % D;
     }
 
-    // What isn't there is as good as the centre. Offsets of samples that aren't there are negative.
+    // Samples past the end have negative offsets. They, and variables past d, are replaced by the centre, and so add 0.
     __device__ void fetch(const long long* offsets) {
         if (along_samples) {
             const long long offset = offsets[sample(0)];
-            const T* place = &block.at(offset, variable(0));
+            const T* source = &block.at(offset, variable(0));
 #pragma unroll
-            for (int e = 0; e < LOADS; ++e, place += block.variable)
-                fetched[e] = offset >= 0 && variable(e) < d ? A(value(*place)) : centre[variable(e)];
+            for (int e = 0; e < LOADS; ++e, source += block.variable)
+                fetched[e] = offset >= 0 && variable(e) < d ? A(widen(*source)) : centre[variable(e)];
         } else {
-            const T* place = &block.at(0, variable(0));
+            const T* source = &block.at(0, variable(0));
 #pragma unroll
             for (int e = 0; e < LOADS; ++e) {
                 const long long offset = offsets[sample(e)];
-                fetched[e] = offset >= 0 && variable(e) < d ? A(value(place[offset])) : centre[variable(e)];
+                fetched[e] = offset >= 0 && variable(e) < d ? A(widen(source[offset])) : centre[variable(e)];
             }
         }
     }
 
-    __device__ void store(A* tile, A (&numbers)[LOADS]) const {
+    __device__ void store(A* tile, A (&elements)[LOADS]) const {
         if (along_samples) {
 #pragma unroll
             for (int e = 0; e < LOADS; e += Pack<A>::size) {
                 Pack<A> values;
 #pragma unroll
-                for (int k = 0; k < Pack<A>::size; ++k) values.at[k] = numbers[e + k];
+                for (int k = 0; k < Pack<A>::size; ++k) values.at[k] = elements[e + k];
                 pack(tile + sample(e) * Shape::stride + variable(e)) = values;
             }
         } else {
 #pragma unroll
-            for (int e = 0; e < LOADS; ++e) tile[sample(e) * Shape::stride + variable(e)] = numbers[e];
+            for (int e = 0; e < LOADS; ++e) tile[sample(e) * Shape::stride + variable(e)] = elements[e];
         }
     }
 
@@ -95,18 +98,18 @@ template <typename T, int D, int LOADS> struct Loader {
     }
 };
 
-// Offsets of the samples of a tile, for all threads.
+// Computes the offsets of the samples of one tile after the other. Each thread computes at most one offset of a tile.
 template <int SAMPLES> struct Samples {
-    const int length, last;
+    const int length, end;
     int next;
     Cursor cursor;
     const Cursor step;
 
-    __device__ Samples(int first, int last, int length)
-        : length(length), last(last), next(first + threadIdx.x), cursor(next, length), step(SAMPLES, length) {}
+    __device__ Samples(int begin, int end, int length)
+        : length(length), end(end), next(begin + threadIdx.x), cursor(next, length), step(SAMPLES, length) {}
 
     template <typename T> __device__ void locate(long long* offsets, const Block<const T>& block) const {
-        if (threadIdx.x < SAMPLES) offsets[threadIdx.x] = next < last ? block.offset(cursor) : -1;
+        if (threadIdx.x < SAMPLES) offsets[threadIdx.x] = next < end ? block.offset(cursor) : -1;
     }
 
     __device__ void advance() {
@@ -115,126 +118,157 @@ template <int SAMPLES> struct Samples {
     }
 };
 
-// Sums of (a - its centre) (b - its centre)' to `products` (d, d) and of a - its centre to `sums` (d), over the samples
-// from `first` to `last`. SQUARE: b is a, and half of the products do.
-template <typename TA, typename TB, int D, int LOADS, bool SQUARE>
-__device__ void sum_products(Loader<TA, D, LOADS>& a, Loader<TB, D, LOADS>& b, int length, int first, int last,
+// Which products a thread accumulates: those of a square of variables, for the samples of a tile that its group takes.
+// SYMMETRIC: the two arrays are the same, so that only squares on and above the diagonal are computed.
+template <int SIDES, bool SYMMETRIC> struct Square {
+    static constexpr int count = SYMMETRIC ? SIDES * (SIDES + 1) / 2 : SIDES * SIDES;
+    static constexpr int groups = THREADS / count;  // of threads, one for each square; leftover threads only load
+
+    int group, row, column;
+
+    __device__ Square() {
+        const int thread = threadIdx.x;
+        group = thread / count;
+        row = 0;
+        column = thread % count;
+        if (SYMMETRIC) {
+            while (column >= SIDES - row) column -= SIDES - row++;
+            column += row;
+        } else {
+            row = column / SIDES;
+            column %= SIDES;
+        }
+    }
+};
+
+// Adds the products of the samples of a tile to the thread's total.
+template <typename Shape, typename Square, int SIDE, typename A>
+__device__ __forceinline__ void multiply_tile(A (&total)[SIDE][SIDE], const A* tile_a, const A* tile_b,
+                                              const Square& square) {
+    if (square.group >= Square::groups) return;
+    for (int m = square.group; m < Shape::samples; m += Square::groups) {
+        A left[SIDE], right[SIDE];
+        Shape::read_square(left, tile_a + m * Shape::stride, square.row);
+        Shape::read_square(right, tile_b + m * Shape::stride, square.column);
+#pragma unroll
+        for (int i = 0; i < SIDE; ++i)
+#pragma unroll
+            for (int j = 0; j < SIDE; ++j) total[i][j] += left[i] * right[j];
+    }
+}
+
+// Adds up what the tile holds for each variable, and stores the d sums.
+template <typename Shape, int D, typename A>
+__device__ __forceinline__ void sum_tile(A* tile, A* sums, int d) {
+    const int thread = threadIdx.x;
+    for (int half = Shape::samples / 2; half > 0; half /= 2) {
+        __syncthreads();
+        for (int i = thread; i < half * D; i += THREADS) {
+            const int m = i / D, v = i % D;
+            tile[m * Shape::stride + v] += tile[(m + half) * Shape::stride + v];
+        }
+    }
+    __syncthreads();
+    if (thread < d) sums[thread] = tile[thread];
+}
+
+// Adds up the groups' totals in the threads of the first group. In each round the later half of the groups hands one
+// row of each square at a time to the earlier half, by way of `memory`.
+template <typename Square, int SIDE, typename A>
+__device__ __forceinline__ void combine_groups(A (&total)[SIDE][SIDE], A* memory, const Square& square) {
+    const int thread = threadIdx.x;
+#pragma unroll
+    for (int width = Square::groups; width > 1; width = (width + 1) / 2) {
+        const int half = (width + 1) / 2;
+#pragma unroll
+        for (int i = 0; i < SIDE; ++i) {
+            __syncthreads();
+            if (square.group >= half && square.group < width)
+#pragma unroll
+                for (int j = 0; j < SIDE; ++j)
+                    memory[j * (THREADS / 2) + thread - half * Square::count] = total[i][j];
+            __syncthreads();
+            if (square.group < width - half)
+#pragma unroll
+                for (int j = 0; j < SIDE; ++j) total[i][j] += memory[j * (THREADS / 2) + thread];
+        }
+    }
+}
+
+// Computes the sums of (a - its centre) (b - its centre)', (d, d), and of a - its centre, (d), over samples `begin` to
+// `end`. SYMMETRIC: a and b are the same array.
+template <typename TA, typename TB, int D, int LOADS, bool SYMMETRIC>
+__device__ void sum_products(Loader<TA, D, LOADS>& a, Loader<TB, D, LOADS>& b, int length, int begin, int end,
                              accumulator<TA>* products, accumulator<TA>* sums) {
     using A = accumulator<TA>;
     using Shape = Tile<A, D, LOADS>;
-    constexpr int side = Shape::side, sides = Shape::sides, samples = Shape::samples;
-    constexpr int squares = SQUARE ? sides * (sides + 1) / 2 : sides * sides;
-    constexpr int groups = THREADS / squares;  // of threads, that share the samples of a tile
+    constexpr int side = Shape::side, samples = Shape::samples, arrays = SYMMETRIC ? 1 : 2;
     constexpr int tile_size = samples * Shape::stride;
 
-    __shared__ Pack<A> memory[(SQUARE ? 1 : 2) * tile_size / Pack<A>::size];
-    __shared__ long long offsets[2][SQUARE ? 1 : 2][samples];  // of the tile in use and of the next
+    __shared__ Pack<A> memory[arrays * tile_size / Pack<A>::size];
+    __shared__ long long offsets[2][arrays][samples];  // of the current tile and of the next
     A* tile_a = memory[0].at;
-    A* tile_b = SQUARE ? tile_a : tile_a + tile_size;
+    A* tile_b = SYMMETRIC ? tile_a : tile_a + tile_size;
 
-    const int thread = threadIdx.x, group = thread / squares;
-    int row = 0, column = thread % squares;
-    if (SQUARE) {
-        while (column >= sides - row) column -= sides - row++;
-        column += row;
-    } else {
-        row = column / sides;
-        column %= sides;
-    }
-
+    const Square<Shape::sides, SYMMETRIC> square;
     A total[side][side] = {};
     A sum[LOADS] = {};
-    Samples<samples> position(first, last, length);
-    const int tiles = (last - first + samples - 1) / samples;
+    Samples<samples> position(begin, end, length);
+    const int tiles = (end - begin + samples - 1) / samples;
 
     position.locate(offsets[0][0], a.block);
-    if (!SQUARE) position.locate(offsets[0][SQUARE ? 0 : 1], b.block);
+    if (!SYMMETRIC) position.locate(offsets[0][arrays - 1], b.block);
     __syncthreads();
     a.fetch(offsets[0][0]);
-    if (!SQUARE) b.fetch(offsets[0][SQUARE ? 0 : 1]);
+    if (!SYMMETRIC) b.fetch(offsets[0][arrays - 1]);
 
     for (int tile = 0; tile < tiles; ++tile) {
-        const int after = (tile + 1) % 2;
+        const int next = (tile + 1) % 2;
         a.store_centred(tile_a);
-        if (!SQUARE) b.store_centred(tile_b);
+        if (!SYMMETRIC) b.store_centred(tile_b);
 #pragma unroll
         for (int e = 0; e < LOADS; ++e) sum[e] += a.fetched[e];
         position.advance();
-        position.locate(offsets[after][0], a.block);
-        if (!SQUARE) position.locate(offsets[after][SQUARE ? 0 : 1], b.block);
+        position.locate(offsets[next][0], a.block);
+        if (!SYMMETRIC) position.locate(offsets[next][arrays - 1], b.block);
         __syncthreads();
         if (tile + 1 < tiles) {
-            a.fetch(offsets[after][0]);
-            if (!SQUARE) b.fetch(offsets[after][SQUARE ? 0 : 1]);
+            a.fetch(offsets[next][0]);
+            if (!SYMMETRIC) b.fetch(offsets[next][arrays - 1]);
         }
-        if (group < groups) {
-            for (int m = group; m < samples; m += groups) {
-                A left[side], right[side];
-                Shape::read_square(left, tile_a + m * Shape::stride, row);
-                Shape::read_square(right, tile_b + m * Shape::stride, column);
-#pragma unroll
-                for (int i = 0; i < side; ++i)
-#pragma unroll
-                    for (int j = 0; j < side; ++j) total[i][j] += left[i] * right[j];
-            }
-        }
+        multiply_tile<Shape>(total, tile_a, tile_b, square);
         __syncthreads();
     }
 
-    // The tiles' memory is free: the sums of the samples that each thread has brought lie there as a tile once more.
-    a.store(tile_a, sum);
-    for (int half = samples / 2; half > 0; half /= 2) {
-        __syncthreads();
-        for (int place = thread; place < half * D; place += THREADS) {
-            const int m = place / D, v = place % D;
-            tile_a[m * Shape::stride + v] += tile_a[(m + half) * Shape::stride + v];
-        }
-    }
-    __syncthreads();
-    if (thread < a.d) sums[thread] = tile_a[thread];
-
-    // The groups' products, a row of each square at a time; the later half of the groups hand theirs to the other.
-#pragma unroll
-    for (int width = groups; width > 1; width = (width + 1) / 2) {
-        const int half = (width + 1) / 2;
-#pragma unroll
-        for (int i = 0; i < side; ++i) {
-            __syncthreads();
-            if (group >= half && group < width)
-#pragma unroll
-                for (int j = 0; j < side; ++j) tile_a[j * (THREADS / 2) + thread - half * squares] = total[i][j];
-            __syncthreads();
-            if (group < width - half)
-#pragma unroll
-                for (int j = 0; j < side; ++j) total[i][j] += tile_a[j * (THREADS / 2) + thread];
-        }
-    }
-    if (group > 0) return;
+    a.store(tile_a, sum);  // each thread's sums, laid out like the elements that it has loaded
+    sum_tile<Shape, D>(tile_a, sums, a.d);
+    combine_groups(total, tile_a, square);
+    if (square.group > 0) return;
 #pragma unroll
     for (int i = 0; i < side; ++i)
 #pragma unroll
         for (int j = 0; j < side; ++j) {
-            const int r = Shape::variable(row, i), c = Shape::variable(column, j);
+            const int r = Shape::variable(square.row, i), c = Shape::variable(square.column, j);
             if (r < a.d && c < a.d) {
                 products[r * a.d + c] = total[i][j];
-                if (SQUARE) products[c * a.d + r] = total[i][j];
+                if (SYMMETRIC) products[c * a.d + r] = total[i][j];
             }
         }
 }
 
-// Adds up what the programs left of one row of the products, and of all sums: thread (lane, column) every so many of
-// them, then lane 0 the lanes' sums, which are complete in its threads.
+// Adds up the parts' partial sums: one row of the products, and all d sums. Each lane of threads takes some parts, then
+// lane 0 adds up the lanes. Only its threads, one for each column, have the results.
 template <typename A, int D>
-__device__ void add_programs(const A* products, const A* sums, int programs, int d, int row, A& product, A& sum) {
+__device__ void combine_row(const A* products, const A* sums, int num_parts, int d, int row, A& product, A& sum) {
     constexpr int lanes = THREADS / D;
     __shared__ A partial[2][lanes][D];
     const int column = threadIdx.x % D, lane = threadIdx.x / D;
     product = sum = 0;
     if (column < d)
 #pragma unroll 4
-        for (int p = lane; p < programs; p += lanes) {
-            product += products[((long long)p * d + row) * d + column];
-            sum += sums[(long long)p * d + column];
+        for (int part = lane; part < num_parts; part += lanes) {
+            product += products[((long long)part * d + row) * d + column];
+            sum += sums[(long long)part * d + column];
         }
     partial[0][lane][column] = product;
     partial[1][lane][column] = sum;

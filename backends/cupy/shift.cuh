@@ -1,22 +1,23 @@
-// A value near each variable's mean. It needs arrays.cuh and THREADS, which products.cuh has.
+// The shift: values near each variable's mean. Include arrays.cuh, and products.cuh for THREADS, before this file.
 
-constexpr int SAMPLED = 16;
+constexpr int SHIFT_SAMPLES = 16;
 
-// Values are taken relative to a shift near the mean, so that their squares don't drown the spread: the mean of a few
-// samples, spread evenly over the block and the same in every program. Of a constant variable it is the very value.
+// Moments are summed relative to a shift near the mean, because squares of a large mean would drown the variance. The
+// shift is the mean of a few samples, spread evenly over the block and the same for each of its parts. For a constant
+// variable it is exactly the constant.
 template <typename T, int D>
-__device__ void find_shift(accumulator<T>* shift, const Block<const T>& block, int d, int inner, int count) {
+__device__ void load_shift(accumulator<T>* shift, const Block<const T>& block, int d, int inner, int count) {
     using A = accumulator<T>;
-    constexpr int lanes = THREADS / D < SAMPLED ? THREADS / D : SAMPLED;
+    constexpr int lanes = THREADS / D < SHIFT_SAMPLES ? THREADS / D : SHIFT_SAMPLES;
     __shared__ A partial[lanes][D];
     const int v = threadIdx.x % D, lane = threadIdx.x / D;
-    const A origin = v < d ? A(value(block.at(0, v))) : A(0);
+    const A origin = v < d ? A(widen(block.at(0, v))) : A(0);
     if (lane < lanes) {
         A sum = 0;
         if (v < d)
-            for (int i = lane; i < SAMPLED; i += lanes) {
-                const Cursor sample((long long)count * i / SAMPLED, inner);
-                sum += A(value(block.at(block.offset(sample), v))) - origin;
+            for (int i = lane; i < SHIFT_SAMPLES; i += lanes) {
+                const Cursor sample((long long)count * i / SHIFT_SAMPLES, inner);
+                sum += A(widen(block.at(block.offset(sample), v))) - origin;
             }
         partial[lane][v] = sum;
     }
@@ -24,7 +25,7 @@ __device__ void find_shift(accumulator<T>* shift, const Block<const T>& block, i
     if (lane == 0) {
         A sum = 0;
         for (int other = 0; other < lanes; ++other) sum += partial[other][v];
-        shift[v] = origin + sum / SAMPLED;
+        shift[v] = origin + sum / SHIFT_SAMPLES;
     }
     __syncthreads();
 }

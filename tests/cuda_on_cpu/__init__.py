@@ -1,4 +1,4 @@
-"""CUDA kernels on NumPy arrays, without a device: the sources compiled by g++, every launch checked for races."""
+"""Run CUDA kernels on NumPy arrays, without a device. g++ compiles them, and each launch is checked for races."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GUARD = 64  # elements
 
 
 class GuardedNumPy(ModuleType):
-    """NumPy, but `empty` arrays hold NaN, and lie between guards that show what is written beside them."""
+    """NumPy, except that `empty` arrays hold NaN, and have guards around them that show if a kernel writes there."""
 
     def __init__(self) -> None:
         super().__init__("guarded_numpy")
@@ -42,19 +42,19 @@ class GuardedNumPy(ModuleType):
 
 
 class CpuLauncher:
-    """Runs the kernels `names`, by file, of a folder of CUDA sources; `build` may be other processes' too."""
+    """Launches the kernels `names` of each file in a folder of CUDA sources; processes may share the folder `build`."""
 
-    processors = 2
-    shared_memory = 227 * 1024
+    multiprocessors = 2
+    max_shared_memory = 227 * 1024
 
     def __init__(self, xp: GuardedNumPy, sources: Path, names: dict[str, list[str]], build: Path) -> None:
         self._xp, self._sources, self._build = xp, sources, build
         self._kernels: dict[str, Any] = {}
         self._counters = np.zeros(0, np.uint32)
-        parts = [(f"{file}.{half}", file, all_[half::2]) for file, all_ in names.items() for half in (0, 1)]
-        shuffle(parts)  # so that each of several processes compiles some, and finds the others
+        libraries = [(f"{file}.{half}", file, all_[half::2]) for file, all_ in names.items() for half in (0, 1)]
+        shuffle(libraries)  # so that each of several processes compiles some, and finds the others
         with ThreadPoolExecutor(4) as pool:
-            for kernels in pool.map(lambda part: self._compile(*part), parts):
+            for kernels in pool.map(lambda library: self._compile(*library), libraries):
                 self._kernels |= kernels
 
     def counters(self, count: int) -> np.ndarray:
@@ -63,34 +63,35 @@ class CpuLauncher:
         return self._counters
 
     def __call__(
-        self, file: str, name: str, programs: int, threads: int, arguments: tuple[Any, ...], shared: int = 0
+        self, file: str, name: str, thread_blocks: int, threads: int, args: tuple[Any, ...], shared: int = 0
     ) -> None:
-        assert shared <= self.shared_memory
+        assert shared <= self.max_shared_memory
         kernel = self._kernels[name]
-        values = [_argument(argument) for argument in arguments]
+        values = [_argument(arg) for arg in args]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         results = []
         for other_order in (False, True):
-            assert kernel(programs, threads, other_order, pointers) == 0, "some threads end while others wait for them"
+            error = kernel(thread_blocks, threads, other_order, pointers)
+            assert not error, "some threads end while others wait for them"
             assert not self._counters.any(), f"{name} leaves counters that are not 0"
-            results.append([a.tobytes() for a in arguments if isinstance(a, np.ndarray)])
-        assert results[0] == results[1], f"{name} depends on the order of the threads or of the programs"
+            results.append([a.tobytes() for a in args if isinstance(a, np.ndarray)])
+        assert results[0] == results[1], f"{name} depends on the order of the threads or of the thread blocks"
         self._xp.check()
 
-    def _compile(self, part: str, file: str, names: list[str]) -> dict[str, Any]:
-        library = self._build / f"{part}.so"
+    def _compile(self, library_name: str, file: str, names: list[str]) -> dict[str, Any]:
+        library = self._build / f"{library_name}.so"
         if not library.exists():
             exports = "\n".join(
-                f'extern "C" int kernel_{i}(unsigned blocks, unsigned threads, bool other_order, void** arguments) '
-                f"{{ return emulator::launch({name}, blocks, threads, other_order, arguments); }}"
+                f'extern "C" int kernel_{i}(unsigned thread_blocks, unsigned threads, bool other_order, void** args) '
+                f"{{ return emulator::launch({name}, thread_blocks, threads, other_order, args); }}"
                 for i, name in enumerate(names)
             )
-            own = self._build / f"{part}.{os.getpid()}"
-            source = self._build / f"{own.name}.cpp"
+            unfinished = self._build / f"{library_name}.{os.getpid()}"
+            source = self._build / f"{unfinished.name}.cpp"
             source.write_text(f'#include "{HERE / "cuda.h"}"\n{self._text(file)}\n{exports}\n')
             options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-extern-tls-init"]
-            subprocess.run([COMPILER, *options, source, "-o", own], check=True)
-            own.replace(library)
+            subprocess.run([COMPILER, *options, source, "-o", unfinished], check=True)
+            unfinished.replace(library)
         loaded = ctypes.CDLL(str(library))
         return {name: loaded[f"kernel_{i}"] for i, name in enumerate(names)}
 

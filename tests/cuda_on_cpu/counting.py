@@ -1,4 +1,4 @@
-"""What a call costs the host: launches, allocations and array operations, counted on NumPy's arrays, of garbage."""
+"""Count what a call costs the host, launches, allocations and array operations, on NumPy arrays without launching."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Counts:
-    """Of kernels launched, of `empty` arrays, and of operations, each of which CuPy launches a kernel for."""
+    """The names of launched kernels, and the numbers of `empty` arrays and of operations, which CuPy launches too."""
 
     def __init__(self) -> None:
         self.launches: list[str] = []
@@ -20,7 +20,7 @@ class Counts:
 
 
 class CountedArray(np.ndarray):
-    """An array whose operations are counted; views of it are such arrays too."""
+    """An array whose operations are counted, as are those of its views."""
 
     counts: Counts
 
@@ -46,7 +46,7 @@ def counted(array: np.ndarray, counts: Counts) -> CountedArray:
 
 
 class CountingNumPy(ModuleType):
-    """NumPy, but it counts the arrays that it allocates and the copies that make arrays contiguous."""
+    """NumPy, except that it counts the arrays that it allocates and the copies that make arrays contiguous."""
 
     def __init__(self, counts: Counts) -> None:
         super().__init__("counting_numpy")
@@ -59,16 +59,16 @@ class CountingNumPy(ModuleType):
         self._counts.allocations += 1
         return counted(np.zeros(shape, dtype), self._counts)
 
-    def ascontiguousarray(self, array: CountedArray) -> CountedArray:
-        self._counts.operations["ascontiguousarray"] += not array.flags.c_contiguous
-        return counted(np.ascontiguousarray(array), self._counts)
+    def ascontiguousarray(self, array: CountedArray, dtype: Any) -> CountedArray:
+        self._counts.operations["ascontiguousarray"] += not array.flags.c_contiguous or array.dtype != dtype
+        return counted(np.ascontiguousarray(array, dtype), self._counts)
 
 
 class NoLauncher:
-    """Launches nothing, and keeps the names."""
+    """Records the names of kernels, and launches nothing."""
 
-    processors = 132
-    shared_memory = 227 * 1024
+    multiprocessors = 132
+    max_shared_memory = 227 * 1024
 
     def __init__(self, counts: Counts) -> None:
         self._counts = counts
@@ -78,6 +78,6 @@ class NoLauncher:
         return self._counters[:count]
 
     def __call__(
-        self, file: str, name: str, programs: int, threads: int, arguments: tuple[Any, ...], shared: int = 0
+        self, file: str, name: str, thread_blocks: int, threads: int, args: tuple[Any, ...], shared: int = 0
     ) -> None:
         self._counts.launches.append(name.partition("<")[0])

@@ -1,6 +1,7 @@
-// Enough of CUDA to run kernels on a CPU: blocks one after the other, a block's threads as fibers that take turns at
-// every __syncthreads, both in order, or the threads in the reverse and the blocks shuffled. What depends on the order is
-// a race; the order of the blocks is also what decides which of them are the last to count.
+// Enough of CUDA to run kernels on a CPU. Thread blocks run one after the other. The threads of one are fibers that
+// take turns at every __syncthreads. Each launch runs twice: in order, and with threads reversed and thread blocks
+// shuffled. If the results differ, there is a race. The order of the thread blocks also decides which of them is the
+// last to count.
 
 #include <link.h>
 #include <setjmp.h>
@@ -14,7 +15,8 @@
 
 #define __global__
 #define __device__
-#define __shared__ thread_local  // the only variables that are: see poison
+#define __shared__ thread_local  // nothing else is thread_local; poison() relies on that
+#define __forceinline__ inline
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
 
@@ -33,7 +35,7 @@ constexpr size_t STACK = 128 * 1024;
 
 struct Fiber {
     ucontext_t entry;
-    jmp_buf place;  // swapcontext would be simpler, but calls the kernel of the operating system
+    jmp_buf context;  // swapcontext would be simpler, but calls the kernel of the operating system
     std::vector<char> stack = std::vector<char>(STACK);
     bool begun, done;
 };
@@ -48,21 +50,22 @@ static void run() {
     _longjmp(scheduler, 1);
 }
 
-// Lets a thread run until it waits or ends.
+// Runs a thread until it waits or ends.
 __attribute__((noinline)) static void resume(Fiber& fiber) {
     if (_setjmp(scheduler)) return;
-    if (fiber.begun) _longjmp(fiber.place, 1);
+    if (fiber.begun) _longjmp(fiber.context, 1);
     fiber.begun = true;
     setcontext(&fiber.entry);
 }
 
-// Makes NaN of shared memory, which holds anything when a block begins: this library's thread-local variables.
+// Fills shared memory, which is this library's thread-local variables, with NaN. A thread block may not rely on what it
+// holds at the start.
 static void poison() {
-    const auto fill = [](dl_phdr_info* info, size_t, void* own) {
+    const auto fill = [](dl_phdr_info* info, size_t, void* variable) {
         for (int i = 0; i < info->dlpi_phnum; ++i) {
             const auto& segment = info->dlpi_phdr[i];
             char* start = static_cast<char*>(info->dlpi_tls_data);
-            if (segment.p_type == PT_TLS && start && own >= start && own < start + segment.p_memsz)
+            if (segment.p_type == PT_TLS && start && variable >= start && variable < start + segment.p_memsz)
                 std::memset(start, 0xff, segment.p_memsz);
         }
         return 0;
@@ -70,7 +73,7 @@ static void poison() {
     dl_iterate_phdr(fill, shared_memory);
 }
 
-// 0, or 1 where some threads ended while others wait for them.
+// Runs a thread block. Returns 1 if some threads ended while others wait for them, else 0.
 static int run_block(unsigned threads, bool reverse) {
     poison();
     if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
@@ -94,35 +97,35 @@ static int run_block(unsigned threads, bool reverse) {
 }
 
 template <typename... P, size_t... I>
-int launch(void (*kernel)(P...), unsigned blocks, unsigned threads, bool other_order, void** arguments,
+int launch(void (*kernel)(P...), unsigned thread_blocks, unsigned threads, bool other_order, void** arguments,
            std::index_sequence<I...>) {
     body = [=] { kernel(*static_cast<P*>(arguments[I])...); };
-    const unsigned prime = 7919;  // steps of it lead to all blocks, of which there is no multiple of it
-    for (unsigned i = 0; i < blocks; ++i) {
-        blockIdx.x = other_order ? (blocks / 2 + size_t(i) * prime) % blocks : i;
+    const unsigned prime = 7919;  // steps of it reach all thread blocks, unless their number is a multiple of it
+    for (unsigned i = 0; i < thread_blocks; ++i) {
+        blockIdx.x = other_order ? (thread_blocks / 2 + size_t(i) * prime) % thread_blocks : i;
         if (run_block(threads, other_order)) return 1;
     }
     return 0;
 }
 
 template <typename... P>
-int launch(void (*kernel)(P...), unsigned blocks, unsigned threads, bool other_order, void** arguments) {
-    return launch(kernel, blocks, threads, other_order, arguments, std::index_sequence_for<P...>());
+int launch(void (*kernel)(P...), unsigned thread_blocks, unsigned threads, bool other_order, void** arguments) {
+    return launch(kernel, thread_blocks, threads, other_order, arguments, std::index_sequence_for<P...>());
 }
 
 }  // namespace emulator
 
 inline void __syncthreads() {
-    if (!_setjmp(emulator::fibers[threadIdx.x].place)) _longjmp(emulator::scheduler, 1);
+    if (!_setjmp(emulator::fibers[threadIdx.x].context)) _longjmp(emulator::scheduler, 1);
 }
 
-// Blocks run one after the other, so nobody sees half of what another has done.
+// There is nothing to do, as thread blocks run one after the other.
 inline void __threadfence() {}
 
-inline unsigned atomicAdd(unsigned* place, unsigned number) {
-    const unsigned before = *place;
-    *place += number;
+inline unsigned atomicAdd(unsigned* counter, unsigned increment) {
+    const unsigned before = *counter;
+    *counter += increment;
     return before;
 }
 
-template <typename T> T __ldcg(const T* place) { return *place; }
+template <typename T> T __ldcg(const T* pointer) { return *pointer; }

@@ -1,4 +1,4 @@
-// float16 as the CPU converts it.
+// float16, converted by the CPU.
 
 struct half {
     _Float16 number;
