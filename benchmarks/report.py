@@ -82,9 +82,10 @@ def table(records: list[Record]) -> str:
     where = "; ".join(name if len(machines) == 1 else f"{name} ({', '.join(of)})" for name, of in machines.items())
     versions = list(dict.fromkeys(part for _, given in by_run.values() for part in given.split(", ")))
     lines = [
-        "Time of polywhiten over that of others in the same run, float32; training is forward and backward.",
+        "Time of polywhiten divided by that of a competitor in the same run, in float32. Training is forward and "
+        "backward. The bar is the largest ratio that the project accepts.",
         "",
-        "| | over that of | over shapes | bar | measured |",
+        "| | competitor | statistic over shapes | bar | measured |",
         "| --- | --- | --- | --- | --- |",
     ]
     for found in verdicts(records):
