@@ -168,7 +168,7 @@ def test_commands_say_what_is_wrong(study, tmp_path):
     for arguments, message in (
         (["training"], "--data"),
         (["training", "--data", str(data), "--size", "tiny"], "--out"),
-        (["training", "--data", str(data), "--size", "tiny", "--out", str(tmp_path)], "256 square colour pictures"),
+        (["training", "--data", str(data), "--size", "tiny", "--out", str(tmp_path)], "needs 256 square colour images"),
     ):
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code != 0

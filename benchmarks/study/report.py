@@ -31,13 +31,13 @@ def write(experiments: Sequence[Experiment], sizes: Sequence[str], folder: Path,
             rows = planned(experiment, size, rows_of(experiment, path))
             if not rows:
                 continue
-            picture = path.with_suffix(".png")
-            FIGURES[experiment.name](rows).savefig(picture, dpi=110)
-            yield picture
-            link = Path(os.path.relpath(picture, page.parent)).as_posix()
+            figure = path.with_suffix(".png")
+            FIGURES[experiment.name](rows).savefig(figure, dpi=110)
+            yield figure
+            link = Path(os.path.relpath(figure, page.parent)).as_posix()
             parts.append(f"![{experiment.title}]({link})\n\n{table(rows)}")
             for found in FINDINGS[experiment.name](rows):
-                where = f"[{picture.name}]({link})"
+                where = f"[{figure.name}]({link})"
                 claims.append(f"| {found.claim} | {found.measured} | {found.verdict} | {size} | {where} |")
             times += wall_times(experiment, size, rows)
         blocks[experiment.name] = "\n\n".join(parts)
@@ -58,10 +58,10 @@ def planned(experiment: Experiment, size: str, rows: list[Any]) -> list[Any]:
 def wall_times(experiment: Experiment, size: str, rows: list[Any]) -> Iterator[str]:
     """Yield one line per machine."""
     for about in dict.fromkeys(row.about for row in rows):
-        mine = [row for row in rows if row.about == about]
-        diverged = sum(isinstance(row, Fit) and row.diverged for row in mine)
-        minutes = sum(row.seconds for row in mine) / 60
-        yield f"| {experiment.name} | {size} | {len(mine)} | {diverged} | {minutes:.1f} min | {about} |"
+        of_machine = [row for row in rows if row.about == about]
+        diverged = sum(isinstance(row, Fit) and row.diverged for row in of_machine)
+        minutes = sum(row.seconds for row in of_machine) / 60
+        yield f"| {experiment.name} | {size} | {len(of_machine)} | {diverged} | {minutes:.1f} min | {about} |"
 
 
 def table(rows: list[Any]) -> str:
