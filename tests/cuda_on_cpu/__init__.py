@@ -1,4 +1,4 @@
-"""CUDA kernels on NumPy arrays, without a device: the sources compiled by g++, every launch checked for races."""
+"""Runs CUDA kernels on NumPy arrays without a device: g++ compiles them, and every launch is checked for races."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import numpy as np
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
-GUARD = 64  # elements
+GUARD = 64  # elements before and after each array
 
 
 class GuardedNumPy(ModuleType):
-    """NumPy, but `empty` arrays hold NaN, and lie between guards that show what is written beside them."""
+    """NumPy, except that `empty` arrays hold NaN and lie between guards that reveal writes beside them."""
 
     def __init__(self) -> None:
         super().__init__("guarded_numpy")
@@ -42,7 +42,7 @@ class GuardedNumPy(ModuleType):
 
 
 class CpuLauncher:
-    """Runs the kernels `names`, by file, of a folder of CUDA sources; `build` may be other processes' too."""
+    """Runs the kernels `names`, by file, of a folder of CUDA sources. Several processes may share `build`."""
 
     processors = 2
     shared_memory = 227 * 1024
@@ -52,7 +52,7 @@ class CpuLauncher:
         self._kernels: dict[str, Any] = {}
         self._counters = np.zeros(0, np.uint32)
         parts = [(f"{file}.{half}", file, all_[half::2]) for file, all_ in names.items() for half in (0, 1)]
-        shuffle(parts)  # so that each of several processes compiles some, and finds the others
+        shuffle(parts)  # so that each of several processes compiles some files, and finds the others compiled
         with ThreadPoolExecutor(4) as pool:
             for kernels in pool.map(lambda part: self._compile(*part), parts):
                 self._kernels |= kernels
@@ -100,7 +100,7 @@ class CpuLauncher:
 
 
 def _argument(value: Any) -> Any:
-    if isinstance(value, np.ndarray) and value.dtype.names:  # a structure, by value
+    if isinstance(value, np.ndarray) and value.dtype.names:  # a structure that is passed by value
         return (ctypes.c_char * value.nbytes).from_buffer_copy(value)
     if isinstance(value, np.ndarray):
         return ctypes.c_void_p(value.ctypes.data)

@@ -1,4 +1,4 @@
-"""What a call costs the host: launches, allocations and array operations, counted on NumPy's arrays, of garbage."""
+"""Counts the launches, allocations and array operations of a call, on NumPy arrays whose values don't matter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Counts:
-    """Of kernels launched, of `empty` arrays, and of operations, each of which CuPy launches a kernel for."""
+    """The numbers of launched kernels, `empty` arrays, and operations, for each of which CuPy launches a kernel."""
 
     def __init__(self) -> None:
         self.launches: list[str] = []
@@ -20,7 +20,7 @@ class Counts:
 
 
 class CountedArray(np.ndarray):
-    """An array whose operations are counted; views of it are such arrays too."""
+    """An array whose operations are counted, also those of its views."""
 
     counts: Counts
 
@@ -46,7 +46,7 @@ def counted(array: np.ndarray, counts: Counts) -> CountedArray:
 
 
 class CountingNumPy(ModuleType):
-    """NumPy, but it counts the arrays that it allocates and the copies that make arrays contiguous."""
+    """NumPy, except that it counts the arrays that it allocates and the copies that make arrays contiguous."""
 
     def __init__(self, counts: Counts) -> None:
         super().__init__("counting_numpy")
@@ -65,7 +65,7 @@ class CountingNumPy(ModuleType):
 
 
 class NoLauncher:
-    """Launches nothing, and keeps the names."""
+    """Records the names of kernels instead of launching them."""
 
     processors = 132
     shared_memory = 227 * 1024
