@@ -1,7 +1,7 @@
-"""Errors of IterNorm in float32, beside the paper's recurrence written plainly: `python benchmarks/accuracy.py`.
+"""Compares float32 errors of IterNorm with those of the paper's recurrence: `python benchmarks/accuracy.py`.
 
-Prints two Markdown tables. Errors are the largest difference from float64, relative to the largest value there; for
-the recurrence from the stable order in float64, as the recurrence itself is off in float64 too.
+Prints two Markdown tables. An error is the largest difference from float64, relative to the largest value there. The
+recurrence too is compared with polywhiten in float64, because the recurrence is inaccurate even in float64.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ CHANNELS, SAMPLES = 64, 4096
 
 
 def paper(x: torch.Tensor, iterations: int) -> torch.Tensor:
-    """IterNorm as in the paper (equations 6 and 7), for rows x (samples, channels)."""
+    """Whiten the rows x (samples, channels) as in the paper (equations 6 and 7)."""
     centred = x - x.mean(0)
     cov = centred.T @ centred / len(x) + 1e-5 * torch.eye(x.shape[1], dtype=x.dtype)
     trace = cov.trace()
@@ -29,7 +29,7 @@ def paper(x: torch.Tensor, iterations: int) -> torch.Tensor:
 def values(
     normalize: Callable[..., torch.Tensor], x: torch.Tensor, dy: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and gradient, in float64."""
+    """Return the output and the gradient of x, converted to float64."""
     x = x.clone().requires_grad_()
     y = normalize(x)
     (dx,) = torch.autograd.grad(y, x, dy)
@@ -41,7 +41,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> str:
 
 
 def covariance_of(x: torch.Tensor) -> torch.Tensor:
-    """Of the channels of x (N, C, H, W), in float64."""
+    """Return the covariance of the channels of x (N, C, H, W), in float64."""
     return torch.cov(x.double().transpose(0, 1).flatten(1), correction=0)
 
 
@@ -52,7 +52,7 @@ def iterations_table(generator: torch.Generator) -> None:
         q, _ = torch.linalg.qr(torch.randn(CHANNELS, CHANNELS, generator=generator, dtype=torch.float64))
         spread = torch.logspace(0, -np.log10(condition) / 2, CHANNELS, dtype=torch.float64)
         x = 10 * torch.randn(SAMPLES, CHANNELS, generator=generator, dtype=torch.float64) * spread @ q
-        x = x.float().double()  # both precisions see the same numbers
+        x = x.float().double()  # so that both precisions get the same numbers
         dy = torch.randn(SAMPLES, CHANNELS, generator=generator, dtype=torch.float64)
         for iterations in (5, 10, 20, 50, 100):
             stable = partial(pw.iter_norm, iterations=iterations)

@@ -1,4 +1,4 @@
-"""Measurements of competitors that take turns in one process, so that a slow minute of the machine meets them all."""
+"""Measures competitors in turns within one process, so that a slow minute of the machine affects all of them."""
 
 import math
 import time
@@ -6,39 +6,45 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from timeit import Timer
 
-LEAST_ROUNDS = 5
-LEAST_MS = 5  # of a measurement, in which shorter calls are repeated: clocks, and launches, cost hundredths of it
+MIN_ROUNDS = 5
+MIN_MS = 5  # per measurement: shorter calls are repeated, so that clocks and launches cost only hundredths of it
 
 
 class Failures(dict[str, str]):
-    """Why competitors have no times."""
+    """The reasons why some competitors have no times, by the competitors' names."""
 
     @contextmanager
-    def kept(self, name: str) -> Iterator[None]:
-        """Keep the first line of what is raised, and go on with the others."""
+    def recorded(self, name: str) -> Iterator[None]:
+        """Record an exception of the block as the reason of `name`, and continue after the block."""
         try:
             yield
         except Exception as error:
-            self[name] = told(error)
+            self[name] = first_lines(error)
 
 
-def told(error: BaseException) -> str:
-    """The first line of an error, and of those before it: the end of a broken capture doesn't say what broke it."""
+def first_lines(error: BaseException) -> str:
+    """Return the first line of an error and of the errors that led to it.
+
+    The error at the end of a broken CUDA graph capture doesn't say what broke the capture.
+    """
     line = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
-    return line if error.__context__ is None else f"{line}, after {told(error.__context__)}"
+    return line if error.__context__ is None else f"{line}, after {first_lines(error.__context__)}"
 
 
 def in_turns(
     measurements: Mapping[str, Callable[[], float]], seconds: float, failures: Failures
 ) -> dict[str, list[float]]:
-    """Results of every measurement: rounds of one each, until the seconds are over; who fails is left out."""
+    """Repeat rounds of one measurement each until the seconds are over, and return all results by name.
+
+    A measurement that fails takes no part in later rounds.
+    """
     times: dict[str, list[float]] = {name: [] for name in measurements}
     left = dict(measurements)
     start, rounds = time.perf_counter(), 0
-    while left and (rounds < LEAST_ROUNDS or time.perf_counter() - start < seconds):
+    while left and (rounds < MIN_ROUNDS or time.perf_counter() - start < seconds):
         rounds += 1
         for name, measured in list(left.items()):
-            with failures.kept(name):
+            with failures.recorded(name):
                 times[name].append(measured())
             if name in failures:
                 del left[name]
@@ -46,9 +52,10 @@ def in_turns(
 
 
 def host_timer(call: Callable[[], object]) -> Callable[[], float]:
-    """Milliseconds of a call, by the host's clock; the call is warmed up here, and before each measurement.
+    """Return a function that measures the milliseconds of a call by the host's clock.
 
-    In a loop, as training is one, it finds memory that its last call gave back, and not what a competitor left.
+    The call runs once here and once before each measurement, as in a training loop: then a measured call finds the
+    memory that its own last call freed, and not what a competitor left.
     """
     call()
     timer = Timer(call)
@@ -62,5 +69,5 @@ def host_timer(call: Callable[[], object]) -> Callable[[], float]:
 
 
 def repeats(milliseconds: float) -> int:
-    """How many calls of so long make a measurement."""
-    return max(1, math.ceil(LEAST_MS / max(milliseconds, 1e-3)))
+    """Return how many calls of this duration make a measurement."""
+    return max(1, math.ceil(MIN_MS / max(milliseconds, 1e-3)))

@@ -1,4 +1,4 @@
-"""How fast polywhiten has to be: every bar, and what was measured against it."""
+"""The bars: the largest ratios to competitors that polywhiten may have, and how measurements are judged by them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,12 +9,15 @@ from records import SUBJECT, Record
 
 INPUT, FLOOR = "input", "floor"
 MEAN, WORST = "geometric mean", "worst"
-ALLOWANCE = 1.3  # the guard's: machines and their neighbours differ
+ALLOWANCE = 1.3  # how far above a bar the guard allows ratios, because machines and their load differ
 
 
 @dataclass(frozen=True)
 class Bar:
-    """At most `limit` times the competitor's; competitor "input": bytes kept for backward as a share of the input's."""
+    """polywhiten may take at most `limit` times what the competitor takes.
+
+    With the competitor "input", the bar limits the bytes saved for backward, as a fraction of the input's bytes.
+    """
 
     backend: str
     what: str
@@ -23,7 +26,7 @@ class Bar:
     limit: float
     measure: str = "training"
     goal: float | None = None
-    channels: tuple[float, float] = (1, inf)  # from, and below
+    channels: tuple[float, float] = (1, inf)  # the bar concerns numbers of channels from the first to below the second
 
     def __str__(self) -> str:
         low, high = self.channels
@@ -32,10 +35,10 @@ class Bar:
         return f"{self.what} / {self.competitor}{measure}{some} ({self.statistic})"
 
     def ratio(self, record: Record) -> float | None:
-        """Of a record that the bar is about, else None."""
+        """Return the ratio of a record that the bar concerns, else None."""
         low, high = self.channels
-        mine = self.backend, self.what, self.measure
-        if (record.backend, record.what, record.measure) != mine or not low <= record.sizes[1] < high:
+        concerned = self.backend, self.what, self.measure
+        if (record.backend, record.what, record.measure) != concerned or not low <= record.sizes[1] < high:
             return None
         if self.competitor == INPUT:
             kept = record.kept_bytes if record.competitor == SUBJECT else None
@@ -45,7 +48,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A bar and what was measured, in one mode on one device."""
+    """A bar with what was measured for it in one mode on one device."""
 
     bar: Bar
     device: str
@@ -60,7 +63,7 @@ class Verdict:
 
     @property
     def allowed(self) -> bool:
-        """Whether the guard lets it pass."""
+        """Whether the guard accepts the value."""
         return self.value <= ALLOWANCE * self.bar.limit
 
     def __str__(self) -> str:
@@ -86,12 +89,12 @@ BARS = [
 
 
 def barred(backend: str, what: str, measure: str) -> set[str]:
-    """The competitors for which there is a bar."""
+    """Return the competitors for which there is a bar."""
     return {bar.competitor for bar in BARS if (bar.backend, bar.what, bar.measure) == (backend, what, measure)}
 
 
 def verdicts(records: Iterable[Record], bars: Sequence[Bar] = BARS) -> list[Verdict]:
-    """Of the bars that something was measured for, by device and mode."""
+    """Return the verdicts by device and mode, for the bars that have measurements."""
     records = list(records)
     found = []
     for bar in bars:

@@ -1,4 +1,4 @@
-"""Rows of CSV files, each a dataclass of texts, numbers, sequences of numbers, and None for what isn't known."""
+"""Writes and reads CSV files whose rows are dataclasses of strings, numbers, tuples of numbers, and None."""
 
 import csv
 from dataclasses import fields
@@ -9,7 +9,7 @@ Row = TypeVar("Row")
 
 
 class Writer:
-    """Rows as they come; an interrupted run keeps what it has."""
+    """Writes each row to the file immediately, so that an interrupted run loses none."""
 
     def __init__(self, path: Path, kind: type, *, append: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,11 +33,11 @@ def columns(kind: type) -> list[str]:
 
 
 def read(path: Path, kind: type[Row]) -> list[Row]:
-    """The rows of a file; ValueError where it has other columns."""
+    """Return the rows of a file. Raise ValueError if its columns aren't those of `kind`."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.DictReader(file)
         if rows.fieldnames != columns(kind):
-            raise ValueError(f"{path} has other columns than are written now: measure again")
+            raise ValueError(f"{path} has other columns than this version writes: measure again")
         return [kind(**{field.name: _parsed(field.type, row[field.name]) for field in fields(kind)}) for row in rows]
 
 

@@ -1,4 +1,4 @@
-"""CuPy's arrays and PyTorch's tensors of the same memory, whitened by the same function: forward, and its pullback."""
+"""Cases that compare CuPy arrays with PyTorch tensors of the same memory, in forward and with the pullback."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ FORWARD, TRAINING = "CuPy, forward", "CuPy, forward and pullback"
 
 
 def array_library(device: torch.device) -> ModuleType | str:
-    """CuPy, or NumPy on the CPU; or why there is none."""
+    """Return CuPy, or NumPy for the CPU, or the reason why CuPy isn't available."""
     try:
         return import_module("cupy" if device.type == "cuda" else "numpy")
     except ImportError as error:
-        return f"CuPy is left out: {error}"
+        return f"CuPy is skipped: {error}"
 
 
 def array_cases(device: torch.device, library: ModuleType) -> Iterator[DeviceCase]:
-    """On every third shape, to save time."""
+    """Yield the cases of every third shape, to save time."""
     for mode in MODES:
         for what in (FORWARD, TRAINING):
             yield from (array_case(device, library, what, mode, shape) for shape in shapes(device)[::3])
@@ -41,17 +41,18 @@ def array_case(device: torch.device, library: ModuleType, what: str, mode: str, 
     def build() -> tuple[dict[str, Step], list[Inputs]]:
         vectors = [torch.rand(shape[1], device=device) for _ in range(2)]
         number = sets_larger_than_the_cache(case, arrays=2 if what == TRAINING else 1)
-        tensors = [(case.draw(), case.draw() if what == TRAINING else None, *vectors) for _ in range(number)]
+        tensor_sets = [(case.draw(), case.draw() if what == TRAINING else None, *vectors) for _ in range(number)]
         sets = [
-            (given, tuple(each if each is None else library.from_dlpack(each) for each in given)) for given in tensors
+            (tensors, tuple(None if tensor is None else library.from_dlpack(tensor) for tensor in tensors))
+            for tensors in tensor_sets
         ]
         return {
             SUBJECT: lambda _, arrays: whitened(*arrays),
-            "PyTorch": lambda given, _: whitened(*given),
+            "PyTorch": lambda tensors, _: whitened(*tensors),
         }, sets
 
     def pytorchs_stream() -> AbstractContextManager[Any]:
-        """PyTorch's stream of the moment is CuPy's too, also while PyTorch captures what is launched on it."""
+        """Make CuPy use PyTorch's current stream, which PyTorch may be capturing."""
         if device.type != "cuda":
             return nullcontext()
         stream: AbstractContextManager[Any] = library.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
@@ -66,9 +67,9 @@ def array_case(device: torch.device, library: ModuleType, what: str, mode: str, 
 
 
 def whitened(x: Any, dy: Any, weight: Any, bias: Any) -> Any:
-    """Y; where there is dy, the gradients of x, weight and bias too."""
-    given = {"weight": weight, "bias": bias, "group_size": GROUP_SIZE, "iterations": T, "eps": EPS}
+    """Return y and, if there is a dy, the gradients of x, weight and bias."""
+    options = {"weight": weight, "bias": bias, "group_size": GROUP_SIZE, "iterations": T, "eps": EPS}
     if dy is None:
-        return pw.iter_norm(x, **given)
-    y, pullback = pw.iter_norm_vjp(x, **given)
+        return pw.iter_norm(x, **options)
+    y, pullback = pw.iter_norm_vjp(x, **options)
     return y, *pullback(dy)

@@ -1,7 +1,8 @@
-"""What is measured together on a GPU: a case, with competitors that take turns, and the rows that it gives.
+"""The cases of a GPU: competitors on one shape that are measured in turns, and the rows of their results.
 
-polywhiten's kernels have two structures (`polywhiten.gpu_launches`), which compete with each other: "polywhiten,
-separate" and "polywhiten, joined" are two competitors here, and one name with two structures in the rows.
+polywhiten's kernels have two structures (`polywhiten.gpu_launches`), which compete with each other. Here they are the
+competitors "polywhiten, separate" and "polywhiten, joined"; in the rows, both are called "polywhiten", and the column
+`structure` tells them apart.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ SEPARATE, JOINED = CHOICES
 FIELDS = [
     *("device", "versions", "what", "mode", "competitor", "shape", "dtype", "layout"),
     *("median_ms", "lower_quartile_ms", "upper_quartile_ms", "batches"),
-    *("floor_bytes", "floor_ms", "times_floor"),  # the least traffic, its time or that of the products, median over it
-    *("ratio", "failure"),  # the median of polywhiten, separate where it has two structures, over this one
-    "structure",  # of polywhiten's kernels, where it has two
-    "ratio_joined",  # the median of polywhiten, joined, over this one
-    *("host_us", "host_lower_quartile_us", "host_upper_quartile_us"),  # of the host's clock, in place of median_ms
-    "peak_mb",  # of memory in a step, above what there was before the network
+    # The least memory traffic; the time of that or of the products, the longer one; the median divided by that time.
+    *("floor_bytes", "floor_ms", "times_floor"),
+    # `ratio` is polywhiten's median divided by this one; where there are two structures, the median of "separate".
+    *("ratio", "failure"),
+    "structure",  # the structure of polywhiten's kernels, where there are two
+    "ratio_joined",  # the median of polywhiten's "joined" kernels divided by this one
+    *("host_us", "host_lower_quartile_us", "host_upper_quartile_us"),  # by the host's clock, instead of median_ms
+    "peak_mb",  # peak memory of a step, above what was allocated before the network
 ]
 
 Shape = tuple[int, ...]
@@ -49,7 +52,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass
 class Measured:
-    """What a case's competitors took: milliseconds of the device, or microseconds of the host."""
+    """The times of a case's competitors: milliseconds of the device, or microseconds of the host if `is_host`."""
 
     times: dict[str, list[float]]
     failures: Failures
@@ -59,7 +62,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Case(ABC):
-    """Competitors on one shape."""
+    """Competitors on one shape, dtype and layout."""
 
     device: torch.device
     what: str
@@ -78,19 +81,22 @@ class Case(ABC):
 
     @abstractmethod
     def measure(self, seconds: float, check_time: Callable[[], None]) -> Measured:
-        """For so many seconds beside preparations; `check_time` raises TimeoutError where it is too late to begin."""
+        """Measure for this many seconds, preparations not counted.
+
+        `check_time` is called before a competitor is prepared, and raises TimeoutError if it is too late to begin.
+        """
 
     @abstractmethod
     def compile(self, structure: str) -> None:
-        """Run once each competitor with that structure of polywhiten's kernels; "": those that have none."""
+        """Run each competitor of a structure once; "" means the competitors that have no structure."""
 
     def draw(self) -> Tensor:
-        """A random array of the case's own."""
+        """Draw a random array of the case's shape, dtype and layout."""
         array = torch.randn(self.shape, device=self.device, dtype=DTYPES[self.dtype])
         return array.contiguous(memory_format=LAYOUTS[self.layout]) if self.layout else array
 
     def rows(self, measured: Measured, device_name: str) -> list[Row]:
-        """One for each competitor, polywhiten's first."""
+        """Return a row for each competitor, polywhiten's first."""
         order = (SUBJECT, *SUBJECTS.values())
         names = sorted(measured.times.keys() | measured.failures.keys())
         names.sort(key=lambda name: order.index(name) if name in order else len(order))
@@ -104,7 +110,9 @@ class Case(ABC):
         if name in measured.peak_bytes:
             row["peak_mb"] = round(measured.peak_bytes[name] / 1e6, 1)
         medians = {
-            each: median(taken) for each, taken in measured.times.items() if taken and each not in measured.failures
+            competitor: median(times)
+            for competitor, times in measured.times.items()
+            if times and competitor not in measured.failures
         }
         least = None
         if self.work is not None:
@@ -135,29 +143,29 @@ def _statistics(times: list[float], is_host: bool) -> Row:
 
 
 def structure_of(competitor: str) -> str:
-    """Of polywhiten's kernels; "" where there is only one, or none of them."""
+    """Return the structure of polywhiten's kernels in a competitor, or "" if it has only one or isn't polywhiten."""
     return competitor.partition(", ")[2]
 
 
 def launches_of(competitor: str) -> AbstractContextManager[None]:
-    """In which polywhiten's kernels are launched in the competitor's structure."""
+    """Return a context in which polywhiten launches the kernels of the competitor's structure."""
     structure = structure_of(competitor)
     return use_gpu_launches(structure) if structure else nullcontext()
 
 
 def launching(competitor: str, function: Function) -> Function:
-    """The function, called in `launches_of` the competitor: forward and backward alike."""
+    """Return the function so that it runs in the context `launches_of(competitor)`, both forward and backward."""
 
     @wraps(function)
-    def call(*given: Any) -> Any:
+    def call(*arguments: Any) -> Any:
         with launches_of(competitor):
-            return function(*given)
+            return function(*arguments)
 
     return call  # type: ignore[return-value]
 
 
 def sets_larger_than_the_cache(case: Case, arrays: int) -> int:
-    """How many sets of arrays have twice the bytes that the device's cache holds; at least two."""
+    """Return how many sets of arrays fill the device's cache twice, and at least two."""
     cache = torch.cuda.get_device_properties(case.device).L2_cache_size if case.on_cuda else 0
     size = arrays * math.prod(case.shape) * floors.ITEMSIZE[case.dtype]
     return max(2, math.ceil(2 * cache / size))

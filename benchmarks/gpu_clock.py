@@ -1,4 +1,4 @@
-"""Times of passes over several input sets on the device: launched one by one, or replayed as a CUDA graph."""
+"""Measures passes over several input sets by the device's clock, launched one by one or replayed as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from gpu_cases import Case, Measured, launches_of, launching, structure_of
 from records import SUBJECT
 
 Inputs = tuple[Any, ...]
-Step = Callable[..., Any]  # of one input set
+Step = Callable[..., Any]  # takes one input set
 
 MODES = ("eager", "graph")
-TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative, between competitors that compute the same
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # relative difference of competitors that compute the same
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceCase(Case):
-    """`build` gives the competitors' steps, by name, and the input sets."""
+    """A case measured by the device's clock; `build` makes the competitors' steps, by name, and the input sets."""
 
     build: Callable[[], tuple[dict[str, Step], list[Inputs]]]
-    same: str | None = None  # the competitor that computes what polywhiten does
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext  # of a pass over the input sets
+    same: str | None = None  # the competitor that computes the same as polywhiten
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext  # entered for each pass over the input sets
 
     def measure(self, seconds: float, check_time: Callable[[], None]) -> Measured:
-        """Milliseconds of a step."""
+        """Measure the milliseconds of a step."""
         times: dict[str, list[float]] = {}
         failures = Failures()
-        with failures.kept(SUBJECT):
+        with failures.recorded(SUBJECT):
             check_time()
             steps, sets = self.build()
             times = {name: [] for name in steps}
@@ -40,7 +40,7 @@ class DeviceCase(Case):
                 self._compare(steps, sets[0], self.same, failures)
             runs: dict[str, Callable[[], float]] = {}
             for name in [name for name in steps if name not in failures]:
-                with failures.kept(name), launches_of(name):
+                with failures.recorded(name), launches_of(name):
                     run = self._prepared(steps[name], sets)
                     runs[name] = launching(name, timer(run, len(sets), self.device))
             times |= in_turns(runs, seconds, failures)
@@ -54,26 +54,26 @@ class DeviceCase(Case):
                     step(*sets[0])
 
     def _compare(self, steps: dict[str, Step], inputs: Inputs, same: str, failures: Failures) -> None:
-        """A fast wrong result is a failure of polywhiten's."""
+        """Record a failure of polywhiten if its result differs from that of `same`, however fast it is."""
         results: dict[str, Any] = {}
         for name in [name for name in steps if name.startswith(SUBJECT) or name == same]:
-            with failures.kept(name), launches_of(name), self.context():
+            with failures.recorded(name), launches_of(name), self.context():
                 results[name] = steps[name](*inputs)
         expected = results.pop(same, None)
         for name, found in results.items():
             if expected is not None:
-                with failures.kept(name):
+                with failures.recorded(name):
                     self._check(found, expected)
 
     def _check(self, found: Any, expected: Any) -> None:
         found, expected = (r if isinstance(r, tuple) else (r,) for r in (found, expected))
         pairs = [(torch.as_tensor(a).float(), torch.as_tensor(b).float()) for a, b in zip(found, expected, strict=True)]
         error = torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).max().item()
-        if not error <= TOLERANCE[self.dtype]:  # nor where it is NaN
+        if not error <= TOLERANCE[self.dtype]:  # also true for NaN
             raise ArithmeticError(f"a relative difference of {error:.1e} from {self.same}")
 
     def _prepared(self, step: Step, sets: list[Inputs]) -> Callable[[], None]:
-        """A pass over all input sets, warm."""
+        """Return a warm function that makes a pass over all input sets."""
 
         def run() -> None:
             with self.context():
@@ -86,8 +86,8 @@ class DeviceCase(Case):
             return run
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # around the capture too: one that fails doesn't go back to the former stream
-            for _ in range(3):  # kernels are loaded, and workspaces allocated, before the capture
+        with torch.cuda.stream(stream):  # restores the stream also after a failed capture, which doesn't do so itself
+            for _ in range(3):  # load kernels and allocate workspaces before the capture
                 run()
             with torch.cuda.graph(graph, stream=stream):
                 run()
@@ -98,13 +98,13 @@ class DeviceCase(Case):
 
 
 def timer(run: Callable[[], None], calls: int, device: torch.device) -> Callable[[], float]:
-    """Milliseconds of one of a pass' calls, measured over a batch of passes."""
+    """Return a function that measures the milliseconds of one call within a pass, over several passes."""
     passes = repeats(milliseconds(run, 1, device))
     return lambda: milliseconds(run, passes, device) / (passes * calls)
 
 
 def milliseconds(run: Callable[[], object], passes: int, device: torch.device) -> float:
-    """Of so many passes, on a device that was idle."""
+    """Measure the milliseconds of several passes together, on a device that is idle before."""
     if device.type != "cuda":
         return 1000 * Timer(run).timeit(passes)
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))

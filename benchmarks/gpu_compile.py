@@ -1,7 +1,7 @@
-"""Compiles what the cases need, in several processes at once, before anything is measured.
+"""Compiles what the cases need in several processes at once, before anything is measured.
 
-Triton, torch.compile and CuPy keep what they compile on disk, where the process that measures finds it. Alone it would
-compile for minutes, on one core: some hundreds of kernels, and whole networks.
+Triton, torch.compile and CuPy cache what they compile on disk, where the process that measures finds it. By itself,
+that process would compile some hundreds of kernels and whole networks on one core, which takes minutes.
 """
 
 from __future__ import annotations
@@ -18,24 +18,27 @@ from gpu_cases import SUBJECTS, Case
 from gpu_parts import cases
 
 STRUCTURES = ("", *SUBJECTS)
-MEMORY = 10e9  # bytes of the device that a process has room for: a step of ResNet-50's takes some 6e9
-THREADS = "4"  # of each process' torch.compile, instead of as many as there are cores
+MEMORY = 10e9  # bytes of the device reserved for each process: a step of ResNet-50 takes about 6e9
+THREADS = "4"  # for torch.compile in each process, instead of one thread per core
 
-Job = tuple[list[int], str]  # places in the list of cases, and the structure of polywhiten's kernels
+Job = tuple[list[int], str]  # indices in the list of cases, and the structure of polywhiten's kernels
 
 
 def jobs(found: Sequence[Case]) -> list[Job]:
-    """What needs the same kernels, but for a few, is one process' job: two would compile the same at the same time."""
+    """Return the jobs, the longest first. Cases that need nearly the same kernels are in one job.
+
+    In two jobs, two processes would compile the same kernels at the same time.
+    """
     groups: dict[tuple[str, ...], dict[tuple[int, ...], int]] = {}
-    for place, case in enumerate(found):
-        mode = "eager" if case.mode == "graph" else case.mode  # the same kernels
-        groups.setdefault((case.what, mode, case.dtype, case.layout), {}).setdefault(case.shape, place)
+    for index, case in enumerate(found):
+        mode = "eager" if case.mode == "graph" else case.mode  # a graph uses the kernels of eager mode
+        groups.setdefault((case.what, mode, case.dtype, case.layout), {}).setdefault(case.shape, index)
     longest_first = sorted(groups, key=lambda group: group[1] == "eager")
     return [(list(groups[group].values()), structure) for group in longest_first for structure in STRUCTURES]
 
 
 def compile_ahead(device: torch.device, parts: Sequence[str], found: Sequence[Case], processes: int) -> Iterator[str]:
-    """Yields why something can't be compiled, which is met again where it is measured."""
+    """Compile everything, and yield the reasons of failures, which will occur again in the measurements."""
     with ProcessPoolExecutor(processes, get_context("spawn"), _initialize) as pool:
         futures = [pool.submit(_compile, device.type, parts, *job) for job in jobs(found)]
         try:
@@ -46,7 +49,7 @@ def compile_ahead(device: torch.device, parts: Sequence[str], found: Sequence[Ca
 
 
 def processes_for(device: torch.device) -> int:
-    """As many as there are cores, and room on the device."""
+    """Return the number of processes that the cores and the device's memory allow."""
     memory = torch.cuda.get_device_properties(device).total_memory
     return max(1, min(os.cpu_count() or 1, int(memory / MEMORY)))
 
@@ -55,12 +58,12 @@ def _initialize() -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", THREADS)
 
 
-def _compile(kind: str, parts: Sequence[str], places: Sequence[int], structure: str) -> list[str]:
-    found = cases(torch.device(kind), parts, tell=lambda reason: None)
+def _compile(device_type: str, parts: Sequence[str], indices: Sequence[int], structure: str) -> list[str]:
+    found = cases(torch.device(device_type), parts, tell=lambda reason: None)
     failures = Failures()
-    for place in places:
-        with failures.kept(str(found[place])):
-            found[place].compile(structure)
-    if kind == "cuda":
-        torch.cuda.empty_cache()  # for the other processes
+    for index in indices:
+        with failures.recorded(str(found[index])):
+            found[index].compile(structure)
+    if device_type == "cuda":
+        torch.cuda.empty_cache()  # leave the memory to the other processes
     return [f"{case}: {reason}" for case, reason in failures.items()]

@@ -1,9 +1,10 @@
-"""What a layer costs the host on a GPU: Python, allocations and launches, by the host's clock.
+"""Measures the time that the host spends on a layer that runs on a GPU: on Python, allocations and launches.
 
-Small layers take the device less time than the host needs to launch them, so this is what a network of them waits for.
-A measurement is a loop of few calls: the device falls behind, and as long as its queue of launches isn't full, nobody
-waits for it. Three modes: "eager"; "compiled" by torch.compile; and "reduce-overhead", which has torch.compile replay
-CUDA graphs. Each structure of polywhiten's kernels has its own layer and its own compiled function.
+For small layers, the host needs more time to launch them than the device to run them, so the host's time is what
+matters. A measurement is a loop of few calls: the device falls behind, but the host doesn't wait for it as long as its
+queue of launches isn't full. There are three modes: "eager"; "compiled", by torch.compile; and "reduce-overhead", in
+which torch.compile replays CUDA graphs. Each structure of polywhiten's kernels has a separate layer and a separate
+compiled function.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 from polywhiten.torch import GroupWhitening, IterNorm
 
 CHANNELS, SHAPE = 256, (8, 256, 7, 7)
-CALLS = 25  # of some 20 launches and more each: a device's queue takes about a thousand
-WARM = 4  # what "reduce-overhead" needs to compile, to run once, to record and to replay
+CALLS = 25  # each has 20 launches or more, and a device's queue holds about a thousand
+WARM = 4  # calls that "reduce-overhead" needs to compile, to run once, to record and to replay
 
 COMPILED, REDUCED = "compiled", "reduce-overhead"
 MODES = ("eager", COMPILED, REDUCED)
@@ -40,7 +41,7 @@ def iter_norm_layers(device: torch.device) -> Layers:
 
 
 def bare_iter_norm_layers(device: torch.device) -> Layers:
-    """Without weight, bias and running averages: what whitening alone costs."""
+    """Return layers without weight, bias and running averages, which show the cost of whitening alone."""
     options: dict[str, Any] = {"affine": False, "track_running_stats": False, "device": device}
     found: Layers = {name: IterNorm(CHANNELS, **options) for name in SUBJECTS.values()}
     return found | {"BatchNorm2d": nn.BatchNorm2d(CHANNELS, **options)}
@@ -56,22 +57,22 @@ LAYERS = {
     "IterNorm without affine and averages": bare_iter_norm_layers,
     "GroupWhitening": group_whitening_layers,
 }
-NOT_COMPILED = "IterNorm without affine and averages"  # compilation takes long, and the others say as much
+NOT_COMPILED = "IterNorm without affine and averages"  # compiling takes long, and the other layers are enough
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostCase(Case):
-    """One of MEASURES of the LAYERS of a name."""
+    """A case measured by the host's clock: one of MEASURES, for the entry `layers` of LAYERS."""
 
     layers: str
     measured: str
 
     def measure(self, seconds: float, check_time: Callable[[], None]) -> Measured:
-        """Microseconds of the host for a call."""
+        """Measure the host's microseconds for a call."""
         failures = Failures()
         timers: dict[str, Callable[[], float]] = {}
         for name, call in self._calls().items():
-            with failures.kept(name), launches_of(name):
+            with failures.recorded(name), launches_of(name):
                 check_time()
                 for _ in range(WARM):
                     call()
@@ -91,7 +92,7 @@ class HostCase(Case):
             layer.train(self.measured != EVALUATION)
             wanted = [x, *layer.parameters()]
             step = partial(STEPS[self.measured], call, x, wanted, dy)
-            calls[name] = beginning(step) if self.mode == REDUCED else step
+            calls[name] = marking_step_begin(step) if self.mode == REDUCED else step
         return calls
 
 
@@ -104,16 +105,16 @@ def host_cases(device: torch.device) -> Iterator[HostCase]:
                     yield HostCase(device, what, mode, SHAPE, layout="NCHW", layers=layers, measured=measured)
 
 
-@lru_cache(maxsize=1)  # the cases of the same layers follow one another, and share what is compiled
+@lru_cache(maxsize=1)  # consecutive cases have the same layers, and share what is compiled
 def built_layers(name: str, mode: str, device: torch.device) -> dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-    """Each competitor's layer, and what calls it."""
+    """Return each competitor's layer, and the function that calls it, which may be compiled."""
     layers = LAYERS[name](device)
     if mode == "eager":
         return {name: (layer, layer) for name, layer in layers.items()}
-    torch.compiler.reset()  # it counts how often a class is compiled, and gives up after some eight times
+    torch.compiler.reset()  # otherwise torch.compile gives up after compiling a class about eight times
     options: dict[str, Any] = {"mode": None if mode == COMPILED else mode}
     if device.type != "cuda":
-        options = {"backend": "aot_eager"}  # traced all the same, and nothing is compiled, which would take minutes
+        options = {"backend": "aot_eager"}  # traces without compiling, which would take minutes
     return {name: (layer, torch.compile(layer, fullgraph=True, **options)) for name, layer in layers.items()}
 
 
@@ -133,18 +134,18 @@ def evaluation(call: Callable[[Tensor], Tensor], x: Tensor, wanted: list[Tensor]
 STEPS = {FORWARD: forward, STEP: step, EVALUATION: evaluation}
 
 
-def beginning(call: Callable[[], object]) -> Callable[[], object]:
-    """The call, after CUDA graphs are told that nobody needs the results of the one before."""
+def marking_step_begin(call: Callable[[], object]) -> Callable[[], object]:
+    """Return the call so that it first tells CUDA graphs that the results of the last call are no longer needed."""
 
-    def begun() -> object:
+    def marked_call() -> object:
         torch.compiler.cudagraph_mark_step_begin()
         return call()
 
-    return begun
+    return marked_call
 
 
 def host_microseconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of one of a few calls, none of which waits for the device."""
+    """Measure the host's microseconds per call over a few calls, none of which waits for the device."""
     calls = CALLS if device.type == "cuda" else 2
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Layers on ResNet-50's shapes, inverse square roots, and a plain copy, as cases of the device's time."""
+"""The cases measured by the device's clock: layers on ResNet-50's shapes, inverse square roots, and a copy."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from polywhiten.torch import GroupWhitening, IterNorm
 
 T, EPS = 5, 1e-5
 LAYERS = ("IterNorm", "GroupWhitening")
-# Launched by Python, a layer takes the host's time, which hardly depends on dtype and layout: one combination does.
+# Eagerly, a layer takes the host's time, which hardly depends on dtype and layout, so one combination is enough.
 EAGER = COMBINATIONS[:1]
 
 
 def shapes(device: torch.device) -> list[Shape]:
-    """Of ResNet-50's normalization layers, or a small one to try the script."""
+    """Return the shapes of ResNet-50's normalization layers, or a small one for a trial on the CPU."""
     if device.type != "cuda":
         return [(4, 64, 6, 6)]
     return [(BATCH, channels, size, size) for channels, size in floors.norm_layers()]
 
 
 def layer_cases(device: torch.device) -> Iterator[DeviceCase]:
-    """Forward and backward; launched one by one in one combination, as CUDA graphs in all."""
+    """Yield cases of forward and backward: eagerly in one combination of dtype and layout, as CUDA graphs in all."""
     for mode in MODES:
         for what in LAYERS:
             for dtype, layout in EAGER if mode == "eager" else COMBINATIONS:
@@ -53,27 +53,28 @@ def layer_case(device: torch.device, what: str, mode: str, shape: Shape, dtype: 
 
 
 def layers(what: str, channels: int, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The competitors, with the same weight and bias."""
+    """Return the competitors by name, all with the same weight and bias."""
     found: dict[str, Any]
     if what == "IterNorm":
-        # parameters and running averages in float32 for bfloat16 too, as mixed-precision training has them
-        given: dict[str, Any] = {"device": device, "dtype": torch.float32}
+        # As in mixed-precision training, parameters and running averages are in float32 for bfloat16 inputs too.
+        factory: dict[str, Any] = {"device": device, "dtype": torch.float32}
         found = {
-            name: IterNorm(channels, EPS, group_size=GROUP_SIZE, iterations=T, **given) for name in SUBJECTS.values()
+            name: IterNorm(channels, EPS, group_size=GROUP_SIZE, iterations=T, **factory) for name in SUBJECTS.values()
         }
-        found["BatchNorm2d"] = nn.BatchNorm2d(channels, EPS, **given)
-        found["textbook"] = Textbook(channels, Blocks(per_sample=False, size=GROUP_SIZE), T, EPS, **given)
+        found["BatchNorm2d"] = nn.BatchNorm2d(channels, EPS, **factory)
+        found["textbook"] = Textbook(channels, Blocks(per_sample=False, size=GROUP_SIZE), T, EPS, **factory)
     else:
-        given = {"device": device, "dtype": dtype}  # PyTorch's group norm wants them of the input's dtype on CUDA
-        found = {name: GroupWhitening(NUM_GROUPS, channels, EPS, iterations=T, **given) for name in SUBJECTS.values()}
-        found["GroupNorm"] = nn.GroupNorm(NUM_GROUPS, channels, EPS, **given)
-        found["textbook"] = Textbook(channels, Blocks(per_sample=True, size=NUM_GROUPS), T, EPS, **given)
+        # On CUDA, PyTorch's group norm needs parameters of the input's dtype.
+        factory = {"device": device, "dtype": dtype}
+        found = {name: GroupWhitening(NUM_GROUPS, channels, EPS, iterations=T, **factory) for name in SUBJECTS.values()}
+        found["GroupNorm"] = nn.GroupNorm(NUM_GROUPS, channels, EPS, **factory)
+        found["textbook"] = Textbook(channels, Blocks(per_sample=True, size=NUM_GROUPS), T, EPS, **factory)
     set_affine(found, torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device))
     return found
 
 
 def copy_case(device: torch.device) -> DeviceCase:
-    """What share of its bandwidth the device really gives: the floors are to be read beside it."""
+    """Return a case that shows how much of its bandwidth the device really reaches, for comparison with the floors."""
     shape = (2**28,) if device.type == "cuda" else (2**16,)
 
     def build() -> tuple[dict[str, Step], list[Inputs]]:
@@ -98,7 +99,7 @@ def inverse_sqrt_training(function: Callable[[Tensor], Tensor], cov: Tensor, dw:
     return gradient
 
 
-# The step, and the arrays that it reads or writes: S and W forward; S, dW and dS backward.
+# The step, and how many arrays it reads or writes: S and W in forward, and also S, dW and dS in backward.
 INVERSE_SQRT = {"inverse_sqrt": (inverse_sqrt_forward, 2), "inverse_sqrt and gradient": (inverse_sqrt_training, 5)}
 
 
@@ -113,9 +114,9 @@ def inverse_sqrt_case(device: torch.device, what: str, mode: str) -> DeviceCase:
     def build() -> tuple[dict[str, Step], list[Inputs]]:
         functions = {SUBJECT: partial(pw.inverse_sqrt, iterations=T), "eigh": eigh_inverse_sqrt}
         if mode == "graph":
-            del functions["eigh"]  # it asks the device whether it converged, which can't be captured
+            del functions["eigh"]  # waits for the device to learn whether it converged, which can't be captured
         sets = []
-        for _ in range(4):  # they stay in the cache, where a layer too finds the covariance that it has just computed
+        for _ in range(4):  # so few that they stay in the cache, like the covariance that a layer has just computed
             rows = torch.randn(32, 64, 1024, device=device)
             sets.append(((rows @ rows.mT / 1024).requires_grad_(), torch.randn(shape, device=device)))
         return {name: partial(step, function) for name, function in functions.items()}, sets

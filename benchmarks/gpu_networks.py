@@ -1,9 +1,10 @@
-"""Training steps of whole networks on a GPU: torchvision's ResNet-50 with each normalization layer, and its memory.
+"""Measures time and memory of training steps of torchvision's ResNet-50 with each normalization layer on a GPU.
 
-A batch of 64 pictures of 224 x 224, SGD with momentum, cross entropy; cuDNN chooses its convolutions by trying some, as
-training scripts have it. Eager in float32 with both memory layouts, and in bfloat16 by autocast with channels last, as
-networks are trained in it. torch.compile takes long for so deep a network: it is asked for one of these, bfloat16, with
-IterNorm and batch normalization, and last of all. On the CPU it is a network of three layers, to try the script.
+The batch has 64 images of 224 x 224, the optimizer is SGD with momentum, and the loss is cross entropy. As in training
+scripts, cuDNN chooses its convolutions by trying some. The network runs eagerly in float32 with both memory layouts,
+and in bfloat16 by autocast with channels last, the usual layout for it. torch.compile takes long for so deep a network,
+so only bfloat16 is compiled, with IterNorm and batch normalization, after everything else. On the CPU, a network of
+three layers replaces it for a trial of the script.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ EAGER = [pair for pair in COMBINATIONS if pair != ("bfloat16", "NCHW")]
 TO_COMPILE = ("bfloat16", "channels_last")
 SHAPE, CLASSES = (BATCH, 3, 224, 224), 1000
 SMALL_SHAPE = (4, 3, 8, 8)  # on the CPU
-WARM, STEPS = 3, 2  # steps before, and of, a measurement
-TRIED_CONVOLUTIONS = 3  # by cuDNN for each convolution; with its 10 it takes some 20 seconds for each dtype and layout
+WARM, STEPS = 3, 2  # steps before a measurement, and in it
+TRIED_CONVOLUTIONS = 3  # algorithms that cuDNN tries for each; its default of 10 takes 20 seconds per dtype and layout
 
 NormLayer = Callable[[int], nn.Module]
 Step = Callable[[], Tensor]
 
-# The competitors by what is measured: polywhiten's layer, and whose place it takes.
+# The competitors in each network: polywhiten's layer, and the name and class of the layer that it replaces.
 NETWORKS: dict[str, tuple[NormLayer, tuple[str, NormLayer]]] = {
     "ResNet-50 with IterNorm": (IterNorm, ("BatchNorm2d", nn.BatchNorm2d)),
     "ResNet-50 with GroupWhitening": (
@@ -52,15 +53,15 @@ class NetworkCase(Case):
     make: Callable[[NormLayer], nn.Module]
 
     def measure(self, seconds: float, check_time: Callable[[], None]) -> Measured:
-        """Milliseconds of a training step, and the memory that it takes at most."""
+        """Measure the milliseconds and the peak memory of a training step."""
         if self.mode == COMPILED:
-            torch.compiler.reset()  # it counts how often a class is compiled, and gives up after some eight times
+            torch.compiler.reset()  # otherwise torch.compile gives up after compiling a class about eight times
         failures = Failures()
         steps: dict[str, Step] = {}
         peaks: dict[str, int] = {}
         with self._convolutions_tried():
             for name, layer in self._layers().items():
-                with failures.kept(name), launches_of(name):
+                with failures.recorded(name), launches_of(name):
                     check_time()
                     before = self._allocated()
                     steps[name] = launching(name, self._step(layer))
@@ -99,11 +100,11 @@ class NetworkCase(Case):
         return step
 
     def _milliseconds(self, step: Step) -> float:
-        step()  # finds the memory that the step before gave back, not what another network left
+        step()  # so that the measured steps find the memory that this one freed, and not what another network left
         return milliseconds(step, STEPS, self.device) / STEPS
 
     def _warm_peak(self, step: Step) -> int:
-        """Bytes that are allocated in a warm step, at most."""
+        """Return the peak of allocated bytes in a warm step, or 0 on the CPU."""
         for _ in range(WARM):
             step()
         if not self.on_cuda:
@@ -136,13 +137,13 @@ def network_cases(device: torch.device, make: Callable[[NormLayer], nn.Module]) 
 
 
 def maker(device: torch.device) -> Callable[[NormLayer], nn.Module] | str:
-    """What makes a network of normalization layers; or why there is none."""
+    """Return the function that makes a network with a normalization layer, or the reason why there is none."""
     if device.type != "cuda":
         return small_network
     try:
         resnet = import_module("torchvision.models").resnet50
-    except (ImportError, RuntimeError) as error:  # the latter where it is made for another PyTorch
-        return f"ResNet-50 is left out, as torchvision can't be imported: {error}"
+    except (ImportError, RuntimeError) as error:  # RuntimeError if torchvision was built for another PyTorch
+        return f"ResNet-50 is skipped because torchvision can't be imported: {error}"
     return lambda layer: resnet(norm_layer=layer)
 
 

@@ -1,4 +1,4 @@
-"""The parts of what is measured on a GPU, in the order in which they are measured."""
+"""Lists the cases of each part of the GPU measurements, in the order in which they are measured."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from gpu_layers import copy_case, inverse_sqrt_cases, layer_cases
 from gpu_networks import maker, network_cases
 
 PARTS = ("layers", "inverse_sqrt", "cupy", "host", "networks")
-# A graph's capture that fails can harm others, so those come later; networks that are compiled, which takes long, last.
+# A failed graph capture can disturb later measurements, so graphs come after eager cases. Networks that are compiled
+# come last of all, because that takes long.
 MODES = ("eager", "graph", "compiled", "reduce-overhead")
 
 
 def cases(device: torch.device, parts: Sequence[str], tell: Callable[[str], object]) -> list[Case]:
-    """Of those parts; `tell` is told what is left out, and why."""
+    """Return the cases of these parts, and call `tell` with the reason for each part that is skipped."""
     found: list[Case] = []
     if "layers" in parts:
         found += [copy_case(device), *layer_cases(device)]

@@ -1,24 +1,23 @@
-"""Times of polywhiten on a GPU beside PyTorch's layers and the papers' algorithms: `python benchmarks/gpu_speed.py`.
+"""Compares polywhiten on a GPU with PyTorch's layers and the papers' algorithms: `python benchmarks/gpu_speed.py`.
 
-Writes all that is measured to results/gpu-DEVICE.csv and prints the ratios that have a bar. The parts, of which
-`--only` chooses some:
+Writes all measurements to results/gpu-DEVICE.csv, and prints the ratios that have a bar. `--only` selects parts:
 
-- layers: forward and backward of single layers on ResNet-50's shapes. As CUDA graphs, where the device's time is what
-  counts, in float32 and bfloat16 and both memory layouts; launched one by one ("eager") in float32 with channels first
-  alone, as the time of Python, which small layers wait for, is hardly another elsewhere.
-- inverse_sqrt: of 32 matrices 64 x 64, and its gradient.
-- cupy: CuPy's forward pass and its pullback, eager and as CUDA graphs.
-- host: microseconds of the host for small layers, eager and by torch.compile (gpu_host.py).
-- networks: training steps of torchvision's ResNet-50, and their memory (gpu_networks.py).
+- layers: forward and backward of single layers on ResNet-50's shapes. They run as CUDA graphs, which show the device's
+  time, in float32 and bfloat16 and both memory layouts. They run eagerly only in float32 with channels first, because
+  the time of Python, which dominates there for small layers, hardly depends on dtype and layout.
+- inverse_sqrt: the inverse square root of 32 matrices of 64 x 64, and its gradient.
+- cupy: CuPy's forward pass and its pullback, eagerly and as CUDA graphs.
+- host: the host's microseconds for small layers, eagerly and by torch.compile (gpu_host.py).
+- networks: time and memory of training steps of torchvision's ResNet-50 (gpu_networks.py).
 
-Competitors take turns in one process; both structures of polywhiten's kernels are competitors of each other. A
-measurement on the device is a batch of calls between two events on it, each call on another of several input sets,
-together larger than the device's cache: a network's layers don't find their input there either. PyTorch's settings are
-its defaults, but where gpu_networks.py says so: products of float32 in full float32. Kernels are compiled before all
-else, by several processes.
+Competitors take turns in one process; the two structures of polywhiten's kernels compete with each other. A
+measurement on the device is a number of calls between two events on it. The calls use several input sets in turn, which
+are together larger than the device's cache, because layers of a network don't find their input in the cache either.
+PyTorch has its default settings, so products of float32 are in full float32; gpu_networks.py changes some. Several
+processes compile the kernels before anything is measured.
 
-`--device cpu` tries the script, not the library: tiny shapes, the host's clock, NumPy in CuPy's place, and a
-torch.compile that traces and compiles nothing.
+`--device cpu` tries the script, not the library: it uses tiny shapes, the host's clock, NumPy instead of CuPy, and a
+torch.compile that only traces.
 """
 
 from __future__ import annotations
@@ -47,13 +46,13 @@ import polywhiten as pw
 def versions() -> str:
     found = [pw, torch]
     for name in ("torchvision", "cupy", "triton"):
-        with suppress(ImportError, RuntimeError):  # the latter from a torchvision that is made for another PyTorch
+        with suppress(ImportError, RuntimeError):  # RuntimeError if torchvision was built for another PyTorch
             found.append(import_module(name))
     return ", ".join(f"{module.__name__} {module.__version__}" for module in found)
 
 
 class Clock:
-    """How long the command runs already."""
+    """The time since the command began, and its limit."""
 
     def __init__(self, minutes: float) -> None:
         self._start, self._minutes = time.perf_counter(), minutes
@@ -63,7 +62,7 @@ class Clock:
         return time.perf_counter() - self._start
 
     def check(self) -> None:
-        """TimeoutError where the minutes are over."""
+        """Raise TimeoutError if the minutes are over."""
         if self.seconds > 60 * self._minutes:
             raise TimeoutError(f"not measured: {self._minutes:g} minutes were over")
 
@@ -71,7 +70,7 @@ class Clock:
 def measure(
     found: Sequence[Case], about: dict[str, str], path: Path, seconds: float, clock: Clock, console: Console
 ) -> list[Row]:
-    """The rows of all cases, which are in the file as soon as they are measured."""
+    """Measure all cases, write the rows of each to the file as soon as it is measured, and return all rows."""
     rows: list[Row] = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with path.open("w", newline="", encoding="utf-8") as file, Progress(*columns, console=console) as progress:
@@ -85,7 +84,7 @@ def measure(
                 console.print(f"failed: {case}, {competitor}: {reason}", markup=False, highlight=False)
             new = case.rows(measured, about["device"])
             writer.writerows(about | row for row in new)
-            file.flush()  # what is measured stays, whatever comes
+            file.flush()  # keep the rows even if a later case crashes
             rows += new
             progress.advance(task)
     return rows
@@ -101,7 +100,7 @@ def name_of(device: torch.device) -> str:
     "kind",
     type=click.Choice(["cuda", "cpu"]),
     default="cuda",
-    help="cpu tries the script.  [default: cuda]",
+    help="cpu is for a trial of the script.  [default: cuda]",
 )
 @click.option(
     "--out",
@@ -110,11 +109,11 @@ def name_of(device: torch.device) -> str:
     help="Folder for gpu-DEVICE.csv.  [default: results, beside this script]",
 )
 @click.option(
-    "--only", "parts", multiple=True, type=click.Choice(PARTS), default=PARTS, help="Parts, for less than all."
+    "--only", "parts", multiple=True, type=click.Choice(PARTS), default=PARTS, help="Parts to measure instead of all."
 )
-@click.option("--seconds", default=0.1, show_default=True, help="To measure every case for, beside its preparation.")
-@click.option("--minutes", default=4.2, show_default=True, help="What hasn't begun by then fails.")
-@click.option("--floors", "floors_only", is_flag=True, help="Print an H200's floors, which needs no GPU, and no more.")
+@click.option("--seconds", default=0.1, show_default=True, help="Time to measure every case for, without preparation.")
+@click.option("--minutes", default=4.2, show_default=True, help="Measurements that haven't begun by then fail.")
+@click.option("--floors", "floors_only", is_flag=True, help="Only print an H200's floors, which needs no GPU.")
 def main(kind: str, out: Path, parts: tuple[str, ...], seconds: float, minutes: float, floors_only: bool) -> None:
     """Measure polywhiten on a GPU against its bars."""
     if floors_only:
@@ -123,7 +122,7 @@ def main(kind: str, out: Path, parts: tuple[str, ...], seconds: float, minutes: 
         return
     device = torch.device(kind)
     if kind == "cuda" and not torch.cuda.is_available():
-        raise click.UsageError("PyTorch finds no CUDA device: --device cpu tries the script, --floors needs none")
+        raise click.UsageError("PyTorch finds no CUDA device, which only --device cpu and --floors do without")
     torch.manual_seed(0)
     console = Console()
     if not console.is_terminal:
@@ -136,10 +135,10 @@ def main(kind: str, out: Path, parts: tuple[str, ...], seconds: float, minutes: 
     found = cases(device, parts, tell)
     if kind == "cuda":
         processes = processes_for(device)
-        tell(f"compiling ahead, in {processes} processes")
+        tell(f"compiling in advance, in {processes} processes")
         for reason in compile_ahead(device, parts, found, processes):
             tell(f"not compiled: {reason}")
-        tell(f"compiled ahead: {clock.seconds:.0f} s")
+        tell(f"compiled in advance: {clock.seconds:.0f} s")
     out.mkdir(parents=True, exist_ok=True)
     about = {"device": name_of(device), "versions": versions()}
     path = out / f"gpu-{re.sub('[^a-z0-9]+', '-', about['device'].lower()).strip('-')}.csv"
@@ -150,7 +149,7 @@ def main(kind: str, out: Path, parts: tuple[str, ...], seconds: float, minutes: 
     failed = sum(row["failure"] is not None for row in rows)
     if failed:
         raise click.ClickException(
-            f"{failed} of {len(rows)} measurements failed: the column failure of {path} says why"
+            f"{failed} of {len(rows)} measurements failed; the column failure of {path} has the reasons"
         )
 
 

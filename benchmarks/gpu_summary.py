@@ -1,4 +1,4 @@
-"""Tables of what was measured on a GPU, beside what it may be."""
+"""Tables that compare the GPU measurements with their bars, the largest ratios that the project accepts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 
 class Bar(NamedTuple):
-    """What polywhiten's time may be, as a share of a competitor's."""
+    """The largest ratio that polywhiten's time may have to a competitor's, or a limit in microseconds."""
 
     limit: float
     goal: float | None = None
@@ -23,7 +23,7 @@ class Bar(NamedTuple):
         return f"{self.limit:.3g}" + ("" if self.goal is None else f", goal {self.goal}")
 
 
-# On the device: geometric means over shapes. None has no bar, and is shown all the same.
+# Bars for geometric means over shapes, by the device's clock. Ratios with None have no bar, but are shown too.
 DEVICE_BARS = {
     ("IterNorm", "BatchNorm2d"): Bar(1.5, goal=1.2),
     ("IterNorm", "textbook"): Bar(1 / 5),
@@ -44,17 +44,17 @@ HOST_BARS = {
 }
 NETWORK_BARS = {("ResNet-50 with IterNorm", "eager"): Bar(1.3, goal=1.15)}
 
-RATIOS = {SEPARATE: "ratio", JOINED: "ratio_joined"}  # the columns
+RATIOS = {SEPARATE: "ratio", JOINED: "ratio_joined"}  # the columns of the ratios
 CAPTION = "! is above the bar"
 
 
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
-    """Those that have rows."""
+    """Yield the tables that have rows."""
     yield from (table for table in (on_device(rows), on_host(rows), of_networks(rows)) if table.row_count)
 
 
 def on_device(rows: Sequence[Row]) -> Table:
-    """Geometric means against the bars."""
+    """Return a table of geometric means beside their bars."""
     names = [f"{dtype}\n{layout}" for dtype, layout in COMBINATIONS]
     table = Table("time on the device", "kernels", "mode", *names, "all", "bar", caption=CAPTION)
     for (what, competitor), bar in DEVICE_BARS.items():
@@ -76,10 +76,11 @@ def on_device(rows: Sequence[Row]) -> Table:
 
 
 def on_host(rows: Sequence[Row]) -> Table:
-    """Microseconds of a call, and with a bar how many times the framework's layer's they are."""
+    """Return a table of the host's microseconds per call, with their ratios to the framework's layer."""
     measures = (FORWARD, STEP, EVALUATION)
     table = Table(
-        "host, microseconds", "layer", "kernels", "mode", *measures, caption=f"In brackets: times it; {CAPTION}"
+        *("host, microseconds", "layer", "kernels", "mode", *measures),
+        caption=f"In brackets: ratio to PyTorch's layer; {CAPTION}",
     )
     for layers in LAYERS:
         found = {name: [row for row in rows if row["what"] == f"{layers}, {name}"] for name in measures}
@@ -94,25 +95,25 @@ def on_host(rows: Sequence[Row]) -> Table:
 
 
 def of_networks(rows: Sequence[Row]) -> Table:
-    """Milliseconds and memory of a training step."""
-    table = Table("network", "layer", "kernels", "mode", "arrays", "ms", "peak MB", "times", "bar", caption=CAPTION)
+    """Return a table of the milliseconds and the memory of a training step."""
+    table = Table("network", "layer", "kernels", "mode", "arrays", "ms", "peak MB", "ratio", "bar", caption=CAPTION)
     for row in rows:
         if row["what"] in NETWORKS:
             ratio, bar = None, None
             if row["competitor"] == SUBJECT:
-                theirs = next(each for each in rows if _same_case(each, row) and each["competitor"] != SUBJECT)
+                theirs = next(other for other in rows if _same_case(other, row) and other["competitor"] != SUBJECT)
                 ratio, bar = theirs.get(RATIOS[row["structure"]]), NETWORK_BARS.get((row["what"], row["mode"]))
             numbers = [f"{row[name]:.4g}" if name in row else "" for name in ("median_ms", "peak_mb")]
-            times = "" if ratio is None else mean([ratio], bar)
+            shown = "" if ratio is None else mean([ratio], bar)
             arrays = f"{row['dtype']} {row['layout']}"
             table.add_row(
-                row["what"], row["competitor"], row["structure"], row["mode"], arrays, *numbers, times, str(bar or "")
+                row["what"], row["competitor"], row["structure"], row["mode"], arrays, *numbers, shown, str(bar or "")
             )
     return table
 
 
 def mean(values: Sequence[float], bar: Bar | None) -> str:
-    """The geometric mean, with a mark where it is above the bar."""
+    """Return the geometric mean as text, with a mark if it is above the bar."""
     if not values:
         return ""
     value = geometric_mean(values)

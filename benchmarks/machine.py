@@ -1,4 +1,4 @@
-"""The machine that measured."""
+"""Describes the machine that runs the measurements."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def description() -> str:
-    """Processor model, cores and threads."""
+    """Return the processor model and the numbers of cores and threads."""
     model, cores = platform.processor() or platform.machine(), None
     listing = Path("/proc/cpuinfo")
     if listing.exists():

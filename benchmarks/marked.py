@@ -1,11 +1,11 @@
-"""Blocks of a text between two comments, which a command writes anew."""
+"""Replaces the part of a text between two marker comments, which a command generates."""
 
 import re
 
 
 def inserted(text: str, name: str, block: str) -> str:
-    """The text with the block between the comments of that name; ValueError where there is no pair of them."""
+    """Return the text with `block` between the comments of this name. Raise ValueError if there aren't two of them."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
-        raise ValueError(f"it needs one {start}, and one {end} after it")
+        raise ValueError(f"the text must contain {start} once, and {end} once after it")
     return re.sub(f"{start}.*{end}", lambda _: f"{start}\n{block}\n{end}", text, flags=re.S)

@@ -1,4 +1,4 @@
-"""What a measurement gave, as a row of results/speed-BACKEND-DEVICE.csv."""
+"""The rows of results/speed-BACKEND-DEVICE.csv."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +14,14 @@ SUBJECT = "polywhiten"  # the competitor that all others are compared with
 
 @dataclass(frozen=True)
 class Record:
-    """One competitor on one layer and shape; None is what wasn't measured."""
+    """The measurement of one competitor on one layer and shape; None stands for what wasn't measured."""
 
     machine: str
     versions: str
     backend: str
     device: str
     what: str  # iter_norm or group_whiten
-    group: int  # channels in a group, or groups
+    group: int  # channels per group of iter_norm, number of groups of group_whiten
     mode: str  # eager, graph, XLA, jit
     measure: str  # training, evaluation, memory
     shape: str  # NxCxHxW, whatever the layout
@@ -32,10 +32,10 @@ class Record:
     lower_quartile_ms: float | None = None
     upper_quartile_ms: float | None = None
     rounds: int | None = None
-    gflops: float | None = None  # a second, of the product that the floor is of
+    gflops: float | None = None  # per second, of the product that the floor is computed with
     peak_bytes: int | None = None
-    kept_bytes: int | None = None  # for backward, beside input, output and parameters
-    ratio: float | None = None  # polywhiten's median, or peak, over this one's
+    kept_bytes: int | None = None  # saved for backward in addition to input, output and parameters
+    ratio: float | None = None  # polywhiten's median (or peak) divided by this competitor's
     failure: str | None = None
 
     @property
@@ -53,7 +53,7 @@ class Record:
 
 @contextmanager
 def written(path: Path | None) -> Iterator[Writer | None]:
-    """A writer that is closed in the end; None for no path."""
+    """Open a writer of records and close it at the end, or give None if there is no path."""
     writer = None if path is None else Writer(path, Record)
     try:
         yield writer
@@ -63,5 +63,5 @@ def written(path: Path | None) -> Iterator[Writer | None]:
 
 
 def read(path: Path) -> list[Record]:
-    """The rows of a file; ValueError where it isn't one of `written`."""
+    """Return the records of a file. Raise ValueError if it wasn't written by `written`."""
     return csv_rows.read(path, Record)

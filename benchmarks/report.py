@@ -1,4 +1,4 @@
-"""Pictures of what speed.py measured, and its table in the README: `python benchmarks/report.py`."""
+"""Draws figures of what speed.py measured, and writes the table in the README: `python benchmarks/report.py`."""
 
 from itertools import product
 from pathlib import Path
@@ -16,8 +16,8 @@ HERE = Path(__file__).parent
 MARK = "speed"
 NAMES = {"iter_norm": "IterNorm", "group_whiten": "group whitening", "input": "the input's bytes, kept for backward"}
 FRAMEWORKS = {"torch": "PyTorch", "tensorflow": "TensorFlow", "jax": "JAX", "numpy": "NumPy"}
-SHOWN_GROUPS = 32  # one number of groups is enough of a picture
-# a look for each competitor, the same in all pictures: colours that the colour-blind can tell apart, and shapes
+SHOWN_GROUPS = 32  # the number of groups in the figures; one is enough
+# The marker and colour of each competitor, the same in all figures. Colour-blind readers can tell the colours apart.
 LOOKS = {
     SUBJECT: ("o", "#d55e00"),
     "textbook": ("s", "#0072b2"),
@@ -30,7 +30,7 @@ LOOKS = {
 
 
 def figure(records: list[Record]) -> Figure:
-    """Milliseconds of a training step by shape: a panel for each kind of whitening and mode."""
+    """Draw the milliseconds of a training step by shape, in a panel for each kind of whitening and mode."""
     kept = [r for r in records if r.measure == "training" and r.median_ms is not None]
     kept = [r for r in kept if r.what != GROUP_WHITEN or r.group == SHOWN_GROUPS]
     modes, kinds = (list(dict.fromkeys(values)) for values in ((r.mode for r in kept), (r.what for r in kept)))
@@ -50,14 +50,14 @@ def figure(records: list[Record]) -> Figure:
 
 def panel(axes: Axes, records: list[Record]) -> None:
     cases = sorted({(r.elements, r.sizes, r.layout, r.group) for r in records}, reverse=True)
-    places = {case: place for place, case in enumerate(cases)}
+    positions = {case: position for position, case in enumerate(cases)}
     for name, (marker, colour) in LOOKS.items():
-        mine = [r for r in records if r.competitor == name]
-        if mine:
-            rows = [places[r.elements, r.sizes, r.layout, r.group] for r in mine]
+        shown = [r for r in records if r.competitor == name]
+        if shown:
+            heights = [positions[r.elements, r.sizes, r.layout, r.group] for r in shown]
             front = name == SUBJECT
             axes.scatter(
-                [r.median_ms for r in mine], rows, marker=marker, color=colour, label=name, zorder=3 if front else 2
+                [r.median_ms for r in shown], heights, marker=marker, color=colour, label=name, zorder=3 if front else 2
             )
     is_iter_norm = records[0].what != GROUP_WHITEN
     labels = [
@@ -74,32 +74,37 @@ def panel(axes: Axes, records: list[Record]) -> None:
 
 
 def table(records: list[Record]) -> str:
-    """The bars and what was measured, as Markdown."""
+    """Return the bars and what was measured as Markdown."""
     by_run = {r.backend: (r.machine, r.versions) for r in records}
     machines: dict[str, list[str]] = {}
     for backend, (machine, _) in by_run.items():
         machines.setdefault(machine, []).append(FRAMEWORKS[backend])
-    where = "; ".join(name if len(machines) == 1 else f"{name} ({', '.join(of)})" for name, of in machines.items())
-    versions = list(dict.fromkeys(part for _, given in by_run.values() for part in given.split(", ")))
+    where = "; ".join(
+        machine if len(machines) == 1 else f"{machine} ({', '.join(frameworks)})"
+        for machine, frameworks in machines.items()
+    )
+    versions = list(dict.fromkeys(part for _, of_run in by_run.values() for part in of_run.split(", ")))
     lines = [
-        "Time of polywhiten over that of others in the same run, float32; training is forward and backward.",
+        "Time of polywhiten divided by that of a competitor in the same run, in float32. Training is forward and "
+        "backward. The bar is the largest ratio that the project accepts.",
         "",
-        "| | over that of | over shapes | bar | measured |",
+        "| | competitor | statistic over shapes | bar | measured |",
         "| --- | --- | --- | --- | --- |",
     ]
     for found in verdicts(records):
         bar = found.bar
         low, high = bar.channels
-        of = NAMES.get(bar.competitor, bar.competitor)
-        of += f", {low:g} channels and more" if low > 1 else f", below {high:g} channels" if high < float("inf") else ""
+        competitor = NAMES.get(bar.competitor, bar.competitor)
+        if low > 1:
+            competitor += f", {low:g} channels and more"
+        elif high < float("inf"):
+            competitor += f", below {high:g} channels"
         mode = "" if found.mode == "eager" else f" ({found.mode})"
         mode += "" if found.device == "cpu" else f", {found.device}"
         value = f"{found.value:.3g}" + ("" if found.met else ", missed")
         goal = f" (goal {bar.goal:g})" if bar.goal else ""
-        about = f"{NAMES[bar.what]}, {bar.measure}"
-        lines.append(
-            f"| {FRAMEWORKS[bar.backend]}{mode}: {about} | {of} | {bar.statistic} | {bar.limit:.3g}{goal} | {value} |"
-        )
+        case = f"{FRAMEWORKS[bar.backend]}{mode}: {NAMES[bar.what]}, {bar.measure}"
+        lines.append(f"| {case} | {competitor} | {bar.statistic} | {bar.limit:.3g}{goal} | {value} |")
     return "\n".join([*lines, "", f"On {where}, with {', '.join(versions)}."])
 
 
@@ -108,16 +113,16 @@ def table(records: list[Record]) -> str:
     "--results",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     default=HERE / "results",
-    help="Folder of speed-*.csv, and for the pictures.  [default: results, beside this script]",
+    help="Folder of speed-*.csv, where the figures are written too.  [default: results, beside this script]",
 )
 @click.option(
     "--readme",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     default=HERE.parent / "README.md",
-    help="Where the table goes.  [default: the project's]",
+    help="File that the table is written into.  [default: the project's README.md]",
 )
 def main(results: Path, readme: Path) -> None:
-    """Draw speed-BACKEND-DEVICE.png and write the table of the bars between two comments of the README."""
+    """Draw speed-BACKEND-DEVICE.png, and write the table of the bars between two comments of the README."""
     paths = sorted(results.glob("speed-*.csv"))
     if not paths:
         raise click.ClickException(f"no speed-*.csv in {results}: run benchmarks/speed.py first")
@@ -134,9 +139,9 @@ def main(results: Path, readme: Path) -> None:
     click.echo(readme)
     for path, found in records.items():
         if any(r.measure == "training" and r.median_ms is not None for r in found):
-            picture = path.with_suffix(".png")
-            figure(found).savefig(picture, dpi=110)
-            click.echo(picture)
+            image = path.with_suffix(".png")
+            figure(found).savefig(image, dpi=110)
+            click.echo(image)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Times and memory of polywhiten beside other layers, in every framework: `python benchmarks/speed.py`.
+"""Measures time and memory of polywhiten and of other layers in every framework: `python benchmarks/speed.py`.
 
-README.md, in this folder, says how it measures.
+README.md in this folder says how.
 """
 
 import os
 
-# else threads of NumPy's products wait actively for some 20 ms, in the next competitor's turn
+# Otherwise OpenBLAS threads spin for about 20 ms after each product of NumPy, during the next competitor's turn.
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 import sys
@@ -22,7 +22,7 @@ from typing import Any
 import click
 import machine
 import numpy as np
-from alternating import Failures, host_timer, in_turns, told
+from alternating import Failures, first_lines, host_timer, in_turns
 from bars import FLOOR, Verdict, barred, verdicts
 from competitors import BACKENDS, SAME_TRAFFIC, TEXTBOOK, Framework, Step, framework
 from problems import GROUP_WHITEN, ITER_NORM, LAYOUTS, MEMORY_SHAPES, SHAPES, Problem, problems
@@ -37,7 +37,7 @@ from polywhiten.analysis import InfeasibleWarning
 MEASURES = ("training", "evaluation", "memory")
 RESULTS = Path(__file__).with_name("results")
 TOLERANCE = 1e-3  # relative, between polywhiten and the textbook in float32
-NUMPY_ELEMENTS = 8_000_000  # of pictures: NumPy takes seconds a step for more
+NUMPY_ELEMENTS = 8_000_000  # at most, of feature maps: NumPy takes seconds per step for more
 PRODUCT, TINY_PRODUCT = (512, 32, 28), (16, 2, 8)  # channels, batch and size of the products that give the rate
 GUARD_SHAPES = [(32, 64, 56, 56), (32, 128, 28, 28), (32, 256, 14, 14), (256, 512)]
 GUARD_GROUPS = 32
@@ -45,7 +45,7 @@ GUARD_GROUPS = 32
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure; `blank` is a row with what is known before, `only` the competitors that are wanted."""
+    """A measurement to take: `blank` is its row without results, `only` names the competitors if not all are wanted."""
 
     framework: Framework
     problem: Problem
@@ -62,53 +62,53 @@ class Case:
 
 
 def cases_of(backend: str, device: str, found: list[Problem], measures: list[str], guard: bool) -> Iterator[Case]:
-    """In the order in which a run that is cut short gives most; the guard's are those that have a bar."""
-    given = framework(backend, device)
-    about = machine.description() + (f"; {given.device_name()}" if device == "cuda" else "")
-    for measure, mode, problem in product(measures, given.MODES, found):
+    """Yield the cases, the most useful first in case the run is stopped; for the guard, only those with a bar."""
+    library = framework(backend, device)
+    about = machine.description() + (f"; {library.device_name()}" if device == "cuda" else "")
+    for measure, mode, problem in product(measures, library.MODES, found):
         if measure == "evaluation" and problem.what != ITER_NORM:
-            continue  # group whitening has no other mode
+            continue  # group whitening does the same in training and in evaluation
         if measure == "memory" and problem.shape not in MEMORY_SHAPES:
             continue
         shape = "x".join(map(str, problem.shape))
         layer = problem.what, problem.group, mode, measure, shape, problem.layout, "float32"
-        blank = Record(about, given.versions(), backend, device, *layer, competitor=SUBJECT)
+        blank = Record(about, library.versions(), backend, device, *layer, competitor=SUBJECT)
         if not guard:
-            yield Case(given, problem, mode, measure, blank)
+            yield Case(library, problem, mode, measure, blank)
         elif only := needed(backend, problem.what, measure):
-            yield Case(given, problem, mode, measure, blank, only)
+            yield Case(library, problem, mode, measure, blank, only)
 
 
 def needed(backend: str, what: str, measure: str) -> frozenset[str]:
-    """The competitors that have a bar, and what these are derived from; empty where there is none."""
+    """Return the competitors that have a bar and those needed to compute them, or nothing if there is no bar."""
     found = barred(backend, what, measure)
     return frozenset(found | {SUBJECT} | ({SAME_TRAFFIC[what]} if FLOOR in found else set())) if found else frozenset()
 
 
 def measured(case: Case, seconds: float, rate: tuple[int, int, int]) -> list[Record]:
-    """A row a competitor."""
+    """Measure a case and return one row per competitor."""
     failures = Failures()
     found: dict[str, Record] = {}
-    with failures.kept(SUBJECT):
+    with failures.recorded(SUBJECT):
         found = memory(case, failures) if case.measure == "memory" else times(case, seconds, rate, failures)
     found |= {name: replace(case.blank, competitor=name, failure=reason) for name, reason in failures.items()}
     return list(with_ratios(found).values())
 
 
 def times(case: Case, seconds: float, rate: tuple[int, int, int], failures: Failures) -> dict[str, Record]:
-    """Milliseconds of every competitor, and the floor's."""
-    given, training = case.framework, case.measure == "training"
-    steps = (given.training if training else given.evaluation)(case.problem, case.mode)
-    with failures.kept(SUBJECT):
-        compare(given, steps[SUBJECT], steps[TEXTBOOK])
+    """Return the milliseconds of every competitor and of the floor."""
+    library, training = case.framework, case.measure == "training"
+    steps = (library.training if training else library.evaluation)(case.problem, case.mode)
+    with failures.recorded(SUBJECT):
+        compare(library, steps[SUBJECT], steps[TEXTBOOK])
     channels, batch, size = rate
     flops = {"convolution": 2 * channels**2 * batch * size**2, "matrices": 2 * (4 * channels) ** 3}
-    products = given.products(case.mode, channels, batch, size) if training and case.wants(FLOOR) else {}
+    products = library.products(case.mode, channels, batch, size) if training and case.wants(FLOOR) else {}
     timers: dict[str, Callable[[], float]] = {}
     for name, step in ({name: steps[name] for name in steps if case.wants(name)} | products).items():
         if name not in failures:
-            with failures.kept(name):
-                timers[name] = host_timer(partial(given.run, step))
+            with failures.recorded(name):
+                timers[name] = host_timer(partial(library.run, step))
     taken = {name: values for name, values in in_turns(timers, seconds, failures).items() if name not in failures}
     found = {name: timed(case.blank, name, values) for name, values in taken.items() if name in steps}
     alike = found.get(SAME_TRAFFIC[case.problem.what])
@@ -120,11 +120,11 @@ def times(case: Case, seconds: float, rate: tuple[int, int, int], failures: Fail
     return found
 
 
-def compare(given: Framework, subject: Step, textbook: Step) -> None:
-    """A fast wrong result is a failure of polywhiten's."""
-    results = [given.values(step()) for step in (subject, textbook)]
+def compare(library: Framework, subject: Step, textbook: Step) -> None:
+    """Raise ArithmeticError if polywhiten's result is wrong, however fast it is."""
+    results = [library.values(step()) for step in (subject, textbook)]
     errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(*results, strict=True)]
-    if not max(errors) <= TOLERANCE:  # nor where it is NaN
+    if not max(errors) <= TOLERANCE:  # also true for NaN
         raise ArithmeticError(f"a relative difference of {max(errors):.1e} from the textbook")
 
 
@@ -135,32 +135,32 @@ def timed(blank: Record, name: str, values: list[float]) -> Record:
 
 
 def memory(case: Case, failures: Failures) -> dict[str, Record]:
-    """Peak bytes of a training step, and those that are kept for its backward half."""
+    """Return the peak bytes of a training step, and the bytes that are saved for backward."""
     found: dict[str, Record] = {}
     kept = case.framework.kept_bytes(case.problem)
     for name, step in case.framework.training(case.problem, case.mode).items():
         if not case.wants(name):
             continue
-        with failures.kept(name):
-            case.framework.run(step)  # what is allocated once isn't the step's
+        with failures.recorded(name):
+            case.framework.run(step)  # so that what is allocated only once doesn't count
             peak = case.framework.peak_bytes(step)
             found[name] = replace(case.blank, competitor=name, rounds=1, peak_bytes=peak, kept_bytes=kept.get(name))
     return found
 
 
 def with_ratios(found: dict[str, Record]) -> dict[str, Record]:
-    """polywhiten's median, or peak, over every competitor's."""
+    """Add polywhiten's median (or peak) divided by the competitor's to every record."""
     subject = found.get(SUBJECT)
     for name, record in found.items():
         for field in ("median_ms", "peak_bytes"):
-            mine, other = getattr(subject, field, None), getattr(record, field)
-            if mine and other and name != SUBJECT:
-                found[name] = replace(record, ratio=float(f"{mine / other:.5g}"))
+            ours, theirs = getattr(subject, field, None), getattr(record, field)
+            if ours and theirs and name != SUBJECT:
+                found[name] = replace(record, ratio=float(f"{ours / theirs:.5g}"))
     return found
 
 
 def guard_problems(sets: list[str] | None, layouts: list[str]) -> list[Problem]:
-    """Few shapes, one number of groups."""
+    """Return the guard's problems: a few shapes, and one number of groups."""
     found = problems(sets or ["resnet50", "mlp"], layouts)
     return [
         problem
@@ -181,20 +181,23 @@ def summary(found: list[Verdict]) -> Table:
     return table
 
 
-def chosen_backends(given: tuple[str, ...], device: str, console: Console) -> list[str]:
-    """Those that were asked for, which have to be there; of all, those that are."""
+def chosen_backends(requested: tuple[str, ...], device: str, console: Console) -> list[str]:
+    """Return the requested backends, or those that are installed if all were requested.
+
+    Raise click.UsageError if one that was requested by name, or every backend, isn't available on the device.
+    """
     found = []
-    for name in BACKENDS if "all" in given else dict.fromkeys(given):
+    for name in BACKENDS if "all" in requested else dict.fromkeys(requested):
         try:
             framework(name, device)
         except (ImportError, ValueError) as error:
-            if "all" not in given:
-                raise click.UsageError(f"--backend {name} --device {device}: {told(error)}") from error
-            console.print(f"{name} is left out: {told(error)}", markup=False)
+            if "all" not in requested:
+                raise click.UsageError(f"--backend {name} --device {device}: {first_lines(error)}") from error
+            console.print(f"{name} is skipped: {first_lines(error)}", markup=False)
         else:
             found.append(name)
     if not found:
-        raise click.UsageError(f"no framework that is installed has the device {device}")
+        raise click.UsageError(f"no installed framework supports the device {device}")
     return found
 
 
@@ -202,7 +205,7 @@ def parsed_layouts(context: click.Context, parameter: click.Parameter, value: st
     names = value.split(",")
     wrong = [name for name in names if name not in LAYOUTS]
     if wrong:
-        raise click.BadParameter(f"{', '.join(wrong)!r} is none of {', '.join(LAYOUTS)}")
+        raise click.BadParameter(f"unknown layout {', '.join(wrong)!r}, expected some of {', '.join(LAYOUTS)}")
     return names
 
 
@@ -216,14 +219,14 @@ def parsed_layouts(context: click.Context, parameter: click.Parameter, value: st
     "sets",
     multiple=True,
     type=click.Choice([*SHAPES]),
-    help="[default: resnet50, others, mlp; tiny tries the script]",
+    help="Sets of shapes; tiny is for a trial of the script.  [default: resnet50, others, mlp]",
 )
 @click.option(
     "--layouts",
     default=",".join(LAYOUTS),
     show_default=True,
     callback=parsed_layouts,
-    help="Of pictures, separated by commas.",
+    help="Memory layouts of feature maps, separated by commas.",
 )
 @click.option("--measure", "measures", multiple=True, type=click.Choice(MEASURES), help="[default: all]")
 @click.option(
@@ -231,10 +234,14 @@ def parsed_layouts(context: click.Context, parameter: click.Parameter, value: st
     type=click.FloatRange(min=0),
     default=3.0,
     show_default=True,
-    help="To measure every case for; five rounds at least.",
+    help="Time to measure every case for, in at least five rounds.",
 )
-@click.option("--large", is_flag=True, help=f"NumPy on pictures of more than {NUMPY_ELEMENTS:,} elements too.")
-@click.option("--guard", is_flag=True, help="A quick subset; fail where a ratio is 30 % above its bar. Writes no file.")
+@click.option("--large", is_flag=True, help=f"Include feature maps of more than {NUMPY_ELEMENTS:,} elements for NumPy.")
+@click.option(
+    "--guard",
+    is_flag=True,
+    help="Measure a quick subset, and fail if a ratio is 30 % above its bar. Write no file unless --out is given.",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
@@ -256,8 +263,8 @@ def main(
     Options with several values are repeated: --backend torch --backend jax.
     """
     if "tiny" in sets and out is None and not guard:
-        raise click.UsageError("--shapes tiny would replace the results with a trial's: say where by --out")
-    warnings.simplefilter("ignore", InfeasibleWarning)  # small shapes with many groups are timed all the same
+        raise click.UsageError("--shapes tiny is a trial and would replace the real results: give a folder with --out")
+    warnings.simplefilter("ignore", InfeasibleWarning)  # small shapes with many groups are timed too
     console = Console() if sys.stdout.isatty() else Console(width=140)
     names = list(dict.fromkeys(sets))
     found = guard_problems(names, layouts) if guard else problems(names or ["resnet50", "others", "mlp"], layouts)
@@ -273,12 +280,12 @@ def main(
         ]
         cases = list(cases_of(backend, device, kept, list(dict.fromkeys(measures)) or list(MEASURES), guard))
         if not cases:
-            continue  # and a former run's file stays
+            continue  # without replacing the file of an earlier run
         path = None if folder is None else folder / f"speed-{backend}-{device}.csv"
         records += run(cases, path, seconds, rate, console)
     judged = verdicts(records)
     if not records:
-        raise click.UsageError("none of these shapes, backends and measures go together: nothing was measured")
+        raise click.UsageError("nothing was measured: no case has these shapes, backends and measures")
     console.print(summary(judged))
     console.print(f"{records[0].machine}; {'; '.join(dict.fromkeys(r.versions for r in records))}", markup=False)
     conclude(records, judged if guard else [])
@@ -287,7 +294,7 @@ def main(
 def run(
     cases: list[Case], path: Path | None, seconds: float, rate: tuple[int, int, int], console: Console
 ) -> list[Record]:
-    """One backend's cases, each written when it is measured."""
+    """Measure the cases of a backend, and write the rows of each as soon as it is measured."""
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     records: list[Record] = []
     with written(path) as writer, Progress(*columns, console=console) as progress:
@@ -306,11 +313,11 @@ def run(
 
 
 def conclude(records: list[Record], guarded: list[Verdict]) -> None:
-    """Fail for what failed, and for what the guard doesn't let pass."""
+    """Raise click.ClickException if measurements failed, or if the guard finds some too slow."""
     problems_found = [f"too slow: {verdict}" for verdict in guarded if not verdict.allowed]
     failed = sum(record.failure is not None for record in records)
     if failed:
-        problems_found.append(f"{failed} of {len(records)} measurements failed, for the reasons above")
+        problems_found.append(f"{failed} of {len(records)} measurements failed for the reasons given above")
     if problems_found:
         raise click.ClickException("\n".join(problems_found))
 

@@ -1,7 +1,7 @@
-"""Algorithms 1 and 2 of the papers, line by line, for any array library: what polywhiten is measured against.
+"""Algorithms 1 and 2 of the papers, line by line, for any array library. polywhiten is compared with them.
 
-`xp` is a namespace with permute_dims, reshape, mean, sum, eye, sqrt, matrix_transpose and linalg.eigh, called as
-NumPy's.
+`xp` is a namespace with permute_dims, reshape, mean, sum, eye, sqrt, matrix_transpose and linalg.eigh, which have the
+signatures of NumPy's.
 """
 
 from dataclasses import dataclass
@@ -14,30 +14,30 @@ Saved = tuple[Array, ...]  # weight, whitened x, centred x, normalized covarianc
 
 @dataclass(frozen=True)
 class Blocks:
-    """How an array is cut: its channels into groups of `size`, or those of every sample into `size` groups."""
+    """How an array is cut into blocks: its channels into groups of `size`, or each sample's into `size` groups."""
 
     per_sample: bool
-    size: int  # d, or g
-    axis: int = 1  # of the channels
+    size: int  # d, the channels per group; g, the number of groups, if per_sample
+    axis: int = 1  # the axis of the channels
 
     def rows(self, xp: Any, x: Array) -> Array:
-        """Of shape (blocks, d, M)."""
+        """Return x in the shape (blocks, d, M)."""
         permuted = xp.permute_dims(x, self._order(len(x.shape)))
         lead = permuted.shape[0]
         return xp.reshape(permuted, (lead if self.per_sample else lead // self.size, self.size, -1))
 
     def restored(self, xp: Any, rows: Array, shape: tuple[int, ...]) -> Array:
-        """Of the former shape and order."""
+        """Undo `rows` for an array of the given original shape."""
         order = self._order(len(shape))
         permuted = xp.reshape(rows, tuple(shape[i] for i in order))
         return xp.permute_dims(permuted, tuple(order.index(i) for i in range(len(order))))
 
     def per_channel(self, xp: Any, vector: Array, rank: int) -> Array:
-        """A vector of the channels, to be broadcast."""
+        """Return a vector of the channels in a shape that broadcasts against arrays of this rank."""
         return xp.reshape(vector, tuple(-1 if i == self.axis % rank else 1 for i in range(rank)))
 
     def summed(self, xp: Any, x: Array) -> Array:
-        """Over everything but the channels."""
+        """Return the sum of x over all axes but the channels'."""
         rank = len(x.shape)
         return xp.sum(x, axis=tuple(i for i in range(rank) if i != self.axis % rank))
 
@@ -49,7 +49,7 @@ class Blocks:
 def forward(
     xp: Any, blocks: Blocks, x: Array, weight: Array, bias: Array, iterations: int = 5, eps: float = 1e-5
 ) -> tuple[Array, Saved]:
-    """The whitened x, scaled and shifted, and what `backward` needs."""
+    """Return x whitened, scaled and shifted, and the arrays that `backward` needs."""
     centred, cov, eye = _moments(xp, blocks.rows(xp, x), eps)
     trace = xp.sum(cov * eye, axis=(1, 2), keepdims=True)
     normalized = cov / trace
@@ -62,7 +62,7 @@ def forward(
 
 
 def backward(xp: Any, blocks: Blocks, saved: Saved, dy: Array) -> tuple[Array, Array, Array]:
-    """Gradients of x, weight and bias."""
+    """Return the gradients of x, weight and bias."""
     weight, white, centred, normalized, trace, *iterates = saved
     transposed = xp.matrix_transpose
     dweight, dbias = blocks.summed(xp, dy * white), blocks.summed(xp, dy)
@@ -89,7 +89,7 @@ def backward(xp: Any, blocks: Blocks, saved: Saved, dy: Array) -> tuple[Array, A
 
 
 def exact(xp: Any, blocks: Blocks, x: Array, weight: Array, bias: Array, eps: float = 1e-5) -> Array:
-    """Decorrelated batch normalization: by eigendecomposition, which the framework differentiates."""
+    """Apply decorrelated batch normalization by an eigendecomposition, which the framework differentiates."""
     centred, cov, _ = _moments(xp, blocks.rows(xp, x), eps)
     values, vectors = xp.linalg.eigh(cov)
     whitener = vectors / xp.sqrt(values)[:, None, :] @ xp.matrix_transpose(vectors)
@@ -97,7 +97,7 @@ def exact(xp: Any, blocks: Blocks, x: Array, weight: Array, bias: Array, eps: fl
 
 
 def frozen(xp: Any, blocks: Blocks, x: Array, mean: Array, whitener: Array, weight: Array, bias: Array) -> Array:
-    """Evaluation, with the statistics of a training set: mean (C,), whitener (C / d, d, d)."""
+    """Whiten x with frozen statistics: mean of shape (C,), whitener of shape (C / d, d, d)."""
     rows = blocks.rows(xp, x)
     centred = rows - xp.reshape(mean, (rows.shape[0], rows.shape[1], 1))
     return _affine(xp, blocks, blocks.restored(xp, whitener @ centred, x.shape), weight, bias)
@@ -115,5 +115,5 @@ def _affine(xp: Any, blocks: Blocks, white: Array, weight: Array, bias: Array) -
 
 
 def product_flops(shape: tuple[int, ...], d: int) -> int:
-    """Of the five products that whitening and its gradient need: covariance and map; K, A' dY and B X."""
+    """Return the operations of the five products of whitening and its gradient: covariance, map, K, A' dY and B X."""
     return 5 * 2 * d * prod(shape)

@@ -1,4 +1,4 @@
-"""How the suite drives every framework's layers: the arguments of PyTorch's, inputs (N, C, ...), NumPy in and out."""
+"""Gives every framework's layers one interface: PyTorch's arguments, inputs (N, C, ...), and NumPy arrays."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Gradients = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class TorchLayers:
-    """The modules of `polywhiten.torch` on a device."""
+    """The layers of `polywhiten.torch` on a device."""
 
     def __init__(self, device: str = "cpu") -> None:
         self._device = device
@@ -37,7 +37,7 @@ class TorchLayers:
         return layer.eval()(self._tensor(x)).detach().cpu().numpy()
 
     def gradients(self, layer: Any, x: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, Gradients]:
-        """A training step's output and the gradients of x, weight and bias."""
+        """Return the output of a training step, and the gradients of x, weight and bias."""
         import torch
 
         leaf = self._tensor(x).requires_grad_()
@@ -55,14 +55,14 @@ class TorchLayers:
 
 
 class KerasLayers:
-    """The layers of `polywhiten.keras` on the backend in use."""
+    """The layers of `polywhiten.keras` on Keras' current backend."""
 
     def iter_norm(
         self, channels: int, dtype: str = "float64", momentum: float = 0.1, affine: bool = True, **arguments: Any
     ) -> Any:
         from polywhiten.keras import IterNorm
 
-        del channels  # Keras' layers see them in the first input
+        del channels  # Keras layers find the number of channels in their first input
         renamed = _by_keras_names(arguments)
         return IterNorm(axis=1, momentum=1 - momentum, center=affine, scale=affine, dtype=dtype, **renamed)
 
@@ -81,13 +81,13 @@ class KerasLayers:
     def gradients(
         self, layer: Any, x: np.ndarray, dy: np.ndarray, mask: np.ndarray | None = None
     ) -> tuple[np.ndarray, Gradients]:
-        """A training step's output and the gradients of x, gamma and beta."""
+        """Return the output of a training step, and the gradients of x, gamma and beta."""
         import keras
 
         given = self._tensor(x), self._tensor(dy)
         layer.build(x.shape)
         options = {} if mask is None else {"mask": self._tensor(mask)}
-        if layer.non_trainable_variables:  # JAX's stateless call takes no argument in vain
+        if layer.non_trainable_variables:  # IterNorm has averages; GroupWhitening takes no argument `training`
             options["training"] = True
         y, gradients = getattr(self, f"_by_{keras.backend.backend()}")(layer, *given, options)
         return self._numpy(y), tuple(self._numpy(g) for g in gradients)

@@ -1,4 +1,4 @@
-"""The definitions of the two papers in NumPy float64, a block at a time; slow, plain, and independent."""
+"""The definitions of the two papers in NumPy float64, block by block: slow, simple, and independent of polywhiten."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from polywhiten.solvers.minimax import minimax_steps
 
 
 def inverse_sqrt(cov, method="eigh", iterations=None):
-    """S^(-1/2), or what the method makes of it: its scalar recurrence on every eigenvalue."""
+    """Return the method's approximation of S^(-1/2), by applying its scalar recurrence to every eigenvalue."""
     values, vectors = np.linalg.eigh(cov)
     if method == "eigh":
         roots = values**-0.5
@@ -19,14 +19,14 @@ def inverse_sqrt(cov, method="eigh", iterations=None):
         scale = np.sqrt(np.sum(values**2))
         x = np.sqrt(values / scale)
         sigma = x.copy()
-        for a, b, c in (*minimax_steps(iterations or 5), (15 / 8, -10 / 8, 3 / 8)):  # the last is flat at 1
+        for a, b, c in (*minimax_steps(iterations or 5), (15 / 8, -10 / 8, 3 / 8)):  # the last step is flat at 1
             sigma = a * sigma + b * sigma**3 + c * sigma**5
         roots = sigma / x / np.sqrt(scale)
     return vectors * roots @ vectors.T
 
 
 def whiten(x, eps=1e-5, relative_eps=False, **solver):
-    """The block x (d, M): W (x - mean)."""
+    """Return W (x - mean) for a block x of shape (d, M)."""
     centred = x - x.mean(axis=1, keepdims=True)
     cov = centred @ centred.T / x.shape[1]
     added = eps * np.trace(cov) / len(cov) if relative_eps else eps
@@ -34,7 +34,7 @@ def whiten(x, eps=1e-5, relative_eps=False, **solver):
 
 
 def iter_norm(x, weight=None, bias=None, group_size=64, axis=1, **options):
-    """Blocks are groups of channels."""
+    """Whiten groups of channels over the batch."""
     rows = np.moveaxis(np.float64(x), axis, 0)
     shape, rows = rows.shape, rows.reshape(len(rows), -1)
     y = np.concatenate([whiten(rows[i : i + group_size], **options) for i in range(0, len(rows), group_size)])
@@ -42,7 +42,7 @@ def iter_norm(x, weight=None, bias=None, group_size=64, axis=1, **options):
 
 
 def group_whiten(x, weight=None, bias=None, num_groups=32, axis=1, **options):
-    """Blocks are samples."""
+    """Whiten the channel groups of each sample."""
     moved = np.moveaxis(np.float64(x), axis, 1)
     y = np.stack([whiten(sample.reshape(num_groups, -1), **options).reshape(sample.shape) for sample in moved])
     return _affine(np.moveaxis(y, 1, axis), weight, bias, axis)

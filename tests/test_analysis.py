@@ -1,4 +1,4 @@
-"""The measures against closed forms and plain definitions, the constraints against equations that are counted."""
+"""Measures are compared with closed forms and definitions, constraints with numbers of independent equations."""
 
 import gc
 import itertools
@@ -18,7 +18,7 @@ KINDS = ("batch_norm", "batch_whitening", "group_norm", "group_whitening")
 
 
 def rotated(values, seed=0):
-    """A covariance with these eigenvalues."""
+    """Return a covariance with these eigenvalues."""
     basis, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(values), len(values))))
     return basis * np.asarray(values) @ basis.T
 
@@ -84,7 +84,7 @@ def group_norm(x):
 
 
 def test_disturbance_by_centring_is_that_of_a_mean():
-    """F(x) = x - mean: the sample's output moves with the mean of the m - 1 others, a Gaussian of known covariance."""
+    """With F(x) = x - mean, a sample's output varies with the mean of the other m - 1, which is Gaussian."""
     d, m = 64, 17
     scale = np.linspace(0.5, 2, d)
     x = np.random.default_rng(0).normal(size=(20_000, d)) * scale
@@ -92,7 +92,8 @@ def test_disturbance_by_centring_is_that_of_a_mean():
     snd = analysis.stochastic_normalization_disturbance(lambda x: x - x.mean(axis=0), batches)
     normals = np.random.default_rng(1).normal(size=(100_000, d)) * scale
     wanted = np.linalg.norm(normals, axis=1).mean() * np.sqrt(m - 1) / m / d
-    assert abs(snd.value - wanted) < 4 * snd.standard_error + wanted / 400  # of the mean over 200 batches
+    # The second term is for the mean over 200 batches.
+    assert abs(snd.value - wanted) < 4 * snd.standard_error + wanted / 400
     assert 0 < snd.standard_error < wanted / 50
 
 
@@ -180,7 +181,7 @@ def test_batches_are_the_same_when_gone_through_again_and_others_with_another_se
 
     def all_of(batches):
         arrays = np.array([list(one) for one in batches])
-        return arrays[np.argsort(arrays[:, 0, 0, 0])]  # each sample's own, whichever order samples come in
+        return arrays[np.argsort(arrays[:, 0, 0, 0])]  # sorted by sample, because samples come in any order
 
     batches = analysis.sample_batches(x, 8, num_samples=30, num_batches=2)
     np.testing.assert_array_equal(all_of(batches), all_of(batches))
@@ -192,7 +193,7 @@ def test_batches_are_the_same_when_gone_through_again_and_others_with_another_se
 
 
 def equations(kind, y, g):
-    """The paper's system for one batch or one sample, y (variables, samples): zero where y is normalized."""
+    """Return the paper's equations for a batch or sample y (variables, samples), which are zero for normalized y."""
     means = y.mean(axis=1)
     products = y @ y.T / y.shape[1] - np.eye(len(y))
     if kind.endswith("norm"):
@@ -201,7 +202,7 @@ def equations(kind, y, g):
 
 
 def rank(kind, variables, samples):
-    """Independent equations at a normalized output: rank of their Jacobian, by central differences."""
+    """Count the independent equations at a normalized output: the rank of their Jacobian by central differences."""
     y = pw.iter_norm(
         np.random.default_rng(0).normal(size=(samples, variables)),
         group_size=variables if kind.endswith("whitening") else 1,
@@ -367,7 +368,7 @@ def test_wrong_use(call, error, message):
 
 
 def newton_errors(values, iterations):
-    """The paper's recurrence on each eigenvalue, scaled by the trace."""
+    """Return the errors of the paper's recurrence, applied to each eigenvalue divided by the trace."""
     values = np.asarray(values) / np.sum(values)
     p, errors = np.ones_like(values), []
     for _ in range(iterations):
@@ -445,7 +446,7 @@ def test_recommendation_and_its_reason(shape, kind, value, reason):
     assert re.search(reason, advice.reason)
 
 
-# ---------------------------------------------------------------- what the layers say
+# ---------------------------------------------------------------- warnings of the layers
 
 
 def messages(caught):
@@ -454,7 +455,7 @@ def messages(caught):
 
 @pytest.fixture
 def said():
-    """Messages of the layers in a call."""
+    """Return a function that calls a layer and returns the messages of its warnings."""
 
     def run(layer, *args, **kwargs):
         with warnings.catch_warnings(record=True) as caught:
@@ -478,8 +479,8 @@ def test_pytorch_layers_say_once_what_is_infeasible_and_what_is_not(said):
     assert said(layer, torch.randn(20, 64)) == []
     assert said(IterNorm(64, group_size=37), torch.randn(20, 64)) == []
     assert len(said(IterNorm(64, group_size=38), torch.randn(20, 64))) == 1
-    assert said(IterNorm(64), torch.randn(20, 64, 2)) == []  # positions count
-    assert said(IterNorm(8), torch.randn(6, 8)) == []  # no group is larger than the channels are
+    assert said(IterNorm(64), torch.randn(20, 64, 2)) == []  # positions count as samples
+    assert said(IterNorm(8), torch.randn(6, 8)) == []  # a group is no larger than the number of channels
 
     layer = GroupWhitening(32, 64)
     (text,) = said(layer, torch.randn(3, 64))
@@ -498,7 +499,7 @@ def test_pytorch_compiles_layers_whole_without_a_word(said):
         torch._dynamo.reset()
         compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
         assert said(compiled, x) == []
-        assert len(said(layer, x)) == 1  # it still may, where it isn't compiled
+        assert len(said(layer, x)) == 1  # the layer itself, which isn't compiled, still warns
 
 
 def test_keras_layers_say_once_what_is_infeasible_and_what_is_not(said):
@@ -514,7 +515,8 @@ def test_keras_layers_say_once_what_is_infeasible_and_what_is_not(said):
     assert said(layer, x, training=True) == []
     assert said(IterNorm(group_size=37), x, training=True) == []
     assert said(IterNorm(), keras.Input((64,)), training=True) == []
-    assert said(IterNorm(), x, training=True, mask=np.ones(20, dtype=bool)) == []  # how many are left isn't known
+    # With a mask, the number of samples isn't known.
+    assert said(IterNorm(), x, training=True, mask=np.ones(20, dtype=bool)) == []
 
     layer = GroupWhitening(groups=32, axis=1, name="second")
     (text,) = said(layer, x)
@@ -527,7 +529,7 @@ def test_keras_layers_say_once_what_is_infeasible_and_what_is_not(said):
 
 @pytest.fixture
 def caught():
-    """All such warnings of a test."""
+    """All InfeasibleWarnings of a test."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", analysis.InfeasibleWarning)
@@ -544,7 +546,7 @@ def pytorch_network():
 
 def test_a_pytorch_network_says_once_how_many_layers_are_infeasible_and_which_is_the_first(caught):
     torch = pytest.importorskip("torch")
-    for number in (1, 2):  # each of several networks
+    for number in (1, 2):  # one warning for each network
         network = pytorch_network()
         for _ in range(3):
             network(torch.randn(20, 64))
@@ -622,7 +624,7 @@ def test_pythons_filters_turn_the_warning_off_or_into_an_error():
 
 @pytest.mark.parametrize("by", ["call", "fit"])
 def test_a_keras_model_says_once_how_many_layers_are_infeasible_and_which_is_the_first(caught, by):
-    """Also where a pass of inference, which `fit` begins with on some backends, finds one alone."""
+    """This also holds on backends whose `fit` begins with inference, in which only one layer is infeasible."""
     keras = pytest.importorskip("keras")
     from polywhiten.keras import GroupWhitening, IterNorm
 

@@ -1,4 +1,4 @@
-"""What the benchmarks rest on: the textbook's own gradient, the guard's judgement, and how a GPU's are organized."""
+"""Tests of the benchmarks: the textbook's gradient, the guard's verdicts, and the organization of a GPU's cases."""
 
 import csv
 import sys
@@ -12,7 +12,7 @@ import reference
 import polywhiten as pw
 from polywhiten.gpu_launches import gpu_launches
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"  # scripts, which nothing installs
+FOLDER = Path(__file__).parent.parent / "benchmarks"  # a folder of scripts that isn't installed
 LAYER = {"iter_norm": 4, "group_whiten": 2}
 
 
@@ -97,7 +97,7 @@ def test_records_are_read_as_they_were_written(script, tmp_path):
     assert records.read(tmp_path / "speed.csv") == some
 
 
-# ---------------------------------------------------------------- those of a GPU, tried on the CPU
+# ---------------------------------------------------------------- the GPU benchmarks, run on the CPU
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def run_gpu_speed(script, folder, *arguments):
     return testing.CliRunner().invoke(command, ["--device", "cpu", "--out", str(folder), "--seconds", "0", *arguments])
 
 
-@pytest.mark.filterwarnings("ignore::polywhiten.analysis.InfeasibleWarning")  # of few and small pictures
+@pytest.mark.filterwarnings("ignore::polywhiten.analysis.InfeasibleWarning")  # the images are few and small
 def test_gpu_speed_measures_the_parts_that_are_asked_for_with_both_structures(gpu_script, tmp_path):
     result = run_gpu_speed(gpu_script, tmp_path, "--only", "networks", "--only", "cupy")
     assert result.exit_code == 0, result.output

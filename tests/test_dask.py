@@ -1,4 +1,4 @@
-"""What only Dask has: nothing is computed before the user asks."""
+"""What is special about Dask: nothing is computed before the user asks for it."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_everything_is_lazy(method):
 
 @pytest.mark.usefixtures("no_computation")
 def test_numpy_arrays_beside_a_dask_array_leave_it_lazy():
-    """Statistics of a sample, applied to all."""
+    """For example, the statistics of a sample are applied to all data."""
     x = da.random.normal(size=(1000, 8, 4, 4), chunks=(100, 8, 4, 4))
     sample = np.random.default_rng(0).normal(size=(50, 8, 4, 4))
     y = pw.apply_whitening(x, pw.whitening_stats(sample), weight=np.ones(8), bias=np.zeros(8))

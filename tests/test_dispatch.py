@@ -1,4 +1,4 @@
-"""A framework is imported when its arrays arrive, and not before."""
+"""A framework's backend is imported when the first of its arrays is passed, and not before."""
 
 import subprocess
 import sys
@@ -43,9 +43,9 @@ def test_a_subclass_of_ndarray_is_a_numpy_array():
 def test_backends_beside_the_package_are_those_of_its_own_checkout_alone(tmp_path):
     package, backends, project = tmp_path / "polywhiten", tmp_path / "backends", tmp_path / "pyproject.toml"
     package.mkdir()
-    assert backends_beside(package) == []  # installed
+    assert backends_beside(package) == []  # the package is installed
     backends.mkdir()
-    assert backends_beside(package) == []  # installed beside another package that is named so
+    assert backends_beside(package) == []  # with an unrelated package called `backends`
     project.write_text('[project]\nname = "others"\n', encoding="utf-8")
     assert backends_beside(package) == []
     project.write_text('[project]\nname = "polywhiten"\n', encoding="utf-8")

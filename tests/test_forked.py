@@ -1,4 +1,4 @@
-"""The compiled kernels in forked processes, as PyTorch's DataLoader has them, and beside PyTorch's threads."""
+"""The compiled kernels work in forked processes, which PyTorch's DataLoader uses, and beside PyTorch's threads."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from polywhiten.cpu.runtime import parallel
 
 
 def run(code, **kwargs):
-    """What the code prints, in a Python of its own."""
+    """Return what the code prints in a new Python process."""
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, **kwargs)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -19,7 +19,7 @@ def run(code, **kwargs):
 
 WHITEN = """
 import signal
-signal.alarm(240)  # ends the process; what it waits for, if it does, never comes
+signal.alarm(240)  # ends the process if it waits forever
 import numpy as np, polywhiten as pw
 y = pw.iter_norm(np.random.default_rng(0).normal(size=(64, 64, 14, 14)))
 assert abs(y.std() - 1) < 0.3
@@ -95,7 +95,7 @@ if __name__ == "__main__":
 @pytest.mark.skipif(sys.platform != "linux", reason="processes aren't forked here, or not with threads")
 @pytest.mark.parametrize("stat", ["/proc/self/stat", "/proc/none", "zeros"])
 def test_processes_know_whether_they_were_forked(stat, tmp_path):
-    """From Linux, and where it doesn't say, as in gVisor, from Python."""
+    """Linux tells them, or Python on systems where Linux doesn't, such as gVisor."""
     (tmp_path / "zeros").write_text(f"7 (a ) b) S {'0 ' * 40}")
     (tmp_path / "starts.py").write_text(STARTS)
     done = subprocess.run([sys.executable, "starts.py", stat], cwd=tmp_path, capture_output=True, text=True)
@@ -115,6 +115,6 @@ def test_numpy_has_no_more_threads_than_torch():
 
 
 def test_numpy_has_numbas_threads_without_torch(monkeypatch):
-    for module in (None, object()):  # not to be imported, or only half imported so far
+    for module in (None, object()):  # torch can't be imported, or is only partly imported so far
         monkeypatch.setitem(sys.modules, "torch", module)
         assert parallel.threads() == parallel.numba.get_num_threads()

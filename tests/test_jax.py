@@ -1,4 +1,4 @@
-"""What only JAX has: gradients under its transformations, mapped axes, symbolic sizes, precisions of products."""
+"""What is special about JAX: transformed gradients, mapped axes, symbolic sizes, and precisions of products."""
 
 import warnings
 from functools import partial
@@ -20,9 +20,10 @@ from polywhiten.solvers import solver_for  # noqa: E402
 from polywhiten.spec import WhiteningSpec  # noqa: E402
 
 DEVICES = 4
-jax.config.update("jax_num_cpu_devices", DEVICES)  # before JAX starts, which tests do and imports don't
+# This has to be set before JAX starts, which happens in tests but not in imports.
+jax.config.update("jax_num_cpu_devices", DEVICES)
 
-# compiling takes all of the time here: as few steps and groups as show what is tested
+# Compiling takes most of the time here, so there are as few steps and groups as possible.
 METHODS = {"newton": {"method": "newton", "iterations": 2}, "eigh": {"method": "eigh"}}
 FUNCTIONS = {"iter_norm": partial(pw.iter_norm, group_size=3), "group_whiten": partial(pw.group_whiten, num_groups=3)}
 each_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
@@ -50,7 +51,7 @@ def cubes(function, x, weight=None, bias=None, **arguments):
 
 
 def by_jax(name, method):
-    """The function without a gradient of its own, which JAX then differentiates."""
+    """Return the function without polywhiten's gradient, so that JAX differentiates its operations."""
     plain = polywhiten.backend.Backend(Kernels(jnp))
     solver = solver_for(method["method"], method.get("iterations"))
     blocks = ChannelGroups(1, 3) if name == "iter_norm" else SampleGroups(1, 3)
@@ -58,7 +59,7 @@ def by_jax(name, method):
 
 
 def squared_gradient(loss):
-    """A function whose gradient holds second derivatives of `loss`, all mixed ones included."""
+    """Return a function whose gradient depends on all second derivatives of `loss`, including the mixed ones."""
     return lambda *arguments: sum((g**2).sum() for g in jax.grad(loss, (0, 1, 2))(*arguments))
 
 
@@ -86,7 +87,7 @@ def test_many_iterations_in_float32_work_in_float64_for_a_while():
     second = lambda x, **arguments: jax.grad(lambda x: (jax.grad(partial(loss, **arguments))(x) ** 2).sum())(x)
     expected = second(x, method="eigh")
     with jax.enable_x64(False), warnings.catch_warnings():
-        warnings.simplefilter("error")  # JAX warns where it takes float32 for float64
+        warnings.simplefilter("error")  # JAX warns if it uses float32 in place of float64
         single = x.astype("float32")
         for arguments in ({"iterations": 15}, {"method": "minimax", "iterations": 5}):
             derivative = partial(second, **arguments)
@@ -97,7 +98,7 @@ def test_many_iterations_in_float32_work_in_float64_for_a_while():
 
 
 def test_second_derivatives_with_equal_eigenvalues():
-    """JAX's own derivative of eigh is NaN there."""
+    """JAX's derivative of eigh is NaN for equal eigenvalues."""
     x = normal(8, 4, 3).at[:, 2:].set(1.0)
     run = partial(cubes, partial(pw.iter_norm, method="eigh", eps=0.1))
     gradient = jax.jit(jax.grad(lambda x: (jax.grad(run)(x) ** 2).sum()))(x)
@@ -121,7 +122,7 @@ def test_vmap_and_jacobians(function, method):
 
 
 def test_second_derivative_of_an_input_that_vmap_does_not_map():
-    """The statistics aren't mapped there though y is, which JAX's custom gradients count once for every index."""
+    """There y is mapped, but the statistics aren't. JAX's custom gradients would count these once per index."""
     x, weights = normal(8, 6), normal(3, 6, seed=1)
 
     def loss(x, over):
@@ -144,7 +145,7 @@ def test_checkpoint(function):
 
 
 def test_statistics_are_differentiable():
-    """Those of the function, by JAX, and those that layers get beside y, by the gradient of whitening."""
+    """JAX differentiates those of `whitening_stats`, and whitening's gradient those that layers get with y."""
     x = normal(9, 4)
     solver = solver_for("newton", 2)
 
@@ -174,7 +175,7 @@ def test_backward_keeps_the_input_and_no_copy_of_it(function):
 @each_function
 @each_method
 def test_nothing_but_the_dtype_of_x_without_64_bits(function, method):
-    """JAX's default: nothing in the core asks for float64."""
+    """In JAX's default mode, without float64, nothing in the core asks for float64."""
     with jax.enable_x64(False):
         for dtype in ("bfloat16", "float16", "float32"):
             arguments = normal(8, 6, 4, dtype=dtype), *(a.astype("float32") for a in affine())
@@ -202,7 +203,7 @@ LOCAL = partial(polywhiten.jax.iter_norm, group_size=3, axis_name=AXES)
 
 
 def mapped_losses():
-    """The sum of cubes of a batch whose shares whiten with common statistics, with its gradient taken outside."""
+    """Return losses of a batch whose parts are whitened with common statistics; gradients are taken outside the map."""
 
     def local(method, *arguments):
         return jax.lax.psum(cubes(partial(LOCAL, **method), *arguments), AXES)
@@ -241,7 +242,7 @@ def test_second_derivatives_of_shares_are_those_of_one_batch(loss, method):
 
 
 def test_gradients_taken_on_every_device():
-    """In shard_map, JAX sums the gradients of what is replicated; with pmap, users do."""
+    """In shard_map, JAX sums the gradients of replicated arguments; in pmap, users have to."""
     arguments = normal(8, 6, 4) + 2, *affine()
     expected = jax.jit(jax.grad(partial(cubes, WHOLE), (0, 1, 2)))(*arguments)
     gradient = jax.grad(partial(cubes, partial(LOCAL, iterations=2)), (0, 1, 2))
@@ -273,7 +274,7 @@ def test_pullback_and_statistics_of_shares():
 
 
 def test_group_whitening_of_a_sharded_batch():
-    """Nothing is shared, but the weight is replicated and its gradient summed."""
+    """No statistics are shared, but the weight is replicated and its gradient is summed."""
     arguments = normal(8, 6, 4), *affine()
     run = partial(cubes, partial(FUNCTIONS["group_whiten"], iterations=2))
     actual = jax.jit(shard_map(jax.grad(run, (0, 1, 2)), True, (P(AXES), P(), P())))(*arguments)
@@ -290,7 +291,7 @@ def test_one_way_to_share_statistics(name):
 
 
 def test_functions_with_an_axis_name_take_all_other_arguments():
-    """Each is its core function with one argument more, and hands every one on."""
+    """Each function passes all its other arguments on to the core function of the same name."""
     x, (weight, bias) = normal(8, 2, 6), affine(2)
     shared = {"group_size": 2, "axis": -2, "method": "minimax", "iterations": 1, "eps": 1e-2}
     scaled = {"weight": weight, "bias": bias, **shared}
@@ -373,7 +374,7 @@ def test_export_with_symbolic_sizes_around_the_channels(shape):
 
 
 def precisions(jaxpr):
-    """Of all matrix products in a program."""
+    """Yield the precisions of all matrix products in a program."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             yield equation.params["precision"]
@@ -386,7 +387,7 @@ def precisions(jaxpr):
 @each_function
 @each_method
 def test_products_have_all_digits_unless_users_choose(function, method):
-    """On GPUs and TPUs the default leaves float32 the digits of lower precision."""
+    """On GPUs and TPUs, JAX's default precision computes float32 products with fewer digits."""
     arguments = normal(8, 6, 4, dtype="float32"), *(a.astype("float32") for a in affine())
     run = partial(cubes, partial(function, **method))
     for program in (run, jax.grad(run, (0, 1, 2)), jax.grad(squared_gradient(run), (0, 1, 2))):

@@ -1,4 +1,4 @@
-"""What Keras' users do with its own normalization layers, on the backend in use."""
+"""The layers work wherever Keras' normalization layers do, on the current backend."""
 
 import inspect
 import os
@@ -45,7 +45,7 @@ def in_new_process(code, *args, **environment):
     return done.stdout
 
 
-# ---------------------------------------------------------------- Keras' own harness
+# ---------------------------------------------------------------- Keras' test harness
 
 HARNESS = {
     "rows": (IterNorm, {}, (8, 6)),
@@ -196,7 +196,7 @@ def test_replicas_are_tensorflows():
 @pytest.mark.parametrize("axis", [1, -1], ids=["channels first", "channels last"])
 @pytest.mark.parametrize("options", [{}, {"track": "covariance", "method": "eigh"}], ids=["newton", "eigh"])
 def test_masked_positions_leave_no_trace_in_the_statistics(axis, options):
-    """A step with a mask is a step on the other positions alone: output, averages and gradients."""
+    """Output, averages and gradients are those of a step on the unmasked positions alone."""
     x, dy, mask = np.float64(normal(6, 7, 5)), np.float64(normal(6, 7, 5, seed=1)), normal(6, 7, seed=2) > -0.5
     x[~mask] += 100
     dy[~mask] = 0
@@ -210,7 +210,7 @@ def test_masked_positions_leave_no_trace_in_the_statistics(axis, options):
     np.testing.assert_allclose(np.moveaxis(dx, axis, -1)[~mask], 0)
     for a, b in zip(affine, expected_affine, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-8)
-    if BACKEND != "jax":  # where gradients are taken without a state
+    if BACKEND != "jax":  # there the gradients come from a stateless call, which updates no averages
         for name, value in api.running(masked).items():
             np.testing.assert_allclose(value, api.running(plain)[name], atol=1e-10)
 
@@ -250,7 +250,8 @@ def test_frozen_layers_whiten_by_their_averages():
     layer(x, training=True)
     before, expected = api.running(layer), api.evaluate(layer, x)
     layer.trainable = False
-    rounding = 1e-6 if keras.backend.backend() == "torch" else 0  # PyTorch has other kernels where it records
+    # With PyTorch, other kernels are used when operations are recorded.
+    rounding = 1e-6 if keras.backend.backend() == "torch" else 0
     np.testing.assert_allclose(api.train(layer, x), expected, rtol=rounding, atol=rounding)
     for name, value in api.running(layer).items():
         np.testing.assert_array_equal(value, before[name])
@@ -276,7 +277,7 @@ def test_gradient_in_inference_is_that_of_its_own_averages(track):
 
 
 def test_fit_evaluate_and_predict():
-    """Pictures that differ in the correlation of their channels alone are told apart, by the averages too."""
+    """The model learns to distinguish images that differ only in their channels' correlation, also in evaluation."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 256)
     mixing = np.stack([np.eye(3), [[1, 0, 0], [0.9, 0.4, 0], [0, 0, 1]]]).astype("float32")
@@ -288,7 +289,8 @@ def test_fit_evaluate_and_predict():
     assert accuracy > 0.85
     predicted = model.predict(x, verbose=0)
     assert np.mean(predicted.argmax(1) == labels) == pytest.approx(accuracy)
-    np.testing.assert_allclose(model.predict(x[:1], verbose=0), predicted[:1], atol=1e-4)  # no batch statistics
+    # Prediction uses no statistics of the batch.
+    np.testing.assert_allclose(model.predict(x[:1], verbose=0), predicted[:1], atol=1e-4)
 
 
 def test_images_of_several_sizes_go_through_one_model():
@@ -319,7 +321,7 @@ def test_a_last_batch_of_one_sample_is_left_out_of_the_averages():
 
 
 def test_time_distributed_layers_train_whatever_the_length():
-    """Keras maps over an unknown length with TensorFlow's `vectorized_map`."""
+    """For an unknown length, Keras uses TensorFlow's `vectorized_map`."""
     inner = keras.layers.Dense(8)
     layers = [inner, keras.layers.TimeDistributed(IterNorm()), keras.layers.TimeDistributed(GroupWhitening(2))]
     model = keras.Sequential([keras.Input((None, 5)), *layers, keras.layers.Dense(1)])
@@ -332,12 +334,12 @@ def test_time_distributed_layers_train_whatever_the_length():
 def test_averages_stay_finite_in_half_precision():
     layer = IterNorm(dtype="float16", track="covariance", momentum=0.5)
     for _ in range(3):
-        layer(3000 * normal(64, 6), training=True)  # of variance 9e6, above the largest float16
+        layer(3000 * normal(64, 6), training=True)  # its variance 9e6 is above the largest float16
     assert all(np.all(np.isfinite(value)) for value in api.running(layer).values())
 
 
 def test_averages_take_what_they_can_hold():
-    """A variance of 1e5 is above the largest float16, a hundredth of it isn't."""
+    """A variance of 1e5 is above the largest float16, but the hundredth of it that is averaged isn't."""
     x, layers = normal(400, 6) * 316, [IterNorm(dtype=d, track="covariance") for d in ("float16", "float32")]
     for layer in layers:
         layer(x, training=True)
@@ -347,7 +349,7 @@ def test_averages_take_what_they_can_hold():
 
 
 class Subclassed(keras.Model):
-    """A model in the style of many papers' code."""
+    """A model written as in the code of many papers."""
 
     def __init__(self):
         super().__init__()
@@ -379,7 +381,7 @@ def test_summary_counts_the_parameters():
 
 @pytest.mark.parametrize("track", ["whitener", "covariance"])
 def test_copies_and_saved_models_predict_the_same(tmp_path, track):
-    """Also in a new process that has only imported the layers, without `custom_objects`."""
+    """This also holds in a new process that has only imported the layers, without `custom_objects`."""
     model = network(IterNorm(group_size=4, track=track), GroupWhitening(5, method="eigh"))
     x = normal(12, 6, 6, 3)
     model.fit(x, normal(12, 2), verbose=0)
@@ -421,7 +423,7 @@ def test_an_exported_model_needs_tensorflow_alone(tmp_path):
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the other backends export to ONNX by way of other packages")
 @pytest.mark.parametrize("shape", [(6, 6, 3), (None, None, 3)], ids=["of one size", "of any size"])
-@pytest.mark.filterwarnings("ignore")  # of what a trace can't follow, by a class of PyTorch's, which may not be there
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns about tracing, with a class that may not exist
 def test_a_model_exported_to_onnx_has_the_same_outputs(tmp_path, shape):
     pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -438,7 +440,7 @@ def test_a_model_exported_to_onnx_has_the_same_outputs(tmp_path, shape):
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
 @pytest.mark.parametrize("make", [lambda p: IterNorm(group_size=4, dtype=p), lambda p: GroupWhitening(3, dtype=p)])
 def test_dtype_policies(make, policy):
-    """Half precision outside, float32 inside: values too large for a float16 sum are whitened."""
+    """Layers compute in float32 under half-precision policies, so values too large for a float16 sum are whitened."""
     if policy == "float64" and BACKEND == "jax":
         pytest.importorskip("jax").config.update("jax_enable_x64", True)
     layer, x = make(policy), normal(16, 5, 5, 6).astype("float64") * 1e3
@@ -456,7 +458,7 @@ import numpy as np, tensorflow as tf, keras
 from polywhiten.keras import IterNorm
 cpu, = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])  # one: TensorFlow confuses what several exchange
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])  # TensorFlow confuses several strategies
 rng = np.random.default_rng(0)
 x, y = rng.normal(size=(20, 6, 6, 3)).astype("float32"), rng.normal(size=(20, 2)).astype("float32")
 
@@ -498,7 +500,7 @@ with strategy.scope():
     layer = IterNorm(momentum=0.5, synchronized=True)
     model = keras.Sequential([keras.Input((3,)), layer, keras.layers.Dense(2)])
     model.compile("sgd", "mse")
-model.fit(x[:3, 0, 0], y[:3], batch_size=2, shuffle=False, verbose=0)  # a sample for each, and one for both
+model.fit(x[:3, 0, 0], y[:3], batch_size=2, shuffle=False, verbose=0)  # 1 sample per replica, then 1 for both
 print(np.abs(layer.moving_mean.numpy() - 0.5 * x[:2, 0, 0].mean(axis=0)).max())
 """
 
@@ -510,7 +512,7 @@ def test_synchronized_replicas_train_as_one_device_on_the_joined_batch():
     assert float(single) < 1e-6
     for shared, apart in (map(float, line.split()) for line in lines):
         assert shared < 1e-5
-        assert apart > 1e-3  # statistics of their own make a difference that would show
+        assert apart > 1e-3  # separate statistics give results that differ visibly
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="graphs are TensorFlow's")

@@ -1,4 +1,4 @@
-"""The demo in Keras, on the backend in use: the same training as in PyTorch, through `fit`."""
+"""The demo in Keras trains through `fit` as the demo in PyTorch does, on the current backend."""
 
 import csv
 import os
@@ -31,7 +31,7 @@ SETTINGS = Settings(epochs=100, batch_size=8, lr=0.05, seed=3, device="cpu")
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """The networks are tiny, and threads that wait for each other on a busy machine take many times as long."""
+    """Use one thread: on a busy machine, several would mostly wait for each other in networks this small."""
     torch = sys.modules.get("torch")
     threads = torch.get_num_threads() if torch else 1
     if torch:
@@ -42,7 +42,7 @@ def _one_thread():
 
 
 def pictures(shape=(8, 8), train=25, test=6):
-    """Bright pictures and dark ones."""
+    """Return bright and dark images."""
     rng = np.random.default_rng(0)
     made = {}
     for name, n in (("train", train), ("test", test)):
@@ -76,7 +76,7 @@ def test_every_norm_is_trained_and_reported(small, out, capsys):
     assert demo("--data", small, "--epochs", 1, "--batch-size", 8, "--out", out) == 0
     stdout, stderr = capsys.readouterr()
     assert stderr == ""
-    assert stdout.startswith("small.npz: 25 training")  # no progress where there is no terminal
+    assert stdout.startswith("small.npz: 25 training")  # without a terminal, no progress is shown
     assert f"Keras on {keras_demo.BACKEND}\n" in stdout
     assert [(row["norm"], row["epoch"]) for row in rows(out)] == [(norm, "1") for norm in NORMS]
     assert all(np.isfinite(float(row[key])) for row in rows(out) for key in ("train_loss", "test_loss"))
@@ -87,7 +87,7 @@ def test_every_norm_is_trained_and_reported(small, out, capsys):
 def test_what_is_shown_on_a_terminal_and_elsewhere_and_that_the_seed_decides_all_numbers(
     small, tmp_path, capsys, monkeypatch
 ):
-    """One run in a process of its own, without the messages of a framework that starts, and one on a terminal."""
+    """One run is in a new process, where no startup messages of a framework appear, and one on a terminal."""
 
     def args(name):
         return "--data", small, "--norm", "bn", "--epochs", 2, "--batch-size", 8, "--out", tmp_path / name
@@ -105,7 +105,7 @@ def test_what_is_shown_on_a_terminal_and_elsewhere_and_that_the_seed_decides_all
 
     for stream in (sys.stdout, sys.stderr):
         monkeypatch.setattr(stream, "isatty", lambda: True)
-    keras.random.normal((1,))  # the program's own random numbers make no difference
+    keras.random.normal((1,))  # random numbers that the program drew before make no difference
     assert demo(*args("b")) == 0
     stdout, stderr = capsys.readouterr()
     assert stderr == ""
@@ -127,7 +127,7 @@ def test_every_norm_starts_from_the_same_weights_in_its_own_layer():
     for model in networks.values():
         np.testing.assert_array_equal(weights(model), first)
     assert not np.isclose(weights(keras_demo.network("bn", data, seed=4)), first).any()
-    kernel, *_ = networks["bn"].layers[0].get_weights()  # as PyTorch has them
+    kernel, *_ = networks["bn"].layers[0].get_weights()  # initialized as in PyTorch
     assert 0.95 * 27**-0.5 < np.abs(kernel).max() < 27**-0.5
     layers = {norm: model.layers[1] for norm, model in networks.items()}
     assert isinstance(layers["bn"], keras.layers.BatchNormalization)
@@ -141,7 +141,7 @@ def test_every_norm_starts_from_the_same_weights_in_its_own_layer():
 @pytest.mark.skipif(keras_demo.BACKEND != "torch", reason="PyTorch isn't the backend")
 @pytest.mark.parametrize("norm", NORMS)
 def test_an_epoch_is_that_of_pytorch(norm, monkeypatch):
-    """From the same weights, the same losses: batches, steps and layers are the same."""
+    """The losses are the same from the same weights, because batches, steps and layers are the same."""
     import torch
 
     from polywhiten.torch import demo as torch_demo
@@ -158,7 +158,7 @@ def test_an_epoch_is_that_of_pytorch(norm, monkeypatch):
     monkeypatch.setattr(torch_demo, "network", lambda *args: theirs)
     a, b = (next(module.train(norm, data, SETTINGS, lambda: None)) for module in (torch_demo, keras_demo))
     np.testing.assert_allclose(b.train_loss, a.train_loss, rtol=2e-3)
-    if norm != "bn":  # PyTorch averages another estimate of the variance
+    if norm != "bn":  # PyTorch averages the unbiased variance
         np.testing.assert_allclose(b.test_loss, a.test_loss, rtol=2e-3)
 
 
@@ -186,18 +186,18 @@ def test_the_batches_are_those_of_every_framework(monkeypatch):
 
 
 def test_a_run_that_diverges_is_shown_as_such(small, out, capsys):
-    """DBN's does on every backend: XLA's ReLU on CPUs makes 0 of NaN, but not of that in eigh's derivative."""
+    """DBN diverges on every backend. XLA's ReLU on CPUs turns NaN into 0, but not the NaN in eigh's derivative."""
     args = "--norm", "dbn", "--epochs", 3, "--batch-size", 4, "--lr", "1e30"
     assert demo("--data", small, *args, "--out", out) == 0
     stdout, stderr = capsys.readouterr()
     assert stderr == ""
     assert "diverged in epoch 1" in stdout
-    (row,) = rows(out)  # it isn't trained any further
+    (row,) = rows(out)  # the run ends after it has diverged
     assert not np.isfinite(float(row["train_loss"]))
 
 
 def test_the_digits_are_learnt(out):
-    """Chance is 10 %."""
+    """Guessing has an accuracy of 10 %."""
     assert demo("--norm", "iternorm", "--epochs", 1, "--out", out) == 0
     assert float(rows(out)[0]["test_accuracy"]) > 0.5
 

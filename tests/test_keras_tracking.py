@@ -1,4 +1,4 @@
-"""The callback that tracks Keras' models, on the backend in use."""
+"""Tests of the callback that tracks Keras models, on the current backend."""
 
 import os
 
@@ -28,7 +28,7 @@ def compiled(model):
 
 
 def functional():
-    """A nested model, a shared layer, and one that draws random numbers."""
+    """Return a model with a nested model, a shared layer, and a layer that draws random numbers."""
     keras.utils.set_random_seed(0)
     inner = keras.Sequential([keras.Input((5, 5, 6)), layers.Conv2D(8, 1), IterNorm(group_size=5, name="whiten")])
     shared = layers.BatchNormalization(name="shared")
@@ -38,7 +38,7 @@ def functional():
 
 
 class Subclassed(keras.Model):
-    """Its layers are in a layer of its own, and it has no argument `training`."""
+    """A model whose layers are within a custom layer, and whose call has no argument `training`."""
 
     class Block(layers.Layer):
         def __init__(self):
@@ -83,7 +83,8 @@ def test_known_inputs_give_their_measures():
     assert (row.step, row.kind) == (0, "IterNorm")
     assert row.input_condition_number == pytest.approx(np.linalg.cond(cov), rel=1e-3)
     assert row.input_correlation == pytest.approx(correlation, rel=1e-3)
-    assert row.output_condition_number == pytest.approx(1, abs=1e-2)  # of the batch: it is in training mode
+    # The model is in training mode, so the output is whitened by the batch's statistics.
+    assert row.output_condition_number == pytest.approx(1, abs=1e-2)
     assert row.output_whitening_error == pytest.approx(0, abs=1e-2)
 
 
@@ -135,7 +136,7 @@ def test_measured_every_so_often_also_in_a_second_fit(every, steps):
     tracker = WhiteningTracker(X, every=every)
     model = fit(small(), tracker)
     fit(model, tracker, epochs=1)
-    assert [row.step for row in tracker.rows] == sorted({*steps, 6})  # where the second fit begins
+    assert [row.step for row in tracker.rows] == sorted({*steps, 6})  # step 6 is where the second fit begins
 
 
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras has none with PyTorch")
@@ -144,11 +145,11 @@ def test_several_batches_an_execution_are_counted():
     model.compile("sgd", "mse", steps_per_execution=2)
     tracker = WhiteningTracker(X, every=2)
     fit(model, tracker)
-    assert [row.step for row in tracker.rows] == [0, 2, 5, 6]  # three batches an epoch
+    assert [row.step for row in tracker.rows] == [0, 2, 5, 6]  # three batches per epoch
 
 
 def test_weights_are_those_of_the_step():
-    """On backends, too, whose training keeps them outside the model during an epoch."""
+    """This also holds on backends whose training keeps the weights outside the model during an epoch."""
     tracker = WhiteningTracker(X, every=1)
     fit(small(), tracker, epochs=1)
     assert len({row.input_condition_number for row in tracker.rows}) == 4
@@ -163,7 +164,7 @@ def test_layers_are_chosen_by_their_paths():
 
 
 def test_tracking_changes_nothing():
-    """Of weights, moving averages and random numbers; and layers are as they were."""
+    """Weights, moving averages and random numbers are those without tracking, and the layers are unchanged."""
     tracker = WhiteningTracker(X, every=1)
     tracked = fit(functional(), tracker, epochs=1)
     plain = fit(functional(), epochs=1)

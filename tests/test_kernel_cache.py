@@ -1,4 +1,4 @@
-"""Compiled kernels on disk: damaged files are replaced, and where none can be written, everything works."""
+"""Damaged files of compiled kernels are replaced, and everything works if no file can be written."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ COMPILERS = {"cfunc": lambda kept: kept.ctypes(21), "njit": lambda kept: kept(21
 
 @pytest.fixture(params=COMPILERS)
 def doubled(request, tmp_path, monkeypatch):
-    """What the kernel makes of 21, as a new process would come to it."""
+    """Return a function that loads the kernel as a new process does, and calls it with 21."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     compiler = {"cfunc": cfunc, "njit": njit}[request.param]
     return lambda: COMPILERS[request.param](parallel._kept(double, "d", compiler, types.int64(types.int64)))
@@ -34,7 +34,7 @@ def files(folder, ending):
 
 
 def full(self, path):
-    """A disk that nothing can be written to."""
+    """Fail to write, as on a full disk."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
 
@@ -55,7 +55,7 @@ def test_a_damaged_file_is_replaced_with_a_warning_that_names_it(doubled, tmp_pa
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert doubled() == 42
-    if caught:  # an index of another version of Numba is none, and nothing that is wrong
+    if caught:  # a damaged index may look like one of another version of Numba, which is replaced without a warning
         (warning,) = caught
         assert str(file) in str(warning.message)
     else:

@@ -1,4 +1,4 @@
-"""The README's examples run as they stand there."""
+"""The examples in README.md run unchanged."""
 
 import os
 import re
@@ -18,7 +18,7 @@ def skip_without_frameworks(example):
         pytest.importorskip("matplotlib")
     for framework in ("torch", "tensorflow", "jax", "keras"):
         if re.search(rf"^import {framework}|polywhiten\.{framework}", example, re.M):
-            pytest.importorskip(framework)  # for Keras, its backend too
+            pytest.importorskip(framework)  # importing Keras also fails without its backend
     if re.search(r"^import cupy", example, re.M) and not pytest.importorskip("cupy").cuda.is_available():
         pytest.skip("CuPy sees no CUDA device")
 
@@ -26,16 +26,16 @@ def skip_without_frameworks(example):
 @pytest.mark.parametrize("title", EXAMPLES)
 def test_example_runs(title, tmp_path, monkeypatch):
     skip_without_frameworks(EXAMPLES[title])
-    monkeypatch.chdir(tmp_path)  # where it may leave files
+    monkeypatch.chdir(tmp_path)  # a folder in which the example may write files
     exec(compile(EXAMPLES[title], f"README, {title}", "exec"), {})
 
 
 @pytest.mark.parametrize("title", EXAMPLES)
 def test_example_runs_at_the_root_of_a_checkout(title, tmp_path):
-    """There the folder `polywhiten` is found before the installed package."""
+    """At the root, Python finds the folder `polywhiten` before the installed package."""
     skip_without_frameworks(EXAMPLES[title])
     example = EXAMPLES[title].replace("whitening.png", (tmp_path / "whitening.png").as_posix())
-    # by plain kernels: compiling those of the checkout would take half a minute
+    # Without Numba, because compiling the checkout's kernels would take half a minute.
     code = f"import sys; sys.modules['numba'] = None; sys.path[0] == '' or sys.exit('not at the root')\n{example}"
     code += "\nimport polywhiten; print(polywhiten.__file__)"
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}

@@ -1,4 +1,4 @@
-"""The solvers' accuracy, and derivatives where automatic differentiation fails."""
+"""The solvers are accurate, and their derivatives right where automatic differentiation fails."""
 
 import array_api_compat.numpy as xp
 import numpy as np
@@ -11,7 +11,7 @@ from polywhiten.solvers.newton import Newton
 
 
 def matrix(size, condition, seed=0):
-    """Symmetric positive definite with eigenvalues evenly spread in logarithm."""
+    """Return a symmetric positive definite matrix whose eigenvalues are evenly spaced in logarithm."""
     q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))
     s = q * np.geomspace(1, 1 / condition, size) @ q.T
     return (s + s.T) / 2
@@ -66,14 +66,14 @@ def test_more_steps_than_a_dtype_has_digits_for_change_nothing():
 
 @pytest.mark.parametrize("iterations", [1, 3, 5, 8])
 def test_a_minimax_step_is_the_best_quintic(iterations):
-    """The error of the best polynomial takes its maximum at four points, with alternating sign (Chebyshev)."""
+    """By Chebyshev, the best polynomial's error reaches its maximum at four points, with alternating sign."""
     steps, lower, upper = minimax_steps(iterations), None, 1.0
     assert len(steps) == iterations
     for a, b, c in steps:
         roots = np.sort(np.roots([5 * c, 0, 3 * b, 0, a]).real)
         minimum_and_maximum = [1 - (a * x + b * x**3 + c * x**5) for x in roots[roots > 0]]
         largest = abs(minimum_and_maximum[0])
-        if largest < 1e-6:  # converged: its limit
+        if largest < 1e-6:  # converged to the limit
             break
         np.testing.assert_allclose(minimum_and_maximum, [-largest, largest], rtol=1e-6)
         assert 1 - (a * upper + b * upper**3 + c * upper**5) == pytest.approx(-largest, rel=1e-6)

@@ -1,4 +1,4 @@
-"""The study's machinery on tiny runs: what a run records, resuming, verdicts, and the page."""
+"""Tests of the study with tiny runs: what a run records, how runs resume, verdicts, and the page."""
 
 from dataclasses import replace
 from importlib import import_module
@@ -14,7 +14,7 @@ import torch  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"  # scripts, which nothing installs
+FOLDER = Path(__file__).parent.parent / "benchmarks"  # a folder of scripts that isn't installed
 QUIET = Console(quiet=True)
 
 
@@ -39,7 +39,7 @@ def pictures(path, train=256, test=64):
 
 
 def made(study, source, experiment, wanted, path):
-    """Runs made, and all rows that are there then."""
+    """Return the number of runs made, and all rows in the file afterwards."""
     runs = study("runs")
     count = runs.resume(
         experiment, wanted, path, lambda *given: experiment.perform(*given, source=source, device="cpu"), "cpu", QUIET
@@ -48,7 +48,7 @@ def made(study, source, experiment, wanted, path):
 
 
 def some(experiment):
-    """Few runs of a plan, of different norms."""
+    """Return the settings of a few runs of a plan, with different norms."""
     plan = experiment.plan("tiny", 1)
     return plan[:: max(1, len(plan) // 2)][:2]
 
@@ -81,7 +81,7 @@ def test_a_killed_study_goes_on_where_it_was(study, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         runs.resume(groups, wanted, path, lambda *given: perform(*given, stop_at=3), "cpu", QUIET)
     with path.open("a") as file:
-        file.write("bn,,,,mlp,12")  # a row that was being written
+        file.write("bn,,,,mlp,12")  # a row that wasn't completely written
     started.clear()
     assert runs.resume(groups, wanted, path, perform, "cpu", QUIET) == 2
     assert started == wanted[2:]
@@ -135,11 +135,11 @@ def test_gauss_newton_matrix_is_the_hessian_of_a_linear_model(study):
 )
 def test_verdicts_are_of_differences_seed_by_seed(study, values, verdict):
     claims = study("claims")
-    base = {0: 50.0, 1: 70.0, 2: 60.0}  # seeds differ by more than norms do
+    base = {0: 50.0, 1: 70.0, 2: 60.0}  # the differences between seeds are larger than those between norms
     better = {seed: base[seed] + value for seed, value in enumerate(values)}
     (found,) = claims.compared("claim", better | {3: 0.0}, base, lambda value: value)
     assert found.verdict == verdict
-    assert not [*claims.compared("claim", {0: 1.0}, {0: 2.0}, lambda value: value)]  # one seed says nothing
+    assert not [*claims.compared("claim", {0: 1.0}, {0: 2.0}, lambda value: value)]  # one seed gives no verdict
 
 
 def test_report_has_a_picture_and_tables_of_what_is_there(study, source, tmp_path):
@@ -168,7 +168,7 @@ def test_commands_say_what_is_wrong(study, tmp_path):
     for arguments, message in (
         (["training"], "--data"),
         (["training", "--data", str(data), "--size", "tiny"], "--out"),
-        (["training", "--data", str(data), "--size", "tiny", "--out", str(tmp_path)], "256 square colour pictures"),
+        (["training", "--data", str(data), "--size", "tiny", "--out", str(tmp_path)], "needs 256 square colour images"),
     ):
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code != 0

@@ -1,4 +1,4 @@
-"""What only TensorFlow has: graphs of unknown sizes, XLA, nested tapes, variables."""
+"""What is special about TensorFlow: graphs of unknown sizes, XLA, nested tapes, and variables."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def value_and_gradients(name, x, weight, bias, dy, **options):
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
 def test_a_graph_of_unknown_sizes(name, method, axis, jit):
-    """Batch and image size are unknown while the graph is traced; two sizes go through the same graph."""
+    """Batch and image size are unknown while the graph is traced, and the same graph is used for two sizes."""
     options = {"axis": axis, "method": method, **CALLS[name]}
     unknown = [None, 6, None, None] if axis == 1 else [None, None, None, 6]
     vector, array = tf.TensorSpec([6], "float64"), tf.TensorSpec(unknown, "float64")
@@ -44,7 +44,7 @@ def test_a_graph_of_unknown_sizes(name, method, axis, jit):
         x, dy = (np.moveaxis(a, 1, axis) for a in normal(2, n, 6, size, size + 1))
         expected, pullback = getattr(pw, f"{name}_vjp")(x, weight=weight, bias=bias, **options)
         for actual, wanted in zip(traced(x, weight, bias, dy), (expected, *pullback(dy)), strict=True):
-            # XLA's own eigh stops at 1e-8
+            # XLA's eigh is accurate to 1e-8 only
             np.testing.assert_allclose(actual, wanted, atol=1e-6 if jit and method == "eigh" else 1e-9)
     assert traced.experimental_get_tracing_count() == 1
 
@@ -80,7 +80,7 @@ def test_second_derivatives_of_nested_tapes(name, method, wrap):
 
     @wrap
     def product(x):
-        """Hessian times direction."""
+        """Return the product of the Hessian with `direction`."""
         with tf.GradientTape() as tape:
             tape.watch(x)
             along = tf.reduce_sum(slope(x) * direction)
@@ -93,14 +93,14 @@ def test_second_derivatives_of_nested_tapes(name, method, wrap):
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_equal_eigenvalues_spoil_no_derivative(order):
-    """TensorFlow's own gradient of eigh divides by the eigenvalues' differences."""
+    """TensorFlow's gradient of eigh divides by differences of eigenvalues."""
     cov, result = tf.eye(4, dtype="float64") * 2, None
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(cov)
         result = tf.reduce_sum(pw.inverse_sqrt(cov, method="eigh") ** 2)
         if order == 2:
             result = tf.reduce_sum(tape.gradient(result, cov) ** 2)
-    # of the sum of 1 / l the gradient is -1 / l^2, and of its square's sum -4 / l^5
+    # For eigenvalues l, the gradient of the sum of 1 / l is -1 / l^2, and that of the sum of its squares is -4 / l^5.
     np.testing.assert_allclose(
         tape.gradient(result, cov), np.eye(4) * (-1 / 4 if order == 1 else -4 / 2**5), atol=1e-12
     )
@@ -108,7 +108,7 @@ def test_equal_eigenvalues_spoil_no_derivative(order):
 
 @pytest.mark.parametrize("call", [pw.iter_norm, lambda x: pw.group_whiten(x, num_groups=3)])
 def test_vectorized_map_keeps_the_gradient(call):
-    """It doesn't know the gradients of custom operations, and goes through their inside."""
+    """`vectorized_map` ignores custom gradients, and maps the operations inside them."""
     x = tf.constant(normal(3, 8, 6))
     gradients = []
     for mapped in (tf.map_fn, tf.vectorized_map):
@@ -145,7 +145,7 @@ def test_variables_are_whitened_and_learnt():
 
 @pytest.mark.parametrize(("group_size", "expected"), [(16, False), (4, True)])
 def test_channels_last_with_one_group_is_not_copied(group_size, expected):
-    """Several groups are cut apart, and show that the test would see it."""
+    """With several groups, the data have to be copied, which shows that the test detects copies."""
     spec = tf.TensorSpec([None, None, None, 16], "float32")
     train = lambda x: value_and_gradients("iter_norm", x, tf.ones(16), tf.zeros(16), x, axis=-1, group_size=group_size)
     graph = tf.function(train).get_concrete_function(spec).graph
@@ -153,7 +153,7 @@ def test_channels_last_with_one_group_is_not_copied(group_size, expected):
     def copies(operation):
         shape = operation.inputs[0].shape.as_list() if operation.inputs else []
         if None not in shape:
-            return False  # of statistics
+            return False  # a copy of statistics, not of data
         if operation.type == "Transpose":
             kept = [i for i in tf.get_static_value(operation.inputs[1]) if shape[i] != 1]
             return kept != sorted(kept)
@@ -164,7 +164,7 @@ def test_channels_last_with_one_group_is_not_copied(group_size, expected):
 
 @pytest.mark.parametrize(("samples", "groups", "apart"), [(4096, 2, True), (4096, 17, False), (100, 2, False)])
 def test_rows_of_groups_one_by_one_and_in_a_batch_agree(samples, groups, apart):
-    """A graph on CPUs whitens few groups of many samples one by one, others and eager calls in a batch."""
+    """On CPUs, a graph whitens a few groups of many samples one by one. Other graphs and eager calls use a batch."""
     x, dy = (np.random.default_rng(i).normal(size=(samples, 3 * groups)) for i in range(2))
     given = tf.constant(x), tf.ones(3 * groups, "float64"), tf.zeros(3 * groups, "float64"), tf.constant(dy)
     train = lambda *given: value_and_gradients("iter_norm", *given, axis=-1, group_size=3)
@@ -202,7 +202,7 @@ AXES = [(rank, axis) for rank in range(2, 6) for axis in range(rank)]
 
 
 def every_function(x, weight, bias, dy, axis):
-    """Outputs and gradients of all functions, few of Newton's steps as graphs of more take seconds."""
+    """Return outputs and gradients of all functions, with few of Newton's steps because graphs of more take seconds."""
     options, affine = {"axis": axis, "iterations": 2}, {"weight": weight, "bias": bias}
     whiten = value_and_gradients("iter_norm", x, weight, bias, dy, group_size=3, **options)
     stats = pw.whitening_stats(x, group_size=3, **options)
@@ -213,7 +213,7 @@ def every_function(x, weight, bias, dy, axis):
 
 
 def by_numpy(x, weight, bias, dy, axis):
-    """The same in NumPy."""
+    """Return the same as `every_function`, computed by NumPy."""
     options, affine = {"axis": axis, "iterations": 2}, {"weight": weight, "bias": bias}
     y, pullback = pw.iter_norm_vjp(x, group_size=3, **affine, **options)
     stats = pw.whitening_stats(x, group_size=3, **options)
@@ -247,13 +247,13 @@ def test_a_graph_in_which_the_channels_alone_are_known(rank, axis):
 
 
 def test_xla_where_the_channels_alone_are_known():
-    """Positions on both sides of the channels; channels first and last are compiled above."""
+    """There are positions on both sides of the channels; tests above compile channels first and channels last."""
     assert_any_size_is_whitened(4, 2, jit=True)
 
 
 @pytest.mark.parametrize("known", ["x", "dy", "neither"])
 def test_a_pullback_in_a_graph_of_unknown_sizes(known):
-    """Of dy, not even the channels need be known: TensorFlow loses them in many an operation."""
+    """Not even the channels of dy have to be known, because many operations of TensorFlow lose them."""
     x, dy = normal(2, 5, 4, 6, 3)
     specs = [
         tf.TensorSpec(x.shape if known == "x" else [None, None, 6, None], "float64"),
@@ -290,7 +290,7 @@ def step(x, dy):
 
 expected, pullback = pw.iter_norm_vjp(x, weight=weight, group_size=4)
 dx, dweight, _ = pullback(dy)
-for first in (3, 5):  # the second replica gets two samples, or none
+for first in (3, 5):  # the second replica gets two samples, or no sample
     parts = [slice(0, first), slice(first, 5)]
     shares = [
         strategy.experimental_distribute_values_from_function(
@@ -338,7 +338,7 @@ def test_ragged_and_sparse_tensors_are_refused_by_name():
 
 
 def test_a_tape_keeps_the_input_and_little_else():
-    """The centred copy and the iterates would be kept, did the tape see them."""
+    """If the tape saw the centred copy and the iterates, it would keep them."""
     import gc
 
     x = tf.random.normal((64, 32, 32, 16))
@@ -348,5 +348,5 @@ def test_a_tape_keeps_the_input_and_little_else():
         gc.collect()
         large = [t for t in gc.get_objects() if type(t) is type(x) and t.shape.num_elements() >= 64 * 32 * 32]
     assert len(large) >= 2
-    assert all(np.array_equal(t, x) or np.array_equal(t, y) for t in large)  # y by two names
+    assert all(np.array_equal(t, x) or np.array_equal(t, y) for t in large)  # y is there under two names
     assert tape.gradient(y, x).shape == x.shape

@@ -1,4 +1,4 @@
-"""What only PyTorch has: autograd twice over, transforms, compilation, memory formats, serialization."""
+"""What is special about PyTorch: double backward, transforms, compilation, memory formats, and serialization."""
 
 import copy
 import functools
@@ -37,7 +37,7 @@ def _seed():
 
 
 def trained(layer, training):
-    """The layer in a mode, with running statistics and an affine map that aren't trivial."""
+    """Return the layer in training or evaluation mode, with nontrivial running statistics and affine map."""
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.uniform_(0.5, 2)
@@ -62,7 +62,7 @@ def test_first_and_second_derivatives(make, method, training, affine):
 
 
 def test_second_derivative_with_equal_eigenvalues():
-    """Two constant channels: PyTorch's own derivative of eigh is NaN there."""
+    """Two channels are constant, for which PyTorch's derivative of eigh is NaN."""
     x = torch.randn(8, 4, 3, dtype=torch.float64)
     x[:, 2:] = 1
     x.requires_grad_()
@@ -78,7 +78,7 @@ def test_statistics_are_differentiable():
 
 
 def test_tangents_of_forward_mode():
-    """They aren't lost in compiled kernels, which know nothing of them."""
+    """Compiled kernels don't know tangents, and must not be used where they would lose them."""
     layer = trained(IterNorm(6, group_size=4, dtype=torch.float64), False).requires_grad_(False)
     for run, x in ((layer, torch.randn(5, 6).double()), (pw.inverse_sqrt, torch.eye(3).double() + 1)):
         dx = torch.randn_like(x)
@@ -107,7 +107,7 @@ CHANGES = {
 @pytest.mark.parametrize("track", ["whitener", "covariance"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_gradient_of_an_evaluation_is_that_of_its_own_statistics(change, track, dtype):
-    """Whatever happens to the running averages before backward."""
+    """Changes of the running averages before backward make no difference."""
     layer = trained(IterNorm(6, group_size=4, track=track, dtype=dtype), False)
     x = torch.randn(5, 6, dtype=dtype, requires_grad=True)
     leaves = x, *layer.parameters()
@@ -167,7 +167,7 @@ def test_function_transforms(method):
 
 @each_method
 def test_gradients_in_batches(method):
-    """`is_grads_batched` has an older `vmap`, with fewer rules."""
+    """`is_grads_batched` uses an older `vmap`, which supports fewer operations."""
     x = torch.randn(5, 6, 4, dtype=torch.float64, requires_grad=True)
     for y in (
         pw.iter_norm(x, group_size=3, method=method),
@@ -184,7 +184,7 @@ def test_gradients_in_batches(method):
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_compile_whole_graph_with_dynamic_batch(make, training):
     torch._dynamo.reset()
-    layer = trained(make(method="minimax"), training).double()  # eager code has other kernels, that round otherwise
+    layer = trained(make(method="minimax"), training).double()  # eager code uses other kernels, which round differently
     twin = copy.deepcopy(layer)
     graphs = 0
 
@@ -312,7 +312,7 @@ def test_output_can_be_changed_in_place(make, training, affine, channels_last):
 
 @each_layer
 def test_output_without_gradients_is_no_view(make):
-    """Nothing that has a gradient could be added to such a view in place, as a reentrant checkpoint's block does."""
+    """A view couldn't be changed in place by tensors with gradients, as in the block of a reentrant checkpoint."""
     with torch.no_grad():
         y = make()(torch.randn(5, 6, 4, 4))
     y += torch.ones((), requires_grad=True)
@@ -355,7 +355,7 @@ def test_empty_batch(training):
 @pytest.mark.parametrize("shape", [(0, 6), (0, 6, 4, 4), (4, 6, 0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_what_has_no_samples_passes_with_gradients_of_zero_and_changes_no_average(make, training, shape, dtype):
-    """As the share of one process of a distributed run may be."""
+    """One process of a distributed run may get a batch without samples."""
     layer = trained(make(), training)
     before = copy.deepcopy(layer.state_dict())
     x = torch.zeros(shape, dtype=dtype, requires_grad=True)
@@ -427,7 +427,7 @@ def test_every_argument_of_pytorchs_own_layer_is_taken(theirs, ours, sizes):
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 def test_a_layer_without_a_bias_has_the_weight_alone(theirs, ours, sizes, affine):
     layer = ours(*sizes, affine=affine, bias=False)
-    if "bias" in inspect.signature(theirs).parameters:  # of PyTorch 2.13
+    if "bias" in inspect.signature(theirs).parameters:  # since PyTorch 2.13
         norm = theirs(*sizes, affine=affine, bias=False)
         assert [name for name, _ in layer.named_parameters()] == [name for name, _ in norm.named_parameters()]
     assert layer.bias is None
@@ -461,7 +461,7 @@ def test_nonfinite_batches_raise_an_error_on_demand(bad):
 @pytest.mark.parametrize("track", ["whitener", "covariance"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_running_averages_stay_finite_in_their_own_dtype(dtype, track):
-    """Whatever the dtype of the statistics can hold."""
+    """They stay finite even if the statistics' dtype can hold larger values."""
     layer, x = IterNorm(6, track=track, dtype=dtype, momentum=0.5), torch.randn(40, 6, dtype=torch.float64)
     before = copy.deepcopy(layer.state_dict())
     large = x * 1e25 + 1e39
@@ -475,7 +475,7 @@ def test_running_averages_stay_finite_in_their_own_dtype(dtype, track):
 
 
 def test_running_averages_take_what_they_can_hold():
-    """A variance of 1e5 is above the largest float16; a tenth of it isn't, nor are several numbers of 4e4."""
+    """A variance of 1e5 is above the largest float16, but the averaged tenth of it isn't, nor are means of 4e4."""
     noise = torch.randn(400, 6)
     for momentum, x in ((0.1, 316 * noise), (1.0, 200 * noise + 4e4)):
         layers = [IterNorm(6, track="covariance", momentum=momentum, dtype=t) for t in (torch.float16, torch.float32)]
@@ -505,7 +505,7 @@ def test_without_running_statistics_every_input_is_whitened_by_itself():
 
 @pytest.mark.parametrize("track", ["whitener", "covariance"])
 def test_averages_set_to_none_are_those_of_batch_norm(track):
-    """In evaluation the batch's statistics are used, in training nothing is averaged; the batches are counted."""
+    """Evaluation then uses the batch's statistics, and training averages nothing but counts the batches."""
     x, layer = torch.randn(16, 6, 4), trained(IterNorm(6, track=track), False)
     layer.running_mean = None
     for use in (lambda: layer.train()(x), lambda: layer.eval()(x)):
@@ -522,7 +522,7 @@ def test_averages_set_to_none_are_those_of_batch_norm(track):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_averages_without_a_count_are_those_of_batch_norm(momentum):
-    """They go on with a momentum, and stand still for the plain average."""
+    """With a momentum they are updated; without one, the plain average can't be."""
     x, norm, layer = torch.randn(16, 6) + 3, torch.nn.BatchNorm1d(6, momentum=momentum), IterNorm(6, momentum=momentum)
     norm.num_batches_tracked = layer.num_batches_tracked = None
     for each in (norm, layer):
@@ -592,7 +592,7 @@ def test_wrong_use(use, error, message):
 
 
 class Block(torch.nn.Module):
-    """A residual block in the manner of torchvision and timm, which call `norm_layer(channels)`."""
+    """A residual block that calls `norm_layer(channels)`, as those of torchvision and timm do."""
 
     def __init__(self, inputs, outputs, stride, norm_layer):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Layers recorded as graphs: torch.fx, TorchScript's traces, and ONNX by both of PyTorch's exporters."""
+"""Layers can be recorded as graphs: by torch.fx, by TorchScript's tracing, and by both ONNX exporters."""
 
 import io
 import pickle
@@ -30,7 +30,7 @@ def _seed():
 
 
 def trained(layer, shape):
-    """In evaluation, with averages and an affine map that aren't trivial."""
+    """Return the layer in evaluation mode, with nontrivial averages and affine map."""
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.uniform_(0.5, 2)
@@ -39,7 +39,7 @@ def trained(layer, shape):
 
 
 class Activated(IterNorm):
-    """What users make of a layer."""
+    """A subclass of a layer, as users write it."""
 
     def forward(self, x):
         return super().forward(x).relu()
@@ -75,7 +75,7 @@ def test_fx_records_arguments_by_keyword():
 @each_layer
 def test_fx_graph_trains_and_evaluates_as_the_original(make):
     network = nn.Sequential(nn.Linear(12, 12), make(), nn.Linear(12, 2))
-    graph = pickle.loads(pickle.dumps(torch.fx.symbolic_trace(network)))  # with layers of its own
+    graph = pickle.loads(pickle.dumps(torch.fx.symbolic_trace(network)))  # with copies of the layers
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (network, graph)]
     x = torch.randn(64, 12)
     for _ in range(3):
@@ -112,16 +112,16 @@ def test_saved_traces_have_outputs_and_gradients_of_the_layer(make, method, trai
 
 @traced
 def test_a_trace_of_eigh_has_a_gradient_where_eigenvalues_are_equal():
-    """PyTorch's own derivative of the eigendecomposition is NaN there."""
+    """PyTorch's derivative of the eigendecomposition is NaN for equal eigenvalues."""
     layer, x = GroupWhitening(4, 12, method="eigh", eps=0.1, dtype=torch.float64), torch.randn(3, 12, 5).double()
-    x[:, 6:] = 1  # two constant groups
+    x[:, 6:] = 1  # two groups are constant
     x.requires_grad_()
     gradients = [torch.autograd.grad(run(x).pow(3).sum(), x)[0] for run in (torch.jit.trace(layer, x), layer)]
     torch.testing.assert_close(*gradients)
 
 
 def in_onnxruntime(model, x, others, **options):
-    """What a model's export gives for other inputs."""
+    """Return what an exported model computes for other inputs."""
     pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     file = io.BytesIO()
@@ -167,7 +167,7 @@ def test_onnx_of_channels_last_memory(make):
 
 @older_exporter
 def test_onnx_by_the_newer_exporter():
-    """Layers of every method side by side: this exporter takes seconds."""
+    """One model has layers of every method, because this exporter takes seconds."""
     pytest.importorskip("onnxscript")
     shape = SHAPES["pictures"]
     combinations = ("whitener", "newton"), ("covariance", "eigh"), ("group whitening", "eigh")
@@ -188,7 +188,7 @@ def test_onnx_by_the_newer_exporter():
 @pytest.mark.parametrize("condition", [1e1, 1e4, 1e7])
 @traced
 def test_a_trace_of_eigh_is_as_exact_as_eigh(dtype, condition):
-    """Where its products stand for the eigendecomposition: of matrices as badly conditioned as the dtype can have."""
+    """A trace replaces eigh by products, also for the worst condition numbers that the dtype can represent."""
     layer = IterNorm(32, track="covariance", method="eigh", eps=0.0, dtype=dtype).eval()
     vectors = torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64)).Q
     cov = vectors * torch.logspace(3, 3 - torch.tensor(condition).log10().item(), 32, dtype=torch.float64) @ vectors.mT

@@ -1,4 +1,4 @@
-"""The layers as `norm_layer=` of torchvision's and timm's own networks, and torch.fx as these two use it."""
+"""The layers work as `norm_layer=` of torchvision's and timm's networks, and with torch.fx as these use it."""
 
 import functools
 import importlib.util
@@ -18,7 +18,7 @@ from polywhiten.torch.norm_layers import GroupWhiteningLayer, NormAct, group_whi
 
 try:
     import torchvision
-except RuntimeError:  # built for CUDA beside a PyTorch for CPUs: its operators, for detection alone, are missing
+except RuntimeError:  # torchvision for CUDA with PyTorch for CPUs lacks its operators, which only detection uses
     OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -27,7 +27,7 @@ except RuntimeError:  # built for CUDA beside a PyTorch for CPUs: its operators,
 import timm  # noqa: E402
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::polywhiten.analysis.InfeasibleWarning")  # of few and small pictures
+pytestmark = pytest.mark.filterwarnings("ignore::polywhiten.analysis.InfeasibleWarning")  # the images are few and small
 
 OURS = (IterNorm, GroupWhitening)
 THEIRS = (nn.BatchNorm2d, nn.GroupNorm)
@@ -40,7 +40,7 @@ WITH_ACTIVATION = {
     "IterNorm": functools.partial(iter_norm_act, group_size=16),
     "GroupWhitening": functools.partial(group_whitening_act, num_groups=4, eps=1e-3),
 }
-# small ones of the families that the README names, and the activation of each
+# Small networks of the families that the README names, with the activation of each.
 FAMILIES = {
     "EfficientNet": (functools.partial(timm.create_model, "test_efficientnet"), "silu"),
     "RegNet": (
@@ -69,13 +69,13 @@ def count(network, kinds):
 
 
 def activations(network):
-    """How many of each kind."""
+    """Count the activations of each kind."""
     kinds = nn.ReLU, nn.SiLU
     return Counter(type(module).__name__ for module in network.modules() if isinstance(module, kinds))
 
 
 def check_training(network):
-    """A step of training makes the loss smaller, and what it leaves can be evaluated."""
+    """Check that a training step reduces the loss, and that the network can be evaluated afterwards."""
     x, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
     loss = nn.functional.cross_entropy(network(x), labels)
     loss.backward()
@@ -105,7 +105,7 @@ def test_timm(norm_layer):
 @each_family
 @with_activation
 def test_timm_where_normalization_layers_activate(make, activation, norm_layer):
-    """As many normalization layers and activations as the network has by default, at the same places."""
+    """The network has as many normalization layers and activations as by default, at the same places."""
     default, network = make(), make(norm_layer=functools.partial(norm_layer, act_layer=activation))
     assert count(network, OURS) == count(default, THEIRS) > 0
     assert not count(network, THEIRS)
@@ -132,7 +132,7 @@ def test_arguments_that_timm_gives_normalization_layers_with_activation(make):
 
 @pytest.mark.parametrize("norm_layer", [iter_norm_act, group_whitening_act])
 def test_activation_is_asked_for(norm_layer):
-    """A default would take the place of the network's own, without a word."""
+    """A default would silently replace the activation of the network."""
     with pytest.raises(TypeError, match="act_layer"):
         timm.create_model("test_efficientnet", norm_layer=norm_layer)
 
@@ -164,7 +164,7 @@ def test_torchvision_extracts_features_of_a_resnet(norm_layer):
     assert {"bn1", "layer1.0.bn1", "layer2.0.downsample.1", "layer4.1.bn2"} <= set(names)
     wanted = ["layer1.0.bn2", "layer3", "fc"]
     extractor, found = create_feature_extractor(network, wanted), {}
-    for name in wanted:  # hooks see outputs before what follows changes them in place
+    for name in wanted:  # hooks get outputs before later layers change them in place
         network.get_submodule(name).register_forward_hook(lambda _, __, y, name=name: found.update({name: y.clone()}))
     x = torch.randn(4, 3, 32, 32)
     extractor.train()(x)["fc"].sum().backward()

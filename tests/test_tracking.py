@@ -1,4 +1,4 @@
-"""Tracking: the rows are those of the layers' inputs and outputs, and a tracked model is the model itself."""
+"""Tracking measures the layers' inputs and outputs, and leaves the model as it is."""
 
 import copy
 import csv
@@ -22,7 +22,7 @@ X = torch.from_numpy(np.random.default_rng(0).normal(size=(8, 6, 5, 5)))
 
 
 def with_covariance(cov, samples=64):
-    """(samples, d) of mean 3, and exactly this covariance."""
+    """Return an array (samples, d) with mean 3 and exactly this covariance."""
     x = np.random.default_rng(0).normal(size=(samples, len(cov)))
     x -= x.mean(axis=0)
     white = x @ np.linalg.inv(np.linalg.cholesky(x.T @ x / samples)).T
@@ -45,7 +45,7 @@ def hooks(model):
 
 
 def test_known_covariances_give_their_measures():
-    """Of the input, and of the exactly whitened output."""
+    """The measures are of the input and of the exactly whitened output."""
     cov = np.diag([9.0, 4.0, 1.0])
     cov[0, 1] = cov[1, 0] = 3
     low, high = np.linalg.eigvalsh(cov)[[0, 2]]
@@ -56,14 +56,14 @@ def test_known_covariances_give_their_measures():
     assert (row.step, row.layer, row.kind) == (0, "0", "IterNorm")
     assert row.input_condition_number == pytest.approx(high / low)
     assert row.input_whitening_error == pytest.approx(math.sqrt((8**2 + 3**2 + 2 * 3**2) / 3))
-    assert row.input_correlation == pytest.approx(3 / 6 / 3)  # one pair of three
+    assert row.input_correlation == pytest.approx(3 / 6 / 3)  # one of three pairs is correlated
     assert row.output_condition_number == pytest.approx(1)
     assert row.output_whitening_error == pytest.approx(0, abs=1e-10)
     assert row.output_correlation == pytest.approx(0, abs=1e-10)
 
 
 def test_batch_normalization_is_measured_in_the_blocks_of_iternorm():
-    """It makes variances 1 and leaves correlations."""
+    """It makes variances 1 and leaves correlations unchanged."""
     x = torch.from_numpy(with_covariance([[4, 1], [1, 1]]))
     model = nn.Sequential(nn.BatchNorm1d(2, eps=1e-12)).double()
     with track(model) as tracking:
@@ -138,7 +138,7 @@ def test_half_precision_and_autocast_are_measured_in_float32(dtype):
     assert tracking.rows[0].input_condition_number == pytest.approx(np.linalg.cond(expected), rel=1e-3)
 
 
-# ---------------------------------------------------------------- when, and which
+# ---------------------------------------------------------------- which steps and layers are measured
 
 
 def test_every_few_training_passes_are_measured():
@@ -147,7 +147,7 @@ def test_every_few_training_passes_are_measured():
         for _ in range(7):
             model.eval()(X)
             model.train()(X)
-            model[1](model[0](X))  # no pass of the model
+            model[1](model[0](X))  # this isn't a forward pass of the model
     names = ["1", "4", "5", "6"]
     assert [(row.step, row.layer) for row in tracking.rows] == [(step, name) for step in (0, 3, 6) for name in names]
     assert [row.kind for row in tracking.rows[:4]] == ["IterNorm", "GroupWhitening", "BatchNorm2d", "GroupNorm"]
@@ -244,11 +244,11 @@ def test_wrong_use(use, error, message):
         use()
 
 
-# ---------------------------------------------------------------- no effect
+# ---------------------------------------------------------------- tracking has no effect on training
 
 
 def trained(steps=3, tracked=False):
-    """Outputs, gradients, parameters and running averages after some steps."""
+    """Return outputs, gradients, parameters and running averages after some steps."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     seen = []
@@ -274,7 +274,7 @@ def test_no_hook_is_left():
     tracking = track(model)
     assert len(hooks(model)) > len(before)
     tracking.remove()
-    tracking.remove()  # once more does no harm
+    tracking.remove()  # removing twice does no harm
     assert hooks(model) == before == []
     with pytest.raises(KeyError), track(model):
         raise KeyError
@@ -292,7 +292,7 @@ def test_a_pass_that_fails_is_followed_by_others():
 
 
 def test_compiled_models():
-    """Tracked before they are compiled, they have rows; after that, a warning; and not tracked, they are as before."""
+    """A model that is tracked before it is compiled has rows until tracking ends; tracking it later only warns."""
     model = network()
     compiled = torch.compile(model, backend="eager")
     with track(model, every=2) as tracking:
@@ -308,7 +308,7 @@ def test_compiled_models():
         compiled(X)
 
 
-# ---------------------------------------------------------------- what is left
+# ---------------------------------------------------------------- results
 
 
 def record(layers=3, steps=5):

@@ -1,7 +1,7 @@
-"""Who takes part in the measurements, by framework: a module each, imported only when asked for.
+"""The competitors in the measurements, with one module per framework, imported only when needed.
 
-A step is a call without arguments that returns what it computes; it holds its arrays itself. Training is forward and
-backward: the output and the gradients of x, weight and bias.
+A step is a function without arguments that holds its arrays and returns what it computes. A training step returns the
+output and the gradients of x, weight and bias.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ Step = Callable[[], Any]
 TEXTBOOK, DBN = "textbook", "dbn (eigh)"
 BATCH_NORM, GROUP_NORM = "batch norm", "group norm"
 CONV, GROUPED_CONV = "3x3 convolution", "grouped 1x1 convolution"
-# what moves the same bytes, by what is measured
+# The competitor that moves the same bytes, for each layer.
 SAME_TRAFFIC = {"iter_norm": BATCH_NORM, "group_whiten": GROUP_NORM}
 
 BACKENDS = {
@@ -35,48 +35,54 @@ BACKENDS = {
 
 
 class Framework(ABC):
-    """What measurements ask of a framework on a device ("cpu" or "cuda")."""
+    """The interface of a framework for measurements on a device ("cpu" or "cuda")."""
 
     MODES: ClassVar[tuple[str, ...]] = ("eager",)
     PACKAGES: ClassVar[tuple[str, ...]]
 
     def __init__(self, device: str) -> None:
-        """Raise ValueError where the framework has no such device."""
+        """Raise ValueError if the framework has no such device."""
         self.device = device
 
     @abstractmethod
     def training(self, problem: Problem, mode: str) -> dict[str, Step]:
-        """Forward and backward of every competitor, by name."""
+        """Return the training steps of all competitors by name."""
 
     @abstractmethod
     def evaluation(self, problem: Problem, mode: str) -> dict[str, Step]:
-        """IterNorm with frozen statistics, and what stands beside it."""
+        """Return the evaluation steps of IterNorm with frozen statistics and of its competitors by name."""
 
     @abstractmethod
     def products(self, mode: str, channels: int, batch: int, size: int) -> dict[str, Step]:
-        """Large products of as many multiplications: a 1x1 convolution of (batch, channels, size, size), a matrix's."""
+        """Return steps that show the fastest rate of products: a large 1x1 convolution and a large matrix product.
 
-    def wait(self, result: Any) -> None:  # noqa: B027  # most have nothing to wait for on a CPU
-        """Return when the result is there."""
+        The convolution is of (batch, channels, size, size), the matrices have 4 channels x 4 channels elements.
+        """
+
+    def wait(self, result: Any) -> None:  # noqa: B027  # most frameworks have nothing to wait for on a CPU
+        """Wait until the result has been computed."""
 
     def run(self, step: Step) -> None:
-        """From its beginning to its end."""
+        """Run a step, and wait for its result."""
         self.wait(step())
 
     def values(self, result: Any) -> list[np.ndarray]:
-        """As NumPy arrays, channels where the problem's arrays have them."""
+        """Return the result as NumPy arrays in the layout of the problem."""
         return [np.asarray(part) for part in result]
 
     def peak_bytes(self, step: Step) -> int:
-        """What a warm step holds at most, above what is there before it."""
+        """Return the peak memory of a warm step, above what was allocated before it."""
         return peak_of_host(partial(self.run, step))
 
     def kept_bytes(self, problem: Problem) -> dict[str, int]:
-        """Alive between forward and backward beside input, output and parameters; empty where that can't be seen."""
+        """Return what each competitor saves for backward in addition to input, output and parameters.
+
+        The dictionary is empty if the framework can't tell.
+        """
         return {}
 
     def device_name(self) -> str:
-        """Of the accelerator."""
+        """Return the name of the accelerator."""
         raise NotImplementedError(f"{type(self).__name__} has no accelerator")
 
     def versions(self) -> str:
@@ -84,7 +90,7 @@ class Framework(ABC):
 
 
 def subject(problem: Problem) -> Callable[[Any, Any, Any], Any]:
-    """polywhiten's function of x, weight and bias, for frameworks that differentiate it."""
+    """Return polywhiten's function of x, weight and bias, for frameworks with automatic differentiation."""
     options: dict[str, Any] = {"axis": problem.axis, "iterations": problem.iterations, "eps": EPS}
     if problem.what == ITER_NORM:
         return lambda x, w, b: pw.iter_norm(x, weight=w, bias=b, group_size=problem.group, **options)
@@ -92,14 +98,14 @@ def subject(problem: Problem) -> Callable[[Any, Any, Any], Any]:
 
 
 def framework(backend: str, device: str) -> Framework:
-    """The framework's competitors on the device; ImportError or ValueError where that isn't to be had."""
+    """Return the framework on the device. Raise ImportError or ValueError if it isn't available there."""
     found: Framework = import_module(BACKENDS[backend]).FRAMEWORK(device)
     return found
 
 
 def peak_of_host(call: Callable[[], object]) -> int:
-    """Peak of the bytes that a call allocates, by native code too."""
-    from memray import FileReader, Tracker  # it has no wheels for Windows
+    """Return the peak of the bytes that a call allocates, including allocations of native code."""
+    from memray import FileReader, Tracker  # imported here because it has no wheels for Windows
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "allocations"

@@ -1,11 +1,11 @@
-"""JAX, compiled by `jax.jit`."""
+"""The competitors in JAX, compiled by `jax.jit`."""
 
 import os
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is other frameworks' too
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave GPU memory to other frameworks
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ Layer = Callable[[Array, Array, Array], Array]
 
 
 def textbook_layer(problem: Problem) -> Layer:
-    """The papers' algorithm with their own gradient."""
+    """Return the papers' algorithm with the papers' gradient."""
     blocks = problem.blocks
 
     @jax.custom_vjp
@@ -36,7 +36,7 @@ def textbook_layer(problem: Problem) -> Layer:
 
 
 def normalization(problem: Problem) -> Layer:
-    """Batch or group normalization, written plainly: JAX has none."""
+    """Return batch or group normalization in JAX's operations, because JAX has no such function."""
 
     def layer(x: Array, weight: Array, bias: Array) -> Array:
         if problem.what == ITER_NORM:
@@ -64,7 +64,7 @@ def convolution(problem: Problem) -> Layer:
 
 
 class Jax(Framework):
-    """polywhiten's functions beside plain ones."""
+    """polywhiten's functions, and others written in JAX's operations."""
 
     MODES = ("jit",)
     PACKAGES = ("jax", "jaxlib")
@@ -72,9 +72,9 @@ class Jax(Framework):
     def __init__(self, device: str) -> None:
         super().__init__(device)
         try:
-            self._place = jax.devices(device)[0]
+            self._jax_device = jax.devices(device)[0]
         except RuntimeError as error:
-            raise ValueError(f"JAX finds no device {device}: {error}") from error
+            raise ValueError(f"JAX has no device {device}: {error}") from error
 
     def training(self, problem: Problem, mode: str) -> dict[str, Step]:
         x, dy, weight, bias = self._arrays(problem)
@@ -110,10 +110,11 @@ class Jax(Framework):
     def products(self, mode: str, channels: int, batch: int, size: int) -> dict[str, Step]:
         x, kernel = self._random(batch, size, size, channels), self._random(1, 1, channels, channels)
         a, b = self._random(2, 4 * channels, 4 * channels)
-        numbers = ("NHWC", "HWIO", "NHWC")
+        dimensions = ("NHWC", "HWIO", "NHWC")
         return {
             "convolution": _Compiled(
-                lambda x, w: (jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=numbers),), x, kernel
+                lambda x, w: (jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=dimensions),),
+                *(x, kernel),
             ),
             "matrices": _Compiled(lambda a, b: (a @ b,), a, b),
         }
@@ -124,22 +125,23 @@ class Jax(Framework):
     def peak_bytes(self, step: Step) -> int:
         if self.device == "cpu":
             return super().peak_bytes(step)
-        analysis = step.compiled.memory_analysis()  # type: ignore[attr-defined]  # its peak is never reset
+        # The device's statistics don't help here, because JAX can't reset their peak.
+        analysis = step.compiled.memory_analysis()  # type: ignore[attr-defined]
         return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes)
 
     def device_name(self) -> str:
-        return str(self._place.device_kind)
+        return str(self._jax_device.device_kind)
 
     def _arrays(self, problem: Problem) -> list[Array]:
         drawn = problem.draw()
-        return [jax.device_put(a, self._place) for a in (drawn.x, drawn.dy, drawn.weight, drawn.bias)]
+        return [jax.device_put(a, self._jax_device) for a in (drawn.x, drawn.dy, drawn.weight, drawn.bias)]
 
     def _random(self, *shape: int) -> Array:
-        return jax.device_put(jax.random.normal(jax.random.key(0), shape), self._place)
+        return jax.device_put(jax.random.normal(jax.random.key(0), shape), self._jax_device)
 
 
 class _Compiled:
-    """A function of given arrays, compiled when it is first called or asked about."""
+    """A function with its arrays, compiled when it is first called or its compiled form is first needed."""
 
     def __init__(self, function: Callable[..., Any], *arrays: Any) -> None:
         self.function, self.arrays = function, arrays

@@ -1,4 +1,4 @@
-"""NumPy; gradients by pullbacks."""
+"""The competitors in NumPy, whose gradients are pullbacks."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ Pullback = Callable[[np.ndarray], tuple[Any, ...]]
 
 
 def standardize(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, problem: Problem) -> tuple[np.ndarray, Pullback]:
-    """Batch or group normalization, written plainly: a channel or group is a row of its block."""
+    """Apply batch or group normalization; a row of a block is a channel or a group."""
     blocks = problem.blocks
     rows = blocks.rows(np, x)
     centred = rows - rows.mean(2, keepdims=True)
@@ -35,29 +35,29 @@ def standardize(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, problem: Pr
 
 
 class NumPy(Framework):
-    """polywhiten's pullbacks beside plain ones."""
+    """polywhiten's pullbacks, and others written in NumPy's operations."""
 
     PACKAGES = ("numpy",)
 
     def __init__(self, device: str) -> None:
         super().__init__(device)
         if device != "cpu":
-            raise ValueError("NumPy has no device but the cpu")
+            raise ValueError("NumPy only has the device cpu")
 
     def training(self, problem: Problem, mode: str) -> dict[str, Step]:
         drawn: Arrays = problem.draw()
-        given = drawn.x, drawn.weight, drawn.bias
+        arguments = drawn.x, drawn.weight, drawn.bias
 
         def subject() -> tuple[np.ndarray, ...]:
-            y, pullback = self._subject(problem)(*given)
+            y, pullback = self._subject(problem)(*arguments)
             return y, *pullback(drawn.dy)
 
         def plain() -> tuple[np.ndarray, ...]:
-            y, saved = textbook.forward(np, problem.blocks, *given, problem.iterations, EPS)
+            y, saved = textbook.forward(np, problem.blocks, *arguments, problem.iterations, EPS)
             return y, *textbook.backward(np, problem.blocks, saved, drawn.dy)
 
         def normalization() -> tuple[np.ndarray, ...]:
-            y, pullback = standardize(*given, problem)
+            y, pullback = standardize(*arguments, problem)
             return y, *pullback(drawn.dy)
 
         return {SUBJECT: subject, SAME_TRAFFIC[problem.what]: normalization, TEXTBOOK: plain}

@@ -1,4 +1,4 @@
-"""TensorFlow, as a graph and compiled by XLA."""
+"""The competitors in TensorFlow, as a graph and compiled by XLA."""
 
 import os
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from competitors import CONV, DBN, SAME_TRAFFIC, TEXTBOOK, Framework, Step, subj
 
 Layer = Callable[[Any, Any, Any], Any]
 
-NAMESPACE = SimpleNamespace(  # what the textbook calls
+NAMESPACE = SimpleNamespace(  # the functions that the textbook uses
     permute_dims=tf.transpose,
     reshape=tf.reshape,
     mean=tf.reduce_mean,
@@ -32,7 +32,7 @@ NAMESPACE = SimpleNamespace(  # what the textbook calls
 
 
 def textbook_layer(problem: Problem) -> Layer:
-    """The papers' algorithm with their own gradient."""
+    """Return the papers' algorithm with the papers' gradient."""
 
     @tf.custom_gradient
     def layer(x: Any, weight: Any, bias: Any) -> Any:
@@ -43,9 +43,10 @@ def textbook_layer(problem: Problem) -> Layer:
 
 
 def batch_norm(problem: Problem) -> Layer:
-    """TensorFlow's fused one where it has it on every device, else that from its own parts."""
+    """Return TensorFlow's fused batch norm in NHWC, which all devices support, or else one in its operations."""
     if problem.layout == "NHWC":
-        return lambda x, w, b: tf.compat.v1.nn.fused_batch_norm(x, w, b, epsilon=max(EPS, 1.001e-5))[0]  # its least
+        epsilon = max(EPS, 1.001e-5)  # the fused function accepts no smaller one
+        return lambda x, w, b: tf.compat.v1.nn.fused_batch_norm(x, w, b, epsilon=epsilon)[0]
     axes, per_channel = [i for i in range(len(problem.shape)) if i != problem.axis], problem.blocks.per_channel
 
     def layer(x: Any, weight: Any, bias: Any) -> Any:
@@ -74,7 +75,7 @@ def convolution(x: Any, kernel: Any, bias: Any) -> Any:
 
 
 class TensorFlow(Framework):
-    """polywhiten's functions beside TensorFlow's, and plain ones."""
+    """polywhiten's functions, TensorFlow's, and others written in TensorFlow's operations."""
 
     MODES = ("graph", "XLA")
     PACKAGES = ("tensorflow",)
@@ -83,10 +84,10 @@ class TensorFlow(Framework):
         super().__init__(device)
         self._devices = tf.config.list_physical_devices("GPU")
         if device == "cuda" and not self._devices:
-            raise ValueError("TensorFlow finds no GPU")
+            raise ValueError("TensorFlow has no GPU")
         for found in self._devices:
-            tf.config.experimental.set_memory_growth(found, True)  # a GPU's memory is other frameworks' too
-        self._place = "/GPU:0" if device == "cuda" else "/CPU:0"
+            tf.config.experimental.set_memory_growth(found, True)  # leave memory to other frameworks
+        self._tf_device = "/GPU:0" if device == "cuda" else "/CPU:0"
 
     def training(self, problem: Problem, mode: str) -> dict[str, Step]:
         x, dy, weight, bias = self._tensors(problem)
@@ -99,7 +100,7 @@ class TensorFlow(Framework):
         if is_iter_norm:
             layers[DBN] = lambda x, w, b: textbook.exact(NAMESPACE, problem.blocks, x, w, b, EPS)
         steps = {name: self._compiled(mode, _training(layer), x, weight, bias, dy) for name, layer in layers.items()}
-        if is_iter_norm and problem.layout == "NHWC":  # TensorFlow's on a CPU know no other
+        if is_iter_norm and problem.layout == "NHWC":  # TensorFlow's convolutions on a CPU support no other
             kernel = self._random(3, 3, problem.channels, problem.channels)
             steps[CONV] = self._compiled(mode, _training(convolution), x, kernel, bias, dy)
         return steps
@@ -116,8 +117,8 @@ class TensorFlow(Framework):
         def plain(x: Any, stats: Any, weight: Any, bias: Any) -> Any:
             return (textbook.frozen(NAMESPACE, blocks, x, stats.mean, stats.whitener, weight, bias),)
 
-        given = x, stats, weight, bias
-        return {SUBJECT: self._compiled(mode, frozen, *given), TEXTBOOK: self._compiled(mode, plain, *given)}
+        arguments = x, stats, weight, bias
+        return {SUBJECT: self._compiled(mode, frozen, *arguments), TEXTBOOK: self._compiled(mode, plain, *arguments)}
 
     def products(self, mode: str, channels: int, batch: int, size: int) -> dict[str, Step]:
         x, kernel = self._random(batch, size, size, channels), self._random(1, 1, channels, channels)
@@ -135,12 +136,15 @@ class TensorFlow(Framework):
         return [part.numpy() for part in result]
 
     def peak_bytes(self, step: Step) -> int:
-        """By TensorFlow's allocator; on a CPU with what goes past it, XLA's temporary arrays above all."""
+        """Return the peak of TensorFlow's allocator, and on a CPU also that of other allocations.
+
+        The latter are mainly XLA's temporary arrays.
+        """
         self.wait(None)
         name, statistics = "GPU:0" if self.device == "cuda" else "CPU:0", tf.config.experimental
         try:
             statistics.reset_memory_stats(name)
-        except ValueError:  # no pool, as on CPUs without oneDNN: all goes past it
+        except ValueError:  # the allocator has no pool, as on CPUs without oneDNN: memray sees everything
             return super().peak_bytes(step)
         before = statistics.get_memory_info(name)["current"]
         if self.device == "cuda":
@@ -154,22 +158,22 @@ class TensorFlow(Framework):
         return str(tf.config.experimental.get_device_details(self._devices[0])["device_name"])
 
     def _compiled(self, mode: str, function: Callable[..., Any], *tensors: Any) -> Step:
-        """Traced, and compiled by XLA, when it is first called."""
+        """Return a step that is traced, and in the mode XLA compiled, when it is first called."""
         compiled = tf.function(function, autograph=False, jit_compile=mode == "XLA")
 
         def step() -> Any:
-            with tf.device(self._place):
+            with tf.device(self._tf_device):
                 return compiled(*tensors)
 
         return step
 
     def _tensors(self, problem: Problem) -> list[Any]:
         drawn = problem.draw()
-        with tf.device(self._place):
+        with tf.device(self._tf_device):
             return [tf.constant(a) for a in (drawn.x, drawn.dy, drawn.weight, drawn.bias)]
 
     def _random(self, *shape: int) -> Any:
-        with tf.device(self._place):
+        with tf.device(self._tf_device):
             return tf.random.normal(shape)
 
 

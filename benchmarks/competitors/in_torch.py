@@ -1,4 +1,4 @@
-"""PyTorch, eagerly."""
+"""The competitors in PyTorch, which runs eagerly."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from polywhiten.torch import GroupWhitening, IterNorm
 
 
 def namespace(device: torch.device) -> SimpleNamespace:
-    """What the textbook calls, for tensors on the device."""
+    """Return the functions that the textbook uses, for tensors on the device."""
     return SimpleNamespace(
         permute_dims=lambda x, order: x.permute(order).contiguous(),  # as the authors' code does
         reshape=torch.reshape,
@@ -31,15 +31,15 @@ def namespace(device: torch.device) -> SimpleNamespace:
 
 
 class Textbook(nn.Module):
-    """The papers' algorithm with their own gradient, in float32 as the recurrence needs it."""
+    """The papers' algorithm with the papers' gradient, in float32 because the recurrence needs it."""
 
     def __init__(self, channels: int, blocks: Blocks, iterations: int, eps: float, **factory: Any) -> None:
         super().__init__()
         self.weight, self.bias = (nn.Parameter(torch.empty(channels, **factory)) for _ in range(2))
-        self.given = blocks, iterations, eps
+        self.options = blocks, iterations, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Textbook.apply(x.float(), self.weight.float(), self.bias.float(), *self.given)
+        y: Tensor = _Textbook.apply(x.float(), self.weight.float(), self.bias.float(), *self.options)
         return y.to(x.dtype)
 
 
@@ -61,7 +61,7 @@ class _Textbook(torch.autograd.Function):
 
 
 class ExactWhitening(nn.Module):
-    """Exact whitening, which PyTorch differentiates."""
+    """Exact whitening, differentiated by PyTorch."""
 
     def __init__(self, channels: int, blocks: Blocks, eps: float, **factory: Any) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class ExactWhitening(nn.Module):
 
 
 def set_affine(layers: dict[str, Any], weight: Tensor, bias: Tensor) -> None:
-    """The same parameters for all."""
+    """Give all layers the same weight and bias."""
     with torch.no_grad():
         for layer in layers.values():
             layer.weight.copy_(weight)
@@ -82,20 +82,20 @@ def set_affine(layers: dict[str, Any], weight: Tensor, bias: Tensor) -> None:
 
 
 def train(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    """Forward and backward."""
+    """Return the output, and the gradients of x, weight and bias."""
     y = layer(x)
     return y.detach(), *torch.autograd.grad(y, (x, layer.weight, layer.bias), dy)  # type: ignore[arg-type]
 
 
 class Torch(Framework):
-    """PyTorch's layers, and the textbook's."""
+    """polywhiten's layers, PyTorch's, and the textbook's."""
 
     PACKAGES = ("torch",)
 
     def __init__(self, device: str) -> None:
         super().__init__(device)
         if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("PyTorch finds no CUDA device")
+            raise ValueError("PyTorch has no CUDA device")
 
     def training(self, problem: Problem, mode: str) -> dict[str, Step]:
         x, dy, weight, bias = self._tensors(problem)
@@ -105,18 +105,18 @@ class Torch(Framework):
     def evaluation(self, problem: Problem, mode: str) -> dict[str, Step]:
         x, _, weight, bias = self._tensors(problem)
         layers = self._layers(problem, weight, bias)
-        for name in (TEXTBOOK, DBN):  # the one has a function for it, the other is no different from it
+        for name in (TEXTBOOK, DBN):  # `textbook.frozen` below replaces the former; with it, DBN would be the same
             del layers[name]
         subject = layers[SUBJECT]
         subject.momentum = 1.0
-        subject(x)  # its statistics are those of x
+        subject(x)  # sets the running statistics to those of x
         if problem.is_picture:
             groups = problem.channels // problem.group
             conv = nn.Conv2d(problem.channels, problem.channels, 1, groups=groups, device=x.device)
             layers[GROUPED_CONV] = conv.to(memory_format=self._memory_format(problem))
-        given = problem_blocks(problem), x, subject.running_mean, subject.running_whitener, weight, bias
+        arguments = problem_blocks(problem), x, subject.running_mean, subject.running_whitener, weight, bias
         calls = {name: partial(layer.eval(), x) for name, layer in layers.items()}
-        calls[TEXTBOOK] = partial(textbook.frozen, namespace(x.device), *given)
+        calls[TEXTBOOK] = partial(textbook.frozen, namespace(x.device), *arguments)
 
         def evaluate(call: Step) -> tuple[Tensor]:
             with torch.no_grad():
@@ -167,7 +167,7 @@ class Torch(Framework):
         drawn: Arrays = problem.draw()
         tensors = [torch.from_numpy(a).to(self.device) for a in (drawn.x, drawn.dy, drawn.weight, drawn.bias)]
         if problem.layout == "NHWC":
-            tensors[:2] = [a.permute(0, 3, 1, 2) for a in tensors[:2]]  # the shape that PyTorch gives such memory
+            tensors[:2] = [a.permute(0, 3, 1, 2) for a in tensors[:2]]  # PyTorch's shape is (N, C, H, W) in any layout
         return tensors
 
     def _layers(self, problem: Problem, weight: Tensor, bias: Tensor) -> dict[str, Any]:
@@ -196,11 +196,12 @@ class Torch(Framework):
 
 
 def problem_blocks(problem: Problem) -> Blocks:
-    """PyTorch's axis of the channels is 1 in every layout."""
+    """Return the problem's blocks with the channels at axis 1, where PyTorch has them in every layout."""
     return Blocks(problem.blocks.per_sample, problem.group)
 
 
 def _kept(layer: nn.Module, x: Tensor) -> int:
+    """Return the bytes that the layer saves for backward in addition to input, output, parameters and buffers."""
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""The papers' claims, measured: five experiments, their runs as rows of CSV files, and a page drawn from them."""
+"""A study of the papers' claims: five experiments, whose runs are rows of CSV files, and a page made from them."""

@@ -1,4 +1,4 @@
-"""What the two abstracts claim, and what the study measured of it."""
+"""The claims of the two papers' abstracts, and what the study measured about each of them."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,19 +11,19 @@ import numpy as np
 
 from polywhiten.analysis import max_num_groups
 from study import conditioning, groups, training
-from study.disturbance import GAUSSIAN, PICTURES, Disturbance
+from study.disturbance import DATA_LABELS, Disturbance
 from study.fitting import Fit, scaled_lr
 from study.norms import Norm, bn, dbn, gn, gw, iter_norm
 
 HELD, NOT_HELD, UNCLEAR = "held", "not held", "unclear"
-ERRORS = 2  # standard errors that a mean difference has to be away from 0
-CHANCE = 0.1  # accuracy of a run that diverged
+ERRORS = 2  # a mean difference decides if it is more than this many standard errors away from 0
+CHANCE = 0.1  # the accuracy that counts for a run that diverged
 POINTS = "{:+.1f} ± {:.1f} points".format
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim, what was measured, and the verdict."""
+    """A claim with its measurement and its verdict."""
 
     claim: str
     measured: str
@@ -31,17 +31,17 @@ class Finding:
 
 
 def accuracy(run: Fit) -> float:
-    """In points, after the last epoch."""
+    """Return the test accuracy after the last epoch, in points."""
     return 100 * (CHANCE if run.diverged else run.test_accuracies[-1])
 
 
 def train_accuracy(run: Fit) -> float:
-    """In points, in the last epoch."""
+    """Return the training accuracy in the last epoch, in points."""
     return 100 * (CHANCE if run.diverged else run.train_accuracies[-1])
 
 
 def train_loss(run: Fit) -> float:
-    """In the last epoch; of a run that diverged, that of guessing."""
+    """Return the training loss in the last epoch, or the loss of guessing if the run diverged."""
     return -math.log(CHANCE) if run.diverged else run.train_losses[-1]
 
 
@@ -50,12 +50,12 @@ def lower(mean: float, error: float) -> str:
 
 
 def times(mean: float, error: float) -> str:
-    """Of the difference of two logarithms."""
+    """Describe a difference of two logarithms as a factor, with the range of one standard error."""
     return f"{math.exp(mean):.3g} times, from {math.exp(mean - error):.3g} to {math.exp(mean + error):.3g}"
 
 
 def runs(rows: Sequence[Any], norm: Norm, **settings: Any) -> dict[int, Any]:
-    """Rows of a norm and these settings, by seed."""
+    """Return the rows of a norm with these settings, by seed."""
     wanted = vars(norm) | settings
     return {row.seed: row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())}
 
@@ -67,9 +67,10 @@ def compared(
     value: Callable[[Any], float],
     text: Callable[[float, float], str] = POINTS,
 ) -> Iterator[Finding]:
-    """Whether `better` has the larger value: the mean over the seeds that both have, its standard error, a verdict.
+    """Yield a finding on whether `better` has larger values than `worse`: their mean difference, its error, a verdict.
 
-    Runs of one seed have the same first weights and the same batches. Nothing where there are fewer than 2 seeds.
+    The difference is taken seed by seed, because runs of one seed have the same initial weights and the same batches.
+    Nothing is yielded if fewer than two seeds are in both.
     """
     differences = [value(better[seed]) - value(worse[seed]) for seed in better.keys() & worse.keys()]
     if len(differences) < 2:
@@ -83,26 +84,31 @@ def compared(
 
 
 def of_disturbance(rows: list[Disturbance]) -> Iterator[Finding]:
-    """SND's order over batch and group sizes, and that of norms within a sample."""
-    for data, name in ((GAUSSIAN, "Gaussian data"), (PICTURES, "pictures")):
+    """Yield findings on how disturbance depends on batch size, group size and the kind of normalization."""
+    for data, name in DATA_LABELS.items():
         for whitening, label in (("iternorm", "IterNorm"), ("dbn", "DBN")):
             found = [row for row in rows if row.data == data and row.norm == whitening]
             enough = [row for row in found if row.batch_size >= 2 * row.group_size]
             fewer = [row for row in found if row.batch_size <= 2 * row.group_size]
-            for part, where in ((enough, "batches of twice the group size and more"), (fewer, "smaller batches")):
+            for part, where in ((enough, "batches of at least twice the group size"), (fewer, "smaller batches")):
                 claim = f"{label}'s disturbance grows with group size: {where}, {name}"
                 yield from ordered(claim, part, "group_size", 1)
-                yield from ordered(f"It falls with batch size: {where}, {name}", part, "batch_size", -1)
+                claim = f"{label}'s disturbance falls with batch size: {where}, {name}"
+                yield from ordered(claim, part, "batch_size", -1)
         everything = [row for row in rows if row.data == data]
-        yield from full_is_worst(f"Full whitening by DBN is disturbed most, {name}", everything)
+        yield from full_is_worst(f"Full whitening by DBN is disturbed most: {name}", everything)
     within = [row.value for row in rows if row.norm in ("gn", "gw")]
     if within:
         verdict = HELD if max(within) == 0 else NOT_HELD
-        yield Finding("GN and GW avoid batch statistics: no disturbance", f"{max(within):.2g} at most", verdict)
+        claim = "GN and GW avoid batch statistics, so they have no disturbance"
+        yield Finding(claim, f"at most {max(within):.2g}", verdict)
 
 
 def ordered(claim: str, rows: list[Disturbance], varied: str, sign: int) -> Iterator[Finding]:
-    """Neighbours in one setting, all others equal, that the sign orders by more than twice their standard error."""
+    """Yield a finding on whether the disturbance grows (sign 1) or falls (-1) each time that one setting doubles.
+
+    All other settings are equal in a comparison. Steps within twice their standard error are unclear.
+    """
     right = wrong = unclear = 0
     fixed = "batch_size" if varied == "group_size" else "group_size"
     lines: dict[tuple[int, int], list[Disturbance]] = {}
@@ -117,11 +123,12 @@ def ordered(claim: str, rows: list[Disturbance], varied: str, sign: int) -> Iter
     total = right + wrong + unclear
     if total:
         verdict = HELD if not wrong and right > unclear else NOT_HELD if wrong > right else "held in part"
-        yield Finding(claim, f"{right} of {total} steps by a factor of 2 do, {wrong} don't, {unclear} unclear", verdict)
+        measured = f"right for {right} of {total} doublings, wrong for {wrong}, unclear for {unclear}"
+        yield Finding(claim, measured, verdict)
 
 
 def full_is_worst(claim: str, rows: list[Disturbance]) -> Iterator[Finding]:
-    """How often the largest value at a batch size is that of DBN with all features in one group."""
+    """Yield a finding on the batch sizes at which DBN with all features in one group has the largest disturbance."""
     worst = []
     for batch_size in sorted({row.batch_size for row in rows}):
         alike = [row for row in rows if row.batch_size == batch_size]
@@ -131,11 +138,11 @@ def full_is_worst(claim: str, rows: list[Disturbance]) -> Iterator[Finding]:
         sizes = ", ".join(str(batch_size) for batch_size, full in worst if full) or "none"
         count = sum(full for _, full in worst)
         verdict = HELD if count == len(worst) else NOT_HELD if not count else "held in part"
-        yield Finding(claim, f"at batch sizes {sizes} of {worst[0][0]} to {worst[-1][0]}", verdict)
+        yield Finding(claim, f"right at batch sizes {sizes} of {worst[0][0]} to {worst[-1][0]}", verdict)
 
 
 def of_conditioning(rows: list[conditioning.Conditioning]) -> Iterator[Finding]:
-    """How many times better conditioned the whitened networks are, over the measurements after the first step."""
+    """Yield findings on how much better conditioned whitened networks are, averaged over the steps after the first."""
 
     def log_condition(name: str) -> Callable[[Any], float]:
         return lambda row: -fmean(math.log(value) for value in getattr(row, name)[1:])
@@ -154,7 +161,7 @@ def of_conditioning(rows: list[conditioning.Conditioning]) -> Iterator[Finding]:
 
 
 def of_training(rows: list[Fit]) -> Iterator[Finding]:
-    """IterNorm against BN and DBN."""
+    """Yield findings on IterNorm against BN and DBN."""
     batch_size, lr = training.BATCH_SIZE, scaled_lr(training.BATCH_SIZE)
     usual = {"batch_size": batch_size, "lr": lr}
     for other in (bn(), dbn(16)):
@@ -179,19 +186,19 @@ def of_training(rows: list[Fit]) -> Iterator[Finding]:
         yield from compared(f"{claim}: {batch_size} against {training.BATCH_SIZES[0]}", large, small, accuracy)
     few, most = (runs(rows, iter_norm(iterations=t), **usual) for t in (5, training.ITERATIONS[-1]))
     claim = "IterNorm trades optimization for generalization: T = 5 against 9"
-    yield from compared(f"{claim}, training loss of 9", most, few, lambda run: -train_loss(run), lower)
-    yield from compared(f"{claim}, accuracy of 5", few, most, accuracy)
+    yield from compared(f"{claim}, 9 has the lower training loss", most, few, lambda run: -train_loss(run), lower)
+    yield from compared(f"{claim}, 5 has the higher accuracy", few, most, accuracy)
     mine, others = runs(rows, iter_norm(0), **usual), full
 
     def speed(mean: float, error: float) -> str:
-        return f"{times(mean, error)}, as fast a step"
+        return f"{times(mean, error)}, as many steps per second"
 
     claim = "IterNorm is more efficient than DBN, full whitening"
     yield from compared(claim, mine, others, lambda run: -math.log(run.ms_per_step), speed)
 
 
 def of_groups(rows: list[Fit]) -> Iterator[Finding]:
-    """GW against GN and BN by batch size, and on both sides of the feasible bound."""
+    """Yield findings on GW against GN and BN by batch size, and on GW on both sides of the feasible bound."""
     number = groups.NUM_GROUPS
     for size in (groups.BATCH_SIZES[0], groups.BATCH_SIZE, groups.BATCH_SIZES[-1]):
         mine = runs(rows, gw(number), batch_size=size)
@@ -212,10 +219,11 @@ def of_groups(rows: list[Fit]) -> Iterator[Finding]:
 
 
 def of_resnet(rows: list[Fit]) -> Iterator[Finding]:
-    """GW in every block against all BN."""
+    """Yield findings on residual networks with GW in every block against those with BN alone."""
     mine, others = ({row.seed: row for row in rows if row.norm == norm} for norm in ("gw", "bn"))
     yield from compared("A residual network with GW in its blocks improves over BN's", mine, others, accuracy)
-    yield from compared("It trains faster", mine, others, lambda run: -train_loss(run), lower)
+    claim = "A residual network with GW in its blocks trains faster than BN's"
+    yield from compared(claim, mine, others, lambda run: -train_loss(run), lower)
 
 
 FINDINGS: dict[str, Callable[[list[Any]], Iterator[Finding]]] = {

@@ -22,24 +22,24 @@ from study.pictures import Source
 from study.runs import Experiment, Run
 
 SIZES = {
-    "tiny": {"width": 16, "inputs": 16, "probe": 16, "steps": 10},  # tries it
+    "tiny": {"width": 16, "inputs": 16, "probe": 16, "steps": 10},  # a quick trial
     "small": {"width": 16, "inputs": 16, "probe": 128, "steps": 300},
     "large": {"width": 32, "inputs": 64, "probe": 512, "steps": 1000},
 }
 HIDDEN, BATCH_SIZE = 3, 64
-GROUP_WIDTH = 8  # of GN and GW: means of 0 take an eighth of the dimensions, and FRACTION leaves out more
+GROUP_WIDTH = 8  # of GN and GW: means of 0 remove an eighth of the dimensions, and FRACTION ignores more than that
 MEASURED_AT = (0, 10, 30, 100, 300, 1000)
-FRACTION = 0.8  # of the eigenvalues: a dead unit, or a weight's scale that a norm takes out, has an eigenvalue of 0
+FRACTION = 0.8  # of the eigenvalues: a dead unit and a weight's scale that a norm cancels have eigenvalues of 0
 FISHER_FRACTION = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConditioningSettings(Norm):
-    """What is trained, on scikit-learn's digits."""
+    """The network and its training on scikit-learn's digits."""
 
     width: int
     inputs: int  # pixels
-    probe: int  # pictures that the matrices are of, in one batch
+    probe: int  # images in the batch that the matrices are computed for
     batch_size: int
     lr: float
     steps: int
@@ -48,19 +48,23 @@ class ConditioningSettings(Norm):
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning(ConditioningSettings, Run):
-    """Condition numbers after some steps; of layers, their geometric mean."""
+    """Condition numbers after the steps `measured_at`; those of several layers are geometric means.
+
+    A full condition number divides the largest eigenvalue by the smallest one, a partial one by the eigenvalue that a
+    fraction of all eigenvalues reach.
+    """
 
     measured_at: tuple[int, ...]
-    losses: tuple[float, ...]  # of the probe
-    inputs_full: tuple[float, ...]  # covariance of the inputs of all linear layers but the first
-    inputs_partial: tuple[float, ...]  # over the eigenvalue that FRACTION of all are no smaller than
-    outputs_full: tuple[float, ...]  # covariance of what the norms give
+    losses: tuple[float, ...]  # on the probe
+    inputs_full: tuple[float, ...]  # of the covariance of the inputs of all linear layers but the first
+    inputs_partial: tuple[float, ...]  # with FRACTION
+    outputs_full: tuple[float, ...]  # of the covariance of the norms' outputs
     outputs_partial: tuple[float, ...]
-    gauss_newton_partial: tuple[float, ...]  # of all parameters; by FISHER_FRACTION
+    gauss_newton_partial: tuple[float, ...]  # for all parameters, with FISHER_FRACTION
 
 
 def plan(size: str, seeds: int) -> list[ConditioningSettings]:
-    """All of one seed before the next."""
+    """Return the settings of all runs: every run of one seed comes before those of the next."""
     fixed = SIZES[size] | {"batch_size": BATCH_SIZE, "lr": scaled_lr(BATCH_SIZE)}
     num_groups = fixed["width"] // GROUP_WIDTH
     norms = (bn(), dbn(0), iter_norm(0), gw(num_groups), gn(num_groups))
@@ -70,7 +74,7 @@ def plan(size: str, seeds: int) -> list[ConditioningSettings]:
 def perform(
     settings: ConditioningSettings, progress: Callable[[float], None], source: Source, device: str
 ) -> dict[str, Any]:
-    """Train, and measure on the way; the data is bundled, so that `source` stays untouched."""
+    """Train a network, and measure it in between. The data come with scikit-learn, so `source` isn't used."""
     x, y, classes = digits(settings.inputs, device)
     probe = x[: settings.probe], y[: settings.probe]
     with torch.random.fork_rng(devices=[]):
@@ -94,7 +98,7 @@ def perform(
 
 
 def digits(inputs: int, device: str) -> tuple[Tensor, Tensor, int]:
-    """Pictures of so many pixels, one at a row, in an order that mixes the classes; and their classes."""
+    """Return images with this number of pixels as rows, in an order that mixes the classes, and their classes."""
     data = load_digits()
     x = torch.from_numpy(data.x_train).permute(0, 3, 1, 2)
     x = avg_pool2d(x, math.isqrt(x[0].numel() // inputs)).flatten(1)
@@ -102,15 +106,15 @@ def digits(inputs: int, device: str) -> tuple[Tensor, Tensor, int]:
 
 
 def measures(model: nn.Sequential, x: Tensor, y: Tensor) -> tuple[float, ...]:
-    """In float64, by the statistics of this one batch: what `Conditioning` lists after the step."""
+    """Return the fields of `Conditioning` after `measured_at`, in float64 and with the statistics of this batch."""
     model = copy.deepcopy(model).double().train()
     x = x.double()
     inputs, outputs = [], []
     for before, part in zip([None, *model], model, strict=False):
         if isinstance(part, nn.Linear) and isinstance(before, nn.ReLU):
-            part.register_forward_pre_hook(lambda _, given: inputs.append(covariance(given[0].detach())))
+            part.register_forward_pre_hook(lambda _, arguments: inputs.append(covariance(arguments[0].detach())))
         if isinstance(before, nn.Linear):
-            part.register_forward_hook(lambda _, __, given: outputs.append(covariance(given.detach())))
+            part.register_forward_hook(lambda _, __, output: outputs.append(covariance(output.detach())))
     scores = model(x)
     loss = cross_entropy(scores, y).item()
     if not math.isfinite(loss):
@@ -122,9 +126,11 @@ def measures(model: nn.Sequential, x: Tensor, y: Tensor) -> tuple[float, ...]:
 
 
 def gauss_newton(scores: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    """Of the mean cross-entropy, which makes it the Fisher matrix too: the mean of J' (diag(p) - p p') J.
+    """Return the Gauss-Newton matrix of the mean cross-entropy, which is also the Fisher matrix.
 
-    One row a score and sample: diag(p) - p p' = L L' with L = diag(s) - p s' and s the roots of p.
+    It is the mean over the samples of J' (diag(p) - p p') J, where J is the Jacobian of the scores and p are the
+    probabilities. It is computed as a product of rows, one per score and sample, by diag(p) - p p' = L L' with
+    L = diag(s) - p s', where s are the square roots of p.
     """
     count, classes = scores.shape
     p = scores.detach().softmax(1)

@@ -1,4 +1,4 @@
-"""Experiment 1: stochastic normalization disturbance against batch and group size."""
+"""Experiment 1: how stochastic normalization disturbance (SND) depends on batch size and group size."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +14,9 @@ from study.pictures import Source
 from study.runs import Experiment, Run
 
 GAUSSIAN, PICTURES = "gaussian", "pictures"
+DATA_LABELS = {GAUSSIAN: "Gaussian data", PICTURES: "images"}
 SIZES = {
-    "tiny": {"dimension": 64, "data_size": 128, "samples": 2, "batches": 2},  # tries it
+    "tiny": {"dimension": 64, "data_size": 128, "samples": 2, "batches": 2},  # a quick trial
     "small": {"dimension": 512, "data_size": 10_000, "samples": 10, "batches": 10},
     "large": {"dimension": 512, "data_size": 10_000, "samples": 50, "batches": 50},
 }
@@ -27,9 +28,9 @@ SIDE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class DisturbanceSettings(Norm):
-    """What is normalized, and how many batches the measure is of."""
+    """The data that are normalized, and how many batches of them are drawn."""
 
-    data: str  # gaussian: independent features; pictures: a linear layer's outputs, at its first weights
+    data: str  # gaussian: independent features; pictures: outputs of a linear layer with its initial weights
     dimension: int
     data_size: int
     batch_size: int
@@ -40,14 +41,14 @@ class DisturbanceSettings(Norm):
 
 @dataclass(frozen=True, kw_only=True)
 class Disturbance(DisturbanceSettings, Run):
-    """The measure, and its standard error over the samples."""
+    """The disturbance, and its standard error over the samples."""
 
     value: float
     standard_error: float
 
 
 def plan(size: str, seeds: int) -> list[DisturbanceSettings]:
-    """All of one seed before the next."""
+    """Return the settings of all runs: every run of one seed comes before those of the next."""
     fixed = SIZES[size]
     norms = [bn(), gn(NUM_GROUPS), gw(NUM_GROUPS)]
     norms += [kind(d) for kind in (iter_norm, dbn) for d in GROUP_SIZES if d <= fixed["dimension"]]
@@ -64,7 +65,7 @@ def plan(size: str, seeds: int) -> list[DisturbanceSettings]:
 def perform(
     settings: DisturbanceSettings, progress: Callable[[float], None], source: Source, device: str
 ) -> dict[str, Any]:
-    """One value; the batches depend on the data, their size and the seed, and not on the norm."""
+    """Measure the disturbance of one norm. The batches don't depend on the norm, only on the data, size and seed."""
     batches = sample_batches(
         features(settings.data, settings.dimension, settings.data_size, settings.seed, source, device),
         settings.batch_size,
@@ -81,7 +82,7 @@ def perform(
 
 @lru_cache(maxsize=1)
 def features(data: str, dimension: int, data_size: int, seed: int, source: Source, device: str) -> Tensor:
-    """Samples (data_size, dimension), which the runs of a plan share that follow one another."""
+    """Return samples of shape (data_size, dimension), cached because consecutive runs of a plan use the same ones."""
     generator = torch.Generator().manual_seed(seed)
     if data == GAUSSIAN:
         return torch.randn(data_size, dimension, generator=generator).to(device)

@@ -1,4 +1,4 @@
-"""The pictures: one for each experiment."""
+"""Draws a figure for each experiment."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -40,7 +40,7 @@ def look(norm: Norm, number: int = 0) -> dict[str, Any]:
 
 
 def with_spread(axes: Axes, x: Iterable[float], values: list[np.ndarray], **style: Any) -> None:
-    """Mean of the seeds, and from the least to the largest; an array a seed, up to the shortest."""
+    """Draw the mean and the range over the seeds, each an array, up to the length of the shortest."""
     if not values:
         return
     shortest = min(map(len, values))
@@ -71,7 +71,7 @@ def of_disturbance(rows: list[Disturbance]) -> Figure:
 
 
 def snd_line(axes: Axes, rows: list[Disturbance], x: str, label: str, style: dict[str, Any]) -> None:
-    """Mean over seeds, with the standard error over samples."""
+    """Draw the mean over the seeds, with the standard error over the samples."""
     numbers = sorted({getattr(row, x) for row in rows})
     points = [[(row.value, row.standard_error) for row in rows if getattr(row, x) == number] for number in numbers]
     if points:
@@ -114,7 +114,7 @@ def of_conditioning(rows: list[Conditioning]) -> Figure:
 
 
 def curves(axes: Axes, rows: Sequence[Fit], shown: list[Norm], name: str, **settings: Any) -> None:
-    """Of every epoch."""
+    """Draw the values of every epoch, in a line for each norm."""
     for number, norm in enumerate(shown):
         mine = list(runs(rows, norm, **settings).values())
         label = norm.label + (", diverged" if any(run.diverged for run in mine) else "")
@@ -127,7 +127,7 @@ def curves(axes: Axes, rows: Sequence[Fit], shown: list[Norm], name: str, **sett
 def ends(
     axes: Axes, points: dict[float, dict[int, Fit]], value: Callable[[Fit], float], norm: Norm, label: str
 ) -> None:
-    """After the last epoch, against a number; every seed, and their mean."""
+    """Draw the values after the last epoch against a setting: every seed as a dot, and the mean as a line."""
     points = {x: found for x, found in points.items() if found}
     if points:
         axes.plot(

@@ -1,4 +1,4 @@
-"""Training of a network on pictures, as a row: the loss and accuracies of every epoch."""
+"""Trains a network on images, and gives the loss and the accuracies of every epoch as a row."""
 
 import math
 import time
@@ -18,34 +18,34 @@ from study.norms import Norm, layer
 from study.pictures import Pictures, Source
 from study.runs import Run
 
-LR, LR_BATCH = 0.05, 64  # of all networks; it grows with the batch, as there are fewer steps in an epoch
+LR, LR_BATCH = 0.05, 64  # for all networks; the rate is proportional to the batch, because larger ones make fewer steps
 TEST_BATCH = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitSettings(Norm):
-    """What is trained, on what, and how."""
+    """The network, its data and its training."""
 
     network: str  # mlp, vgg or resnet
     width: int
-    depth: int  # hidden layers of mlp, blocks a stage of resnet
-    side: int  # of a picture
+    depth: int  # hidden layers of mlp, blocks per stage of resnet
+    side: int  # height and width of an image
     pictures: int
     test_pictures: int
     batch_size: int
-    lr: float  # at the start; half a cosine down to 0
+    lr: float  # at the start; it falls to 0 along half a cosine
     epochs: int
-    seed: int  # of the first weights and the batches
+    seed: int  # of the initial weights and the batches
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit(FitSettings, Run):
-    """What training gave; the last epoch of a run that diverged is its last value."""
+    """The results by epoch. For a run that diverged, they end with the epoch in which it did."""
 
     train_losses: tuple[float, ...]  # mean over an epoch's steps
-    train_accuracies: tuple[float, ...]  # of the same steps
+    train_accuracies: tuple[float, ...]  # over the same steps
     test_accuracies: tuple[float, ...]
-    ms_per_step: float  # median of the epochs
+    ms_per_step: float  # median over the epochs
 
     @property
     def diverged(self) -> bool:
@@ -57,7 +57,7 @@ def scaled_lr(batch_size: int, factor: float = 1) -> float:
 
 
 def network(settings: FitSettings, classes: int) -> nn.Module:
-    """With weights that depend on the seed alone, whatever the norm."""
+    """Return the network, whose initial weights depend on the seed but not on the norm."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         layers = partial(layer, settings, dimensions=2 if settings.network == "mlp" else 4)
@@ -69,7 +69,7 @@ def network(settings: FitSettings, classes: int) -> nn.Module:
 
 
 def fit(settings: FitSettings, progress: Callable[[float], None], source: Source, device: str) -> dict[str, Any]:
-    """Train with stochastic gradient descent; ends where a loss isn't finite."""
+    """Train with stochastic gradient descent, until the end or until a loss isn't finite, and return the results."""
     data = source.pictures(settings.side, settings.pictures, settings.test_pictures)
     model = network(settings, data.classes).to(device, memory_format=torch.channels_last)
     epochs = []
@@ -85,7 +85,7 @@ def fit(settings: FitSettings, progress: Callable[[float], None], source: Source
 def trained(
     model: nn.Module, data: Pictures, settings: FitSettings, device: str
 ) -> Iterator[tuple[Tensor, float, float]]:
-    """After each epoch the losses of its steps, the accuracy in them, and a step's milliseconds."""
+    """Train, and yield after each epoch the losses of its steps, their accuracy, and the milliseconds per step."""
     plan = Settings(settings.epochs, settings.batch_size, settings.lr, settings.seed, device)
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=MOMENTUM)
     for epoch in range(settings.epochs):

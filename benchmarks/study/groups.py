@@ -5,18 +5,18 @@ from study.norms import Norm, bn, gn, gw
 from study.runs import Experiment
 
 SIZES = {
-    "tiny": {"width": 128, "side": 8, "pictures": 256, "test_pictures": 64, "epochs": 1},  # tries it
+    "tiny": {"width": 128, "side": 8, "pictures": 256, "test_pictures": 64, "epochs": 1},  # a quick trial
     "small": {"width": 128, "side": 16, "pictures": 2000, "test_pictures": 2000, "epochs": 8},
     "large": {"width": 256, "side": 32, "pictures": 10_000, "test_pictures": 10_000, "epochs": 10},
 }
 HIDDEN = 4
 BATCH_SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
 GROUPS = (2, 4, 8, 16, 32, 64)
-NUM_GROUPS, BATCH_SIZE = 8, 32  # of the sweep over the other
+NUM_GROUPS, BATCH_SIZE = 8, 32  # each is fixed while the other varies
 
 
 def plan(size: str, seeds: int) -> list[FitSettings]:
-    """All of one seed before the next."""
+    """Return the settings of all runs: every run of one seed comes before those of the next."""
     fixed = SIZES[size] | {"network": "mlp", "depth": HIDDEN}
     wanted: dict[tuple[Norm, int], None] = {}
     for norm in (bn(), gn(NUM_GROUPS), gw(NUM_GROUPS)):

@@ -1,4 +1,4 @@
-"""The networks that are trained: each takes a function that gives the layer for a number of channels."""
+"""The networks that are trained. Each takes a function that makes the normalization layer for a number of channels."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,7 @@ Layers = Callable[[int], nn.Module]
 
 
 def mlp(layers: Layers, inputs: int, width: int, hidden: int, classes: int) -> nn.Sequential:
-    """Linear layers, each but the last with its norm and ReLU."""
+    """Return linear layers, all but the last followed by a norm and ReLU."""
     parts: list[nn.Module] = [nn.Flatten()]
     for _ in range(hidden):
         parts += [nn.Linear(inputs, width, bias=False), layers(width), nn.ReLU()]
@@ -18,7 +18,7 @@ def mlp(layers: Layers, inputs: int, width: int, hidden: int, classes: int) -> n
 
 
 def vgg(layers: Layers, width: int, classes: int) -> nn.Sequential:
-    """3 x 3 convolutions with norm and ReLU; maps are halved after the first two."""
+    """Return four 3 x 3 convolutions with norm and ReLU; pooling halves the maps after the first two."""
     parts: list[nn.Module] = []
     inputs = 3
     for number, outputs in enumerate((width, 2 * width, 4 * width, 4 * width)):
@@ -30,7 +30,7 @@ def vgg(layers: Layers, width: int, classes: int) -> nn.Sequential:
 
 
 def resnet(middle: Layers, width: int, blocks: int, classes: int) -> nn.Sequential:
-    """Bottleneck blocks in three stages, batch normalization but for the middle layer of each block."""
+    """Return bottleneck blocks in three stages; `middle` makes each block's middle norm, the others are batch norms."""
     parts: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     inputs = width
     for stage in range(3):
@@ -41,7 +41,7 @@ def resnet(middle: Layers, width: int, blocks: int, classes: int) -> nn.Sequenti
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 and 1 x 1 convolutions beside a shortcut; `middle` gives the norm of the 3 x 3 one."""
+    """1 x 1, 3 x 3 and 1 x 1 convolutions with a shortcut; `middle` makes the norm after the 3 x 3 convolution."""
 
     EXPANSION = 4
 

@@ -1,4 +1,4 @@
-"""The normalizations that are compared, as columns of a CSV file and as PyTorch's layers."""
+"""The normalizations that the study compares, as columns of a CSV file and as PyTorch layers."""
 
 from dataclasses import dataclass
 
@@ -11,16 +11,16 @@ BATCH_NORMS = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d}  # by the input's dimension
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """A normalization; None is what it doesn't have."""
+    """A normalization; None stands for settings that it doesn't have."""
 
     norm: str  # bn, dbn, iternorm, gn or gw
-    group_size: int | None = None  # of dbn and iternorm; 0: all channels together
+    group_size: int | None = None  # of dbn and iternorm; 0 means all channels together
     iterations: int | None = None  # of iternorm and gw
     num_groups: int | None = None  # of gn and gw
 
     @property
     def label(self) -> str:
-        """As tables and pictures show it."""
+        """The name in tables and figures."""
         group = "full" if self.group_size == 0 else f"{self.group_size}"
         return {
             "bn": "BN",
@@ -52,7 +52,7 @@ def gw(num_groups: int, iterations: int = 5) -> Norm:
 
 
 def layer(norm: Norm, channels: int, dimensions: int) -> nn.Module:
-    """The layer for inputs (N, channels, ...) of so many dimensions."""
+    """Return the layer for inputs (N, channels, ...) with this number of dimensions."""
     if norm.norm == "bn":
         return BATCH_NORMS[dimensions](channels)
     if norm.norm == "gn":
@@ -62,5 +62,5 @@ def layer(norm: Norm, channels: int, dimensions: int) -> nn.Module:
     size = norm.group_size or channels
     if norm.norm == "iternorm":
         return IterNorm(channels, group_size=size, iterations=norm.iterations)
-    # exact whiteners vary so much from batch to batch that their average whitens nothing
+    # Exact whiteners vary so much from batch to batch that their average doesn't whiten.
     return IterNorm(channels, group_size=size, method="eigh", track="covariance")

@@ -1,4 +1,4 @@
-"""The page: claims beside what was measured, tables of all runs, wall times, and the pictures."""
+"""Writes the study's page: the claims with their measurements, tables of all runs, wall times, and the figures."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -10,19 +10,19 @@ from marked import inserted
 
 from study.claims import FINDINGS, accuracy, train_accuracy, train_loss
 from study.conditioning import FISHER_FRACTION, FRACTION, Conditioning
-from study.disturbance import Disturbance
+from study.disturbance import DATA_LABELS, Disturbance
 from study.figures import FIGURES, norms_of, same
 from study.fitting import Fit, scaled_lr
 from study.runs import Experiment, rows_of
 
 
 def write(experiments: Sequence[Experiment], sizes: Sequence[str], folder: Path, page: Path) -> Iterator[Path]:
-    """Draw EXPERIMENT-SIZE.png of every file of results, and write the page's tables; yields what is written.
+    """Draw EXPERIMENT-SIZE.png for every file of results, write the page's tables, and yield each path written.
 
-    Only rows that the plan has are used: those of other settings may lie in the files too.
+    The files may also hold rows with settings that the plan doesn't have; those rows are ignored.
     """
-    claims = ["| claim | measured | | size | figure |", "| --- | --- | --- | --- | --- |"]
-    times = ["| experiment | size | runs | diverged | wall time | on |", "| --- | --- | --- | --- | --- | --- |"]
+    claims = ["| claim | measured | verdict | size | figure |", "| --- | --- | --- | --- | --- |"]
+    times = ["| experiment | size | runs | diverged | wall time | machine |", "| --- | --- | --- | --- | --- | --- |"]
     blocks = {}
     for experiment in experiments:
         parts = []
@@ -31,13 +31,13 @@ def write(experiments: Sequence[Experiment], sizes: Sequence[str], folder: Path,
             rows = planned(experiment, size, rows_of(experiment, path))
             if not rows:
                 continue
-            picture = path.with_suffix(".png")
-            FIGURES[experiment.name](rows).savefig(picture, dpi=110)
-            yield picture
-            link = Path(os.path.relpath(picture, page.parent)).as_posix()
+            figure = path.with_suffix(".png")
+            FIGURES[experiment.name](rows).savefig(figure, dpi=110)
+            yield figure
+            link = Path(os.path.relpath(figure, page.parent)).as_posix()
             parts.append(f"![{experiment.title}]({link})\n\n{table(rows)}")
             for found in FINDINGS[experiment.name](rows):
-                where = f"[{picture.name}]({link})"
+                where = f"[{figure.name}]({link})"
                 claims.append(f"| {found.claim} | {found.measured} | {found.verdict} | {size} | {where} |")
             times += wall_times(experiment, size, rows)
         blocks[experiment.name] = "\n\n".join(parts)
@@ -49,30 +49,30 @@ def write(experiments: Sequence[Experiment], sizes: Sequence[str], folder: Path,
 
 
 def planned(experiment: Experiment, size: str, rows: list[Any]) -> list[Any]:
-    """The latest row of each of the plan's settings, in its order."""
+    """Return the latest row for each of the plan's settings, in the plan's order."""
     found = {experiment.settings_of(row): row for row in rows}
     seeds = 1 + max((row.seed for row in rows), default=-1)
     return [found[settings] for settings in experiment.plan(size, seeds) if settings in found]
 
 
 def wall_times(experiment: Experiment, size: str, rows: list[Any]) -> Iterator[str]:
-    """A line a machine."""
+    """Yield one line per machine."""
     for about in dict.fromkeys(row.about for row in rows):
-        mine = [row for row in rows if row.about == about]
-        diverged = sum(isinstance(row, Fit) and row.diverged for row in mine)
-        minutes = sum(row.seconds for row in mine) / 60
-        yield f"| {experiment.name} | {size} | {len(mine)} | {diverged} | {minutes:.1f} min | {about} |"
+        of_machine = [row for row in rows if row.about == about]
+        diverged = sum(isinstance(row, Fit) and row.diverged for row in of_machine)
+        minutes = sum(row.seconds for row in of_machine) / 60
+        yield f"| {experiment.name} | {size} | {len(of_machine)} | {diverged} | {minutes:.1f} min | {about} |"
 
 
 def table(rows: list[Any]) -> str:
-    """A line a norm and setting."""
+    """Return a Markdown table with one line per norm and setting."""
     tables = {Disturbance: disturbance_table, Conditioning: conditioning_table, Fit: fit_table}
     return "\n".join(tables[type(rows[0])](rows))
 
 
 def disturbance_table(rows: list[Disturbance]) -> Iterator[str]:
     sizes = sorted({row.batch_size for row in rows})[::2]
-    yield "SND by batch size, of the first seed, with its standard error over the samples."
+    yield "SND by batch size for the first seed, with its standard error over the samples."
     yield ""
     yield f"| data | | {' | '.join(map(str, sizes))} |"
     yield "| --- " * (2 + len(sizes)) + "|"
@@ -80,7 +80,7 @@ def disturbance_table(rows: list[Disturbance]) -> Iterator[str]:
         for norm in norms_of(rows):
             mine = {r.batch_size: r for r in reversed(rows) if r.data == data and same(r, norm)}
             cells = (f"{mine[m].value:.4f} ± {mine[m].standard_error:.4f}" if m in mine else "" for m in sizes)
-            yield f"| {data} | {norm.label} | {' | '.join(cells)} |"
+            yield f"| {DATA_LABELS[data]} | {norm.label} | {' | '.join(cells)} |"
 
 
 def conditioning_table(rows: list[Conditioning]) -> Iterator[str]:
@@ -94,7 +94,8 @@ def conditioning_table(rows: list[Conditioning]) -> Iterator[str]:
         "losses": "loss",
     }
     last = rows[0].measured_at[-1]
-    yield f"Condition numbers after {last} steps, geometric means over {len({row.seed for row in rows})} seeds."
+    seeds = len({row.seed for row in rows})
+    yield f"Condition numbers after {last} steps, as geometric means over {seeds} seeds."
     yield ""
     yield f"| | {' | '.join(columns.values())} |"
     yield "| --- " * (1 + len(columns)) + "|"
@@ -105,9 +106,9 @@ def conditioning_table(rows: list[Conditioning]) -> Iterator[str]:
 
 
 def fit_table(rows: list[Fit]) -> Iterator[str]:
-    yield "After the last epoch: mean and standard deviation over the seeds."
+    yield "Mean and standard deviation over the seeds after the last epoch."
     yield ""
-    yield "| | batch | learning rate | seeds | training loss | training accuracy | test accuracy | ms a step |"
+    yield "| | batch | learning rate | seeds | training loss | training accuracy | test accuracy | ms per step |"
     yield "| --- " * 8 + "|"
     cases = dict.fromkeys((norm, row.batch_size, row.lr) for row in rows for norm in norms_of([row]))
     for norm, batch_size, lr in cases:

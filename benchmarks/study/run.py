@@ -1,4 +1,4 @@
-"""The study's experiments and its report: `python benchmarks/study/run.py --help`."""
+"""Runs the study's experiments and its report: `python benchmarks/study/run.py --help`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Runs that can be resumed: every finished one is a row of a CSV file, and is not made again."""
+"""Makes the runs of an experiment. Every finished run is a row of a CSV file, and is not made again."""
 
 import os
 import time
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What every row has beside its settings and results."""
+    """The fields of every row in addition to its settings and results."""
 
     seconds: float
     device: str
@@ -25,9 +25,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A kind of runs: `plan` gives settings for a size and a number of seeds, `perform` the results of a run.
+    """An experiment: `plan` makes the settings for a size and a number of seeds, `perform` the results of a run.
 
-    `row` is a dataclass of the fields of `settings`, those of `Run`, and the results.
+    `settings` and `row` are dataclasses; a row has the fields of `settings`, those of `Run`, and the results.
     """
 
     name: str
@@ -46,18 +46,18 @@ class Experiment:
 
 
 def about(device: str) -> str:
-    """The machine, and what computes."""
+    """Describe the machine, what computes on it, and PyTorch's version."""
     name = f"; {torch.cuda.get_device_name()}" if device == "cuda" else f"; {torch.get_num_threads()} in use"
     return f"{machine.description()}{name}; torch {torch.__version__}"
 
 
 def rows_of(experiment: Experiment, path: Path) -> list[Any]:
-    """What has been measured; nothing where there is no file. A row that was cut off in writing is removed."""
+    """Return the rows of a file, or none if there is no file. Remove a row that was being written from the file."""
     if not path.exists():
         return []
-    whole = path.read_bytes()
-    end = whole.rfind(b"\n") + 1
-    if end < len(whole):
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
         os.truncate(path, end)
     return read(path, experiment.row) if end else []
 
@@ -70,7 +70,7 @@ def resume(
     device: str,
     console: Console,
 ) -> int:
-    """Make the runs that the file lacks, and say how many these were."""
+    """Make the runs that are missing in the file, and return their number."""
     done = {experiment.settings_of(row) for row in rows_of(experiment, path)}
     left = [settings for settings in wanted if settings not in done]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -79,16 +79,16 @@ def resume(
     try:
         with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
             total = progress.add_task(experiment.name, total=len(wanted), completed=len(wanted) - len(left))
-            one = progress.add_task("", total=1)
+            current = progress.add_task("", total=1)
             for settings in left:
                 progress.reset(
-                    one, total=1, description=", ".join(f"{name} {getattr(settings, name)}" for name in varied)
+                    current, total=1, description=", ".join(f"{name} {getattr(settings, name)}" for name in varied)
                 )
                 start = _now(device)
-                results = perform(settings, lambda share: progress.update(one, completed=share))
+                results = perform(settings, lambda fraction: progress.update(current, completed=fraction))
                 common = {"seconds": round(_now(device) - start, 3), "device": device, "about": about(device)}
-                given = {field.name: getattr(settings, field.name) for field in fields(experiment.settings)}
-                writer.add([experiment.row(**given, **results, **common)])
+                wanted_fields = {field.name: getattr(settings, field.name) for field in fields(experiment.settings)}
+                writer.add([experiment.row(**wanted_fields, **results, **common)])
                 progress.advance(total)
     finally:
         writer.close()

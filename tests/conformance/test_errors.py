@@ -1,4 +1,4 @@
-"""Wrong use gets an error that names the argument, its value and what would do."""
+"""Wrong use raises an error that names the argument, its value, and what to pass instead."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_wrong_argument(library, function, arguments, error, message):
 @pytest.mark.parametrize("function", ["iter_norm", "iter_norm_vjp", "whitening_stats"])
 @pytest.mark.parametrize("shape", [(0, 6), (0, 6, 5, 5), (4, 6, 0)], ids=str)
 def test_functions_refuse_a_batch_of_no_samples(library, function, shape):
-    """Layers return it as it is; functions of raw arrays have no statistics to give."""
+    """Only layers accept such a batch, and return it unchanged: it has no statistics that a function could return."""
     with pytest.raises(ValueError, match="gives 0 samples a channel: at least 2 are needed"):
         getattr(pw, function)(library.array(np.ones(shape)))
 
@@ -98,7 +98,7 @@ DY = np.random.default_rng(1).normal(size=X.shape)
 
 
 def beside(convert, convert_other):
-    """Calls of all functions, by the argument that `convert_other` makes; the others are made by `convert`."""
+    """Yield calls with the name of the argument that `convert_other` makes; `convert` makes the other arguments."""
     weight, bias, dy = map(convert, (WEIGHT, BIAS, DY))
     others = {"weight": convert_other(WEIGHT), "bias": convert_other(BIAS)}
     stats = pw.whitening_stats(X, group_size=4)
@@ -122,7 +122,7 @@ def beside(convert, convert_other):
 
 
 def assert_all_of(kind, x, calls, numpy):
-    """Each call returns arrays of the class `kind` with the values that NumPy's arrays alone give."""
+    """Check that each call returns arrays of the class `kind`, with the values that it returns for NumPy arrays."""
     for (name, call), (_, plain) in zip(calls, beside(np.asarray, np.asarray), strict=True):
         for actual, expected in zip(call(x), plain(X), strict=True):
             assert (actual is None) == (expected is None)
@@ -138,7 +138,7 @@ def assert_each_refuses(x, calls):
 
 
 def test_numpy_arrays_beside_those_of_a_library(library):
-    """They are converted where the library's own functions do so; else the error names the argument."""
+    """They are converted if the library's functions convert them; otherwise an error names the argument."""
     x, calls = library.array(X), beside(library.array, np.asarray)
     if library.value.takes_numpy:
         assert_all_of(type(x), x, calls, library.numpy)
@@ -147,7 +147,7 @@ def test_numpy_arrays_beside_those_of_a_library(library):
 
 
 def test_arrays_of_a_library_beside_numpys(library):
-    """They are converted where NumPy's own functions do so."""
+    """They are converted if NumPy's functions convert them."""
     calls = beside(np.asarray, library.array)
     if library.value.given_to_numpy:
         assert_all_of(np.ndarray, X, calls, np.asarray)

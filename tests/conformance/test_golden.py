@@ -1,4 +1,4 @@
-"""The authors' own modules, output for output and gradient for gradient."""
+"""Outputs and gradients agree with those of the modules that the papers' authors published."""
 
 from pathlib import Path
 

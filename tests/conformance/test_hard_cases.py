@@ -1,4 +1,4 @@
-"""Inputs on which whitening goes wrong when it is written carelessly (design, section 5)."""
+"""Inputs for which a careless implementation of whitening gives wrong results."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,8 @@ STEPS = [("newton", t) for t in (12, 13, 20, 60)] + [("minimax", t) for t in (4,
 
 
 @pytest.mark.parametrize(("method", "iterations"), STEPS)
-@pytest.mark.parametrize("std", [1, 10])  # eps=1e-5 is above rounding in float32, and far below it
+# eps=1e-5 is above float32 rounding for a standard deviation of 1, and far below it for 10.
+@pytest.mark.parametrize("std", [1, 10])
 def test_fewer_samples_than_channels_for_any_number_of_iterations(library, method, iterations, std):
     x, dy = (std * normal(32, 64)).astype("float32"), normal(32, 64, seed=1).astype("float32")
     solver = {"method": method, "iterations": iterations}
@@ -74,7 +75,7 @@ def test_equal_channels_for_any_number_of_iterations(library, method, iterations
     expected, pullback = pw.iter_norm_vjp(np.float64(x), **solver)
     assert np.linalg.norm(y - expected) < 1e-4 * np.linalg.norm(expected)
     wanted, _, _ = pullback(np.float64(dy))
-    bound = 3e-2 if method == "eigh" else 5e-3  # LAPACK has few digits of eigenvalues that are 1e-6 of the largest
+    bound = 3e-2 if method == "eigh" else 5e-3  # LAPACK computes few digits of eigenvalues that are 1e-6 of the largest
     assert np.linalg.norm(dx - wanted) < bound * np.linalg.norm(wanted)
 
 

@@ -1,4 +1,4 @@
-"""Every framework's layers in training: outputs and gradients are those of NumPy in float64."""
+"""In training, the outputs and gradients of every framework's layers are those of NumPy in float64."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,8 @@ import polywhiten as pw
 
 SHAPES = {"rows": (40, 24), "sequences": (8, 6, 9), "pictures": (4, 6, 5, 3), "volumes": (3, 6, 2, 3, 4)}
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4}
-CASES = [(shape, "newton", "float64") for shape in SHAPES]  # not all of all: JAX compiles each for seconds
+# These aren't all combinations, because JAX compiles each for seconds.
+CASES = [(shape, "newton", "float64") for shape in SHAPES]
 CASES += [("pictures", "eigh", "float64"), ("pictures", "minimax", "float64"), ("pictures", "newton", "float32")]
 
 
@@ -36,7 +37,7 @@ def test_a_relative_eps_is_that_of_the_functions(layers, name):
     x = 1e-3 * np.random.default_rng(0).normal(size=(40, 6, 3))
     api, eps = layers.value.layers, {"eps": 0.1, "relative_eps": True}
     if name == "iter_norm":
-        # its averages are those of one batch, so that evaluation does what training did
+        # Its averages are the statistics of one batch, so evaluation does the same as training.
         options, layer = {"group_size": 4}, api.iter_norm(6, group_size=4, momentum=1.0, track="covariance", **eps)
     else:
         options, layer = {"num_groups": 3}, api.group_whitening(3, 6, **eps)
@@ -48,4 +49,4 @@ def test_a_relative_eps_is_that_of_the_functions(layers, name):
 def test_eps_of_every_number_type_is_kept_as_a_float(layers):
     api = layers.value.layers
     for layer in (api.iter_norm(6, eps=np.float32(0.5)), api.group_whitening(3, 6, eps=np.float32(0.5))):
-        assert type(getattr(layer, "eps", None) or layer.epsilon) is float  # which configurations can be written with
+        assert type(getattr(layer, "eps", None) or layer.epsilon) is float  # so that a configuration can be serialized

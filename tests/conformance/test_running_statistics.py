@@ -1,4 +1,4 @@
-"""Layers: what they average in training, use in evaluation, and never let in."""
+"""What layers average in training, what they use in evaluation, and what they never average."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ def covariance(x):
 
 
 def blocks(matrix):
-    """Of 5 channels in groups of 3: the diagonal blocks, the smaller one filled up with the identity."""
+    """Return the diagonal blocks for 5 channels in groups of 3; the smaller one is padded with the identity."""
     last = np.eye(3)
     last[:2, :2] = matrix[3:, 3:]
     return np.stack([matrix[:3, :3], last])

@@ -1,4 +1,4 @@
-"""Every backend computes what the papers define: values, gradients, statistics, in every layout and precision."""
+"""Every backend computes the values, gradients and statistics of the papers, in every layout and precision."""
 
 import functools
 import threading
@@ -24,13 +24,13 @@ LAYOUTS = {
 
 @st.composite
 def problems(draw, dtypes=("float32", "float64")):
-    """A function of `polywhiten` by name, and NumPy arguments: any rank, axis, layout, grouping and solver."""
+    """Draw a function of `polywhiten` and NumPy arguments for it, with any rank, axis, layout, grouping and solver."""
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     name, first_axis = draw(st.sampled_from((("iter_norm", 0), ("group_whiten", 1))))
     rank = draw(st.integers(2, 5))
     axis = draw(st.integers(first_axis, rank - 1))
     shape = [draw(st.integers(1, 4)) for _ in range(rank)]
-    # enough samples that the covariance has full rank: where it hasn't is the hard cases' matter
+    # Enough samples for a covariance of full rank; test_hard_cases.py tests others.
     others = [i for i in range(first_axis, rank) if i != axis]
     if others:
         shape[others[-1]] = 24
@@ -106,7 +106,7 @@ def test_lower_precision_stays_near_float64(library, name, grouping, method, dty
     if dtype not in library.value.dtypes:
         pytest.skip(f"{library.value.module} has no {dtype}")
     rng = np.random.default_rng(0)
-    library.array(np.zeros(1))  # NumPy learns of bfloat16 from libraries that have it
+    library.array(np.zeros(1))  # NumPy knows bfloat16 only after a library that defines it is loaded
     x, dy = rng.normal(size=(2, 7, 6, 5, 3)).astype(dtype)
     weight, bias = rng.uniform(0.5, 2, (2, 6)).astype(dtype)
     arguments = {"x": x, "weight": weight, "bias": bias, "method": method, **grouping}
@@ -139,7 +139,7 @@ def test_statistics_are_mean_covariance_and_whitener(library):
     np.testing.assert_allclose(mean, x.mean(axis=0), atol=1e-12)
     np.testing.assert_allclose(covariance[0], full[:3, :3], atol=1e-12)
     np.testing.assert_allclose(covariance[1, :2, :2], full[3:, 3:], atol=1e-12)
-    for matrix in (covariance[1], whitener[1]):  # the smaller last group, filled up with the identity
+    for matrix in (covariance[1], whitener[1]):  # the last group is smaller, and padded with the identity
         np.testing.assert_array_equal(matrix[2], [0, 0, 1])
         np.testing.assert_array_equal(matrix[:, 2], [0, 0, 1])
     np.testing.assert_allclose(whitener[0], reference.inverse_sqrt(full[:3, :3] + 1e-3 * np.eye(3)), atol=1e-10)
@@ -175,7 +175,7 @@ def test_inverse_sqrt_of_stacked_matrices(library, shape, method):
 
 
 def _workers(count):
-    """An `all_reduce` for each of `count` threads: the sum of what all of them pass."""
+    """Return an `all_reduce` for each of `count` threads, which returns the sum of the arrays of all threads."""
     barrier, shared = threading.Barrier(count, timeout=60), [None] * count
 
     def all_reduce(rank, array):
@@ -194,7 +194,7 @@ def test_workers_that_share_statistics_are_one_batch(library, method):
     x, dy = rng.normal(size=(2, 9, 5, 3)) + 2
     arguments = {"weight": rng.uniform(1, 2, 5), "bias": rng.normal(size=5), "group_size": 3, "method": method}
     whole, expected = library.vjp("iter_norm", dy, x=x, **arguments)
-    shares, results = (slice(0, 1), slice(1, 1), slice(1, 9)), [None] * 3  # one sample, none, eight
+    shares, results = (slice(0, 1), slice(1, 1), slice(1, 9)), [None] * 3  # one sample, no sample, eight samples
 
     def work(rank, all_reduce):
         share = shares[rank]
@@ -231,4 +231,4 @@ def test_a_relative_eps_whitens_embeddings_of_length_1_as_it_does_those_of_varia
     y = library.call("iter_norm", x=x, **arguments)
     np.testing.assert_allclose(y, library.call("iter_norm", x=np.float32(16) * x, **arguments), rtol=1e-4, atol=1e-4)
     if method == "eigh":
-        assert np.linalg.norm(np.cov(y.T, bias=True) - np.eye(256), 2) < 1e-3  # with eps=1e-5 absolute it is 0.03
+        assert np.linalg.norm(np.cov(y.T, bias=True) - np.eye(256), 2) < 1e-3  # with an absolute eps=1e-5 it is 0.03
