@@ -708,7 +708,7 @@ def test_info_reports_broken_frameworks_in_a_line_each(tmp_path, monkeypatch):
     fake(tmp_path, "tensorflow", "raise SystemExit(0)")
     fake(tmp_path, "keras", "raise RuntimeError")
     monkeypatch.setattr(info, "FRAMEWORKS", ("numpy", "jax", "cupy", "tensorflow", "keras"))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.syspath_prepend(tmp_path)
     lines = {line.split()[0]: line for line in info.report() if line}
     assert np.__version__ in lines["numpy"]
@@ -739,7 +739,7 @@ ODD = {
 def test_info_has_a_line_on_a_framework_that_does_odd_things(code, end, tmp_path, monkeypatch):
     fake(tmp_path, "abacus", code)
     monkeypatch.setattr(info, "FRAMEWORKS", ("abacus",))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.syspath_prepend(tmp_path)
     (line,) = [line for line in info.report() if line.startswith("abacus")]
     assert line.endswith(end)
@@ -761,7 +761,7 @@ def test_info_is_not_misled_by_what_a_framework_prints_or_by_a_folder_of_its_nam
     fake(tmp_path, "abacus", "print('hello')\n__version__ = '0'")
     (tmp_path / "slate").mkdir()
     monkeypatch.setattr(info, "FRAMEWORKS", ("abacus", "slate"))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.syspath_prepend(tmp_path)
     lines = {line.split()[0]: line for line in info.report() if line}
     assert lines["abacus"].split()[1] == "0"
