@@ -14,6 +14,8 @@ from polywhiten.statistics import NO_STATISTICS, Statistics
 class CupyImplementation(Reference):
     """CUDA kernels, with joined launches where these are wanted."""
 
+    name = "CUDA"
+
     kernels: CupyKernels
 
     def forward(

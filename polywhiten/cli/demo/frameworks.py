@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib
 from contextlib import AbstractContextManager, nullcontext
-from importlib.machinery import PathFinder
-from importlib.util import find_spec, module_from_spec
 from typing import Any, cast
 
+from polywhiten.cli.about import import_without_package, is_installed
 from polywhiten.cli.demo.training import Framework
-from polywhiten.cli.info import is_installed
 from polywhiten.cli.streams import reason
 
 FRAMEWORKS = ("torch", "keras")
@@ -23,7 +21,7 @@ def load(name: str) -> Framework:
     """Return the module that trains in one of `FRAMEWORKS`; raise DependencyError if it can't be imported."""
     extras, quiet_import = f"demo,{name}", cast(AbstractContextManager[None], nullcontext())
     if name == "keras":
-        startup = _import_without_package("polywhiten.keras", "startup")
+        startup = import_without_package("polywhiten.keras", "startup")
         try:
             backend = startup.choose_backend([backend for backend in startup.BACKENDS if is_installed(backend)])
         except ValueError as error:
@@ -43,14 +41,3 @@ def import_needed(package: str, module: str, extras: str = "demo") -> Any:
     except (Exception, SystemExit) as error:  # a broken installation may raise nearly anything
         again = f"install it again, with {command} for example"
         raise DependencyError(f"{package} is installed but broken ({reason(error)}): {again}") from error
-
-
-def _import_without_package(package: str, name: str) -> Any:
-    """Import a module but not the package that it is in, which would import the framework."""
-    folder = find_spec(package)
-    spec = folder and PathFinder.find_spec(f"{package}.{name}", folder.submodule_search_locations)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
