@@ -164,25 +164,25 @@ def demo(norms: tuple[str, ...], framework: str, file: Path | None, out: Path, *
     from polywhiten.cli.demo.report import WriteError, table
 
     chosen = list(dict.fromkeys(norms))
-    epochs, error = compare(trainer, data, chosen, settings, out)
-    if isinstance(error, WriteError) and not epochs:
-        raise _bad("--out", f"{error}: name another folder")
-    if epochs and not isinstance(error, KeyboardInterrupt):
+    epochs, failure = compare(trainer, data, chosen, settings, out)
+    if isinstance(failure, WriteError) and not epochs:
+        raise _bad("--out", f"{failure}: name another folder")
+    if epochs and not isinstance(failure, KeyboardInterrupt):
         sizes = f"{pictures} training and {len(data.x_test)} test pictures, {settings.epochs} epochs"
         click.echo(f"{data.name}: {sizes}; {trainer.TITLE}")
         click.echo(_text(table(epochs)), nl=False)
-    if error is None:
+    if failure is None:
         click.echo(f"The curves are in {out / 'curves.png'}, the numbers in {out / 'results.csv'}.")
         return 0
     done = f"{len(epochs)} of {len(chosen) * settings.epochs} epochs"
     saved = f"{out / 'results.csv'} and {out / 'curves.png'} have them" if epochs else "there is nothing to keep"
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(failure, KeyboardInterrupt):
         complain(f"stopped after {done}: {saved}")
         return STOPPED
-    if isinstance(error, WriteError):
-        complain(f"--out: {error}: name another folder; {done} are in the table")
+    if isinstance(failure, WriteError):
+        complain(f"--out: {failure}: name another folder; {done} are in the table")
     else:
-        complain(f"training failed after {done} ({reason(error)}): {saved}")
+        complain(f"training failed after {done} ({reason(failure)}): {saved}")
     return WRONG_USE
 
 
