@@ -4,9 +4,12 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from polywhiten.cli.about import FOLDERS, about
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -16,8 +19,9 @@ EXAMPLES = {m[1]: m[2] for m in re.finditer(r"^### ([^\n]+)\n(?:(?!^#).)*?^```py
 def skip_without_frameworks(example):
     if ".plot(" in example:
         pytest.importorskip("matplotlib")
-    for framework in ("torch", "tensorflow", "jax", "keras"):
-        if re.search(rf"^import {framework}|polywhiten\.{framework}", example, re.M):
+    for folder in FOLDERS:
+        framework = about(folder).MODULE
+        if re.search(rf"^import {framework}|polywhiten\.{folder}", example, re.M):
             pytest.importorskip(framework)  # for Keras, its backend too
     if re.search(r"^import cupy", example, re.M) and not pytest.importorskip("cupy").cuda.is_available():
         pytest.skip("CuPy sees no CUDA device")
@@ -47,3 +51,18 @@ def test_example_runs_at_the_root_of_a_checkout(title, tmp_path):
 
 def test_there_are_examples():
     assert set(EXAMPLES) >= {"PyTorch", "Keras", "TensorFlow", "JAX", "CuPy", "NumPy, and every other array library"}
+
+
+def test_the_table_of_frameworks_is_what_backends_say_of_themselves():
+    rows = dict(re.findall(r'^\| ([\w ]+) \| `pip install "polywhiten(.*)` \|$', TEXT, re.M))
+    backends = [about(folder) for folder in FOLDERS]
+    assert set(rows) == {backend.TITLE for backend in backends}
+    for folder, backend in zip(FOLDERS, backends, strict=True):
+        extras, _, module = rows[backend.TITLE].rpartition(" | `")
+        assert all(re.search(rf"\b{extra}\b", extras) for extra in backend.EXTRAS)
+        assert module == ("polywhiten" if backend.MODULE == "numpy" else f"polywhiten.{folder}")
+
+
+def test_the_extras_of_backends_are_those_of_the_package():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert {extra for folder in FOLDERS for extra in about(folder).EXTRAS} <= set(extras)
