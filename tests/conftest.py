@@ -20,7 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # it has a core, and torch.compile woul
 NAMES = {library.option.partition("-")[0] for library in Library}
 # Files for one library alone that test_NAME.py and test_NAME_*.py doesn't say; the command line's demo needs PyTorch.
 OWNERS = {f"test_{name}.py": "torch" for name in ("cli", "forked", "study", "tracking", "triton", "triton_joined")}
-OWNERS |= {f"test_{name}.py": "numpy" for name in ("cpu", "kernel_cache")}
+OWNERS |= {f"test_{name}.py": "numpy" for name in ("add_a_backend", "cpu", "kernel_cache")}
 
 
 def pytest_addoption(parser):
