@@ -31,6 +31,7 @@ class Reference:
     array are equal here: `polywhiten.backend.Backend` cuts off a smaller last group.
     """
 
+    name = "array API"
     kernels: Kernels
 
     def supports(self, spec: WhiteningSpec | None, *arrays: Array | None) -> bool:

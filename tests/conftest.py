@@ -16,12 +16,11 @@ settings.register_profile(
 if "PYTEST_XDIST_WORKER" in os.environ:  # it has a core, and torch.compile would start a process for each that there is
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-# Files for what one framework alone has; the command line's demo is trained in PyTorch.
-OWNERS = {f"test_{name}.py": name for name in ("cupy", "dask", "jax", "keras", "tensorflow", "torch")}
-OWNERS |= {f"test_{name}.py": "torch" for name in ("cli", "forked", "study", "tracking", "triton", "triton_joined")}
-OWNERS |= {f"test_torch_{name}.py": "torch" for name in ("cpu", "export", "networks")}
-OWNERS |= {f"test_{name}.py": "numpy" for name in ("cpu", "kernel_cache")}
-OWNERS |= {f"test_{name}.py": "keras" for name in ("keras_demo", "keras_tracking")}
+# The libraries of `--library`, and the rows' names that start so: "keras" for "keras-jax".
+NAMES = {library.option.partition("-")[0] for library in Library}
+# Files for one library alone that test_NAME.py and test_NAME_*.py doesn't say; the command line's demo needs PyTorch.
+OWNERS = {f"test_{name}.py": "torch" for name in ("cli", "forked", "study", "tracking", "triton", "triton_joined")}
+OWNERS |= {f"test_{name}.py": "numpy" for name in ("add_a_backend", "cpu", "kernel_cache")}
 
 
 def pytest_addoption(parser):
@@ -39,7 +38,8 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    chosen, owner = config.getoption("library"), OWNERS.get(collection_path.name)
+    chosen, name = config.getoption("library"), collection_path.name
+    owner = OWNERS.get(name) or next((n for n in NAMES if name.startswith((f"test_{n}.", f"test_{n}_"))), None)
     frameworks = {name.partition("-")[0] for name in chosen or [] if not name.endswith("-cuda")}
     return True if chosen and owner and owner not in frameworks else None
 

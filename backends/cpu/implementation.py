@@ -26,6 +26,8 @@ _CACHED = 1 << 19  # bytes of a block of channels; a sample's are read in their 
 class CpuImplementation(Reference):
     """NumPy's arrays by compiled kernels."""
 
+    name = "Numba"
+
     def __init__(self, kernels: Kernels, calls: Calls, serves: Any) -> None:
         super().__init__(kernels)
         object.__setattr__(self, "_calls", calls)

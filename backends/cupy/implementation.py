@@ -19,6 +19,8 @@ from polywhiten.statistics import NO_STATISTICS, Statistics
 class SeparateImplementation(Reference):
     """One or two launches for each of the five kernels."""
 
+    name = "CUDA"
+
     kernels: CupyKernels
 
     def supports(self, spec: WhiteningSpec | None, *arrays: Array | None) -> bool:

@@ -80,6 +80,8 @@ class CPUKernels(TorchKernels):
 class TorchCpuImplementation(Reference):
     """Compiled kernels for tensors in the CPU's memory."""
 
+    name = "Numba"
+
     def __init__(self) -> None:
         super().__init__(CPUKernels(xp))
 

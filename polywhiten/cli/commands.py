@@ -1,12 +1,9 @@
-"""The command line: arguments in, one line and exit code 2 where they don't fit."""
+"""The command line's arguments; one that doesn't fit is a single line on standard error, and exit code 2."""
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import sys
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +12,37 @@ from rich.console import Console
 from rich.table import Table
 
 import polywhiten
-from polywhiten.cli.demo.data import Data, DataError, load_digits, load_npz
-from polywhiten.cli.demo.frameworks import FRAMEWORKS, FrameworkError, load
+from polywhiten.cli.demo.data import DataError, load_digits, load_npz
+from polywhiten.cli.demo.frameworks import FRAMEWORKS, DependencyError, import_needed, load
 from polywhiten.cli.demo.training import NORMS, Settings
 from polywhiten.cli.streams import complain, reason
 
 WRONG_USE = 2
-STOPPED = 130  # as a shell has it for SIGINT
-LARGEST_SIZE = 10**8  # to find the divisors of as many channels takes seconds
+STOPPED = 130  # as shells report SIGINT
+MAX_SIZE = 10**8  # finding the divisors of this many channels takes seconds
 
 
 def run(args: list[str] | None = None) -> int:
-    """Run the command that `args`, by default the program's, name; gives the exit code."""
+    """Run the command that `args`, by default the program's arguments, name; return the exit code."""
     try:
         code = commands.main(args, prog_name="polywhiten", standalone_mode=False)
     except click.ClickException as error:
         message, context = error.format_message(), getattr(error, "ctx", None)
-        if context is not None and not isinstance(error, click.BadParameter):  # that one says itself what would do
+        if context is not None and not isinstance(error, click.BadParameter):  # which says itself what is accepted
             message = f"{message.rstrip('.')}: see {context.command_path} --help"
         complain(message)
         return WRONG_USE
-    except click.Abort:  # Ctrl-C before there is a command
+    except click.Abort:  # Ctrl-C before a command has started
         complain("stopped")
         return STOPPED
-    except OSError as error:  # the commands explain those of other files where they occur
+    except OSError as error:  # of standard output: commands handle the errors of other files themselves
         complain(f"standard output can't be written to ({error.strerror or error})")
         return WRONG_USE
     return code or 0
 
 
 class _Commands(click.Group):
-    """Click would print an empty line for Ctrl-C."""
+    """A group of commands that reports Ctrl-C in one line; click would print an empty one."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -55,31 +52,19 @@ class _Commands(click.Group):
             return STOPPED
 
 
-def _whole(least: int, most: float = math.inf) -> Callable[[Any], int]:
-    """Option type: an integer from `least` to `most`."""
+class _Integer(click.IntRange):
+    """An integer in a range, which messages and help call an integer, not an "integer range"."""
 
-    def convert(value: Any) -> int:
-        try:
-            number = int(value)
-        except ValueError:
-            number = least - 1
-        if not least <= number <= most:
-            wanted = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
-            raise click.BadParameter(f"{value} is not an integer {wanted}")
-        return number
-
-    return convert
+    name = "integer"
 
 
 def _rate(value: Any) -> float:
-    """Option type: a finite number above 0."""
-    try:
+    """Convert a learning rate to a finite number above 0; click.FloatRange would accept NaN."""
+    with suppress(ValueError):
         number = float(value)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise click.BadParameter(f"{value} is not a number above 0, such as 0.05")
-    return number
+        if 0 < number < math.inf:
+            return number
+    raise click.BadParameter(f"{value} is not a number above 0, such as 0.05")
 
 
 @click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -93,7 +78,7 @@ def commands(ctx: click.Context) -> None:
 
 @commands.command()
 def info() -> None:
-    """Show the frameworks that are installed and their kernels."""
+    """Show the installed frameworks, their devices, and the kernels that their arrays get."""
     from polywhiten.cli.info import report
 
     for line in report():
@@ -101,10 +86,10 @@ def info() -> None:
 
 
 @commands.command()
-@click.argument("shape", type=_whole(1, LARGEST_SIZE), nargs=-1, required=True, metavar="SIZE...")
-@click.option("--axis", type=int, metavar="INTEGER", default=1, show_default=True, help="The channel axis.")
+@click.argument("shape", type=_Integer(1, MAX_SIZE), nargs=-1, required=True, metavar="SIZE...")
+@click.option("--axis", type=int, default=1, show_default=True, help="The channel axis.")
 def recommend(shape: tuple[int, ...], axis: int) -> None:
-    """Recommend group sizes for layers by their input's shape.
+    """Recommend group sizes for layers from the shape of their input.
 
     SIZE... is the shape in training, batch size first: 32 256 14 14 for 32 samples of 256 channels of 14 x 14.
     """
@@ -117,78 +102,34 @@ def recommend(shape: tuple[int, ...], axis: int) -> None:
             raise click.UsageError(str(error)) from error
 
 
-@commands.command()
+_NORM_HELP = f"One of {', '.join(NORMS)}; repeat the option to train with several."
+_FRAMEWORK_HELP = "The framework to train in. Keras uses the backend that KERAS_BACKEND names, or an installed one."
+_DATA_HELP = "Grey or colour pictures, stored like Keras' data sets: x_train, y_train, x_test, y_test."
+_DEVICE_HELP = "The device to train on, as the framework names it: cpu, cuda or mps in PyTorch, cpu or gpu:0 in Keras."
+_OUT_HELP = "Folder for curves.png and results.csv; existing files of these names are overwritten."
+
+
+@commands.command(context_settings={"show_default": True})
 @click.option(
     "--norm",
     "norms",
-    multiple=True,
+    metavar="NAME",
     type=click.Choice(list(NORMS), case_sensitive=False),
-    metavar="NAME",
+    multiple=True,
     default=list(NORMS),
-    help=f"One of {', '.join(NORMS)}; give it several times for several.  [default: all]",
+    show_default="all",
+    help=_NORM_HELP,
 )
+@click.option("--framework", type=click.Choice(FRAMEWORKS, case_sensitive=False), default="torch", help=_FRAMEWORK_HELP)
+@click.option("--data", "file", metavar="FILE.npz", type=Path, show_default="scikit-learn's digits", help=_DATA_HELP)
+@click.option("--epochs", type=_Integer(1), default=20, help="How often each training picture is seen.")
+@click.option("--batch-size", type=_Integer(2), default=64, help="Number of pictures in a training step.")
 @click.option(
-    "--framework",
-    type=click.Choice(FRAMEWORKS, case_sensitive=False),
-    default="torch",
-    show_default=True,
-    help="What to train with; Keras takes the backend that KERAS_BACKEND names, or one that is installed.",
+    "--lr", type=_rate, metavar="NUMBER", default=0.05, help="Initial learning rate, decayed to 0 by a cosine."
 )
-@click.option(
-    "--data",
-    "file",
-    type=click.Path(path_type=Path),
-    metavar="FILE.npz",
-    help="Pictures to train on, grey or colour, as Keras' data sets have them: x_train, y_train, x_test, y_test.  "
-    "[default: scikit-learn's digits]",
-)
-@click.option(
-    "--epochs",
-    type=_whole(1),
-    metavar="INTEGER",
-    default=20,
-    show_default=True,
-    help="Times to go through the training pictures.",
-)
-@click.option(
-    "--batch-size",
-    type=_whole(2),
-    metavar="INTEGER",
-    default=64,
-    show_default=True,
-    help="Pictures in a training step; 2 or more.",
-)
-@click.option(
-    "--lr",
-    type=_rate,
-    metavar="NUMBER",
-    default=0.05,
-    show_default=True,
-    help="Learning rate of the first step; it falls to 0 along a cosine.",
-)
-@click.option(
-    "--seed",
-    type=_whole(0, 2**32 - 1),
-    metavar="INTEGER",
-    default=0,
-    show_default=True,
-    help="Of the first weights and of the batches.",
-)
-@click.option(
-    "--device",
-    metavar="NAME",
-    default="cpu",
-    show_default=True,
-    help="Where to train, as the framework names it: cpu, cuda or mps in PyTorch, cpu or gpu:0 in Keras.",
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    default=Path("polywhiten-demo"),
-    show_default=True,
-    help="Folder for curves.png and results.csv; files of these names are overwritten.",
-)
+@click.option("--seed", type=_Integer(0, 2**32 - 1), default=0, help="Seed of the initial weights and of the batches.")
+@click.option("--device", metavar="NAME", default="cpu", help=_DEVICE_HELP)
+@click.option("--out", metavar="DIR", type=Path, default=Path("polywhiten-demo"), help=_OUT_HELP)
 def demo(norms: tuple[str, ...], framework: str, file: Path | None, out: Path, **options: Any) -> int:
     """Train a small network with each norm and compare them.
 
@@ -197,77 +138,60 @@ def demo(norms: tuple[str, ...], framework: str, file: Path | None, out: Path, *
     normalization (dbn). Nothing is downloaded.
     """
     settings = Settings(**options)
-    if os.path.exists(out) and not os.path.isdir(out):  # a Path raises if the name is too long, for example
-        raise _bad("--out", f"{out} is a file: name a folder, which is made where there is none")
+    with suppress(OSError):  # a name that is too long, for example, which is reported when the folder is made
+        if out.exists() and not out.is_dir():
+            raise _bad("--out", f"{out} is a file: name a folder, which is created if it doesn't exist")
     try:
         trainer = load(framework)
-    except FrameworkError as error:
+        import_needed("matplotlib", "polywhiten.cli.demo.report")
+        if file is None:
+            import_needed("scikit-learn", "sklearn.datasets")
+    except DependencyError as error:
         raise click.UsageError(str(error)) from error
-    report = _needed("matplotlib", "polywhiten.cli.demo.report")
     try:
         trainer.check_device(settings.device)
     except ValueError as error:
         raise _bad("--device", str(error)) from error
-    data = _load(file)
+    try:
+        data = load_digits() if file is None else load_npz(file)
+    except DataError as error:
+        raise _bad("--data", str(error)) from error
     size, pictures = settings.batch_size, len(data.x_train)
     if size > pictures:
         raise _bad("--batch-size", f"{size} is more than the {pictures} training pictures: use 2 to {pictures}")
 
     from polywhiten.cli.demo.compare import compare
-    from polywhiten.cli.demo.report import WriteError
+    from polywhiten.cli.demo.report import WriteError, table
 
     chosen = list(dict.fromkeys(norms))
-    epochs, ended_by = compare(trainer, data, chosen, settings, out)
-    unwritten = isinstance(ended_by, WriteError)
-    if unwritten and not epochs:
-        raise _bad("--out", f"{ended_by}: name another folder")
-    if epochs and not isinstance(ended_by, KeyboardInterrupt):
+    epochs, failure = compare(trainer, data, chosen, settings, out)
+    if isinstance(failure, WriteError) and not epochs:
+        raise _bad("--out", f"{failure}: name another folder")
+    if epochs and not isinstance(failure, KeyboardInterrupt):
         sizes = f"{pictures} training and {len(data.x_test)} test pictures, {settings.epochs} epochs"
         click.echo(f"{data.name}: {sizes}; {trainer.TITLE}")
-        click.echo(_text(report.table(epochs)), nl=False)
-    files = f"{out / 'results.csv'} and {out / 'curves.png'}"
-    if ended_by is None:
+        click.echo(_text(table(epochs)), nl=False)
+    if failure is None:
         click.echo(f"The curves are in {out / 'curves.png'}, the numbers in {out / 'results.csv'}.")
         return 0
     done = f"{len(epochs)} of {len(chosen) * settings.epochs} epochs"
-    kept = f"{files} have them" if epochs else "there is nothing to keep"
-    if isinstance(ended_by, KeyboardInterrupt):
-        complain(f"stopped after {done}: {kept}")
+    saved = f"{out / 'results.csv'} and {out / 'curves.png'} have them" if epochs else "there is nothing to keep"
+    if isinstance(failure, KeyboardInterrupt):
+        complain(f"stopped after {done}: {saved}")
         return STOPPED
-    if unwritten:
-        complain(f"--out: {ended_by}: name another folder; {done} are in the table")
+    if isinstance(failure, WriteError):
+        complain(f"--out: {failure}: name another folder; {done} are in the table")
     else:
-        complain(f"training failed after {done} ({reason(ended_by)}): {kept}")
+        complain(f"training failed after {done} ({reason(failure)}): {saved}")
     return WRONG_USE
 
 
 def _text(table: Table) -> str:
-    """The table as the terminal shows it; on a narrow one its lines wrap, and no number is cut off."""
-    console = Console()
-    needed = console.measure(table, options=console.options.update(max_width=sys.maxsize)).maximum
-    console.width = max(console.width, needed)
+    """Return the table at its full width, so that a narrow terminal wraps its lines instead of cutting them off."""
+    console = Console(width=1000)  # which tables don't fill
     with console.capture() as capture:
         console.print(table)
     return capture.get()
-
-
-def _load(file: Path | None) -> Data:
-    if file is None:
-        _needed("scikit-learn", "sklearn.datasets")
-        return load_digits()
-    try:
-        return load_npz(file)
-    except DataError as error:
-        raise _bad("--data", str(error)) from error
-
-
-def _needed(package: str, module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise click.UsageError(f'the demo needs {package} ({error}): pip install "polywhiten[demo]"') from error
-    except (Exception, SystemExit) as error:  # an installation that is broken raises nearly anything
-        raise click.UsageError(f"{package} is installed but broken ({reason(error)}): install it again") from error
 
 
 def _bad(option: str, message: str) -> click.BadParameter:

@@ -1,55 +1,56 @@
-"""What is installed: each framework's version and devices, and the kernels that its arrays get."""
+"""Report what is installed: each framework's version and devices, and the kernels that its arrays get."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
 
 import polywhiten
+from polywhiten.cli.about import FOLDERS, about, is_installed
 from polywhiten.cli.streams import reason
-from polywhiten.dispatch import BACKENDS, backend_of
+from polywhiten.dispatch import BACKENDS
 from polywhiten.gpu_launches import CHOICES, DEFAULT, VARIABLE, gpu_launches
-from polywhiten.kernels import Kernels
 
-FRAMEWORKS = ("numpy", "torch", "jax", "tensorflow", "keras", "cupy", "dask")
-ARRAY_API = ("numpy",)  # served without a backend too
-KERNELS = ("moments", "inverse_sqrt", "inverse_sqrt_adjoint", "affine_map", "cross_moments")
-
-ANSWER = "\npolywhiten: "  # begins a line of its own, among all that a framework prints
-TIMEOUT = 120  # seconds; a first import of TensorFlow from a slow disk takes most of one minute
+ANSWER = "\npolywhiten: "  # starts a line, to be told from what a framework prints
+TIMEOUT = 120  # seconds; the first import of TensorFlow from a slow disk takes most of one minute
 
 
 def report() -> Iterator[str]:
-    """A line on polywhiten, then one on every framework, each as soon as it is known."""
+    """Yield a line about polywhiten, then one about every framework, as soon as each is known."""
     yield f"polywhiten {polywhiten.__version__}, Python {platform.python_version()}, {platform.platform()}"
     yield ""
-    yield _line("framework", "version", "devices", "kernels")
-    for name in FRAMEWORKS:
-        yield _line(name, *(_ask(name) if is_installed(name) else ["not installed"]))
+    yield _line("framework", ["version", "devices", "kernels"])
+    for folder in FOLDERS:
+        yield _line(about(folder).MODULE, _ask(folder))
     yield ""
-    yield "Kernels in brackets are the backend's own; all others are plain array API calls."
+    yield "An array gets the first of these kernels that support it. Those called array API are plain operations."
     yield _gpu_launches()
 
 
-def probe(name: str) -> list[str]:
-    """Version, devices and kernels of a framework; or the one reason why it doesn't work."""
+def probe(folder: str) -> list[str]:
+    """Return a framework's version, devices and kernels, or the reason why it doesn't work."""
+    backend = about(folder)
     try:
-        module = import_module(name)
-        return [str(module.__version__), _devices(name, module), _kernels(name, module)]
-    except BaseException as error:  # whatever it raises, SystemExit too, is what users need to see
+        version = str(import_module(backend.MODULE).__version__)
+        devices = ", ".join(backend.devices()) or "none"
+        module = BACKENDS.get(backend.MODULE)
+        if module is None:  # Keras
+            return [version, devices, devices]
+        return [version, devices, ", ".join(each.name for each in import_module(module).BACKEND.implementations)]
+    except BaseException as error:  # users need to see anything that a broken framework raises, even SystemExit
         return [f"installed but broken: {reason(error)}"]
 
 
-def _ask(name: str) -> list[str]:
-    """`probe` in a process of its own: a broken framework can end its process, and others fill it with messages."""
-    code = f"import json; from polywhiten.cli.info import ANSWER, probe; print(ANSWER + json.dumps(probe({name!r})))"
+def _ask(folder: str) -> list[str]:
+    """Call `probe` in another process, because a broken framework may end it, and others print messages."""
+    backend = about(folder)
+    if not is_installed(backend.MODULE):
+        return ["not installed: pip install " + " or ".join(f'"polywhiten[{extra}]"' for extra in backend.EXTRAS)]
+    code = f"import json; from polywhiten.cli.info import ANSWER, probe; print(ANSWER + json.dumps(probe({folder!r})))"
     try:
         done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=False, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -64,45 +65,8 @@ def _ask(name: str) -> list[str]:
     return fields
 
 
-def is_installed(name: str) -> bool:
-    spec = find_spec(name)
-    return spec is not None and spec.origin is not None  # any folder of that name has a spec
-
-
-def _devices(name: str, module: Any) -> str:
-    if name == "numpy":
-        return "cpu"
-    if name == "torch":
-        kind = str(module.accelerator.current_accelerator()) if module.accelerator.is_available() else None
-        return _joined(["cpu", *(f"{kind}:{i}" for i in range(module.accelerator.device_count() if kind else 0))])
-    if name == "jax":
-        return _joined([f"{device.platform}:{device.id}" for device in module.devices()])
-    if name == "tensorflow":
-        found = module.config.list_physical_devices()  # unlike the logical ones, these need not be taken hold of
-        return _joined([device.name.removeprefix("/physical_device:").lower() for device in found])
-    if name == "cupy":
-        try:
-            return _joined([f"cuda:{i}" for i in range(module.cuda.runtime.getDeviceCount())])
-        except module.cuda.runtime.CUDARuntimeError as error:  # no driver, or none that fits
-            return f"none: {str(error).partition(':')[0]}"
-    return f"those of {module.backend.backend()}" if name == "keras" else "those of its chunks"
-
-
-def _kernels(name: str, module: Any) -> str:
-    backend = BACKENDS.get(name)
-    if backend is None:
-        if name == "keras":
-            return f"those of {module.backend.backend()}"
-        if name not in ARRAY_API:
-            return "none: polywhiten has no backend for it"
-        own = _own_kernels(backend_of(module.empty(0)).kernels)
-        return f"polywhiten.cpu ({own})" if own else "array API"
-    own = _own_kernels(import_module(backend).BACKEND.kernels)
-    return f"{backend} ({own})" if own else f"array API, as {backend} calls it"
-
-
 def _gpu_launches() -> str:
-    """Which structure the kernels of PyTorch and CuPy have on a GPU, and how to choose the other."""
+    """Say how many launches the kernels of PyTorch and CuPy have on a GPU, and how to change that."""
     try:
         chosen = gpu_launches()
     except ValueError as error:
@@ -112,18 +76,7 @@ def _gpu_launches() -> str:
     return f"Kernels on a GPU have {chosen} launches{is_default}; {VARIABLE}={other} in the environment changes that."
 
 
-def _own_kernels(kernels: Kernels) -> str:
-    """Those that aren't the array API's, or these in a wrapper that sets a precision, say."""
-    found = (name for name in KERNELS if inspect.unwrap(getattr(type(kernels), name)) is not getattr(Kernels, name))
-    return ", ".join(found)
-
-
-def _joined(devices: list[str]) -> str:
-    return ", ".join(devices) or "none"
-
-
-def _line(name: str, *fields: str) -> str:
-    if len(fields) == 1:
-        return f"{name:<11} {fields[0]}"
-    version, devices, kernels = fields
-    return f"{name:<11} {version:<15} {devices:<19} {kernels}"
+def _line(name: str, fields: list[str]) -> str:
+    widths = 15, 19, 0
+    columns = fields if len(fields) == 1 else [f"{field:<{width}}" for field, width in zip(fields, widths, strict=True)]
+    return f"{name:<11} {' '.join(columns)}"

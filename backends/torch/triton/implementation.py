@@ -26,6 +26,8 @@ _STATE_DTYPES = (*_DTYPES, torch.int64)  # of parameters, averages and their cou
 class TritonImplementation(Reference):
     """Separate launches for each step."""
 
+    name = "Triton"
+
     kernels: FusedKernels
 
     def __init__(self, kernels: FusedKernels | None = None) -> None:

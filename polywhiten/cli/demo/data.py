@@ -1,4 +1,4 @@
-"""Pictures and labels that the demo trains on, checked and standardized; NumPy alone."""
+"""Read, check and standardize the pictures and labels that the demo trains on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -21,7 +21,7 @@ PLAIN = "save plain arrays of numbers with numpy.savez"
 
 
 class DataError(ValueError):
-    """What is wrong with the data, in one line that says what is needed."""
+    """The data don't fit; the message is one line that says what is needed."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Data:
     Attributes
     ----------
     name : str
-        For titles.
+        Name to show in titles.
     x_train, x_test : float32 array, shape (N, height, width, channels)
-        Of mean 0 and deviation 1 in every channel of the training pictures.
+        Pictures, scaled such that every channel of the training pictures has mean 0 and deviation 1.
     y_train, y_test : int64 array, shape (N,)
         Classes, counted from 0.
     classes : int
@@ -48,7 +48,7 @@ class Data:
 
 
 def load_digits() -> Data:
-    """Scikit-learn's bundled digits (8 x 8, grey); every fifth one is a test picture."""
+    """Return the digits that come with scikit-learn (8 x 8, grey); every fifth one is a test picture."""
     from sklearn import datasets  # type: ignore[import-untyped]  # optional, and slow to import
 
     digits = datasets.load_digits()
@@ -58,7 +58,7 @@ def load_digits() -> Data:
 
 
 def load_npz(path: Path) -> Data:
-    """Pictures in the layout of Keras' data sets, from a file; nothing in it is unpickled.
+    """Read pictures in the layout of Keras' data sets from a file, without unpickling anything.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def load_npz(path: Path) -> Data:
     Raises
     ------
     DataError
-        There is no such file, or something else is in it.
+        There is no such file, or it holds something else.
     """
     try:
         return prepare(_shown(path.name), *_unpack(path))
@@ -82,7 +82,7 @@ def load_npz(path: Path) -> Data:
 
 
 def prepare(name: str, x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Data:
-    """Check arrays in the layout of Keras' data sets and standardize them; DataError where they don't fit."""
+    """Check and standardize arrays in the layout of Keras' data sets; raise DataError if they don't fit."""
     _check_layout(x_train, y_train, x_test, y_test)
     train, test = _pictures("x_train", x_train), _pictures("x_test", x_test)
     labels, test_labels = _labels("y_train", y_train), _labels("y_test", y_test)
@@ -97,25 +97,8 @@ def prepare(name: str, x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> 
     return Data(name, train, classified.astype(np.int64), test, encoded, len(classes))
 
 
-class _Layout(Protocol):
-    """What an array has, and its header in a file, too."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]: ...
-
-
-class _Header(NamedTuple):
-    """Of an array in a file."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-
 def _unpack(path: Path) -> list[NDArray[Any]]:
-    """The four arrays of a file, of which nothing is unpacked unless they fit."""
+    """Return the four arrays of a file; it is unpacked only if they fit."""
     try:
         if not path.exists():
             raise DataError(f"{path} doesn't exist: {LAYOUT}")
@@ -127,7 +110,7 @@ def _unpack(path: Path) -> list[NDArray[Any]]:
             members = {member.filename.removesuffix(".npy"): member for member in file.infolist()}
             missing = [key for key in KEYS if key not in members]
             if missing:
-                raise DataError(f"{path} holds {_some(members)}, but no {' and no '.join(missing)}: {LAYOUT}")
+                raise DataError(f"{path} holds {_listed(members)}, but no {' and no '.join(missing)}: {LAYOUT}")
             headers = [_header(file, members[key], key) for key in KEYS]
             _check_layout(*headers)
             _check_memory(path, headers)
@@ -142,7 +125,8 @@ def _unpack(path: Path) -> list[NDArray[Any]]:
         raise DataError(f"{path} can't be read ({error}): {LAYOUT}") from error
 
 
-def _header(file: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> _Header:
+def _header(file: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> NDArray[Any]:
+    """Return an array of the shape and dtype that a member of the file has, without its values or their memory."""
     with file.open(member) as content:
         try:
             version = npy.read_magic(content)
@@ -150,19 +134,19 @@ def _header(file: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> _Header
             shape, _, dtype = read(content)
         except ValueError as error:
             raise DataError(f"{key} is not an array: {PLAIN}") from error  # NumPy might advise to trust the file
-        held = member.file_size - content.tell()
+        size = member.file_size - content.tell()
     if dtype.hasobject:
         raise DataError(f"{key} has dtype {dtype}, which is not read: {PLAIN}")
     claimed = math.prod(shape) * dtype.itemsize
-    if claimed != held:
-        raise DataError(f"{key} is damaged: {held} bytes are there for shape {shape} of {dtype}, which takes {claimed}")
-    return _Header(shape, dtype)
+    if claimed != size:
+        raise DataError(f"{key} is damaged: it has {size} bytes, and shape {shape} of {dtype} takes {claimed}")
+    return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-def _check_layout(x_train: _Layout, y_train: _Layout, x_test: _Layout, y_test: _Layout) -> None:
-    """DataError where shapes or dtypes don't fit."""
+def _check_layout(x_train: NDArray[Any], y_train: NDArray[Any], x_test: NDArray[Any], y_test: NDArray[Any]) -> None:
+    """Raise DataError if shapes or dtypes don't fit."""
     for name, x in (("x_train", x_train), ("x_test", x_test)):
-        if not (len(x.shape) == 3 or (len(x.shape) == 4 and x.shape[3] in (1, 3))) or min(x.shape) < 1:
+        if x.shape[3:] not in ((), (1,), (3,)) or x.ndim < 3 or min(x.shape) < 1:
             raise DataError(
                 f"{name} has shape {x.shape}: (N, height, width) or (N, height, width, 1) is needed "
                 "for grey pictures, (N, height, width, 3) for colour"
@@ -171,41 +155,35 @@ def _check_layout(x_train: _Layout, y_train: _Layout, x_test: _Layout, y_test: _
             raise DataError(f"{name} has dtype {x.dtype}: real numbers are needed")
     size, test_size = (" x ".join(map(str, (*x.shape[1:], 1)[:3])) for x in (x_train, x_test))
     if test_size != size:
-        raise DataError(f"x_test has pictures of {test_size}, x_train of {size}: they have to be the same")
+        raise DataError(f"x_test has pictures of {test_size}, x_train of {size}: their sizes have to be the same")
     for name, y, x in (("y_train", y_train, x_train), ("y_test", y_test, x_test)):
-        if not (len(y.shape) == 1 or (len(y.shape) == 2 and y.shape[1] == 1)):  # the latter as Keras has CIFAR-10's
-            raise DataError(f"{name} has shape {y.shape}: (N,) or (N, 1) is needed, one label a picture")
+        if y.ndim < 1 or y.shape[1:] not in ((), (1,)):  # (N, 1) in Keras' CIFAR-10
+            raise DataError(f"{name} has shape {y.shape}: (N,) or (N, 1) is needed, one label for each picture")
         if y.dtype.kind not in "ui":
             raise DataError(f"{name} has dtype {y.dtype}: integer labels are needed")
-        labels, pictures = y.shape[0], x.shape[0]
-        if labels != pictures:
-            raise DataError(
-                f"{name} has {labels} labels, {name.replace('y', 'x')} {pictures} pictures: "
-                "one label a picture is needed"
-            )
+        if len(y) != len(x):
+            pictures = f"{name.replace('y', 'x')} {len(x)} pictures"
+            raise DataError(f"{name} has {len(y)} labels, {pictures}: one label for each picture is needed")
 
 
-def _check_memory(path: Path, headers: list[_Header]) -> None:
-    """DataError where the arrays, and the pictures in float32 beside them, exceed this machine's memory.
+def _check_memory(path: Path, arrays: list[NDArray[Any]]) -> None:
+    """Raise DataError if the arrays, and their float32 copies, need more memory than this machine has.
 
-    A small file can unpack to any size, and where memory is promised before it is there, as on Linux, the system
-    ends the process.
+    A small file can unpack to any size. Systems that overcommit memory, such as Linux, end a process that fills it.
     """
-    needed = sum(math.prod(shape) * (dtype.itemsize + 4) for shape, dtype in headers)
+    needed = sum(array.size * (array.itemsize + 4) for array in arrays)
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows and others don't tell
+    except (AttributeError, ValueError, OSError):  # Windows and others don't say
         return
     if needed > memory:
-        raise DataError(
-            f"{path} takes {needed / 2**30:.1f} GiB, and this machine has {memory / 2**30:.1f}: "
-            "use fewer or smaller pictures"
-        )
+        sizes = f"{path} takes {needed / 2**30:.1f} GiB, and this machine has {memory / 2**30:.1f}"
+        raise DataError(f"{sizes}: use fewer or smaller pictures")
 
 
 def _pictures(name: str, values: NDArray[Any]) -> NDArray[np.float32]:
-    """A new float32 array (N, height, width, channels)."""
-    with np.errstate(over="ignore"):  # too large a value becomes infinite, and is refused as such
+    """Return a new float32 array (N, height, width, channels)."""
+    with np.errstate(over="ignore"):  # too large a value becomes infinite, which is reported
         pictures = values.astype(np.float32)
     if not np.isfinite(pictures).all():
         raise DataError(f"{name} has values that are not finite in float32: leave such pictures out")
@@ -213,7 +191,7 @@ def _pictures(name: str, values: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def _labels(name: str, values: NDArray[Any]) -> NDArray[np.int64]:
-    """Of one dtype: NumPy compares uint64 with int64 in float64, where neighbours are the same."""
+    """Return labels as int64: NumPy compares uint64 with int64 in float64, which rounds large labels."""
     most = np.iinfo(np.int64).max
     if values.max() > most:
         raise DataError(f"{name} has label {values.max()}: labels of at most {most} are needed")
@@ -221,12 +199,12 @@ def _labels(name: str, values: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def _standardize(train: NDArray[np.float32], test: NDArray[np.float32]) -> None:
-    """Subtract the training pictures' mean and divide by their deviation, channel by channel, in place."""
+    """Subtract the training pictures' mean and divide by their deviation, for each channel, in place."""
     mean = train.mean(axis=(0, 1, 2), dtype=np.float64).astype(np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):  # what isn't finite then is refused
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite results are reported below
         train -= mean
         test -= mean
-        # without the array of squares, which would be as large as the data
+        # without an array of squares, which would be as large as the data
         variance = np.einsum("nhwc,nhwc->c", train, train, dtype=np.float64) / train[..., 0].size
         deviation = np.sqrt(variance).astype(np.float32)
         deviation[deviation == 0] = 1
@@ -238,13 +216,12 @@ def _standardize(train: NDArray[np.float32], test: NDArray[np.float32]) -> None:
 
 
 def _shown(name: str) -> str:
-    """A file's name in characters that can be printed, also where the locale's encoding lacks some of them."""
+    """Return a file's name with each character replaced that can't be printed or isn't in the locale's encoding."""
     text = os.fsencode(name).decode("utf-8", "replace")
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
-def _some(names: Iterable[str], most: int = 8) -> str:
-    """The first of them, separated by commas."""
-    listed = list(names)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return (", ".join(listed[:most]) or "nothing") + more
+def _listed(names: Iterable[str], most: int = 8) -> str:
+    """Return the first names, separated by commas, and how many more there are."""
+    first, more = list(names)[:most], list(names)[most:]
+    return (", ".join(first) or "nothing") + (f" and {len(more)} more" if more else "")
