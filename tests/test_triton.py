@@ -23,8 +23,10 @@ from polywhiten.solvers import solver_for  # noqa: E402
 from polywhiten.spec import WhiteningSpec  # noqa: E402
 from polywhiten.statistics import NO_STATISTICS  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm, namespace  # noqa: E402
-from polywhiten.torch.triton import group_whitening, tiles  # noqa: E402
-from polywhiten.torch.triton.implementation import JoinedKernels, TritonImplementation  # noqa: E402
+from polywhiten.torch.triton import sample_parts, tiles  # noqa: E402
+from polywhiten.torch.triton.joined import JoinedKernels  # noqa: E402
+from polywhiten.torch.triton.kernels import TritonKernels  # noqa: E402
+from polywhiten.torch.triton.separate import SeparateImplementation  # noqa: E402
 from polywhiten.torch.triton.kernels import FusedKernels  # noqa: E402
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,18 +34,17 @@ DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
 compiled = pytest.mark.skipif(IS_INTERPRETED, reason="TRITON_INTERPRET is 1: nothing is compiled")
 
 
-class AnywhereKernels(FusedKernels):
+class AnywhereSeparate(SeparateImplementation):
     """For tensors on the CPU too."""
 
     def is_on_device(self, x):
         return True
 
 
-class OnlyFusedKernels(AnywhereKernels):
-    """That never hand over to the default ones."""
+class AnywhereJoined(JoinedKernels):
+    """For tensors on the CPU too."""
 
-    def serves(self, *tensors):
-        assert super().serves(*tensors), "the fused kernels serve all of these tests"
+    def is_on_device(self, x):
         return True
 
 
@@ -56,21 +57,8 @@ def runs(test):
     return test if IS_INTERPRETED else needs_device(test)
 
 
-FUSED, EXACT = OnlyFusedKernels(xp), Kernels(xp)
-
-
-def forward(kernels, spec, *arrays):
-    return (TritonImplementation(kernels) if isinstance(kernels, FusedKernels) else Reference(kernels)).forward(
-        spec, *arrays
-    )
-
-
-def backward(kernels, spec, *arrays):
-    return (TritonImplementation(kernels) if isinstance(kernels, FusedKernels) else Reference(kernels)).backward(
-        spec, *arrays
-    )
-
-
+KERNELS, EXACT_KERNELS = TritonKernels(xp), Kernels(xp)
+SEPARATE, EXACT = AnywhereSeparate(), Reference(EXACT_KERNELS)
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -99,11 +87,11 @@ def tensor_cores(monkeypatch):
 
 
 @pytest.fixture
-def fused_backend(monkeypatch):
-    """The public functions and layers with fused kernels on the CPU."""
-    kernels, backend = AnywhereKernels(namespace), pw.torch.BACKEND
-    monkeypatch.setattr(backend, "implementations", (TritonImplementation(kernels), *backend.implementations))
-    monkeypatch.setattr(backend, "joined", JoinedKernels(kernels))
+def triton_backend(monkeypatch):
+    """The public functions and layers use Triton's kernels on the CPU."""
+    backend = pw.torch.BACKEND
+    monkeypatch.setattr(backend, "implementations", (SEPARATE, *backend.implementations))
+    monkeypatch.setattr(backend, "joined", AnywhereJoined())
 
 
 def error(actual, exact):
@@ -211,7 +199,7 @@ BOTH = (True, True)  # weight and bias
     ids=str,
 )
 def test_group_whitening_is_that_of_float64(monkeypatch, shape, blocks, parameters, dtype, limit):
-    monkeypatch.setattr(group_whitening, "_LARGEST_SAMPLE", limit)
+    monkeypatch.setattr(sample_parts, "MAX_SAMPLE_ELEMENTS", limit)
     channels = shape[blocks.axis]
     x, dy = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1)
     weight, bias = (
@@ -253,7 +241,7 @@ def test_a_mean_far_above_the_spread_costs_no_digits():
 
 
 @runs
-@pytest.mark.usefixtures("fused_backend")
+@pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_layers_train_as_with_the_default_kernels(memory, monkeypatch):
     """With a smaller last group, running averages, and a gradient that is expanded."""
@@ -273,7 +261,7 @@ def test_layers_train_as_with_the_default_kernels(memory, monkeypatch):
 
 
 @runs
-@pytest.mark.usefixtures("fused_backend")
+@pytest.mark.usefixtures("triton_backend")
 def test_nan_stays_in_its_group_and_constant_channels_are_finite():
     x = normal(6, 8, 3, 3)
     x[:, 5] = 2.0
@@ -284,7 +272,7 @@ def test_nan_stays_in_its_group_and_constant_channels_are_finite():
 
 
 @runs
-@pytest.mark.usefixtures("fused_backend")
+@pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("structure", ["separate", "joined"])
 def test_what_memory_has_with_the_other_sign_is_read_with_its_own(structure):
     """PyTorch negates the imaginary part of a conjugate when it is read: an input, or a gradient."""
@@ -301,7 +289,7 @@ def test_what_memory_has_with_the_other_sign_is_read_with_its_own(structure):
 
 
 @runs
-@pytest.mark.usefixtures("fused_backend")
+@pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
 def test_second_derivatives_and_transforms_are_those_of_the_default_kernels(name):
     check_second_derivatives_and_transforms(name)
@@ -376,7 +364,7 @@ def check_captured_steps(layer, size, how):
 
 
 @compiled
-@pytest.mark.usefixtures("fused_backend")
+@pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("layer", [IterNorm(8, group_size=4), GroupWhitening(4, 8)], ids=["IterNorm", "GroupWhitening"])
 def test_no_kernel_is_given_parameters_that_end_too_early(layer, launches):
     """The default kernels have an error for them."""
@@ -402,7 +390,7 @@ def test_the_default_kernels_serve_what_the_fused_ones_cannot(x):
 
 
 @runs
-@pytest.mark.usefixtures("fused_backend")
+@pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("layer", [IterNorm(8, group_size=4), GroupWhitening(4, 8)], ids=["IterNorm", "GroupWhitening"])
 def test_tracers_see_the_default_kernels(layer):
     layer, x = layer.eval().to(DEVICE), normal(4, 8, 3, 3)
@@ -536,7 +524,7 @@ def test_kernels_compile_with_the_scalars_of_torch_compile(case, launches):
 
 
 @compiled
-@pytest.mark.usefixtures("fused_backend")
+@pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("layer", [IterNorm(8, group_size=4), GroupWhitening(4, 8)], ids=["IterNorm", "GroupWhitening"])
 def test_torch_compile_puts_the_fused_kernels_in_one_graph(layer, monkeypatch):
     """Traced alone, as without a device nothing can run."""
@@ -561,9 +549,10 @@ def test_torch_compile_puts_the_fused_kernels_in_one_graph(layer, monkeypatch):
     torch._dynamo.maybe_mark_dynamic(x, 0)
     with pytest.raises(Exception, match="TracedError"):
         step(x)
-    whole = ["sum_crossed", "total_crossed", "inverse_sqrt_adjoint", "affine_map"]
+    expected = ["combine_cross_moments", "inverse_sqrt_adjoint", "affine_map"]
     if isinstance(layer, IterNorm):
-        whole = ["sum_shifted", "total_shifted", "inverse_sqrt", "affine_map", *whole]
+        forward_launches = ["partial_moments", "combine_moments", "inverse_sqrt", "affine_map"]
+        expected = [*forward_launches, "partial_cross_moments", *expected]
     else:
-        whole = ["whiten_sample", "sum_crossed_channels", *whole[1:]]
-    assert called == whole
+        expected = ["whiten_sample", "partial_sample_cross_moments", *expected]
+    assert called == expected

@@ -24,7 +24,7 @@ from test_triton import (  # noqa: E402  # fixtures too
     compile_offline,
     compiled,
     error,
-    fused_backend,  # noqa: F401
+    triton_backend,  # noqa: F401
     in_float64,
     needs_device,
     normal,
@@ -41,11 +41,19 @@ from polywhiten.solvers import solver_for  # noqa: E402
 from polywhiten.spec import WhiteningSpec  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
 from polywhiten.torch.averages import RunningAverages  # noqa: E402
-from polywhiten.torch.triton import counting, joined, joined_backward, joined_forward, plans, prepared, tiles  # noqa: E402
+from polywhiten.torch.triton import (  # noqa: E402
+    joined,
+    joined_gradient_map,
+    joined_plans,
+    last_program,
+    prepared_launch,
+    sample_parts,
+    tiles,
+)
 from polywhiten.torch.triton.joined import Joined  # noqa: E402
 
 pytestmark = [
-    pytest.mark.usefixtures("fused_backend", "launch_joined"),
+    pytest.mark.usefixtures("triton_backend", "launch_joined"),
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),  # of Triton's interpreter
 ]
 LAST = torch.channels_last
@@ -86,9 +94,13 @@ def forget_plans(monkeypatch):
 @pytest.fixture
 def small_clusters(monkeypatch):
     """Many small parts, so that few samples have clusters of parts, and gradients of weights are summed in steps."""
-    monkeypatch.setattr(joined_backward, "_SUMMANDS", triton.language.constexpr(2))
-    monkeypatch.setattr(plans, "LARGEST_SAMPLE", 1)
-    for module, name, value in ((tiles, "_FEWEST_TILES", 1), (counting, "_FEW", 2), (counting, "_CLUSTER", 3)):
+    monkeypatch.setattr(joined_gradient_map, "_ROWS_AT_ONCE", triton.language.constexpr(2))
+    monkeypatch.setattr(sample_parts, "MAX_SAMPLE_ELEMENTS", 1)
+    for module, name, value in (
+        (tiles, "_MIN_TILES_PER_PART", 1),
+        (last_program, "_MAX_PARTS_WITHOUT_CLUSTERS", 2),
+        (last_program, "_MIN_CLUSTER_SIZE", 3),
+    ):
         monkeypatch.setattr(module, name, value)
     forget_plans(monkeypatch)
 
@@ -114,8 +126,7 @@ WHITENINGS = [
 
 
 def joined_of(blocks, iterations=3, eps=1e-3):
-    of_samples = isinstance(blocks, SampleGroups)
-    return Joined(of_samples, blocks.axis, blocks.num_groups if of_samples else blocks.group_size, eps, iterations)
+    return Joined(blocks, eps, iterations)
 
 
 interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="TRITON_INTERPRET isn't 1; compiling all takes minutes")
@@ -312,7 +323,7 @@ def test_results_do_not_depend_on_which_program_is_the_last(blocks, monkeypatch)
         y, stats = joined_of(blocks).forward(x, None, None)
         dx, *_ = joined_of(blocks).backward(x, None, None, stats, y)
         results.append((y, dx))
-        assert all((each == 0).all() for each in counting._counters.values())
+        assert all((each == 0).all() for each in last_program._counters.values())
     for y, dx in results[1:]:
         assert torch.equal(y, results[0][0])
         assert torch.equal(dx, results[0][1])
@@ -375,18 +386,26 @@ def _is_within_another(event):
 
 
 STEPS = {
-    "IterNorm": (lambda: IterNorm(256), ["whiten_sums", "whiten_map"], ["channels_gradient_sums", "gradient_map"]),
+    "IterNorm": (
+        lambda: IterNorm(256),
+        ["joined_statistics", "joined_map"],
+        ["joined_cross_moments", "joined_gradient_map"],
+    ),
     "IterNorm, 128 channels": (
         lambda: IterNorm(256, group_size=128),
-        ["whiten_sums", "whiten_map"],
-        ["channels_gradient_sums", "gradient_map"],
+        ["joined_statistics", "joined_map"],
+        ["joined_cross_moments", "joined_gradient_map"],
     ),
     "IterNorm, a smaller last group": (
         lambda: IterNorm(256, group_size=100),
-        ["whiten_sums", "whiten_map"],
-        ["channels_gradient_sums", "gradient_map"],
+        ["joined_statistics", "joined_map"],
+        ["joined_cross_moments", "joined_gradient_map"],
     ),
-    "GroupWhitening": (lambda: GroupWhitening(32, 256), ["whiten_sums"], ["samples_gradient_sums", "gradient_map"]),
+    "GroupWhitening": (
+        lambda: GroupWhitening(32, 256),
+        ["joined_statistics"],
+        ["joined_sample_cross_moments", "joined_gradient_map"],
+    ),
 }
 
 
@@ -419,19 +438,19 @@ def test_evaluation_is_one_launch_and_one_allocation(noted):
         layer(x)
         _, found = operations(layer, x)
     assert found == {"empty_like": 1}
-    assert names(noted) == ["whiten_map"] * 2
+    assert names(noted) == ["joined_map"] * 2
 
 
 @compiled
 def test_a_large_sample_takes_two_launches(noted):
     pw.group_whiten(torch.randn(2, 64, 64, 64), num_groups=32)
-    assert names(noted) == ["whiten_sums", "whiten_map"]
+    assert names(noted) == ["joined_statistics", "joined_map"]
 
 
 @compiled
 @pytest.mark.parametrize("known", [True, False])
 def test_launches_are_repeated_without_triton_where_its_version_is_known(known, noted, monkeypatch):
-    monkeypatch.setattr(prepared, "IS_KNOWN", known)
+    monkeypatch.setattr(prepared_launch, "IS_KNOWN_VERSION", known)
     x = torch.randn(8, 16, 7, 7)
     given = []
     for _ in range(2):
@@ -441,7 +460,7 @@ def test_launches_are_repeated_without_triton_where_its_version_is_known(known, 
         ways = {"again" if how == "again" else "by Triton" for *_, how in noted}
     assert ways == {"again" if known else "by Triton"}
     if known:  # addresses in place of tensors, then the same numbers, then what is known when kernels are compiled
-        for kernel, first, second in zip(("whiten_sums", "whiten_map"), *given, strict=True):
+        for kernel, first, second in zip(("joined_statistics", "joined_map"), *given, strict=True):
             arguments = getattr(joined_forward, kernel).params
             assert len(second) == len(arguments)
             assert second[0] == x.data_ptr() or second[1] == x.data_ptr()
@@ -462,18 +481,19 @@ def test_a_thread_that_launches_while_another_prepares_gives_all_arguments():
         is_asked = False
 
         def __getitem__(self, grid):
-            return lambda *arguments, **constants: given.append(len(arguments) + len(constants)) or Compiled()
+            return lambda **arguments: given.append(len(arguments)) or Compiled()
 
         @property
         def arg_names(self):
             if not self.is_asked:
                 self.is_asked = True
-                launch(0, x)  # as the other thread does
+                launch(0, x=x)  # as the other thread does
             return ["x", "number", "CONSTANT"]
 
-    x, launch = torch.empty(16), prepared.PreparedLaunch(Kernel(), (1, 1, 1), (7,), {"CONSTANT": 8})
+    x = torch.empty(16)
+    launch = prepared_launch.PreparedLaunch(Kernel(), (1, 1, 1), {"number": 7}, {"CONSTANT": 8})
     for _ in range(2):
-        launch(0, x)
+        launch(0, x=x)
     assert given == [3, 3, 3]
 
 
@@ -487,13 +507,13 @@ def test_memory_that_is_not_aligned_is_launched_by_triton(noted):
 
 def test_counters_are_a_streams_own_and_grow():
     device = torch.device("cpu")
-    first = counting.counters(device, 1, 10, rank=0)
-    assert counting.counters(device, 1, 20, rank=0) is first
-    assert counting.counters(device, 2, 10, rank=0) is not first
-    larger = counting.counters(device, 1, 5000, rank=0)
+    first = last_program.get_counters(device, 1, 10, rank=0)
+    assert last_program.get_counters(device, 1, 20, rank=0) is first
+    assert last_program.get_counters(device, 2, 10, rank=0) is not first
+    larger = last_program.get_counters(device, 1, 5000, rank=0)
     assert larger.numel() >= 5000
     assert not larger.any()
-    assert counting.counters(device, 1, 0, rank=0) is None
+    assert last_program.get_counters(device, 1, 0, rank=0) is None
 
 
 @compiled
@@ -545,7 +565,7 @@ def test_no_kernel_is_given_memory_that_ends_too_early(name, shape, training, no
     setattr(layer, name, torch.nn.Parameter(value, requires_grad=False) if name in ("weight", "bias") else value)
     with suppress(ValueError, RuntimeError):
         layer(torch.randn(6, 8, 3))
-    assert not {"whiten_sums", "whiten_map"} & set(names(noted))
+    assert not {"joined_statistics", "joined_map"} & set(names(noted))
 
 
 @runs
@@ -605,7 +625,7 @@ def test_kernels_compile_within_the_resources_of_devices(
     case, capability, scalars, noted, monkeypatch, record_property
 ):
     """With the scalars of torch.compile too: numbers of 64 bits would take twice the registers."""
-    monkeypatch.setattr(plans, "_capability", lambda device: divmod(capability, 10))
+    monkeypatch.setattr(joined_plans, "_capability", lambda device: divmod(capability, 10))
     note_a_step(case)
     assert len(noted) >= 3
     for kernel, arguments, constants in noted:
@@ -658,7 +678,7 @@ def test_torch_compile_has_nothing_but_these_kernels_to_launch(what, dynamic, mo
     if dynamic:
         torch._dynamo.mark_dynamic(x, 0)
     if what == "GroupWhitening":
-        forward_launches = ["whiten_sums", "whiten_map"]  # of large samples
+        forward_launches = ["joined_statistics", "joined_map"]  # of large samples
     partition = {"partition_fn": min_cut_rematerialization_partition}  # as Inductor does
     backend = aot_autograd(fw_compiler=note, bw_compiler=note, **partition)
     step = torch.compile(layer, fullgraph=True, backend=backend)
