@@ -22,12 +22,11 @@ from polywhiten.reference import Reference  # noqa: E402
 from polywhiten.solvers import solver_for  # noqa: E402
 from polywhiten.spec import WhiteningSpec  # noqa: E402
 from polywhiten.statistics import NO_STATISTICS  # noqa: E402
-from polywhiten.torch import GroupWhitening, IterNorm, namespace  # noqa: E402
+from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
 from polywhiten.torch.triton import sample_parts, tiles  # noqa: E402
 from polywhiten.torch.triton.joined import JoinedKernels  # noqa: E402
 from polywhiten.torch.triton.kernels import TritonKernels  # noqa: E402
 from polywhiten.torch.triton.separate import SeparateImplementation  # noqa: E402
-from polywhiten.torch.triton.kernels import FusedKernels  # noqa: E402
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
@@ -141,13 +140,13 @@ SHAPES_AND_DTYPES = [
 def test_moments_and_maps_are_those_of_float64(shape, block_axis, dtype):
     x, dy = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1, mean=0)
     limit = 1e-5 if dtype == torch.float32 else 1e-3  # half precision has products in TF32
-    mean, cov = FUSED.moments(x, block_axis)
-    exact_mean, exact_cov = EXACT.moments(x.double(), block_axis)
+    mean, cov = KERNELS.moments(x, block_axis)
+    exact_mean, exact_cov = EXACT_KERNELS.moments(x.double(), block_axis)
     assert error(mean, exact_mean) < 1e-6
     assert error(cov, exact_cov) < limit
     for actual, exact in zip(
-        FUSED.cross_moments(dy, x, mean, block_axis),
-        EXACT.cross_moments(*in_float64(dy, x, mean), block_axis),
+        KERNELS.cross_moments(dy, x, mean, block_axis),
+        EXACT_KERNELS.cross_moments(*in_float64(dy, x, mean), block_axis),
         strict=True,
     ):
         assert error(actual, exact) < limit
@@ -155,10 +154,10 @@ def test_moments_and_maps_are_those_of_float64(shape, block_axis, dtype):
     a, b, bias = normal(blocks, d, d, seed=2), normal(blocks, d, d, seed=3).mT, normal(blocks, d, seed=4)
     one, two = [Term(a, x, mean)], [Term(b, dy, bias), Term(a, x, mean)]
     for terms, shift, result in ((one, bias, torch.float32), (two, None, dtype)):
-        exact = EXACT.affine_map(
+        exact = EXACT_KERNELS.affine_map(
             [Term(*in_float64(*term)) for term in terms], *in_float64(shift), block_axis, xp.float64
         )
-        actual = FUSED.affine_map(terms, shift, block_axis, result)
+        actual = KERNELS.affine_map(terms, shift, block_axis, result)
         assert actual.dtype == result
         assert error(actual, exact) < max(limit, torch.finfo(result).eps)
 
@@ -167,7 +166,7 @@ def test_moments_and_maps_are_those_of_float64(shape, block_axis, dtype):
 @pytest.mark.usefixtures("tensor_cores")
 def test_sums_over_many_samples_are_as_exact():
     x = normal(40_000, 1, 2, 1, mean=0)
-    assert error(FUSED.moments(x, 1)[1], EXACT.moments(x.double(), 1)[1]) < 2e-5
+    assert error(KERNELS.moments(x, 1)[1], EXACT_KERNELS.moments(x.double(), 1)[1]) < 2e-5
 
 
 @runs
@@ -176,8 +175,8 @@ def test_newton_and_its_gradient_are_those_of_float64(d, iterations):
     factor, grad = normal(2, d, 2 * d, mean=0), normal(2, d, d, seed=1, mean=0)
     cov, solver = factor @ factor.mT / d, solver_for("newton", iterations)
     for kernel, given in (("inverse_sqrt", (cov,)), ("inverse_sqrt_adjoint", (cov, grad))):
-        exact = getattr(EXACT, kernel)(solver, *in_float64(*given), 1e-2)
-        assert error(getattr(FUSED, kernel)(solver, *given, 1e-2), exact) < 1e-5
+        exact = getattr(EXACT_KERNELS, kernel)(solver, *in_float64(*given), 1e-2)
+        assert error(getattr(KERNELS, kernel)(solver, *given, 1e-2), exact) < 1e-5
 
 
 PICTURES, ROWS = ((2, 12, 5, 7), SampleGroups(1, 4)), ((2, 5, 7, 60), SampleGroups(3, 20))
@@ -205,12 +204,12 @@ def test_group_whitening_is_that_of_float64(monkeypatch, shape, blocks, paramete
     weight, bias = (
         normal(channels, seed=seed) if there else None for there, seed in zip(parameters, (2, 3), strict=True)
     )
-    plan = WhiteningSpec(blocks, solver_for("newton", 3), 1e-3)
-    y, stats = FUSED.whiten(plan, x, weight, bias)
-    gradients = FUSED.whiten_adjoint(plan, x, weight, bias, stats, dy, NO_STATISTICS)
+    spec = WhiteningSpec(blocks, solver_for("newton", 3), 1e-3)
+    y, stats = SEPARATE.forward(spec, x, weight, bias)
+    gradients = SEPARATE.backward(spec, x, weight, bias, stats, dy, NO_STATISTICS)
     given = in_float64(x, weight, bias)
-    exact, exact_stats = forward(EXACT, plan, *given)
-    exact_gradients = backward(EXACT, plan, *given, exact_stats, dy.double())
+    exact, exact_stats = EXACT.forward(spec, *given)
+    exact_gradients = EXACT.backward(spec, *given, exact_stats, dy.double())
     for actual, wanted in zip((y, *stats, *gradients), (exact, *exact_stats, *exact_gradients), strict=True):
         assert (actual is None) == (wanted is None)
         if actual is not None:
@@ -220,23 +219,21 @@ def test_group_whitening_is_that_of_float64(monkeypatch, shape, blocks, paramete
 @runs
 def test_gradients_of_the_statistics_reach_the_input_of_group_whitening():
     x = normal(2, 12, 5, 7)
-    plan = WhiteningSpec(SampleGroups(1, 4), solver_for("newton", 3), 1e-3)
-    y, stats = FUSED.whiten(plan, x, None, None)
+    spec = WhiteningSpec(SampleGroups(1, 4), solver_for("newton", 3), 1e-3)
+    y, stats = SEPARATE.forward(spec, x, None, None)
     dstats = type(stats)(*(normal(*each.shape, seed=4) for each in stats))
-    dx, *_ = FUSED.whiten_adjoint(plan, x, None, None, stats, y, dstats)
+    dx, *_ = SEPARATE.backward(spec, x, None, None, stats, y, dstats)
     exact_dstats = type(stats)(*in_float64(*dstats))
-    exact, *_ = backward(
-        EXACT, plan, x.double(), None, None, type(stats)(*in_float64(*stats)), y.double(), exact_dstats
-    )
+    exact, *_ = EXACT.backward(spec, x.double(), None, None, type(stats)(*in_float64(*stats)), y.double(), exact_dstats)
     assert error(dx, exact) < 1e-5
 
 
 @runs
 def test_a_mean_far_above_the_spread_costs_no_digits():
     x = normal(40, 1, 16, 9, mean=1e3)
-    mean, cov = FUSED.moments(x, 1)
-    y = FUSED.affine_map([Term(torch.eye(16, device=DEVICE)[None], x, mean)], None, 1, torch.float32)
-    assert error(cov, EXACT.moments(x.double(), 1)[1]) < 1e-5
+    mean, cov = KERNELS.moments(x, 1)
+    y = KERNELS.affine_map([Term(torch.eye(16, device=DEVICE)[None], x, mean)], None, 1, torch.float32)
+    assert error(cov, EXACT_KERNELS.moments(x.double(), 1)[1]) < 1e-5
     assert error(y, x.double() - x.double().mean((0, 3), keepdim=True)) < 1e-4
 
 
@@ -371,22 +368,48 @@ def test_no_kernel_is_given_parameters_that_end_too_early(layer, launches):
     layer.weight = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(RuntimeError, match="size"), torch.no_grad():
         layer(torch.randn(6, 8, 3))
-    assert not any(argument is layer.weight for _, arguments, _ in launches for argument in arguments)
+    given = [argument for _, arguments, constants in launches for argument in (*arguments, *constants.values())]
+    assert not any(argument is layer.weight for argument in given)
 
 
 @pytest.mark.parametrize(
-    "x",
+    ("group_size", "tensors"),
     [
-        normal(4, 2, 8, 3, dtype=torch.float64),
-        normal(0, 2, 8, 3),
-        normal(2, 1, 129, 1),
-        torch.empty(1, device=DEVICE).expand(2**16, 1, 8, 2**16),
-        normal(4, 2, 8, 3).requires_grad_(),
+        (8, [normal(4, 16, 3, dtype=torch.float64)]),
+        (8, [normal(0, 16, 3)]),
+        (129, [normal(2, 129)]),
+        (8, [torch.empty(1, device=DEVICE).expand(2**16, 8, 2**16)]),
+        (8, [normal(4, 16, 3).requires_grad_()]),
+        (8, [normal(4, 16, 3), normal(15)]),
+        (8, [normal(4, 16, 3), None, None, normal(4, 16, 3).requires_grad_()]),
     ],
-    ids=["float64", "empty", "more variables than a tile has", "more elements than 32 bits count", "recorded"],
+    ids=[
+        "float64",
+        "no elements",
+        "more variables than a tile has",
+        "more elements than 32 bits count",
+        "recorded",
+        "a weight that ends too early",
+        "a recorded gradient",
+    ],
 )
-def test_the_default_kernels_serve_what_the_fused_ones_cannot(x):
-    assert not AnywhereKernels(xp).serves(x)
+def test_the_next_implementation_gets_what_triton_kernels_cannot_read(group_size, tensors):
+    spec = WhiteningSpec(ChannelGroups(1, group_size), solver_for("newton", 5), 1e-5)
+    assert not SEPARATE.supports(spec, *tensors)
+
+
+@pytest.mark.parametrize(
+    ("spec", "tensors"),
+    [
+        (WhiteningSpec(ChannelGroups(1, 8), solver_for("eigh", None), 1e-5, lambda a: a), [normal(4, 16, 3), normal(16)]),
+        (WhiteningSpec(SampleGroups(1, 4), solver_for("newton", 5), 1e-5), [normal(4, 16, 3).half(), None, None]),
+        (None, [normal(2, 128, 128)]),
+        (None, [normal(4, 16, 3), normal(16), normal(2, 8, 8), None, None]),
+    ],
+    ids=["another solver, workers", "half precision", "covariances", "frozen statistics"],
+)
+def test_triton_kernels_support_all_else(spec, tensors):
+    assert SEPARATE.supports(spec, *tensors)
 
 
 @runs
@@ -401,8 +424,12 @@ def test_tracers_see_the_default_kernels(layer):
         assert error(result, layer(x).double()) < 1e-5
 
 
-def test_the_default_kernels_serve_the_cpu():
-    assert not FusedKernels(xp).serves(normal(4, 2, 8, 3).cpu())
+def test_tensors_on_the_cpu_are_not_supported():
+    x, spec = normal(4, 16, 3).cpu(), WhiteningSpec(ChannelGroups(1, 8), solver_for("newton", 5), 1e-5)
+    assert not SeparateImplementation().supports(spec, x)
+    with use_gpu_launches("joined"):
+        assert JoinedKernels().whitening(spec, x, None, None, None) is None
+        assert AnywhereJoined().whitening(spec, x, None, None, None) is not None
 
 
 def test_tf32_is_used_for_float32_only_where_users_allow_it():
@@ -490,10 +517,10 @@ CASES = {
 def launch_a_step(case):
     """Forward and backward."""
     shape, blocks, dtype = CASES[case]
-    x, plan = torch.empty(shape, dtype=dtype), WhiteningSpec(blocks, solver_for("newton", 5), 1e-5)
+    x, spec = torch.empty(shape, dtype=dtype), WhiteningSpec(blocks, solver_for("newton", 5), 1e-5)
     weight = torch.empty(shape[blocks.axis])
-    y, stats = FUSED.whiten(plan, x, weight, weight)
-    FUSED.whiten_adjoint(plan, x, weight, weight, stats, y, NO_STATISTICS)
+    y, stats = SEPARATE.forward(spec, x, weight, weight)
+    SEPARATE.backward(spec, x, weight, weight, stats, y, NO_STATISTICS)
 
 
 @compiled

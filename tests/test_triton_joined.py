@@ -3,7 +3,7 @@
 import warnings
 from collections import Counter
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import partial
 
 import pytest
 
@@ -24,33 +24,33 @@ from test_triton import (  # noqa: E402  # fixtures too
     compile_offline,
     compiled,
     error,
-    triton_backend,  # noqa: F401
     in_float64,
     needs_device,
     normal,
     runs,
     tensor_cores,  # noqa: F401
+    triton_backend,  # noqa: F401
 )
 from torch.autograd import forward_ad  # noqa: E402
 
 import polywhiten as pw  # noqa: E402
 from polywhiten.blocks import ChannelGroups, SampleGroups  # noqa: E402
 from polywhiten.gpu_launches import use_gpu_launches  # noqa: E402
-from polywhiten.reference import Reference  # noqa: E402
 from polywhiten.solvers import solver_for  # noqa: E402
 from polywhiten.spec import WhiteningSpec  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
 from polywhiten.torch.averages import RunningAverages  # noqa: E402
 from polywhiten.torch.triton import (  # noqa: E402
-    joined,
     joined_gradient_map,
     joined_plans,
     last_program,
+    plan_cache,
     prepared_launch,
     sample_parts,
     tiles,
 )
-from polywhiten.torch.triton.joined import Joined  # noqa: E402
+from polywhiten.torch.triton.joined_problem import JoinedProblem  # noqa: E402
+from polywhiten.torch.triton.joined_whitening import JoinedWhitening  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("triton_backend", "launch_joined"),
@@ -88,7 +88,7 @@ def noted(monkeypatch):
 
 
 def forget_plans(monkeypatch):
-    monkeypatch.setattr(joined, "_PLANS", {plan: lru_cache(None)(plan) for plan in joined._PLANS})
+    monkeypatch.setattr(plan_cache, "_CACHED", {})
 
 
 @pytest.fixture
@@ -126,7 +126,8 @@ WHITENINGS = [
 
 
 def joined_of(blocks, iterations=3, eps=1e-3):
-    return Joined(blocks, eps, iterations)
+    spec = WhiteningSpec(blocks, solver_for("newton", iterations), eps)
+    return JoinedWhitening(JoinedProblem.of(spec, iterations))
 
 
 interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="TRITON_INTERPRET isn't 1; compiling all takes minutes")
@@ -161,9 +162,9 @@ def check_against_float64(shape, blocks, dtype, parameters):
     whitening = joined_of(blocks)
     y, stats = whitening.forward(x, weight, bias)
     gradients = whitening.backward(x, weight, bias, stats, dy)
-    plan, given = WhiteningSpec(blocks, solver_for("newton", 3), 1e-3), in_float64(x, weight, bias)
-    exact, exact_stats = Reference(EXACT).forward(plan, *given)
-    exact_gradients = Reference(EXACT).backward(plan, *given, exact_stats, dy.double())
+    spec, given = WhiteningSpec(blocks, solver_for("newton", 3), 1e-3), in_float64(x, weight, bias)
+    exact, exact_stats = EXACT.forward(spec, *given)
+    exact_gradients = EXACT.backward(spec, *given, exact_stats, dy.double())
     for actual, wanted in zip((y, *gradients), (exact, *exact_gradients), strict=True):
         assert (actual is None) == (wanted is None)
         if actual is not None:
@@ -452,22 +453,21 @@ def test_a_large_sample_takes_two_launches(noted):
 def test_launches_are_repeated_without_triton_where_its_version_is_known(known, noted, monkeypatch):
     monkeypatch.setattr(prepared_launch, "IS_KNOWN_VERSION", known)
     x = torch.randn(8, 16, 7, 7)
-    given = []
+    launched = []
     for _ in range(2):
         noted.clear()
         pw.iter_norm(x, group_size=16)
-        given.append([arguments for _, arguments, _ in noted])
+        launched.append(list(noted))
         ways = {"again" if how == "again" else "by Triton" for *_, how in noted}
     assert ways == {"again" if known else "by Triton"}
-    if known:  # addresses in place of tensors, then the same numbers, then what is known when kernels are compiled
-        for kernel, first, second in zip(("joined_statistics", "joined_map"), *given, strict=True):
-            arguments = getattr(joined_forward, kernel).params
-            assert len(second) == len(arguments)
-            assert second[0] == x.data_ptr() or second[1] == x.data_ptr()
-            assert [each for each in first if not isinstance(each, torch.Tensor)][-10:] == list(
-                second[: len(first)][-10:]
-            )
-            assert all(parameter.is_constexpr for parameter in arguments[len(first) :])
+    if known:
+        for (kernel, _, by_name), (_, by_position, _) in zip(*launched, strict=True):
+            for name, argument in zip(kernel.arg_names, by_position, strict=True):
+                expected = by_name[name]
+                if isinstance(expected, torch.Tensor):
+                    assert argument == x.data_ptr() if name == "x" else argument % 16 == 0
+                else:
+                    assert argument is expected or argument == expected
 
 
 def test_a_thread_that_launches_while_another_prepares_gives_all_arguments():
@@ -546,7 +546,7 @@ def test_counters_are_a_streams_own_and_grow():
 )
 def test_the_other_structure_serves_what_this_one_cannot(run, noted, monkeypatch):
     launched = []
-    monkeypatch.setattr(Joined, "forward", lambda *given: launched.append(given))
+    monkeypatch.setattr(JoinedWhitening, "forward", lambda *given: launched.append(given))
     with warnings.catch_warnings(), suppress(ValueError):  # nothing is computed, so averages may be found infinite
         warnings.simplefilter("ignore")
         run()

@@ -50,8 +50,7 @@ def joined_cross_moments(
             SMALLEST, HEIGHT, TILE, STEP, MATRIX_PRECISION, IN_REGISTERS,
         )  # fmt: skip
         rows = tl.arange(0, HEIGHT)
-        offsets = block * d + rows
         if dweight is not None:
-            tl.store(dweight + offsets, weight_gradient.to(dweight.dtype.element_ty), mask=rows < block_d)
+            tl.store(dweight + block * d + rows, weight_gradient.to(dweight.dtype.element_ty), mask=rows < block_d)
         if dbias is not None:
-            tl.store(dbias + offsets, total.to(dbias.dtype.element_ty), mask=rows < block_d)
+            tl.store(dbias + block * d + rows, total.to(dbias.dtype.element_ty), mask=rows < block_d)

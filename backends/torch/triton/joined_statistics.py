@@ -27,13 +27,13 @@ def _finish_statistics(
     rows = tl.arange(0, HEIGHT)
     in_matrix = (rows < d)[:, None] & (rows < d)[None, :]
     in_block = (rows < block_d)[:, None] & (rows < block_d)[None, :]
-    offsets = block * d * d + (rows[:, None] * d + rows[None, :])
+    offsets = rows[:, None] * d + rows[None, :]
     identity_outside = tl.where((rows[:, None] == rows[None, :]) & (rows >= block_d)[:, None], 1.0, 0.0)
     mean_shifted = total / samples  # the mean of x - shift
     centre = shift + mean_shifted
     s = tl.where(in_block, square / samples - mean_shifted[:, None] * mean_shifted[None, :], 0.0)
     tl.store(mean + block * d + rows, centre, mask=rows < block_d)
-    tl.store(cov + offsets, s + identity_outside, mask=in_matrix)
+    tl.store(cov + block * d * d + offsets, s + identity_outside, mask=in_matrix)
     if IN_REGISTERS:
         w = newton_in_registers(s, block_d, eps, iterations, SMALLEST, HEIGHT, MATRIX_PRECISION)
     else:
@@ -41,7 +41,7 @@ def _finish_statistics(
         w = newton(
             cov + block * d * d, d, matrices, block_d, eps, iterations, SMALLEST, HEIGHT, TILE, STEP, MATRIX_PRECISION
         )
-    tl.store(whitener + offsets, w + identity_outside, mask=in_matrix)
+    tl.store(whitener + block * d * d + offsets, w + identity_outside, mask=in_matrix)
     if averages[0] is not None:
         factor = averaging_factor(
             averages,

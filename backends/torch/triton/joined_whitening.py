@@ -102,9 +102,7 @@ class JoinedWhitening(NamedTuple):
     ) -> Tensor:
         """Whiten groups of channels by frozen statistics, mean (C,) and whitener (groups, d, d)."""
         y, types = torch.empty_like(x), _types(x, mean, whitener, weight, bias)
-        launch = cached(plan_frozen)(
-            self.problem, tuple(x.shape), x.stride(), y.stride(), precision(x.dtype), types
-        )
+        launch = cached(plan_frozen)(self.problem, tuple(x.shape), x.stride(), y.stride(), precision(x.dtype), types)
         launch(
             current_stream(x.device),
             x=x,

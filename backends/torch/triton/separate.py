@@ -17,7 +17,7 @@ from polywhiten.torch.triton.inverse_sqrt_adjoint import inverse_sqrt_adjoint
 from polywhiten.torch.triton.kernels import TritonKernels
 from polywhiten.torch.triton.partial_cross_moments import partial_cross_moments
 from polywhiten.torch.triton.partial_sample_cross_moments import partial_sample_cross_moments
-from polywhiten.torch.triton.sample_parts import GroupedSamples
+from polywhiten.torch.triton.grouped_samples import GroupedSamples
 from polywhiten.torch.triton.support import DTYPES, is_on_supported_device
 from polywhiten.torch.triton.tiles import MAX_VARIABLES, fits_32_bits, have_size
 from polywhiten.torch.triton.whiten_sample import whiten_sample

@@ -21,9 +21,7 @@ from polywhiten.torch.triton.tf32 import multiply_add
 from polywhiten.torch.triton.tiles import Strides, precision, tile_width
 
 
-def whiten_sample(
-    x: Tensor, channel_affine: ChannelAffine, eps: float, iterations: int
-) -> tuple[Tensor, Statistics]:
+def whiten_sample(x: Tensor, channel_affine: ChannelAffine, eps: float, iterations: int) -> tuple[Tensor, Statistics]:
     """Return y and the statistics of samples x (N, q, d, l)."""
     num_blocks, q, d, inner = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
