@@ -1,4 +1,4 @@
-"""What both first joined kernels backward end with, in the last program of a block: the matrices of the gradient's map."""
+"""How the joined kernels that sum cross moments end: the last program of a block computes the gradient's matrices."""
 
 import triton
 import triton.language as tl

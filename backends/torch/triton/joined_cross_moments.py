@@ -1,4 +1,4 @@
-"""The first joined kernel of IterNorm's backward: what the gradient's map needs, and the gradients of scale and bias."""
+"""The first joined kernel of IterNorm's backward: the operands of the gradient's map, and parameter gradients."""
 
 import triton
 import triton.language as tl

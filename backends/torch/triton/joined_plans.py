@@ -68,7 +68,7 @@ def plan_forward(
     constants = _newton_constants(sizes.d, types, in_registers=0, in_memory=NEWTON_MATRICES)
     workspace_per_block = _slots_size(tiles.height, clusters) + constants["MATRICES"] * tiles.height**2
     momentum, tracks_covariance = averaging or (None, False)
-    scalars = _sample_scalars(sizes, layout, tiles) | _channel_scalars(layout) | x.named("x") | y.named("y")
+    scalars = {**_sample_scalars(sizes, layout, tiles), **_channel_scalars(layout), **x.named("x"), **y.named("y")}
     statistics = PreparedLaunch(
         joined_statistics,
         (tiles.num_blocks, tiles.num_parts, 1),
@@ -87,7 +87,7 @@ def plan_forward(
     map_launch = None
     if not maps_samples:
         map_launch = PreparedLaunch(joined_map, map_grid(tiles), scalars, map_constants(tiles, x_precision))
-    # one number a block is its averaging factor
+    # each block has an averaging factor besides
     workspace = MemoryRegions.of(sizes.num_blocks * workspace_per_block, sizes.num_blocks)
     num_counters = sizes.num_blocks * clusters.num_counters
     return JoinedForward(statistics, map_launch, sizes.statistics(), workspace, num_counters)
@@ -100,7 +100,7 @@ def plan_frozen(
     sizes, layout = problem.sizes(shape), problem.layout(shape, x_stride, y_stride)
     x, y = layout.strides
     tiles = Tiles.of(sizes.num_blocks, sizes.d, layout.samples)
-    scalars = _sample_scalars(sizes, layout, tiles) | _channel_scalars(layout) | x.named("x") | y.named("y")
+    scalars = {**_sample_scalars(sizes, layout, tiles), **_channel_scalars(layout), **x.named("x"), **y.named("y")}
     return PreparedLaunch(joined_map, map_grid(tiles), scalars, map_constants(tiles, x_precision))
 
 
@@ -154,7 +154,7 @@ def plan_samples_backward(
 ) -> JoinedBackward:
     """Plan group whitening's backward pass; the types are those of x, weight, bias and dy."""
     sizes, layout = problem.sizes(shape), problem.layout(shape, dy_stride, x_stride, dx_stride)
-    total_channels = shape[problem.blocks.axis]
+    total_channels = shape[problem.axis]
     channels = total_channels // sizes.d
     positions = layout.samples // channels
     dy, x = (
@@ -272,7 +272,7 @@ def _gradient_workspace_size(height: int, clusters: Clusters, matrices: int) -> 
 
 
 def _fits_registers(height: int, device: torch.device) -> bool:
-    """Whether programs iterate in registers: before 9.0, the operands of 64 variables alone take most of them."""
+    """Return whether programs iterate in registers: before 9.0, operands of 64 variables alone take most of them."""
     return height <= 32 or (height == _MAX_REGISTER_VARIABLES and _capability(device) >= (9, 0))
 
 

@@ -72,12 +72,12 @@ class JoinedProblem(NamedTuple):
         return cls(of_samples, blocks.axis, d, spec.eps, iterations)
 
     def can_whiten(self, shape: Shape, stride: Stride) -> bool:
-        """Whether the kernels can read an array with these strides, and write a result."""
+        """Return whether the kernels can read an array with these strides, and write a result."""
         result = torch.empty_like(torch.empty_strided(shape, stride, device="meta"))  # without gaps that x may have
         return self.can_read(shape, stride) and self.can_read(shape, result.stride())
 
     def can_read(self, shape: Shape, stride: Stride) -> bool:
-        """Whether the kernels can read an array with these strides."""
+        """Return whether the kernels can read an array with these strides."""
         if math.prod(shape) == 0:
             return False
         sizes, strides = self.sizes(shape), sample_strides if self.of_samples else channel_strides
@@ -89,7 +89,7 @@ class JoinedProblem(NamedTuple):
         )
 
     def fits(self, shape: Shape, channel_tensors: Sequence[Tensor | None], matrices: Tensor | None) -> bool:
-        """Whether tensors of channels, and of matrices if there are any, have the sizes that go with an array."""
+        """Return whether tensors of channels, and matrices if there are any, have the sizes that go with an array."""
         if not have_size(channel_tensors, shape[self.axis]):
             return False
         if matrices is None:
@@ -106,7 +106,7 @@ class JoinedProblem(NamedTuple):
         return BlockSizes(-(-channels // d), channels, d)
 
     def layout(self, shape: Shape, *strides: Stride) -> Layout:
-        """Return how several arrays of one shape are read, all of which can be."""
+        """Return how several arrays of one shape are read, for each of which `can_read` is true."""
         axis, d = self.axis, self.sizes(shape).d
         if self.of_samples:
             channels = shape[axis]
@@ -117,7 +117,7 @@ class JoinedProblem(NamedTuple):
         return channel_layout(before, after, d, [each for each in found if each is not None])
 
     def sample_strides(self, shape: Shape, stride: Stride) -> SampleStrides:
-        """Return the strides of the samples of an array that can be read."""
+        """Return the strides of samples, for an array for which `can_read` is true."""
         found = sample_strides(shape, stride, self.axis)
         assert found is not None
         return found

@@ -1,4 +1,4 @@
-"""The first joined kernel of group whitening's backward: what the gradient's map needs.
+"""The first joined kernel of group whitening's backward: the operands of the gradient's map.
 
 Programs store their parts of the gradients of weight and bias too, which the gradient's map adds up.
 """

@@ -2,8 +2,8 @@
 
 There they stay in the cache of the program's processor. Registers have no room for the matrices of 64 variables, nor
 has shared memory for those of 128. A step is Z <- E Z and Y <- Y E with E = (3 I - Z Y) / 2, from Y = S / t and Z = I,
-where t is the trace of S (N. J. Higham, Functions of Matrices, 2008, eq. 6.35). `polywhiten.solvers.newton` has the same
-Z by a recurrence of R = Z Y alone, which takes more matrices at a time.
+where t is the trace of S (N. J. Higham, Functions of Matrices, 2008, eq. 6.35). In exact arithmetic Z is the same as by
+the recurrence of `polywhiten.solvers.newton`.
 """
 
 from __future__ import annotations

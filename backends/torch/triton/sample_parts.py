@@ -16,7 +16,7 @@ MAX_SAMPLE_ELEMENTS = 2**16  # of a small sample: those of all running programs 
 
 
 def is_small_sample(d: int, samples: int) -> bool:
-    """Whether one program whitens a block of d variables and so many samples, which it reads twice."""
+    """Return whether one program whitens a block of d variables and so many samples, which it reads twice."""
     return d * samples <= MAX_SAMPLE_ELEMENTS and samples <= MAX_PART_SAMPLES
 
 

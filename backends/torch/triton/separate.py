@@ -13,11 +13,11 @@ from polywhiten.statistics import NO_STATISTICS, Statistics
 from polywhiten.torch.kernels import can_bypass_autograd
 from polywhiten.torch.triton.affine_map import affine_map
 from polywhiten.torch.triton.combine_cross_moments import combine_cross_moments
+from polywhiten.torch.triton.grouped_samples import GroupedSamples
 from polywhiten.torch.triton.inverse_sqrt_adjoint import inverse_sqrt_adjoint
 from polywhiten.torch.triton.kernels import TritonKernels
 from polywhiten.torch.triton.partial_cross_moments import partial_cross_moments
 from polywhiten.torch.triton.partial_sample_cross_moments import partial_sample_cross_moments
-from polywhiten.torch.triton.grouped_samples import GroupedSamples
 from polywhiten.torch.triton.support import DTYPES, is_on_supported_device
 from polywhiten.torch.triton.tiles import MAX_VARIABLES, fits_32_bits, have_size
 from polywhiten.torch.triton.whiten_sample import whiten_sample

@@ -74,13 +74,13 @@ def tile_width(d: int) -> int:
 
 
 def fits_32_bits(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether the number of elements of an array, and the offset of each, fit into 32 bits."""
+    """Return whether the number of elements of an array, and the offset of each, fit into 32 bits."""
     span = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     return max(span, math.prod(shape)) < _MAX_SPAN
 
 
 def have_size(tensors: Sequence[Tensor | None], size: int) -> bool:
-    """Whether every tensor that isn't None has `size` elements: kernels would read beyond the end of smaller ones."""
+    """Return whether every tensor that isn't None has `size` elements; kernels read beyond the end of smaller ones."""
     return all(tensor is None or tensor.numel() == size for tensor in tensors)
 
 
