@@ -1,4 +1,4 @@
-"""PyTorch's kernels in Triton: compiled without a device, and run on one; with TRITON_INTERPRET=1, run on the CPU."""
+"""Triton's kernels: compiled without a device, run on a device, or run on the CPU with TRITON_INTERPRET=1."""
 
 import os
 import re
@@ -22,28 +22,28 @@ from polywhiten.reference import Reference  # noqa: E402
 from polywhiten.solvers import solver_for  # noqa: E402
 from polywhiten.spec import WhiteningSpec  # noqa: E402
 from polywhiten.statistics import NO_STATISTICS  # noqa: E402
-from polywhiten.torch import GroupWhitening, IterNorm, namespace  # noqa: E402
-from polywhiten.torch.triton import group_whitening, tiles  # noqa: E402
-from polywhiten.torch.triton.implementation import JoinedKernels, TritonImplementation  # noqa: E402
-from polywhiten.torch.triton.kernels import FusedKernels  # noqa: E402
+from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
+from polywhiten.torch.triton import sample_parts, tiles  # noqa: E402
+from polywhiten.torch.triton.joined import JoinedKernels  # noqa: E402
+from polywhiten.torch.triton.kernels import TritonKernels  # noqa: E402
+from polywhiten.torch.triton.separate import SeparateImplementation  # noqa: E402
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not IS_INTERPRETED else "cpu"
 compiled = pytest.mark.skipif(IS_INTERPRETED, reason="TRITON_INTERPRET is 1: nothing is compiled")
 
 
-class AnywhereKernels(FusedKernels):
-    """For tensors on the CPU too."""
+class AnywhereSeparate(SeparateImplementation):
+    """Accept tensors on the CPU too."""
 
     def is_on_device(self, x):
         return True
 
 
-class OnlyFusedKernels(AnywhereKernels):
-    """That never hand over to the default ones."""
+class AnywhereJoined(JoinedKernels):
+    """Accept tensors on the CPU too."""
 
-    def serves(self, *tensors):
-        assert super().serves(*tensors), "the fused kernels serve all of these tests"
+    def is_on_device(self, x):
         return True
 
 
@@ -52,36 +52,23 @@ def needs_device(test):
 
 
 def runs(test):
-    """Where Triton interprets, or else on a device."""
+    """Run a test in Triton's interpreter, or else on a device."""
     return test if IS_INTERPRETED else needs_device(test)
 
 
-FUSED, EXACT = OnlyFusedKernels(xp), Kernels(xp)
-
-
-def forward(kernels, spec, *arrays):
-    return (TritonImplementation(kernels) if isinstance(kernels, FusedKernels) else Reference(kernels)).forward(
-        spec, *arrays
-    )
-
-
-def backward(kernels, spec, *arrays):
-    return (TritonImplementation(kernels) if isinstance(kernels, FusedKernels) else Reference(kernels)).backward(
-        spec, *arrays
-    )
-
-
+KERNELS, EXACT_KERNELS = TritonKernels(xp), Kernels(xp)
+SEPARATE, EXACT = AnywhereSeparate(), Reference(EXACT_KERNELS)
 HALF = (torch.float16, torch.bfloat16)
 
 
 def cut_off(values):
-    """The digits that TF32 has no room for."""
+    """Return the values without the binary digits that TF32 has no room for."""
     return (values.astype(np.float32).view(np.int32) & -8192).view(np.float32).astype(np.float64)
 
 
 @pytest.fixture
 def tensor_cores(monkeypatch):
-    """Products as devices compute them, while Triton interprets: of TF32, in sums whose last digits are cut off."""
+    """Let Triton's interpreter multiply as tensor cores do: in TF32, with sums whose last digits are cut off."""
     if not IS_INTERPRETED:
         return
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -99,15 +86,15 @@ def tensor_cores(monkeypatch):
 
 
 @pytest.fixture
-def fused_backend(monkeypatch):
-    """The public functions and layers with fused kernels on the CPU."""
-    kernels, backend = AnywhereKernels(namespace), pw.torch.BACKEND
-    monkeypatch.setattr(backend, "implementations", (TritonImplementation(kernels), *backend.implementations))
-    monkeypatch.setattr(backend, "joined", JoinedKernels(kernels))
+def triton_backend(monkeypatch):
+    """Let the public functions and layers use Triton's kernels for tensors on the CPU."""
+    backend = pw.torch.BACKEND
+    monkeypatch.setattr(backend, "implementations", (SEPARATE, *backend.implementations))
+    monkeypatch.setattr(backend, "joined", AnywhereJoined())
 
 
 def error(actual, exact):
-    """Largest difference relative to the largest value."""
+    """Return the largest difference relative to the largest value."""
     return ((actual.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item()
 
 
@@ -119,7 +106,7 @@ def normal(*shape, dtype=torch.float32, seed=0, mean=3.0):
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + mean).to(DEVICE, dtype)
 
 
-# (p, q, d, l) and the block axis: d in each class of sizes; samples that fill no tile, or several; each layout
+# (p, q, d, l) and the block axis: d in each class of sizes, samples that fill no tile or several, and every layout
 SHAPES = [
     pytest.param((3, 2, 5, 49), 1, id="d=5 channels first"),
     pytest.param((150, 2, 16, 1), 1, id="d=16 channels last"),
@@ -130,8 +117,8 @@ SHAPES = [
     pytest.param((2, 1, 70, 40), 1, id="d=70 channels first"),
     pytest.param((5, 1, 1, 7), 1, id="d=1"),
 ]
-# Each shape and dtype compiles kernels of its own, which takes most of the time on a device: half precision is tried
-# for every class of sizes once, and its two kinds differ only in what is loaded and stored.
+# Every shape and dtype compiles its own kernels, which takes most of the time on a device. So half precision is tried
+# once for every class of sizes; its two dtypes differ only in what is loaded and stored.
 HALF_OF = {
     "d=5 channels first": torch.bfloat16,
     "d=16 channels last": torch.float16,
@@ -152,14 +139,14 @@ SHAPES_AND_DTYPES = [
 @pytest.mark.parametrize(("shape", "block_axis", "dtype"), SHAPES_AND_DTYPES)
 def test_moments_and_maps_are_those_of_float64(shape, block_axis, dtype):
     x, dy = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1, mean=0)
-    limit = 1e-5 if dtype == torch.float32 else 1e-3  # half precision has products in TF32
-    mean, cov = FUSED.moments(x, block_axis)
-    exact_mean, exact_cov = EXACT.moments(x.double(), block_axis)
+    limit = 1e-5 if dtype == torch.float32 else 1e-3  # half precision is multiplied in TF32
+    mean, cov = KERNELS.moments(x, block_axis)
+    exact_mean, exact_cov = EXACT_KERNELS.moments(x.double(), block_axis)
     assert error(mean, exact_mean) < 1e-6
     assert error(cov, exact_cov) < limit
     for actual, exact in zip(
-        FUSED.cross_moments(dy, x, mean, block_axis),
-        EXACT.cross_moments(*in_float64(dy, x, mean), block_axis),
+        KERNELS.cross_moments(dy, x, mean, block_axis),
+        EXACT_KERNELS.cross_moments(*in_float64(dy, x, mean), block_axis),
         strict=True,
     ):
         assert error(actual, exact) < limit
@@ -167,10 +154,10 @@ def test_moments_and_maps_are_those_of_float64(shape, block_axis, dtype):
     a, b, bias = normal(blocks, d, d, seed=2), normal(blocks, d, d, seed=3).mT, normal(blocks, d, seed=4)
     one, two = [Term(a, x, mean)], [Term(b, dy, bias), Term(a, x, mean)]
     for terms, shift, result in ((one, bias, torch.float32), (two, None, dtype)):
-        exact = EXACT.affine_map(
+        exact = EXACT_KERNELS.affine_map(
             [Term(*in_float64(*term)) for term in terms], *in_float64(shift), block_axis, xp.float64
         )
-        actual = FUSED.affine_map(terms, shift, block_axis, result)
+        actual = KERNELS.affine_map(terms, shift, block_axis, result)
         assert actual.dtype == result
         assert error(actual, exact) < max(limit, torch.finfo(result).eps)
 
@@ -179,7 +166,7 @@ def test_moments_and_maps_are_those_of_float64(shape, block_axis, dtype):
 @pytest.mark.usefixtures("tensor_cores")
 def test_sums_over_many_samples_are_as_exact():
     x = normal(40_000, 1, 2, 1, mean=0)
-    assert error(FUSED.moments(x, 1)[1], EXACT.moments(x.double(), 1)[1]) < 2e-5
+    assert error(KERNELS.moments(x, 1)[1], EXACT_KERNELS.moments(x.double(), 1)[1]) < 2e-5
 
 
 @runs
@@ -188,41 +175,41 @@ def test_newton_and_its_gradient_are_those_of_float64(d, iterations):
     factor, grad = normal(2, d, 2 * d, mean=0), normal(2, d, d, seed=1, mean=0)
     cov, solver = factor @ factor.mT / d, solver_for("newton", iterations)
     for kernel, given in (("inverse_sqrt", (cov,)), ("inverse_sqrt_adjoint", (cov, grad))):
-        exact = getattr(EXACT, kernel)(solver, *in_float64(*given), 1e-2)
-        assert error(getattr(FUSED, kernel)(solver, *given, 1e-2), exact) < 1e-5
+        exact = getattr(EXACT_KERNELS, kernel)(solver, *in_float64(*given), 1e-2)
+        assert error(getattr(KERNELS, kernel)(solver, *given, 1e-2), exact) < 1e-5
 
 
-PICTURES, ROWS = ((2, 12, 5, 7), SampleGroups(1, 4)), ((2, 5, 7, 60), SampleGroups(3, 20))
+CHANNELS_FIRST, CHANNELS_LAST = ((2, 12, 5, 7), SampleGroups(1, 4)), ((2, 5, 7, 60), SampleGroups(3, 20))
 BOTH = (True, True)  # weight and bias
 
 
 @runs
-@pytest.mark.parametrize("limit", [2**16, 1], ids=["in one launch", "in several"])
+@pytest.mark.parametrize("max_elements", [2**16, 1], ids=["in one launch", "in several"])
 @pytest.mark.parametrize(
     ("shape", "blocks", "parameters", "dtype"),
     [
-        # not all of all, as each compiles its own kernels, which know nothing of a layout but its strides
-        *((*PICTURES, there, torch.float32) for there in (BOTH, (True, False), (False, True), (False, False))),
-        (*PICTURES, BOTH, torch.bfloat16),
-        *((*ROWS, BOTH, dtype) for dtype in (torch.float32, torch.bfloat16)),
+        # Not every combination: each compiles its own kernels, and these know nothing of a layout but its strides.
+        *((*CHANNELS_FIRST, there, torch.float32) for there in (BOTH, (True, False), (False, True), (False, False))),
+        (*CHANNELS_FIRST, BOTH, torch.bfloat16),
+        *((*CHANNELS_LAST, BOTH, dtype) for dtype in (torch.float32, torch.bfloat16)),
         ((3, 24), SampleGroups(1, 4), BOTH, torch.float32),
         ((2, 3, 12, 5), SampleGroups(2, 4), BOTH, torch.float32),
     ],
     ids=str,
 )
-def test_group_whitening_is_that_of_float64(monkeypatch, shape, blocks, parameters, dtype, limit):
-    monkeypatch.setattr(group_whitening, "_LARGEST_SAMPLE", limit)
+def test_group_whitening_is_that_of_float64(monkeypatch, shape, blocks, parameters, dtype, max_elements):
+    monkeypatch.setattr(sample_parts, "MAX_SAMPLE_ELEMENTS", max_elements)
     channels = shape[blocks.axis]
     x, dy = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1)
     weight, bias = (
         normal(channels, seed=seed) if there else None for there, seed in zip(parameters, (2, 3), strict=True)
     )
-    plan = WhiteningSpec(blocks, solver_for("newton", 3), 1e-3)
-    y, stats = FUSED.whiten(plan, x, weight, bias)
-    gradients = FUSED.whiten_adjoint(plan, x, weight, bias, stats, dy, NO_STATISTICS)
+    spec = WhiteningSpec(blocks, solver_for("newton", 3), 1e-3)
+    y, stats = SEPARATE.forward(spec, x, weight, bias)
+    gradients = SEPARATE.backward(spec, x, weight, bias, stats, dy, NO_STATISTICS)
     given = in_float64(x, weight, bias)
-    exact, exact_stats = forward(EXACT, plan, *given)
-    exact_gradients = backward(EXACT, plan, *given, exact_stats, dy.double())
+    exact, exact_stats = EXACT.forward(spec, *given)
+    exact_gradients = EXACT.backward(spec, *given, exact_stats, dy.double())
     for actual, wanted in zip((y, *stats, *gradients), (exact, *exact_stats, *exact_gradients), strict=True):
         assert (actual is None) == (wanted is None)
         if actual is not None:
@@ -232,31 +219,43 @@ def test_group_whitening_is_that_of_float64(monkeypatch, shape, blocks, paramete
 @runs
 def test_gradients_of_the_statistics_reach_the_input_of_group_whitening():
     x = normal(2, 12, 5, 7)
-    plan = WhiteningSpec(SampleGroups(1, 4), solver_for("newton", 3), 1e-3)
-    y, stats = FUSED.whiten(plan, x, None, None)
+    spec = WhiteningSpec(SampleGroups(1, 4), solver_for("newton", 3), 1e-3)
+    y, stats = SEPARATE.forward(spec, x, None, None)
     dstats = type(stats)(*(normal(*each.shape, seed=4) for each in stats))
-    dx, *_ = FUSED.whiten_adjoint(plan, x, None, None, stats, y, dstats)
+    dx, *_ = SEPARATE.backward(spec, x, None, None, stats, y, dstats)
     exact_dstats = type(stats)(*in_float64(*dstats))
-    exact, *_ = backward(
-        EXACT, plan, x.double(), None, None, type(stats)(*in_float64(*stats)), y.double(), exact_dstats
-    )
+    exact, *_ = EXACT.backward(spec, x.double(), None, None, type(stats)(*in_float64(*stats)), y.double(), exact_dstats)
     assert error(dx, exact) < 1e-5
 
 
 @runs
-def test_a_mean_far_above_the_spread_costs_no_digits():
+@pytest.mark.parametrize("blocks", [ChannelGroups(1, 4), SampleGroups(1, 4)], ids=["IterNorm", "group whitening"])
+@pytest.mark.parametrize("all_reduce", [None, lambda a: 2 * a], ids=["alone", "two workers with the same samples"])
+def test_other_solvers_and_workers_get_results_as_those_of_float64(blocks, all_reduce):
+    spec = WhiteningSpec(blocks, solver_for("eigh", None), 1e-2, all_reduce)
+    x, dy, weight, bias = normal(40, 12, 3), normal(40, 12, 3, seed=1), normal(12, seed=2), normal(12, seed=3)
+    y, stats = SEPARATE.forward(spec, x, weight, bias)
+    gradients = SEPARATE.backward(spec, x, weight, bias, stats, dy)
+    exact_y, exact_stats = EXACT.forward(spec, *in_float64(x, weight, bias))
+    exact_gradients = EXACT.backward(spec, *in_float64(x, weight, bias), exact_stats, dy.double())
+    for actual, exact in zip((y, *stats, *gradients), (exact_y, *exact_stats, *exact_gradients), strict=True):
+        assert error(actual, exact) < 1e-3
+
+
+@runs
+def test_a_mean_far_above_the_standard_deviation_costs_no_digits():
     x = normal(40, 1, 16, 9, mean=1e3)
-    mean, cov = FUSED.moments(x, 1)
-    y = FUSED.affine_map([Term(torch.eye(16, device=DEVICE)[None], x, mean)], None, 1, torch.float32)
-    assert error(cov, EXACT.moments(x.double(), 1)[1]) < 1e-5
+    mean, cov = KERNELS.moments(x, 1)
+    y = KERNELS.affine_map([Term(torch.eye(16, device=DEVICE)[None], x, mean)], None, 1, torch.float32)
+    assert error(cov, EXACT_KERNELS.moments(x.double(), 1)[1]) < 1e-5
     assert error(y, x.double() - x.double().mean((0, 3), keepdim=True)) < 1e-4
 
 
 @runs
-@pytest.mark.usefixtures("fused_backend")
+@pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_layers_train_as_with_the_default_kernels(memory, monkeypatch):
-    """With a smaller last group, running averages, and a gradient that is expanded."""
+    """This includes a smaller last group, running averages, and an expanded gradient."""
     x = normal(4, 10, 5, 5).to(memory_format=memory)
     for make in (partial(IterNorm, 10, group_size=4), partial(GroupWhitening, 5, 10)):
         layer, exact = make().to(DEVICE), make(dtype=torch.float64).to(DEVICE)
@@ -273,7 +272,7 @@ def test_layers_train_as_with_the_default_kernels(memory, monkeypatch):
 
 
 @runs
-@pytest.mark.usefixtures("fused_backend")
+@pytest.mark.usefixtures("triton_backend")
 def test_nan_stays_in_its_group_and_constant_channels_are_finite():
     x = normal(6, 8, 3, 3)
     x[:, 5] = 2.0
@@ -284,10 +283,10 @@ def test_nan_stays_in_its_group_and_constant_channels_are_finite():
 
 
 @runs
-@pytest.mark.usefixtures("fused_backend")
+@pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("structure", ["separate", "joined"])
-def test_what_memory_has_with_the_other_sign_is_read_with_its_own(structure):
-    """PyTorch negates the imaginary part of a conjugate when it is read: an input, or a gradient."""
+def test_negated_views_are_read_with_their_sign(structure):
+    """PyTorch negates the imaginary part of a conjugate only when it is read, as an input or as a gradient."""
     x = normal(6, 8, 5, mean=0)
     y = pw.iter_norm(x.requires_grad_(), group_size=4)
     (dx,) = torch.autograd.grad(y, x, normal(6, 8, 5, seed=1))
@@ -301,7 +300,7 @@ def test_what_memory_has_with_the_other_sign_is_read_with_its_own(structure):
 
 
 @runs
-@pytest.mark.usefixtures("fused_backend")
+@pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
 def test_second_derivatives_and_transforms_are_those_of_the_default_kernels(name):
     check_second_derivatives_and_transforms(name)
@@ -329,7 +328,7 @@ LAYERS = [
 ]
 
 
-CAPTURED = {  # torch.compile hands over the large groups' arguments as it does those of the others
+CAPTURED = {  # torch.compile passes the same arguments for large groups as for others
     "IterNorm": ["a CUDA graph", "torch.compile"],
     "IterNorm, large groups": ["a CUDA graph"],
     "GroupWhitening": ["a CUDA graph", "torch.compile"],
@@ -350,7 +349,7 @@ def test_captured_steps_are_those_of_eager_mode(layer, how):
 
 
 def check_captured_steps(layer, size, how):
-    """Output and gradients of feature maps of this size, by a graph that is replayed several times, or compiled."""
+    """Compare output and gradients of a captured step, for feature maps of this size, with those of eager mode."""
     x = normal(8, layer.bias.numel(), size, size).requires_grad_()
 
     def step():
@@ -376,33 +375,62 @@ def check_captured_steps(layer, size, how):
 
 
 @compiled
-@pytest.mark.usefixtures("fused_backend")
+@pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("layer", [IterNorm(8, group_size=4), GroupWhitening(4, 8)], ids=["IterNorm", "GroupWhitening"])
 def test_no_kernel_is_given_parameters_that_end_too_early(layer, launches):
-    """The default kernels have an error for them."""
+    """PyTorch's own operations raise an error for them."""
     layer.weight = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(RuntimeError, match="size"), torch.no_grad():
         layer(torch.randn(6, 8, 3))
-    assert not any(argument is layer.weight for _, arguments, _ in launches for argument in arguments)
+    given = [argument for _, arguments, constants in launches for argument in (*arguments, *constants.values())]
+    assert not any(argument is layer.weight for argument in given)
 
 
 @pytest.mark.parametrize(
-    "x",
+    ("group_size", "tensors"),
     [
-        normal(4, 2, 8, 3, dtype=torch.float64),
-        normal(0, 2, 8, 3),
-        normal(2, 1, 129, 1),
-        torch.empty(1, device=DEVICE).expand(2**16, 1, 8, 2**16),
-        normal(4, 2, 8, 3).requires_grad_(),
+        (8, [normal(4, 16, 3, dtype=torch.float64)]),
+        (8, [normal(0, 16, 3)]),
+        (129, [normal(2, 129)]),
+        (8, [torch.empty(1, device=DEVICE).expand(2**16, 8, 2**16)]),
+        (8, [normal(4, 16, 3).requires_grad_()]),
+        (8, [normal(4, 16, 3), normal(15)]),
+        (8, [normal(4, 16, 3), None, None, normal(4, 16, 3).requires_grad_()]),
     ],
-    ids=["float64", "empty", "more variables than a tile has", "more elements than 32 bits count", "recorded"],
+    ids=[
+        "float64",
+        "no elements",
+        "more variables than a tile has",
+        "more elements than 32 bits count",
+        "recorded",
+        "a weight that ends too early",
+        "a recorded gradient",
+    ],
 )
-def test_the_default_kernels_serve_what_the_fused_ones_cannot(x):
-    assert not AnywhereKernels(xp).serves(x)
+def test_the_next_implementation_gets_what_triton_kernels_cannot_read(group_size, tensors):
+    spec = WhiteningSpec(ChannelGroups(1, group_size), solver_for("newton", 5), 1e-5)
+    assert not SEPARATE.supports(spec, *tensors)
+
+
+@pytest.mark.parametrize(
+    ("spec", "tensors"),
+    [
+        (
+            WhiteningSpec(ChannelGroups(1, 8), solver_for("eigh", None), 1e-5, lambda a: a),
+            [normal(4, 16, 3), normal(16)],
+        ),
+        (WhiteningSpec(SampleGroups(1, 4), solver_for("newton", 5), 1e-5), [normal(4, 16, 3).half(), None, None]),
+        (None, [normal(2, 128, 128)]),
+        (None, [normal(4, 16, 3), normal(16), normal(2, 8, 8), None, None]),
+    ],
+    ids=["another solver, workers", "half precision", "covariances", "frozen statistics"],
+)
+def test_triton_kernels_support_all_else(spec, tensors):
+    assert SEPARATE.supports(spec, *tensors)
 
 
 @runs
-@pytest.mark.usefixtures("fused_backend")
+@pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("layer", [IterNorm(8, group_size=4), GroupWhitening(4, 8)], ids=["IterNorm", "GroupWhitening"])
 def test_tracers_see_the_default_kernels(layer):
     layer, x = layer.eval().to(DEVICE), normal(4, 8, 3, 3)
@@ -413,8 +441,12 @@ def test_tracers_see_the_default_kernels(layer):
         assert error(result, layer(x).double()) < 1e-5
 
 
-def test_the_default_kernels_serve_the_cpu():
-    assert not FusedKernels(xp).serves(normal(4, 2, 8, 3).cpu())
+def test_tensors_on_the_cpu_are_not_supported():
+    x, spec = normal(4, 16, 3).cpu(), WhiteningSpec(ChannelGroups(1, 8), solver_for("newton", 5), 1e-5)
+    assert not SeparateImplementation().supports(spec, x)
+    with use_gpu_launches("joined"):
+        assert JoinedKernels().whitening(spec, x, None, None, None) is None
+        assert AnywhereJoined().whitening(spec, x, None, None, None) is not None
 
 
 def test_tf32_is_used_for_float32_only_where_users_allow_it():
@@ -436,16 +468,16 @@ def test_tf32_is_used_for_float32_only_where_users_allow_it():
 
 # ---------------------------------------------------------------- compiled, without a device
 
-SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}  # what a program may have: on every device from 8.0 to 8.9, and on 9.0
-LARGEST_SPILL = 512  # bytes a thread
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}  # limits of a program: on every device from 8.0 to 8.9, and on 9.0
+MAX_SPILL = 512  # bytes a thread
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 
-EAGER, INDUCTOR = ("i32", "fp32"), ("i64", "fp64")  # what whole numbers and floats are to the kernels that they launch
+EAGER, INDUCTOR = ("i32", "fp32"), ("i64", "fp64")  # the types of the integers and floats that they pass to kernels
 
 
 def compile_offline(kernel, arguments, constants, capability, scalars=EAGER):
-    """A launch's kernel, compiled as Triton would for such arguments; registers, spilled bytes and shared memory."""
+    """Compile a kernel as Triton would for a launch; return its registers, spilled bytes and shared memory."""
     from triton.backends import nvidia
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -479,7 +511,7 @@ def compile_offline(kernel, arguments, constants, capability, scalars=EAGER):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Kernels are not launched but noted, with their arguments."""
+    """Record kernels and their arguments instead of launching them."""
     noted = []
 
     def note(self, *arguments, grid, warmup, **constants):
@@ -500,12 +532,12 @@ CASES = {
 
 
 def launch_a_step(case):
-    """Forward and backward."""
+    """Call forward and backward."""
     shape, blocks, dtype = CASES[case]
-    x, plan = torch.empty(shape, dtype=dtype), WhiteningSpec(blocks, solver_for("newton", 5), 1e-5)
+    x, spec = torch.empty(shape, dtype=dtype), WhiteningSpec(blocks, solver_for("newton", 5), 1e-5)
     weight = torch.empty(shape[blocks.axis])
-    y, stats = FUSED.whiten(plan, x, weight, weight)
-    FUSED.whiten_adjoint(plan, x, weight, weight, stats, y, NO_STATISTICS)
+    y, stats = SEPARATE.forward(spec, x, weight, weight)
+    SEPARATE.backward(spec, x, weight, weight, stats, y, NO_STATISTICS)
 
 
 @compiled
@@ -523,12 +555,22 @@ def test_kernels_compile_within_the_resources_of_devices(case, capability, launc
             f"{spilled:>3} of stack; {case}",
         )
         assert shared <= SHARED_MEMORY[capability], kernel.__name__
-        assert spilled <= LARGEST_SPILL, kernel.__name__
+        assert spilled <= MAX_SPILL, kernel.__name__
+
+
+def test_functions_of_kernels_have_different_names():
+    """torch.compile copies a kernel and all functions that it calls into one module."""
+    folder = Path(tiles.__file__).parent
+    names = [
+        name for file in folder.glob("*.py") for name in re.findall(r"@triton\.jit.*\ndef (\w+)", file.read_text())
+    ]
+    assert len(names) > 30
+    assert len(set(names)) == len(names)
 
 
 @compiled
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("case", [*CASES][::4])  # the first and the last, which have all kernels
+@pytest.mark.parametrize("case", [*CASES][::4])  # the first and the last launch all kernels
 def test_kernels_compile_with_the_scalars_of_torch_compile(case, launches):
     launch_a_step(case)
     for kernel, arguments, constants in launches:
@@ -536,10 +578,10 @@ def test_kernels_compile_with_the_scalars_of_torch_compile(case, launches):
 
 
 @compiled
-@pytest.mark.usefixtures("fused_backend")
+@pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("layer", [IterNorm(8, group_size=4), GroupWhitening(4, 8)], ids=["IterNorm", "GroupWhitening"])
-def test_torch_compile_puts_the_fused_kernels_in_one_graph(layer, monkeypatch):
-    """Traced alone, as without a device nothing can run."""
+def test_torch_compile_puts_all_launches_into_one_graph(layer, monkeypatch):
+    """They are traced and not run, which would take a device."""
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
@@ -552,7 +594,7 @@ def test_torch_compile_puts_the_fused_kernels_in_one_graph(layer, monkeypatch):
         graphs = [part.graph for part in module.modules() if hasattr(part, "graph")]
         kernels = kernel_side_table.id_to_kernel
         for node in (node for graph in graphs for node in graph.nodes if "kernel_idx" in node.kwargs):
-            kernel = kernels[node.kwargs["kernel_idx"]]  # wrapped, where the launch says how many warps
+            kernel = kernels[node.kwargs["kernel_idx"]]  # wrapped if the launch has options
             called.append((kernel if hasattr(kernel, "__name__") else kernel.fn).__name__.lstrip("_"))
         raise TracedError
 
@@ -561,9 +603,10 @@ def test_torch_compile_puts_the_fused_kernels_in_one_graph(layer, monkeypatch):
     torch._dynamo.maybe_mark_dynamic(x, 0)
     with pytest.raises(Exception, match="TracedError"):
         step(x)
-    whole = ["sum_crossed", "total_crossed", "inverse_sqrt_adjoint", "affine_map"]
+    expected = ["combine_cross_moments", "inverse_sqrt_adjoint", "affine_map"]
     if isinstance(layer, IterNorm):
-        whole = ["sum_shifted", "total_shifted", "inverse_sqrt", "affine_map", *whole]
+        forward_launches = ["partial_moments", "combine_moments", "inverse_sqrt", "affine_map"]
+        expected = [*forward_launches, "partial_cross_moments", *expected]
     else:
-        whole = ["whiten_sample", "sum_crossed_channels", *whole[1:]]
-    assert called == whole
+        expected = ["whiten_sample", "partial_sample_cross_moments", *expected]
+    assert called == expected

@@ -1,9 +1,9 @@
-"""PyTorch's kernels in Triton with joined launches: as exact as others, deterministic, and few."""
+"""The joined kernels in Triton: as exact as the separate ones, deterministic, and with few launches."""
 
 import warnings
 from collections import Counter
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import partial
 
 import pytest
 
@@ -16,7 +16,7 @@ from test_triton import (  # noqa: E402  # fixtures too
     EXACT,
     INDUCTOR,
     IS_INTERPRETED,
-    LARGEST_SPILL,
+    MAX_SPILL,
     POINTERS,
     SHARED_MEMORY,
     check_captured_steps,
@@ -24,29 +24,39 @@ from test_triton import (  # noqa: E402  # fixtures too
     compile_offline,
     compiled,
     error,
-    fused_backend,  # noqa: F401
     in_float64,
     needs_device,
     normal,
     runs,
     tensor_cores,  # noqa: F401
+    triton_backend,  # noqa: F401
 )
 from torch.autograd import forward_ad  # noqa: E402
 
 import polywhiten as pw  # noqa: E402
 from polywhiten.blocks import ChannelGroups, SampleGroups  # noqa: E402
 from polywhiten.gpu_launches import use_gpu_launches  # noqa: E402
-from polywhiten.reference import Reference  # noqa: E402
 from polywhiten.solvers import solver_for  # noqa: E402
 from polywhiten.spec import WhiteningSpec  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
 from polywhiten.torch.averages import RunningAverages  # noqa: E402
-from polywhiten.torch.triton import counting, joined, joined_backward, joined_forward, plans, prepared, tiles  # noqa: E402
-from polywhiten.torch.triton.joined import Joined  # noqa: E402
+from polywhiten.torch.triton import (  # noqa: E402
+    joined_gradient_map,
+    joined_plans,
+    last_program,
+    plan_cache,
+    prepared_launch,
+    sample_parts,
+    tiles,
+)
+from polywhiten.torch.triton.joined_problem import JoinedProblem  # noqa: E402
+from polywhiten.torch.triton.joined_whitening import JoinedWhitening  # noqa: E402
 
 pytestmark = [
-    pytest.mark.usefixtures("fused_backend", "launch_joined"),
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),  # of Triton's interpreter
+    pytest.mark.usefixtures("triton_backend", "launch_joined"),
+    pytest.mark.filterwarnings(
+        "ignore:(overflow|invalid value) encountered:RuntimeWarning"
+    ),  # from Triton's interpreter
 ]
 LAST = torch.channels_last
 POINTERS |= {torch.int32: "*i32", torch.int64: "*i64"}
@@ -60,7 +70,7 @@ def launch_joined():
 
 @pytest.fixture
 def noted(monkeypatch):
-    """Kernels are not launched but noted, by Triton and by what it has compiled."""
+    """Record launches instead of launching kernels: those by Triton, and those of compiled kernels."""
     launches = []
 
     class Compiled:
@@ -80,15 +90,19 @@ def noted(monkeypatch):
 
 
 def forget_plans(monkeypatch):
-    monkeypatch.setattr(joined, "_PLANS", {plan: lru_cache(None)(plan) for plan in joined._PLANS})
+    monkeypatch.setattr(plan_cache, "_CACHED", {})
 
 
 @pytest.fixture
 def small_clusters(monkeypatch):
-    """Many small parts, so that few samples have clusters of parts, and gradients of weights are summed in steps."""
-    monkeypatch.setattr(joined_backward, "_SUMMANDS", triton.language.constexpr(2))
-    monkeypatch.setattr(plans, "LARGEST_SAMPLE", 1)
-    for module, name, value in ((tiles, "_FEWEST_TILES", 1), (counting, "_FEW", 2), (counting, "_CLUSTER", 3)):
+    """Cut few samples into clusters of small parts, and sum the gradients of weights in several steps."""
+    monkeypatch.setattr(joined_gradient_map, "_ROWS_AT_ONCE", triton.language.constexpr(2))
+    monkeypatch.setattr(sample_parts, "MAX_SAMPLE_ELEMENTS", 1)
+    for module, name, value in (
+        (tiles, "_MIN_TILES_PER_PART", 1),
+        (last_program, "_MAX_PARTS_WITHOUT_CLUSTERS", 2),
+        (last_program, "_MIN_CLUSTER_SIZE", 3),
+    ):
         monkeypatch.setattr(module, name, value)
     forget_plans(monkeypatch)
 
@@ -114,8 +128,8 @@ WHITENINGS = [
 
 
 def joined_of(blocks, iterations=3, eps=1e-3):
-    of_samples = isinstance(blocks, SampleGroups)
-    return Joined(of_samples, blocks.axis, blocks.num_groups if of_samples else blocks.group_size, eps, iterations)
+    spec = WhiteningSpec(blocks, solver_for("newton", iterations), eps)
+    return JoinedWhitening(JoinedProblem.of(spec, iterations))
 
 
 interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="TRITON_INTERPRET isn't 1; compiling all takes minutes")
@@ -150,9 +164,9 @@ def check_against_float64(shape, blocks, dtype, parameters):
     whitening = joined_of(blocks)
     y, stats = whitening.forward(x, weight, bias)
     gradients = whitening.backward(x, weight, bias, stats, dy)
-    plan, given = WhiteningSpec(blocks, solver_for("newton", 3), 1e-3), in_float64(x, weight, bias)
-    exact, exact_stats = Reference(EXACT).forward(plan, *given)
-    exact_gradients = Reference(EXACT).backward(plan, *given, exact_stats, dy.double())
+    spec, given = WhiteningSpec(blocks, solver_for("newton", 3), 1e-3), in_float64(x, weight, bias)
+    exact, exact_stats = EXACT.forward(spec, *given)
+    exact_gradients = EXACT.backward(spec, *given, exact_stats, dy.double())
     for actual, wanted in zip((y, *gradients), (exact, *exact_gradients), strict=True):
         assert (actual is None) == (wanted is None)
         if actual is not None:
@@ -160,7 +174,7 @@ def check_against_float64(shape, blocks, dtype, parameters):
 
 
 def sum_of_squares(layer, x, dtype):
-    """A step of a layer in training: the output, all gradients and buffers, and an evaluation."""
+    """Take a training step; return the output, all gradients and buffers, and the output in evaluation."""
     x = x.detach().to(dtype, copy=True).requires_grad_()
     y = layer.train()(x)
     (y * x).sum().backward()
@@ -184,7 +198,7 @@ def sum_of_squares(layer, x, dtype):
 def test_layers_train_and_evaluate_as_with_the_default_kernels(make, memory):
     x = normal(6, 10, 5, 5).to(memory_format=memory)
     results = []
-    for dtype in (torch.float32, torch.float64):  # which the default kernels serve
+    for dtype in (torch.float32, torch.float64):  # the second one is PyTorch's own
         layer = make(dtype=dtype).to(DEVICE)
         with torch.no_grad():
             for seed, parameter in enumerate(layer.parameters()):
@@ -198,7 +212,7 @@ def test_layers_train_and_evaluate_as_with_the_default_kernels(make, memory):
 @runs
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_layers_in_half_precision_train_and_evaluate(dtype):
-    """With parameters and averages in half precision too, which the kernels read and write."""
+    """The kernels read and write parameters and averages in half precision too."""
     x, results = normal(6, 10, 5, 5, dtype=dtype), []
     for each in (dtype, torch.float64):
         results.append(sum_of_squares(IterNorm(10, group_size=4, dtype=each).to(DEVICE), x, each))
@@ -207,7 +221,7 @@ def test_layers_in_half_precision_train_and_evaluate(dtype):
 
 
 @runs
-def test_gradients_in_another_order_in_memory_and_expanded_ones_are_read():
+def test_gradients_in_another_memory_order_and_expanded_gradients_are_read():
     x = normal(4, 6, 5, 5).requires_grad_()
     for layer in (IterNorm(6, group_size=3), GroupWhitening(3, 6)):
         y = layer.to(DEVICE)(x)
@@ -217,10 +231,12 @@ def test_gradients_in_another_order_in_memory_and_expanded_ones_are_read():
 
 
 @runs
-def test_orders_in_memory_that_results_and_gradients_cannot_have_are_served():
-    """Of an expanded array the result is another one's order; a gradient may lie in one that the kernels can't read."""
+def test_memory_orders_that_results_and_gradients_cannot_have_are_read():
+    """The result for an expanded array has another order, and a gradient may have one that kernels can't read."""
     expanded = normal(1, 1, 1).expand(3, 4, 5) + normal(3, 4, 5)[:, :, :1]
-    last = normal(2, 3, 5, 8).permute(0, 1, 3, 2)  # (2, 3, 8, 5): positions of one stride around the channels
+    last = normal(2, 3, 5, 8).permute(
+        0, 1, 3, 2
+    )  # (2, 3, 8, 5), with positions around the channels that can be read as one axis
     for x in (expanded, normal(1, 4, 1, 1).expand(3, 4, 5, 6), last):
         axis = 2 if x is last else 1
         x = x.detach().requires_grad_()
@@ -234,7 +250,7 @@ def test_orders_in_memory_that_results_and_gradients_cannot_have_are_served():
 
 
 @runs
-def test_a_mean_far_above_the_spread_costs_no_digits():
+def test_a_mean_far_above_the_standard_deviation_costs_no_digits():
     x = normal(40, 16, 9, mean=1e3)
     assert error(pw.iter_norm(x, group_size=16), pw.iter_norm(x.double(), group_size=16)) < 1e-3
 
@@ -248,7 +264,7 @@ def test_second_derivatives_and_transforms_are_those_of_the_default_kernels(name
 @runs
 @pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
 def test_gradients_with_a_derivative_count_every_way_and_hook_once(name):
-    """Weight and bias may depend on each other and on x, and hooks change gradients: those of x, or of a layer's."""
+    """Weight and bias may depend on each other and on x, and hooks may change gradients of x or of a parameter."""
     results = []
     for dtype in (torch.float32, torch.float64):
         start, parameter = (each.to(dtype).requires_grad_() for each in (normal(5, 4, 3), normal(4, seed=1)))
@@ -285,7 +301,7 @@ def test_gradients_in_transforms_have_their_batch_and_their_tangents(layer):
 @runs
 @pytest.mark.parametrize("layer", [IterNorm(8, group_size=4), GroupWhitening(4, 8)], ids=["IterNorm", "GroupWhitening"])
 def test_gradients_in_batches_are_those_one_by_one(layer):
-    """The memory of a batch of gradients isn't that of one."""
+    """A batch of gradients is not in memory like a single gradient."""
     layer, x = layer.to(DEVICE), normal(4, 8, 3, 3).requires_grad_()
     y, batch = layer(x), normal(2, 4, 8, 3, 3, seed=1)
     given = [x, layer.weight, layer.bias]
@@ -295,24 +311,24 @@ def test_gradients_in_batches_are_those_one_by_one(layer):
         assert error(actual, torch.stack(wanted).double()) < 1e-5
 
 
-@pytest.mark.skipif(not IS_INTERPRETED, reason="Triton's interpreter alone lets programs run in another order")
+@pytest.mark.skipif(not IS_INTERPRETED, reason="programs run in another order only in Triton's interpreter")
 @pytest.mark.usefixtures("small_clusters")
 @pytest.mark.parametrize("blocks", [ChannelGroups(1, 4), SampleGroups(1, 4)], ids=["IterNorm", "group whitening"])
 def test_results_do_not_depend_on_which_program_is_the_last(blocks, monkeypatch):
-    """To the last bit; and the counters are 0 again after every launch, whoever was last."""
+    """Results agree to the last bit, and the counters are 0 again after every launch."""
     x = normal(1, 8, 1000)
     results = []
     orders = {"as they are": lambda i: i, "backwards": lambda i: -i, "mixed": lambda i: i * 7 % 13}
-    for place in orders.values():
+    for key in orders.values():
 
-        def in_order(*bounds, place=place):
-            return sorted(range(*bounds), key=place) if len(bounds) == 1 else range(*bounds)
+        def in_order(*bounds, key=key):
+            return sorted(range(*bounds), key=key) if len(bounds) == 1 else range(*bounds)
 
         monkeypatch.setattr(triton.runtime.interpreter, "range", in_order, raising=False)
         y, stats = joined_of(blocks).forward(x, None, None)
         dx, *_ = joined_of(blocks).backward(x, None, None, stats, y)
         results.append((y, dx))
-        assert all((each == 0).all() for each in counting._counters.values())
+        assert all((each == 0).all() for each in last_program._counters.values())
     for y, dx in results[1:]:
         assert torch.equal(y, results[0][0])
         assert torch.equal(dx, results[0][1])
@@ -324,8 +340,8 @@ def test_results_do_not_depend_on_which_program_is_the_last(blocks, monkeypatch)
 @runs
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_batch_that_one_average_could_not_hold_changes_none(bad, dtype):
-    """1e30 squared is infinite in float32; the second group is at fault, and the first one's averages wait too."""
+def test_a_batch_that_would_make_one_average_infinite_changes_none(bad, dtype):
+    """1e30 squared is infinite in float32. The second group is at fault, but those of the first don't change either."""
     layer = IterNorm(8, group_size=4, track="covariance", dtype=dtype).to(DEVICE)
     layer(normal(6, 8, 3, 3))
     before = [each.clone() for each in layer.buffers()]
@@ -339,7 +355,7 @@ def test_a_batch_that_one_average_could_not_hold_changes_none(bad, dtype):
 
 
 @runs
-def test_averages_in_half_precision_are_judged_in_half_precision():
+def test_averages_in_half_precision_must_be_finite_in_half_precision():
     layer = IterNorm(4, track="covariance", dtype=torch.float16, momentum=1.0).to(DEVICE)
     layer(100 * normal(6, 4, 3, 3))
     assert layer.num_batches_tracked == 1
@@ -350,7 +366,7 @@ def test_averages_in_half_precision_are_judged_in_half_precision():
 
 @runs
 def test_changes_of_the_averages_are_counted():
-    """So that autograd finds out where a graph needs what they were before."""
+    """Autograd thereby notices if a graph needs the former values."""
     layer = IterNorm(8, group_size=4).to(DEVICE)
     before = [each._version for each in layer.buffers()]
     layer(normal(6, 8, 3, 3))
@@ -361,12 +377,12 @@ def test_changes_of_the_averages_are_counted():
 
 
 def operations(run, *arguments):
-    """What a call returns, as a tuple, and how often it has called PyTorch's operations, beside what these call."""
+    """Return the result of a call, as a tuple, and how often it called each of PyTorch's operations directly."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         result = run(*arguments)
     events = [event for event in profile.events() if event.name.startswith("aten::")]
     found = Counter(event.name.removeprefix("aten::") for event in events if not _is_within_another(event))
-    del found["detach"]  # of a gradient, which becomes a leaf's; it allocates nothing
+    del found["detach"]  # of a gradient that becomes that of a leaf; it allocates nothing
     return (result,), found
 
 
@@ -375,26 +391,34 @@ def _is_within_another(event):
 
 
 STEPS = {
-    "IterNorm": (lambda: IterNorm(256), ["whiten_sums", "whiten_map"], ["channels_gradient_sums", "gradient_map"]),
+    "IterNorm": (
+        lambda: IterNorm(256),
+        ["joined_statistics", "joined_map"],
+        ["joined_cross_moments", "joined_gradient_map"],
+    ),
     "IterNorm, 128 channels": (
         lambda: IterNorm(256, group_size=128),
-        ["whiten_sums", "whiten_map"],
-        ["channels_gradient_sums", "gradient_map"],
+        ["joined_statistics", "joined_map"],
+        ["joined_cross_moments", "joined_gradient_map"],
     ),
     "IterNorm, a smaller last group": (
         lambda: IterNorm(256, group_size=100),
-        ["whiten_sums", "whiten_map"],
-        ["channels_gradient_sums", "gradient_map"],
+        ["joined_statistics", "joined_map"],
+        ["joined_cross_moments", "joined_gradient_map"],
     ),
-    "GroupWhitening": (lambda: GroupWhitening(32, 256), ["whiten_sums"], ["samples_gradient_sums", "gradient_map"]),
+    "GroupWhitening": (
+        lambda: GroupWhitening(32, 256),
+        ["joined_statistics"],
+        ["joined_sample_cross_moments", "joined_gradient_map"],
+    ),
 }
 
 
 @compiled
 @pytest.mark.parametrize("memory", [torch.contiguous_format, LAST], ids=str)
 @pytest.mark.parametrize("what", STEPS)
-def test_a_step_launches_and_allocates_so_much_and_no_more(what, memory, noted):
-    """Y, statistics and scratch memory forward; the gradients and scratch memory backward; and no other operation."""
+def test_a_step_has_exactly_these_launches_and_allocations(what, memory, noted):
+    """Forward allocates y, the statistics and a workspace, backward the gradients and a workspace."""
     make, forward_launches, backward_launches = STEPS[what]
     layer, x = make(), torch.randn(8, 256, 7, 7).to(memory_format=memory)
     dy = torch.empty_like(x)
@@ -409,7 +433,7 @@ def test_a_step_launches_and_allocates_so_much_and_no_more(what, memory, noted):
         _, of_backward = operations(y.backward, dy)
         assert names(noted) == backward_launches
         assert again == all(how == "again" for *_, how in noted)
-    assert (of_forward, of_backward) == expected  # of the second step, when the counters are there
+    assert (of_forward, of_backward) == expected  # of the second step, which finds the counters
 
 
 @compiled
@@ -419,36 +443,35 @@ def test_evaluation_is_one_launch_and_one_allocation(noted):
         layer(x)
         _, found = operations(layer, x)
     assert found == {"empty_like": 1}
-    assert names(noted) == ["whiten_map"] * 2
+    assert names(noted) == ["joined_map"] * 2
 
 
 @compiled
 def test_a_large_sample_takes_two_launches(noted):
     pw.group_whiten(torch.randn(2, 64, 64, 64), num_groups=32)
-    assert names(noted) == ["whiten_sums", "whiten_map"]
+    assert names(noted) == ["joined_statistics", "joined_map"]
 
 
 @compiled
 @pytest.mark.parametrize("known", [True, False])
-def test_launches_are_repeated_without_triton_where_its_version_is_known(known, noted, monkeypatch):
-    monkeypatch.setattr(prepared, "IS_KNOWN", known)
+def test_launches_are_repeated_without_triton_if_its_version_is_known(known, noted, monkeypatch):
+    monkeypatch.setattr(prepared_launch, "IS_KNOWN_VERSION", known)
     x = torch.randn(8, 16, 7, 7)
-    given = []
+    launched = []
     for _ in range(2):
         noted.clear()
         pw.iter_norm(x, group_size=16)
-        given.append([arguments for _, arguments, _ in noted])
+        launched.append(list(noted))
         ways = {"again" if how == "again" else "by Triton" for *_, how in noted}
     assert ways == {"again" if known else "by Triton"}
-    if known:  # addresses in place of tensors, then the same numbers, then what is known when kernels are compiled
-        for kernel, first, second in zip(("whiten_sums", "whiten_map"), *given, strict=True):
-            arguments = getattr(joined_forward, kernel).params
-            assert len(second) == len(arguments)
-            assert second[0] == x.data_ptr() or second[1] == x.data_ptr()
-            assert [each for each in first if not isinstance(each, torch.Tensor)][-10:] == list(
-                second[: len(first)][-10:]
-            )
-            assert all(parameter.is_constexpr for parameter in arguments[len(first) :])
+    if known:
+        for (kernel, _, by_name), (_, by_position, _) in zip(*launched, strict=True):
+            for name, argument in zip(kernel.arg_names, by_position, strict=True):
+                expected = by_name[name]
+                if isinstance(expected, torch.Tensor):
+                    assert argument == x.data_ptr() if name == "x" else argument % 16 == 0
+                else:
+                    assert argument is expected or argument == expected
 
 
 def test_a_thread_that_launches_while_another_prepares_gives_all_arguments():
@@ -462,38 +485,39 @@ def test_a_thread_that_launches_while_another_prepares_gives_all_arguments():
         is_asked = False
 
         def __getitem__(self, grid):
-            return lambda *arguments, **constants: given.append(len(arguments) + len(constants)) or Compiled()
+            return lambda **arguments: given.append(len(arguments)) or Compiled()
 
         @property
         def arg_names(self):
             if not self.is_asked:
                 self.is_asked = True
-                launch(0, x)  # as the other thread does
+                launch(0, x=x)  # as another thread does at this moment
             return ["x", "number", "CONSTANT"]
 
-    x, launch = torch.empty(16), prepared.PreparedLaunch(Kernel(), (1, 1, 1), (7,), {"CONSTANT": 8})
+    x = torch.empty(16)
+    launch = prepared_launch.PreparedLaunch(Kernel(), (1, 1, 1), {"number": 7}, {"CONSTANT": 8})
     for _ in range(2):
-        launch(0, x)
+        launch(0, x=x)
     assert given == [3, 3, 3]
 
 
 @compiled
-def test_memory_that_is_not_aligned_is_launched_by_triton(noted):
+def test_triton_launches_kernels_for_unaligned_memory(noted):
     memory = torch.randn(8 * 16 * 49 + 1)
     for x in (memory[:-1], memory[1:], memory[:-1]):
         pw.iter_norm(x.view(8, 16, 7, 7), group_size=16)
     assert [how == "again" for *_, how in noted] == [False] * 4 + [True] * 2
 
 
-def test_counters_are_a_streams_own_and_grow():
+def test_every_stream_has_counters_of_its_own_that_grow():
     device = torch.device("cpu")
-    first = counting.counters(device, 1, 10, rank=0)
-    assert counting.counters(device, 1, 20, rank=0) is first
-    assert counting.counters(device, 2, 10, rank=0) is not first
-    larger = counting.counters(device, 1, 5000, rank=0)
+    first = last_program.get_counters(device, 1, 10, rank=0)
+    assert last_program.get_counters(device, 1, 20, rank=0) is first
+    assert last_program.get_counters(device, 2, 10, rank=0) is not first
+    larger = last_program.get_counters(device, 1, 5000, rank=0)
     assert larger.numel() >= 5000
     assert not larger.any()
-    assert counting.counters(device, 1, 0, rank=0) is None
+    assert last_program.get_counters(device, 1, 0, rank=0) is None
 
 
 @compiled
@@ -524,10 +548,10 @@ def test_counters_are_a_streams_own_and_grow():
         "vmap",
     ],
 )
-def test_the_other_structure_serves_what_this_one_cannot(run, noted, monkeypatch):
+def test_other_kernels_get_what_the_joined_ones_cannot_read(run, noted, monkeypatch):
     launched = []
-    monkeypatch.setattr(Joined, "forward", lambda *given: launched.append(given))
-    with warnings.catch_warnings(), suppress(ValueError):  # nothing is computed, so averages may be found infinite
+    monkeypatch.setattr(JoinedWhitening, "forward", lambda *given: launched.append(given))
+    with warnings.catch_warnings(), suppress(ValueError):  # nothing is computed, so averages may appear to be infinite
         warnings.simplefilter("ignore")
         run()
     assert not launched
@@ -539,17 +563,17 @@ def test_the_other_structure_serves_what_this_one_cannot(run, noted, monkeypatch
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_no_kernel_is_given_memory_that_ends_too_early(name, shape, training, noted):
-    """Parameters and averages that users have put in place of a layer's; the other structure has errors for them."""
+    """Users may replace a layer's parameters and averages. Other kernels raise errors if their sizes don't fit."""
     layer = IterNorm(8, group_size=4).train(training).requires_grad_(False)
     value = torch.ones(shape)
     setattr(layer, name, torch.nn.Parameter(value, requires_grad=False) if name in ("weight", "bias") else value)
     with suppress(ValueError, RuntimeError):
         layer(torch.randn(6, 8, 3))
-    assert not {"whiten_sums", "whiten_map"} & set(names(noted))
+    assert not {"joined_statistics", "joined_map"} & set(names(noted))
 
 
 @runs
-def test_statistics_of_more_variables_than_there_are_channels_are_used_in_part():
+def test_of_statistics_for_more_channels_than_x_has_the_first_are_used():
     given = normal(20, 4), normal(4, seed=1), normal(1, 6, 6, seed=2)
     actual, wanted = (
         pw.apply_whitening(x, pw.WhiteningStats(mean, whitener, whitener))
@@ -558,7 +582,7 @@ def test_statistics_of_more_variables_than_there_are_channels_are_used_in_part()
     assert error(actual, wanted) < 1e-5
 
 
-def test_a_layer_whose_averages_are_none_whitens_by_the_batch(noted):
+def test_a_layer_without_averages_whitens_by_the_batch(noted):
     layer = IterNorm(8)
     layer.running_mean = layer.running_whitener = None
     layer(torch.randn(4, 8, 3))
@@ -591,9 +615,9 @@ def note_a_step(case):
 
 
 _FIRST, *_, _LAST_128, _GROUPS, _SMALL = CASES
-COMPILED = [  # each takes seconds
+COMPILED = [  # each takes seconds to compile
     *((case, 90, EAGER) for case in CASES if case != _LAST_128),
-    *((case, 80, EAGER) for case in (_FIRST, _LAST_128, _GROUPS)),  # iterations in memory, and in registers
+    *((case, 80, EAGER) for case in (_FIRST, _LAST_128, _GROUPS)),  # they iterate in memory, and in registers
     *((case, 90, INDUCTOR) for case in (_FIRST, _SMALL)),  # all kernels
 ]
 
@@ -604,8 +628,8 @@ COMPILED = [  # each takes seconds
 def test_kernels_compile_within_the_resources_of_devices(
     case, capability, scalars, noted, monkeypatch, record_property
 ):
-    """With the scalars of torch.compile too: numbers of 64 bits would take twice the registers."""
-    monkeypatch.setattr(plans, "_capability", lambda device: divmod(capability, 10))
+    """The scalars of torch.compile have 64 bits; kept so, they would take twice as many registers."""
+    monkeypatch.setattr(joined_plans, "_capability", lambda device: divmod(capability, 10))
     note_a_step(case)
     assert len(noted) >= 3
     for kernel, arguments, constants in noted:
@@ -616,11 +640,11 @@ def test_kernels_compile_within_the_resources_of_devices(
             f"{spilled:>3} of stack; {case}",
         )
         assert shared <= SHARED_MEMORY[capability], kernel.__name__
-        assert spilled <= LARGEST_SPILL, kernel.__name__
+        assert spilled <= MAX_SPILL, kernel.__name__
 
 
 class _Driver:
-    """Of a device that isn't there: what PyTorch asks Triton while it traces kernels."""
+    """Answer what PyTorch asks Triton about the device while it traces kernels."""
 
     def get_current_target(self):
         return triton.backends.compiler.GPUTarget("cuda", 90, 32)
@@ -631,8 +655,8 @@ class _Driver:
 @pytest.mark.parametrize(
     ("what", "dynamic"), [("IterNorm", True), ("IterNorm", False), ("GroupWhitening", False)], ids=str
 )
-def test_torch_compile_has_nothing_but_these_kernels_to_launch(what, dynamic, monkeypatch):
-    """In one graph forward and one backward, beside counters set to 0; and it copies nothing that kernels write."""
+def test_torch_compile_launches_nothing_but_these_kernels(what, dynamic, monkeypatch):
+    """There is one graph forward and one backward, which only set counters to 0 besides, and copy no outputs."""
     from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
 
@@ -658,7 +682,7 @@ def test_torch_compile_has_nothing_but_these_kernels_to_launch(what, dynamic, mo
     if dynamic:
         torch._dynamo.mark_dynamic(x, 0)
     if what == "GroupWhitening":
-        forward_launches = ["whiten_sums", "whiten_map"]  # of large samples
+        forward_launches = ["joined_statistics", "joined_map"]  # the samples are large
     partition = {"partition_fn": min_cut_rematerialization_partition}  # as Inductor does
     backend = aot_autograd(fw_compiler=note, bw_compiler=note, **partition)
     step = torch.compile(layer, fullgraph=True, backend=backend)
@@ -670,7 +694,7 @@ def test_torch_compile_has_nothing_but_these_kernels_to_launch(what, dynamic, mo
 
 
 def _made_up(result):
-    """A tensor, a size or None for what a graph would give; a batch of unknown size has 8 samples."""
+    """Return a tensor, a size or None for a result of a graph; a batch of unknown size has 8 samples."""
     if isinstance(result, torch.Tensor):
         return torch.zeros([size if type(size) is int else 8 for size in result.shape])
     return None if result is None else 8
@@ -688,7 +712,7 @@ def _kernel_of(node):
         return None
     kernel = kernel_side_table.id_to_kernel[index]
     empties = [each for each in node.kwargs["kwargs"].values() if _operation_of(each) in ("new_empty", "empty_like")]
-    assert len(set(empties)) == len(empties), "PyTorch takes two of them for one, which it copies"
+    assert len(set(empties)) == len(empties), "PyTorch would merge two of them into one, and copy it"
     return (kernel if hasattr(kernel, "__name__") else kernel.fn).__name__
 
 

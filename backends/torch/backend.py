@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from inspect import signature
 from typing import Any
@@ -30,6 +29,7 @@ from polywhiten.torch.kernels import (
     full_precision,
     is_readable_memory,
     is_tracing,
+    on_device_of,
 )
 from polywhiten.torch.saved_statistics import restored_statistics, saved_statistics
 
@@ -124,11 +124,6 @@ def _as_non_view(y: Tensor) -> Tensor:
     """
     result: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
     return result
-
-
-def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Return a context in which kernels are launched on the device of x; compiled code sees to that itself."""
-    return torch.cuda.device_of(x) if x.is_cuda and not torch.compiler.is_compiling() else nullcontext()
 
 
 class TorchBackend(Backend):
@@ -265,9 +260,10 @@ def _backend() -> TorchBackend:
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
         return TorchBackend(plain, cpu)
-    from polywhiten.torch.triton.implementation import JoinedKernels, TritonImplementation
+    from polywhiten.torch.triton.joined import JoinedKernels
+    from polywhiten.torch.triton.separate import SeparateImplementation
 
-    return TorchBackend(plain, TritonImplementation(), cpu, joined=JoinedKernels())
+    return TorchBackend(plain, SeparateImplementation(), cpu, joined=JoinedKernels())
 
 
 BACKEND = _backend()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -148,6 +149,11 @@ def folded(terms: Sequence[Term], bias: Tensor | None) -> Tensor:
     """What the terms' centres and the bias (blocks, d) add to every sample, (blocks, d, 1)."""
     offset: Tensor = -sum(matrix @ centre.unsqueeze(-1) for matrix, _, centre in terms)
     return offset if bias is None else offset + bias.unsqueeze(-1)
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which kernels are launched on the device of x; compiled code sees to that itself."""
+    return torch.cuda.device_of(x) if x.is_cuda and not torch.compiler.is_compiling() else nullcontext()
 
 
 def can_bypass_autograd(tensors: Sequence[Tensor]) -> bool:

@@ -1,9 +1,9 @@
-"""Matrix products with the samples of every block, one or two, centred on their way and summed with a bias."""
+"""The last pass over the samples, forward and backward: products of matrices with one or two centred arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -11,265 +11,208 @@ import triton.language as tl
 from torch import Tensor
 
 from polywhiten.kernels import Term
-from polywhiten.torch.triton.tiles import Strides, Tiles, columns, load_matrix, narrow, precision, product
+from polywhiten.torch.triton.addressing import (
+    load_matrix,
+    load_tile,
+    load_vector,
+    narrow,
+    narrow_strides,
+    tile_pointers,
+)
+from polywhiten.torch.triton.tf32 import multiply_add
+from polywhiten.torch.triton.tiles import Strides, Tiles, precision
 
-_LARGEST_MATRIX = 64  # rows and columns that are kept while the samples pass
+_MAX_ROWS = 64  # of the matrices that a program keeps in registers while the samples pass
 
 
-class Channels(NamedTuple):
-    """Weight and bias (C,) of channels that lie in groups along the rows: `positions` of each on the last axis."""
+class ChannelAffine(NamedTuple):
+    """Parameters (C,) of channels, where a row has several and each has `positions` samples on the last axis.
 
+    `input_weight` multiplies the first array; `weight` multiplies the result, and `bias` is added to it.
+    """
+
+    input_weight: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
     positions: int = 1
 
-    def arguments(self, inner: int) -> tuple[Tensor | None, Tensor | None, int, int]:
-        """Weight, bias, channels of a group, and positions, as the kernels take them."""
-        weight, bias = (None if values is None else values.contiguous() for values in self[:2])
-        return weight, bias, inner // self.positions, self.positions
+    def arguments(self, inner: int) -> dict[str, Tensor | int | None]:
+        """Return the arguments of the kernels for rows of `inner` samples on their last axis."""
+        input_weight, weight, bias = (None if each is None else each.contiguous() for each in self[:3])
+        return {
+            "input_weight": input_weight,
+            "weight": weight,
+            "bias": bias,
+            "channels": inner // self.positions,
+            "positions": self.positions,
+        }
 
 
-NO_CHANNELS = Channels()
+NO_CHANNEL_AFFINE = ChannelAffine()
 
 
 def affine_map(
     terms: Sequence[Term],
-    bias: Tensor | None,
+    row_bias: Tensor | None,
     block_axis: int,
     dtype: torch.dtype,
-    *,
-    before: Channels = NO_CHANNELS,
-    after: Channels = NO_CHANNELS,
-    scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    channel_affine: ChannelAffine = NO_CHANNEL_AFFINE,
 ) -> Tensor:
-    """As `polywhiten.kernels.Kernels.affine_map`, of one or two terms.
+    """Return row_scale (sum of one or two terms) + row_bias, as `polywhiten.kernels.Kernels.affine_map`.
 
-    The weight of the channels `before` multiplies the first array; weight and bias of those `after`, the result; and
-    `scale` (blocks, d) the terms' sum before the bias.
+    The weights and the bias of channels are applied in the same pass.
     """
     x = terms[0].array
-    inner = x.shape[3]
+    d, inner = x.shape[2:]
     samples = x.shape[1 - block_axis] * inner
-    tiles = Tiles.of(x.shape[block_axis], x.shape[2], samples)
-    rows = min(tiles.height, _LARGEST_MATRIX)
-    kept = rows == tiles.height  # the matrices; else tiles of theirs come and go for each of the samples', a larger one
+    tiles = Tiles.of(x.shape[block_axis], d, samples)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     arguments = (
         argument
         for matrix, array, centre in (terms[0], terms[-1])
-        for argument in (matrix, *matrix.stride(), array, centre.contiguous(), *Strides.of(array, block_axis))
+        for argument in (matrix, *matrix.stride(), array, *Strides.of(array, block_axis), centre.contiguous())
     )
-    _affine_map[(tiles.blocks, tiles.parts, tiles.height // rows)](
+    _affine_map[map_grid(tiles)](
         y,
         *Strides.of(y, block_axis),
         *arguments,
-        *(None if values is None else values.contiguous() for values in (scale, bias)),
-        before.arguments(inner)[0],
-        *after.arguments(inner)[:2],
-        *(after if before.weight is None else before).arguments(inner)[2:],
-        inner,
-        samples,
-        x.shape[2],
-        tiles.chunk,
-        TWO=len(terms) == 2,
-        HEIGHT=tiles.height,
-        ROWS=rows,
-        WIDTH=tiles.width if kept else 64,
-        PRECISION=precision(x.dtype),
-        num_warps=tiles.warps,
-        num_stages=2 if kept else 1,  # with more, two terms need more shared memory than many a device has
+        row_scale=None if row_scale is None else row_scale.contiguous(),
+        row_bias=None if row_bias is None else row_bias.contiguous(),
+        **channel_affine.arguments(inner),
+        inner=inner,
+        samples=samples,
+        d=d,
+        part_size=tiles.part_size,
+        HAS_SECOND_TERM=len(terms) == 2,
+        **map_constants(tiles, precision(x.dtype)),
     )
     return y
 
 
-@triton.jit
-def load_channels(values, channel, valid):
-    return tl.load(values + channel, mask=valid, other=0.0).to(tl.float32)
+def map_grid(tiles: Tiles) -> tuple[int, int, int]:
+    """Return the programs of a map: for every block, part of its samples, and tile of the matrices' rows."""
+    return tiles.num_blocks, tiles.num_parts, tiles.height // min(tiles.height, _MAX_ROWS)
+
+
+def map_constants(tiles: Tiles, x_precision: str) -> dict[str, Any]:
+    """Return the constants and the options that a map is compiled for."""
+    keeps_matrices = tiles.height <= _MAX_ROWS  # else every tile of samples, a larger one, loads the matrices again
+    return {
+        "HEIGHT": tiles.height,
+        "ROWS": min(tiles.height, _MAX_ROWS),
+        "WIDTH": tiles.width if keeps_matrices else 64,
+        "PRECISION": x_precision,
+        "num_warps": tiles.num_warps,
+        "num_stages": 2 if keeps_matrices else 1,  # more would need more shared memory than many devices have
+    }
 
 
 @triton.jit
-def mapped(matrix, x, centre, weight, offsets, valid, total, PRECISION: tl.constexpr):
-    # total + matrix (weight x - centre); with no meaning outside, which is not stored
-    array = tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32)
-    if weight is not None:
-        array *= weight
-    return product(matrix, array - centre[:, None], total, PRECISION)
+def load_channels(values, rows, channel, channels, valid):
+    # Return the values of the channels of some samples, where each row has `channels` of them.
+    return tl.load(values + (rows[:, None] * channels + channel[None, :]), mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_term(matrix, centre, rows, variables, d):
+    # Return the rows of a matrix for some variables, and the centre of these.
+    return load_matrix(matrix, rows, variables, d).to(tl.float32), load_vector(centre, variables, d)
 
 
 @triton.jit
 def map_samples(
-    y,
-    y_stride_outer,
-    y_stride_row,
-    y_stride_inner,
-    matrix,
-    matrix_stride_row,
-    matrix_stride_column,
-    x,
-    centre,
-    stride_outer,
-    stride_row,
-    stride_inner,
-    matrix2,
-    matrix2_stride_row,
-    matrix2_stride_column,
-    x2,
-    centre2,
-    stride_outer2,
-    stride_row2,
-    stride_inner2,
-    scale,
-    bias,
-    before,
-    weight,
-    channel_bias,
-    channels,
-    positions,
-    inner,
-    d,
-    begin,
-    end,
-    first_row,
-    TWO: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    # ROWS rows of the affine map of one block's samples from begin to end
-    y_stride_outer, y_stride_row = narrow(y_stride_outer), narrow(y_stride_row)
-    y_stride_inner, stride_outer, stride_row = narrow(y_stride_inner), narrow(stride_outer), narrow(stride_row)
-    stride_inner, stride_outer2, stride_row2 = narrow(stride_inner), narrow(stride_outer2), narrow(stride_row2)
-    stride_inner2, channels, positions = narrow(stride_inner2), narrow(channels), narrow(positions)
+    y, term, second_term, row_affine, channel_affine, inner, d, begin, end, first_row,
+    HEIGHT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Store ROWS rows of the affine map of the samples of a block from `begin` to `end`. A term is (matrix, x, centre);
+    # the second one may be None. The affines are (scale, bias) and (input weight, weight, bias, channels, positions).
+    matrix, x, centre = term
+    row_scale, row_bias = row_affine
+    input_weight, weight, bias, channels, positions = channel_affine
+    y, x, channels, positions = narrow_strides(y), narrow_strides(x), narrow(channels), narrow(positions)
     inner, d, begin, end = narrow(inner), narrow(d), narrow(begin), narrow(end)
     rows = first_row + tl.arange(0, ROWS)
-    if HEIGHT == ROWS:  # the whole matrices stay
-        a = load_matrix(matrix, rows, rows, d, matrix_stride_row, matrix_stride_column).to(tl.float32)
-        c = tl.load(centre + rows, mask=rows < d, other=0.0).to(tl.float32)
-        if TWO:
-            a2 = load_matrix(matrix2, rows, rows, d, matrix2_stride_row, matrix2_stride_column).to(tl.float32)
-            c2 = tl.load(centre2 + rows, mask=rows < d, other=0.0).to(tl.float32)
-    if scale is not None:
-        factor = tl.load(scale + rows, mask=rows < d, other=0.0).to(tl.float32)
-    if bias is not None:
-        shift = tl.load(bias + rows, mask=rows < d, other=0.0).to(tl.float32)
+    if second_term is not None:
+        matrix2, x2, centre2 = second_term
+        x2 = narrow_strides(x2)
+    if HEIGHT == ROWS:  # the matrices stay in registers
+        a, c = _load_term(matrix, centre, rows, rows, d)
+        if second_term is not None:
+            a2, c2 = _load_term(matrix2, centre2, rows, rows, d)
+    if row_scale is not None:
+        scale = load_vector(row_scale, rows, d)
+    if row_bias is not None:
+        offset = load_vector(row_bias, rows, d)
     for start in range(begin, end, WIDTH):
         m = start + tl.arange(0, WIDTH)
-        its_channel = (m % inner) // positions
+        channel = (m % inner) // positions
         result = tl.zeros((ROWS, WIDTH), tl.float32)
-        for step in tl.static_range(0, HEIGHT, ROWS):
-            variables = step + tl.arange(0, ROWS)
+        for first_variable in tl.static_range(0, HEIGHT, ROWS):
+            variables = first_variable + tl.arange(0, ROWS)
             valid = (variables < d)[:, None] & (m < end)[None, :]
             if HEIGHT != ROWS:
-                a = load_matrix(matrix, rows, variables, d, matrix_stride_row, matrix_stride_column).to(tl.float32)
-                c = tl.load(centre + variables, mask=variables < d, other=0.0).to(tl.float32)
-            offsets = variables[:, None] * stride_row + columns(m, inner, stride_outer, stride_inner)[None, :]
-            its_weight = None
-            if before is not None:
-                its_weight = load_channels(before, variables[:, None] * channels + its_channel[None, :], valid)
-            result = mapped(a, x, c, its_weight, offsets, valid, result, PRECISION)
-            if TWO:
+                a, c = _load_term(matrix, centre, rows, variables, d)
+            values = load_tile(x, variables, m, inner, valid)
+            if input_weight is not None:
+                values *= load_channels(input_weight, variables, channel, channels, valid)
+            result = multiply_add(a, values - c[:, None], result, PRECISION)  # meaningless outside, and not stored
+            if second_term is not None:
                 if HEIGHT != ROWS:
-                    a2 = load_matrix(matrix2, rows, variables, d, matrix2_stride_row, matrix2_stride_column).to(
-                        tl.float32
-                    )
-                    c2 = tl.load(centre2 + variables, mask=variables < d, other=0.0).to(tl.float32)
-                offsets = variables[:, None] * stride_row2 + columns(m, inner, stride_outer2, stride_inner2)[None, :]
-                result = mapped(a2, x2, c2, None, offsets, valid, result, PRECISION)
-        offsets = rows[:, None] * y_stride_row + columns(m, inner, y_stride_outer, y_stride_inner)[None, :]
+                    a2, c2 = _load_term(matrix2, centre2, rows, variables, d)
+                result = multiply_add(a2, load_tile(x2, variables, m, inner, valid) - c2[:, None], result, PRECISION)
         valid = (rows < d)[:, None] & (m < end)[None, :]
-        if scale is not None:
-            result *= factor[:, None]
-        if bias is not None:
-            result += shift[:, None]
+        if row_scale is not None:
+            result *= scale[:, None]
+        if row_bias is not None:
+            result += offset[:, None]
         if weight is not None:
-            result *= load_channels(weight, rows[:, None] * channels + its_channel[None, :], valid)
-        if channel_bias is not None:
-            result += load_channels(channel_bias, rows[:, None] * channels + its_channel[None, :], valid)
-        tl.store(y + offsets, result.to(y.dtype.element_ty), mask=valid)
+            result *= load_channels(weight, rows, channel, channels, valid)
+        if bias is not None:
+            result += load_channels(bias, rows, channel, channels, valid)
+        pointers = tile_pointers(y, rows, m, inner)
+        tl.store(pointers, result.to(pointers.dtype.element_ty), mask=valid)
 
 
 @triton.jit
 def _affine_map(
-    y,
-    y_stride_block,
-    y_stride_outer,
-    y_stride_row,
-    y_stride_inner,
-    matrix,
-    matrix_stride_block,
-    matrix_stride_row,
-    matrix_stride_column,
-    x,
-    centre,
-    stride_block,
-    stride_outer,
-    stride_row,
-    stride_inner,
-    matrix2,
-    matrix2_stride_block,
-    matrix2_stride_row,
-    matrix2_stride_column,
-    x2,
-    centre2,
-    stride_block2,
-    stride_outer2,
-    stride_row2,
-    stride_inner2,
-    scale,
-    bias,
-    before,
-    weight,
-    channel_bias,
-    channels,
-    positions,
-    inner,
-    samples,
-    d,
-    chunk,
-    TWO: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    y, y_stride_block, y_stride_outer, y_stride_row, y_stride_inner,
+    matrix, matrix_stride_block, matrix_stride_row, matrix_stride_column,
+    x, x_stride_block, x_stride_outer, x_stride_row, x_stride_inner, centre,
+    matrix2, matrix2_stride_block, matrix2_stride_row, matrix2_stride_column,
+    x2, x2_stride_block, x2_stride_outer, x2_stride_row, x2_stride_inner, centre2,
+    row_scale, row_bias, input_weight, weight, bias, channels, positions, inner, samples, d, part_size,
+    HAS_SECOND_TERM: tl.constexpr, HEIGHT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     block, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    second_term = None
+    if HAS_SECOND_TERM:
+        second_term = (
+            (matrix2 + block * matrix2_stride_block, matrix2_stride_row, matrix2_stride_column),
+            (x2 + block * x2_stride_block, x2_stride_outer, x2_stride_row, x2_stride_inner),
+            centre2 + block * d,
+        )
     map_samples(
-        y + block * y_stride_block,
-        y_stride_outer,
-        y_stride_row,
-        y_stride_inner,
-        matrix + block * matrix_stride_block,
-        matrix_stride_row,
-        matrix_stride_column,
-        x + block * stride_block,
-        centre + block * d,
-        stride_outer,
-        stride_row,
-        stride_inner,
-        matrix2 + block * matrix2_stride_block,
-        matrix2_stride_row,
-        matrix2_stride_column,
-        x2 + block * stride_block2,
-        centre2 + block * d,
-        stride_outer2,
-        stride_row2,
-        stride_inner2,
-        None if scale is None else scale + block * d,
-        None if bias is None else bias + block * d,
-        before,
-        weight,
-        channel_bias,
-        channels,
-        positions,
+        (y + block * y_stride_block, y_stride_outer, y_stride_row, y_stride_inner),
+        (
+            (matrix + block * matrix_stride_block, matrix_stride_row, matrix_stride_column),
+            (x + block * x_stride_block, x_stride_outer, x_stride_row, x_stride_inner),
+            centre + block * d,
+        ),
+        second_term,
+        (
+            None if row_scale is None else row_scale + block * d,
+            None if row_bias is None else row_bias + block * d,
+        ),
+        (input_weight, weight, bias, channels, positions),
         inner,
         d,
-        part * chunk,
-        tl.minimum(samples, (part + 1) * chunk),
-        tl.program_id(2) * ROWS,
-        TWO,
-        HEIGHT,
-        ROWS,
-        WIDTH,
-        PRECISION,
+        begin=part * part_size,
+        end=tl.minimum(samples, (part + 1) * part_size),
+        first_row=tl.program_id(2) * ROWS,
+        HEIGHT=HEIGHT,
+        ROWS=ROWS,
+        WIDTH=WIDTH,
+        PRECISION=PRECISION,
     )

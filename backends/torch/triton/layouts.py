@@ -1,4 +1,4 @@
-"""How arrays of one shape lie in memory, as the joined kernels read them: blocks of rows, with samples on two axes."""
+"""How the joined kernels read arrays as they lie in memory: rows for the variables, and samples on two axes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ from polywhiten.torch.triton.tiles import Strides
 
 
 class Layout(NamedTuple):
-    """Samples of a block, of which `inner` lie on the second axis, and each array's strides.
+    """How several arrays of one shape are read.
 
-    The channels of the rows, for weight and bias that aren't the rows' own: sample m has channel
-    `(m % inner) // positions` among a row's `channels`.
+    Attributes
+    ----------
+    inner : int
+        The size of the inner one of the samples' two axes.
+    samples : int
+        The number of samples of a block.
+    strides : tuple of Strides
+        Those of each array.
+    channels, positions : int
+        If a row has several channels, as in group whitening: sample m belongs to channel `(m % inner) // positions` of
+        the row's `channels`.
     """
 
     inner: int
@@ -23,7 +32,7 @@ class Layout(NamedTuple):
 
 
 class ChannelStrides(NamedTuple):
-    """Of an array whose axes before the channels have one stride, and those after them too."""
+    """Strides of an array whose axes before the channels are read as one axis, and those after them as another."""
 
     before: int
     channel: int
@@ -31,25 +40,25 @@ class ChannelStrides(NamedTuple):
 
 
 def channel_strides(shape: Sequence[int], stride: Sequence[int], axis: int) -> ChannelStrides | None:
-    """None where the axes before or after the channels have no common stride."""
-    before, after = _common(shape[:axis], stride[:axis]), _common(shape[axis + 1 :], stride[axis + 1 :])
+    """Return None if the axes before or after the channels can't be read as one."""
+    before, after = _common_stride(shape[:axis], stride[:axis]), _common_stride(shape[axis + 1 :], stride[axis + 1 :])
     return None if before is None or after is None else ChannelStrides(before, stride[axis], after)
 
 
 def channel_layout(before: int, after: int, group_size: int, arrays: Sequence[ChannelStrides]) -> Layout:
-    """Groups of channels as blocks; `before` and `after` are the sizes of the axes around them."""
-    one_axis = after == 1 or before == 1 or all(array.before == after * array.after for array in arrays)
+    """Return the layout of groups of channels as blocks; there are `before` and `after` samples on the axes around."""
+    has_one_axis = after == 1 or before == 1 or all(array.before == after * array.after for array in arrays)
     strides = []
     for array in arrays:
         outer, inner = array.before, array.after
-        if one_axis:
+        if has_one_axis:
             outer, inner = outer if after == 1 else inner, 0
         strides.append(Strides(group_size * array.channel, outer, array.channel, inner))
-    return Layout(1 if one_axis else after, before * after, tuple(strides))
+    return Layout(1 if has_one_axis else after, before * after, tuple(strides))
 
 
 class SampleStrides(NamedTuple):
-    """Of samples whose positions all lie before or all after the channels."""
+    """Strides of samples whose positions are read as one axis."""
 
     sample: int
     channel: int
@@ -57,26 +66,26 @@ class SampleStrides(NamedTuple):
 
 
 def sample_strides(shape: Sequence[int], stride: Sequence[int], axis: int) -> SampleStrides | None:
-    """None where the positions have no common stride."""
+    """Return None if the positions can't be read as one axis."""
     sizes, strides = (*shape[1:axis], *shape[axis + 1 :]), (*stride[1:axis], *stride[axis + 1 :])
-    position = _common(sizes, strides)
+    position = _common_stride(sizes, strides)
     return None if position is None else SampleStrides(stride[0], stride[axis], position)
 
 
 def sample_layout(channels: int, positions: int, arrays: Sequence[SampleStrides]) -> Layout:
-    """Samples as blocks, their rows being groups of so many channels at so many positions."""
-    one_axis = all(array.channel == positions * array.position for array in arrays)
+    """Return the layout of samples as blocks, whose rows are groups of `channels` channels at so many positions."""
+    has_one_axis = all(array.channel == positions * array.position for array in arrays)
     strides = tuple(
-        Strides(sample, position, channels * channel, position if one_axis else channel)
+        Strides(sample, position, channels * channel, position if has_one_axis else channel)
         for sample, channel, position in arrays
     )
-    if one_axis:
+    if has_one_axis:
         return Layout(channels * positions, channels * positions, strides, channels, positions)
     return Layout(channels, channels * positions, strides, channels, 1)
 
 
-def _common(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
-    """The stride of several axes as one; None where they have none in common."""
+def _common_stride(sizes: Sequence[int], strides: Sequence[int]) -> int | None:
+    """Return the stride of several axes that are read as one; None if they can't be."""
     common, reach = 0, None
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
         if size == 1:

@@ -1,0 +1,49 @@
+"""W = (cov + eps I)^(-1/2) of every block by Newton's iteration, with all steps in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from polywhiten.torch.triton.addressing import store_matrix
+from polywhiten.torch.triton.newton_in_memory import (
+    NEWTON_MATRICES,
+    allocate_workspace,
+    newton,
+    newton_constants,
+)
+
+
+def inverse_sqrt(cov: Tensor, eps: float, iterations: int) -> Tensor:
+    """Return W of matrices (..., d, d)."""
+    cov = cov.contiguous()
+    d = cov.shape[-1]
+    count = cov.numel() // (d * d)
+    w, workspace = torch.empty_like(cov), allocate_workspace(cov, count, d, NEWTON_MATRICES)
+    _inverse_sqrt[(workspace.shape[0],)](
+        cov,
+        w,
+        workspace,
+        count=count,
+        d=d,
+        eps=eps,
+        iterations=iterations,
+        MATRICES=NEWTON_MATRICES,
+        **newton_constants(d),
+    )
+    return w
+
+
+@triton.jit
+def _inverse_sqrt(
+    cov, w, workspace, count, d, eps, iterations, MATRICES: tl.constexpr,
+    SMALLEST: tl.constexpr, HEIGHT: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    workspace += tl.program_id(0) * MATRICES * HEIGHT * HEIGHT
+    for matrix in range(tl.program_id(0), count, tl.num_programs(0)):
+        offset = tl.cast(matrix, tl.int64) * d * d
+        result = newton(cov + offset, d, workspace, d, eps, iterations, SMALLEST, HEIGHT, TILE, STEP, PRECISION)
+        store_matrix(w + offset, result, tl.arange(0, HEIGHT), d)
+        tl.debug_barrier()

@@ -1,0 +1,48 @@
+"""The second joined kernel forward: whitened samples, and a step of the running averages."""
+
+import triton
+import triton.language as tl
+
+from polywhiten.torch.triton.addressing import narrow
+from polywhiten.torch.triton.affine_map import map_samples
+from polywhiten.torch.triton.running_averages import update_averages
+
+
+@triton.jit(do_not_specialize=["total_rows"])
+def joined_map(
+    y, y_stride_block, y_stride_outer, y_stride_row, y_stride_inner,
+    x, x_stride_block, x_stride_outer, x_stride_row, x_stride_inner,
+    mean, whitener, averaging_factors, averaged_matrices, running_mean, running_matrices, num_batches,
+    row_scale, row_bias, weight, bias, channels, positions, inner, samples, total_rows, d, part_size,
+    HEIGHT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # The parameters are (row_scale, row_bias) of IterNorm, or (weight, bias) of group whitening.
+    block, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    samples, d, part_size = narrow(samples), narrow(d), narrow(part_size)
+    block_d = tl.minimum(d, total_rows - block * d).to(tl.int32)
+    if running_mean is not None:  # noqa: SIM102  # known when the kernel is compiled, unlike the other condition
+        if (part == 0) & (tl.program_id(2) == 0):
+            averages = (running_mean, running_matrices, num_batches)
+            update_averages(
+                averages, averaging_factors, mean, averaged_matrices, block, tl.num_programs(0), d, block_d, HEIGHT
+            )
+    map_samples(
+        (y + block * y_stride_block, y_stride_outer, y_stride_row, y_stride_inner),
+        (
+            (whitener + block * d * d, d, 1),
+            (x + block * x_stride_block, x_stride_outer, x_stride_row, x_stride_inner),
+            mean + block * d,
+        ),
+        None,
+        (None if row_scale is None else row_scale + block * d, None if row_bias is None else row_bias + block * d),
+        (None, weight, bias, channels, positions),
+        inner,
+        block_d,
+        begin=part * part_size,
+        end=tl.minimum(samples, (part + 1) * part_size),
+        first_row=tl.program_id(2) * ROWS,
+        HEIGHT=HEIGHT,
+        ROWS=ROWS,
+        WIDTH=WIDTH,
+        PRECISION=PRECISION,
+    )

@@ -1,0 +1,282 @@
+"""The launches of the joined kernels, and their memory: all that follows from shapes, strides and dtypes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from polywhiten.torch.triton.affine_map import map_constants, map_grid
+from polywhiten.torch.triton.joined_cross_moments import joined_cross_moments
+from polywhiten.torch.triton.joined_gradient_map import joined_gradient_map
+from polywhiten.torch.triton.joined_map import joined_map
+from polywhiten.torch.triton.joined_problem import BlockSizes, JoinedProblem, Shape, Stride
+from polywhiten.torch.triton.joined_sample_cross_moments import joined_sample_cross_moments
+from polywhiten.torch.triton.joined_statistics import joined_statistics
+from polywhiten.torch.triton.last_program import Clusters
+from polywhiten.torch.triton.layouts import Layout
+from polywhiten.torch.triton.memory_regions import MemoryRegions
+from polywhiten.torch.triton.newton_in_memory import ADJOINT_MATRICES, NEWTON_MATRICES, newton_constants
+from polywhiten.torch.triton.newton_in_registers import REGISTER_ADJOINT_MATRICES
+from polywhiten.torch.triton.partial_moments import SHIFT_SAMPLES
+from polywhiten.torch.triton.prepared_launch import PreparedLaunch
+from polywhiten.torch.triton.sample_parts import GroupStrides, SampleParts, is_small_sample
+from polywhiten.torch.triton.tiles import Tiles
+
+_MAX_REGISTER_VARIABLES = 64  # of matrices that a program keeps in registers
+
+Types = tuple[Any, ...]  # the dtypes of the tensors, None for those that are None, and the device last
+
+
+class JoinedForward(NamedTuple):
+    """Launches and memory of a forward pass. `map` is None if the first launch whitens the samples too."""
+
+    statistics: PreparedLaunch
+    map: PreparedLaunch | None
+    saved: MemoryRegions
+    workspace: MemoryRegions
+    num_counters: int
+
+
+class JoinedBackward(NamedTuple):
+    """Launches and memory of a backward pass."""
+
+    cross_moments: PreparedLaunch
+    map: PreparedLaunch
+    saved: MemoryRegions
+    workspace: MemoryRegions
+    num_counters: int
+
+
+def plan_forward(
+    problem: JoinedProblem,
+    shape: Shape,
+    x_stride: Stride,
+    y_stride: Stride,
+    x_precision: str,
+    averaging: tuple[float | None, bool] | None,
+    types: Types,
+) -> JoinedForward:
+    """Plan a forward pass; `averaging` is the momentum, and whether covariances are averaged instead of whiteners."""
+    sizes, layout = problem.sizes(shape), problem.layout(shape, x_stride, y_stride)
+    x, y = layout.strides
+    tiles = Tiles.of(sizes.num_blocks, sizes.d, layout.samples)
+    maps_samples = problem.of_samples and is_small_sample(sizes.d, layout.samples)
+    if maps_samples:
+        tiles = tiles._replace(num_parts=1, part_size=layout.samples)
+    clusters = Clusters.of(tiles.num_parts)
+    constants = _newton_constants(sizes.d, types, in_registers=0, in_memory=NEWTON_MATRICES)
+    workspace_per_block = _slots_size(tiles.height, clusters) + constants["MATRICES"] * tiles.height**2
+    momentum, tracks_covariance = averaging or (None, False)
+    scalars = {**_sample_scalars(sizes, layout, tiles), **_channel_scalars(layout), **x.named("x"), **y.named("y")}
+    statistics = PreparedLaunch(
+        joined_statistics,
+        (tiles.num_blocks, tiles.num_parts, 1),
+        {**scalars, **_block_scalars(problem, clusters, workspace_per_block), "momentum": momentum},
+        {
+            "TRACKS_COVARIANCE": tracks_covariance,
+            "MAPS_SAMPLES": maps_samples,
+            "LEVELS": clusters.levels,
+            "WIDTH": tiles.width,
+            "SHIFT_SAMPLES": SHIFT_SAMPLES,
+            "PRECISION": x_precision,
+            **constants,
+            "num_warps": tiles.num_warps,
+        },
+    )
+    map_launch = None
+    if not maps_samples:
+        map_launch = PreparedLaunch(joined_map, map_grid(tiles), scalars, map_constants(tiles, x_precision))
+    # each block has an averaging factor besides
+    workspace = MemoryRegions.of(sizes.num_blocks * workspace_per_block, sizes.num_blocks)
+    num_counters = sizes.num_blocks * clusters.num_counters
+    return JoinedForward(statistics, map_launch, sizes.statistics(), workspace, num_counters)
+
+
+def plan_frozen(
+    problem: JoinedProblem, shape: Shape, x_stride: Stride, y_stride: Stride, x_precision: str, types: Types
+) -> PreparedLaunch:
+    """Plan the whitening of groups of channels by frozen statistics."""
+    sizes, layout = problem.sizes(shape), problem.layout(shape, x_stride, y_stride)
+    x, y = layout.strides
+    tiles = Tiles.of(sizes.num_blocks, sizes.d, layout.samples)
+    scalars = {**_sample_scalars(sizes, layout, tiles), **_channel_scalars(layout), **x.named("x"), **y.named("y")}
+    return PreparedLaunch(joined_map, map_grid(tiles), scalars, map_constants(tiles, x_precision))
+
+
+def plan_channels_backward(
+    problem: JoinedProblem,
+    shape: Shape,
+    dy_stride: Stride,
+    x_stride: Stride,
+    dx_stride: Stride,
+    x_precision: str,
+    types: Types,
+) -> JoinedBackward:
+    """Plan IterNorm's backward pass; the types are those of x, weight, bias and dy."""
+    sizes, layout = problem.sizes(shape), problem.layout(shape, dy_stride, x_stride, dx_stride)
+    dy, x, _ = layout.strides
+    tiles = Tiles.of(sizes.num_blocks, sizes.d, layout.samples)
+    clusters = Clusters.of(tiles.num_parts)
+    constants = _newton_constants(sizes.d, types, in_registers=REGISTER_ADJOINT_MATRICES, in_memory=ADJOINT_MATRICES)
+    workspace_per_block = _gradient_workspace_size(tiles.height, clusters, constants["MATRICES"])
+    cross_moments = PreparedLaunch(
+        joined_cross_moments,
+        (tiles.num_blocks, tiles.num_parts, 1),
+        {
+            **_sample_scalars(sizes, layout, tiles),
+            **_block_scalars(problem, clusters, workspace_per_block),
+            **dy.named("dy"),
+            **x.named("x"),
+        },
+        {
+            "LEVELS": clusters.levels,
+            "WIDTH": tiles.width,
+            "PRECISION": x_precision,
+            **constants,
+            "num_warps": tiles.num_warps,
+        },
+    )
+    map_launch = _gradient_map_launch(sizes, layout, workspace_per_block, x_precision)
+    workspace = MemoryRegions.of(sizes.num_blocks * workspace_per_block)
+    num_counters = sizes.num_blocks * clusters.num_counters
+    return JoinedBackward(cross_moments, map_launch, sizes.statistics(), workspace, num_counters)
+
+
+def plan_samples_backward(
+    problem: JoinedProblem,
+    shape: Shape,
+    dy_stride: Stride,
+    x_stride: Stride,
+    dx_stride: Stride,
+    x_precision: str,
+    types: Types,
+) -> JoinedBackward:
+    """Plan group whitening's backward pass; the types are those of x, weight, bias and dy."""
+    sizes, layout = problem.sizes(shape), problem.layout(shape, dy_stride, x_stride, dx_stride)
+    total_channels = shape[problem.axis]
+    channels = total_channels // sizes.d
+    positions = layout.samples // channels
+    dy, x = (
+        GroupStrides(sample, channels * channel, channel, position)
+        for sample, channel, position in (problem.sample_strides(shape, each) for each in (dy_stride, x_stride))
+    )
+    parts = SampleParts.of(sizes.num_blocks, sizes.d, channels, positions, x)
+    clusters = Clusters.of(parts.num_parts)
+    constants = _newton_constants(sizes.d, types, in_registers=REGISTER_ADJOINT_MATRICES, in_memory=ADJOINT_MATRICES)
+    workspace_per_block = _gradient_workspace_size(constants["HEIGHT"], clusters, constants["MATRICES"])
+    cross_moments = PreparedLaunch(
+        joined_sample_cross_moments,
+        (sizes.num_blocks, parts.num_channel_parts, parts.num_position_parts),
+        {
+            "channels": channels,
+            "positions": positions,
+            "d": sizes.d,
+            "part_channels": parts.part_channels,
+            "part_positions": parts.part_positions,
+            **_block_scalars(problem, clusters, workspace_per_block),
+            **dy.named("dy"),
+            **x.named("x"),
+        },
+        {
+            "LEVELS": clusters.levels,
+            "CHANNELS": parts.tile_channels,
+            "POSITIONS": parts.tile_positions,
+            "PRECISION": x_precision,
+            **constants,
+            "num_stages": 2,
+        },
+    )
+    num_parts = sizes.num_blocks * parts.num_position_parts
+    map_launch = _gradient_map_launch(sizes, layout, workspace_per_block, x_precision, num_parts, total_channels)
+    _, weight_type, bias_type, *_ = types
+    parameter_sizes = (0 if each is None else num_parts * total_channels for each in (weight_type, bias_type))
+    workspace = MemoryRegions.of(sizes.num_blocks * workspace_per_block, *parameter_sizes)
+    num_counters = sizes.num_blocks * clusters.num_counters
+    return JoinedBackward(cross_moments, map_launch, sizes.statistics(), workspace, num_counters)
+
+
+def _sample_scalars(sizes: BlockSizes, layout: Layout, tiles: Tiles) -> dict[str, Any]:
+    return {
+        "inner": layout.inner,
+        "samples": layout.samples,
+        "total_rows": sizes.total_rows,
+        "d": sizes.d,
+        "part_size": tiles.part_size,
+    }
+
+
+def _channel_scalars(layout: Layout) -> dict[str, Any]:
+    return {"channels": layout.channels, "positions": layout.positions}
+
+
+def _block_scalars(problem: JoinedProblem, clusters: Clusters, workspace_per_block: int) -> dict[str, Any]:
+    return {
+        "cluster_size": clusters.cluster_size,
+        "workspace_per_block": workspace_per_block,
+        "counters_per_block": clusters.num_counters,
+        "eps": problem.eps,
+        "iterations": problem.iterations,
+    }
+
+
+def _gradient_map_launch(
+    sizes: BlockSizes,
+    layout: Layout,
+    workspace_per_block: int,
+    x_precision: str,
+    num_parameter_parts: int = 0,
+    total_channels: int = 0,
+) -> PreparedLaunch:
+    dy, x, dx = layout.strides
+    tiles = Tiles.of(sizes.num_blocks, sizes.d, layout.samples)
+    scalars = {
+        **_sample_scalars(sizes, layout, tiles),
+        **_channel_scalars(layout),
+        "workspace_per_block": workspace_per_block,
+        "num_parameter_parts": num_parameter_parts,
+        "total_channels": total_channels,
+        **dx.named("dx"),
+        **dy.named("dy"),
+        **x.named("x"),
+    }
+    return PreparedLaunch(joined_gradient_map, map_grid(tiles), scalars, map_constants(tiles, x_precision))
+
+
+def _newton_constants(d: int, types: Types, *, in_registers: int, in_memory: int) -> dict[str, Any]:
+    """Return what the iteration is compiled for, with the number of matrices in the workspace of a block.
+
+    That depends on whether programs iterate in registers or in memory.
+    """
+    constants = newton_constants(d)
+    fits_registers = _fits_registers(constants["HEIGHT"], types[-1])
+    return {
+        "HEIGHT": constants["HEIGHT"],
+        "SMALLEST": constants["SMALLEST"],
+        "TILE": constants["TILE"],
+        "STEP": constants["STEP"],
+        "MATRIX_PRECISION": constants["PRECISION"],
+        "IN_REGISTERS": fits_registers,
+        "MATRICES": in_registers if fits_registers else in_memory,
+    }
+
+
+def _slots_size(height: int, clusters: Clusters) -> int:
+    """Return how many numbers the sums of a block's parts and clusters are."""
+    return clusters.num_slots * (height**2 + height)
+
+
+def _gradient_workspace_size(height: int, clusters: Clusters, matrices: int) -> int:
+    """Return how many numbers a block needs: A', B and s / M, then the slots, then the matrices of the iteration."""
+    return (2 + matrices) * height**2 + height + _slots_size(height, clusters)
+
+
+def _fits_registers(height: int, device: torch.device) -> bool:
+    """Return whether programs iterate in registers: before 9.0, operands of 64 variables alone take most of them."""
+    return height <= 32 or (height == _MAX_REGISTER_VARIABLES and _capability(device) >= (9, 0))
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Return 9.0, as the newest, for Triton's interpreter, which has no device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)

@@ -1,0 +1,55 @@
+"""The first joined kernel of group whitening's backward: the operands of the gradient's map.
+
+Programs store their parts of the gradients of weight and bias too, which the gradient's map adds up.
+"""
+
+import triton
+import triton.language as tl
+
+from polywhiten.torch.triton.addressing import narrow
+from polywhiten.torch.triton.joined_adjoint import gradient_operands, store_gradient_operands
+from polywhiten.torch.triton.last_program import combine_parts
+from polywhiten.torch.triton.partial_sample_cross_moments import sum_sample_cross_moments
+
+
+@triton.jit(do_not_specialize=["cluster_size", "counters_per_block", "iterations"])
+def joined_sample_cross_moments(
+    dy, dy_stride_block, dy_stride_row, dy_stride_channel, dy_stride_position,
+    x, x_stride_block, x_stride_row, x_stride_channel, x_stride_position,
+    mean, cov, whitener, weight, workspace, counters, dweight_parts, dbias_parts,
+    channels, positions, d, part_channels, part_positions, cluster_size, workspace_per_block, counters_per_block,
+    eps, iterations,
+    LEVELS: tl.constexpr, HEIGHT: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    PRECISION: tl.constexpr, SMALLEST: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
+    MATRIX_PRECISION: tl.constexpr, IN_REGISTERS: tl.constexpr, MATRICES: tl.constexpr,
+):  # fmt: skip
+    block, channel_part, position_part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    part, num_parts = channel_part * tl.num_programs(2) + position_part, tl.num_programs(1) * tl.num_programs(2)
+    workspace_per_block = narrow(workspace_per_block)
+    channels, positions, d, eps = narrow(channels), narrow(positions), narrow(d), tl.cast(eps, tl.float32)
+    parameter_offset = (block * tl.num_programs(2) + position_part) * d * channels
+    total, moment = sum_sample_cross_moments(
+        (dy + block * dy_stride_block, dy_stride_row, dy_stride_channel, dy_stride_position),
+        (x + block * x_stride_block, x_stride_row, x_stride_channel, x_stride_position),
+        mean + block * d,
+        whitener + block * d * d,
+        weight,
+        None if dweight_parts is None else dweight_parts + parameter_offset,
+        None if dbias_parts is None else dbias_parts + parameter_offset,
+        channels, positions, d, channel_part, position_part, part_channels, part_positions,
+        HEIGHT, CHANNELS, POSITIONS, PRECISION,
+    )  # fmt: skip
+    workspace += block * workspace_per_block
+    _, _, _, slots = gradient_operands(workspace, HEIGHT)
+    if LEVELS > 0:
+        counters += block * counters_per_block
+    total, moment, is_last = combine_parts(
+        total, moment, slots, counters, part, num_parts, cluster_size, LEVELS, HEIGHT
+    )
+    if is_last:
+        store_gradient_operands(
+            cov, whitener, None, total, moment,
+            workspace, workspace + workspace_per_block - MATRICES * HEIGHT * HEIGHT,
+            block, channels * positions, d, d, eps, iterations,
+            SMALLEST, HEIGHT, TILE, STEP, MATRIX_PRECISION, IN_REGISTERS,
+        )  # fmt: skip

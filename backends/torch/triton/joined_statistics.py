@@ -1,0 +1,106 @@
+"""The first joined kernel forward: the statistics of every block, and for small samples their whitened values too.
+
+A block has d rows, but the last group of channels may have fewer. Its matrices are then stored with the identity
+outside of its own rows and columns, and workspaces with 0.
+"""
+
+import triton
+import triton.language as tl
+
+from polywhiten.torch.triton.addressing import narrow
+from polywhiten.torch.triton.affine_map import map_samples
+from polywhiten.torch.triton.last_program import combine_parts
+from polywhiten.torch.triton.newton_in_memory import newton
+from polywhiten.torch.triton.newton_in_registers import newton_in_registers
+from polywhiten.torch.triton.partial_moments import sum_moments
+from polywhiten.torch.triton.running_averages import averaging_factor
+
+
+@triton.jit
+def _finish_statistics(
+    shift, total, square, mean, cov, whitener, averaging_factors, averages, momentum, matrices,
+    block, samples, d, block_d, eps, iterations,
+    TRACKS_COVARIANCE: tl.constexpr, SMALLEST: tl.constexpr, HEIGHT: tl.constexpr, TILE: tl.constexpr,
+    STEP: tl.constexpr, MATRIX_PRECISION: tl.constexpr, IN_REGISTERS: tl.constexpr,
+):  # fmt: skip
+    # Store the statistics of a block, and its averaging factor, from the sums over all of its samples.
+    rows = tl.arange(0, HEIGHT)
+    in_matrix = (rows < d)[:, None] & (rows < d)[None, :]
+    in_block = (rows < block_d)[:, None] & (rows < block_d)[None, :]
+    offsets = rows[:, None] * d + rows[None, :]
+    identity_outside = tl.where((rows[:, None] == rows[None, :]) & (rows >= block_d)[:, None], 1.0, 0.0)
+    mean_shifted = total / samples  # the mean of x - shift
+    centre = shift + mean_shifted
+    s = tl.where(in_block, square / samples - mean_shifted[:, None] * mean_shifted[None, :], 0.0)
+    tl.store(mean + block * d + rows, centre, mask=rows < block_d)
+    tl.store(cov + block * d * d + offsets, s + identity_outside, mask=in_matrix)
+    if IN_REGISTERS:
+        w = newton_in_registers(s, block_d, eps, iterations, SMALLEST, HEIGHT, MATRIX_PRECISION)
+    else:
+        tl.debug_barrier()
+        w = newton(
+            cov + block * d * d, d, matrices, block_d, eps, iterations, SMALLEST, HEIGHT, TILE, STEP, MATRIX_PRECISION
+        )
+    tl.store(whitener + block * d * d + offsets, w + identity_outside, mask=in_matrix)
+    if averages[0] is not None:
+        factor = averaging_factor(
+            averages,
+            momentum,
+            centre,
+            s + identity_outside,
+            w + identity_outside,
+            block,
+            d,
+            block_d,
+            TRACKS_COVARIANCE,
+            HEIGHT,
+        )
+        tl.store(averaging_factors + block, factor)
+
+
+@triton.jit(do_not_specialize=["total_rows", "cluster_size", "counters_per_block", "iterations"])
+def joined_statistics(
+    x, x_stride_block, x_stride_outer, x_stride_row, x_stride_inner,
+    y, y_stride_block, y_stride_outer, y_stride_row, y_stride_inner,
+    mean, cov, whitener, workspace, counters, averaging_factors, running_mean, running_matrices, num_batches,
+    weight, bias, channels, positions,
+    inner, samples, total_rows, d, part_size, cluster_size, workspace_per_block, counters_per_block,
+    eps, momentum, iterations,
+    TRACKS_COVARIANCE: tl.constexpr, MAPS_SAMPLES: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
+    SHIFT_SAMPLES: tl.constexpr, PRECISION: tl.constexpr, SMALLEST: tl.constexpr, HEIGHT: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr, MATRIX_PRECISION: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    MATRICES: tl.constexpr,
+):  # fmt: skip
+    block, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    workspace_per_block = narrow(workspace_per_block)
+    samples, d, part_size, eps = narrow(samples), narrow(d), narrow(part_size), tl.cast(eps, tl.float32)
+    block_d = tl.minimum(d, total_rows - block * d).to(tl.int32)
+    begin, end = part * part_size, tl.minimum(samples, (part + 1) * part_size)
+    workspace += block * workspace_per_block
+    block_x = (x + block * x_stride_block, x_stride_outer, x_stride_row, x_stride_inner)
+    shift, total, square = sum_moments(
+        block_x, inner, samples, block_d, begin, end, HEIGHT, WIDTH, SHIFT_SAMPLES, PRECISION
+    )
+    if LEVELS > 0:
+        counters += block * counters_per_block
+    total, square, is_last = combine_parts(
+        total, square, workspace, counters, part, num_parts, cluster_size, LEVELS, HEIGHT
+    )
+    if is_last:
+        _finish_statistics(
+            shift, total, square, mean, cov, whitener,
+            averaging_factors, (running_mean, running_matrices, num_batches), momentum,
+            workspace + workspace_per_block - MATRICES * HEIGHT * HEIGHT,
+            block, samples, d, block_d, eps, iterations,
+            TRACKS_COVARIANCE, SMALLEST, HEIGHT, TILE, STEP, MATRIX_PRECISION, IN_REGISTERS,
+        )  # fmt: skip
+        if MAPS_SAMPLES:
+            tl.debug_barrier()
+            map_samples(
+                (y + block * y_stride_block, y_stride_outer, y_stride_row, y_stride_inner),
+                ((whitener + block * d * d, d, 1), block_x, mean + block * d),
+                None,
+                (None, None),
+                (None, weight, bias, channels, positions),
+                inner, d, 0, samples, 0, HEIGHT, HEIGHT, WIDTH, PRECISION,
+            )  # fmt: skip
