@@ -1,5 +1,6 @@
 """What only JAX has: gradients under its transformations, mapped axes, symbolic sizes, precisions of products."""
 
+import inspect
 import warnings
 from functools import partial
 
@@ -290,13 +291,16 @@ def test_one_way_to_share_statistics(name):
 
 
 def test_functions_with_an_axis_name_take_all_other_arguments():
-    """Each is its core function with one argument more, and hands every one on."""
+    """Each is the core's function with one more argument, and passes all others on."""
     x, (weight, bias) = normal(8, 2, 6), affine(2)
     shared = {"group_size": 2, "axis": -2, "method": "minimax", "iterations": 1, "eps": 1e-2}
     scaled = {"weight": weight, "bias": bias, **shared}
     doubled = lambda a: 2 * a
     for name, arguments in (("iter_norm", scaled), ("iter_norm_vjp", scaled), ("whitening_stats", shared)):
         ours, theirs = (getattr(module, name)(x, all_reduce=doubled, **arguments) for module in (polywhiten.jax, pw))
+        extended = inspect.signature(getattr(polywhiten.jax, name)).parameters
+        assert [*extended] == [*inspect.signature(getattr(pw, name)).parameters, "axis_name"]
+        assert "\naxis_name : hashable" in getattr(polywhiten.jax, name).__doc__
         if name == "iter_norm_vjp":
             ours, theirs = ((y, pullback(x)) for y, pullback in (ours, theirs))
         assert_close(ours, theirs, 0)
@@ -311,7 +315,7 @@ def test_equal_axis_names_are_traced_once():
         return x
 
     for _ in range(2):
-        run(normal(3), polywhiten.jax.functional._all_reduce(None, "devices"))
+        run(normal(3), polywhiten.jax.psum("devices"))
     assert len(traced) == 1
 
 
