@@ -1,4 +1,4 @@
-"""Dask's backend: arrays of known sizes, and what Dask converts beside them."""
+"""Dask's backend: it takes arrays of known sizes, and converts arrays beside them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _asarray: Callable[..., Array] = dask.array.asarray  # which Dask has left witho
 
 
 class DaskBackend(Backend):
-    """Dask's kernels, with what comes beside a Dask array as one."""
+    """Dask's kernels; other arrays that come beside a Dask array are converted to Dask arrays."""
 
     def tensor(self, x: Array, name: str = "x") -> Array:
-        """X itself, if all of its sizes are known."""
+        """Return x if all of its sizes are known."""
         if any(math.isnan(size) for size in x.shape):
             raise ValueError(
                 f"{name} has shape {x.shape}, of unknown chunk sizes: call {name}.compute_chunk_sizes() first"
@@ -28,7 +28,7 @@ class DaskBackend(Backend):
         return x
 
     def converted(self, values: Any, name: str, x: Array) -> Array:
-        """As Dask's functions convert it; nothing is computed."""
+        """Return what Dask's functions convert as a Dask array, without computing anything."""
         try:
             values = _asarray(values)
         except (TypeError, ValueError) as error:

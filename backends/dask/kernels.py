@@ -1,4 +1,4 @@
-"""The kernels on Dask's arrays: everything stays lazy, and a matrix's whole solver is one task."""
+"""The kernels on Dask's arrays: everything stays lazy, and the whole solver is one task."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Namespace(ModuleType):
 
     @staticmethod
     def reshape(x: Array, shape: tuple[int, ...]) -> Array:
-        """Reshape in two steps, a split and a merge, as Dask does each alone."""
+        """Reshape in two steps, a split and a merge, each of which Dask can do."""
         if 0 in x.shape:
             return compat.zeros(shape, dtype=x.dtype)
         strides = {n for s in (x.shape, shape) for n in accumulate(reversed(s), mul)} | {1}
@@ -38,7 +38,7 @@ class _Namespace(ModuleType):
 
 
 def _eigh(cov: Array) -> tuple[Array, Array]:
-    """Eigenvalues and eigenvectors, in one task on the chunks' own library."""
+    """Return eigenvalues and eigenvectors, computed in one task by the library of the chunks."""
 
     def solve(cov: Array) -> tuple[Array, Array]:
         values, vectors = array_namespace(cov).linalg.eigh(cov)
@@ -53,10 +53,10 @@ xp = _Namespace("polywhiten.dask")
 
 
 class DaskKernels(Kernels):
-    """Kernels that run the solvers on the chunks' own library, where there is an eigendecomposition."""
+    """Kernels that run solvers in the library of the chunks, which has an eigendecomposition."""
 
     def inverse_sqrt(self, solver: Solver, cov: Array, eps: float = 0.0) -> Array:
-        """W = (cov + eps I)^(-1/2), in one task."""
+        """Return W = (cov + eps I)^(-1/2), computed in one task."""
 
         def solve(cov: Array) -> Array:
             return Kernels(array_namespace(cov)).inverse_sqrt(solver, cov, eps)
@@ -64,7 +64,7 @@ class DaskKernels(Kernels):
         return xpx.lazy_apply(solve, cov, shape=cov.shape, dtype=cov.dtype, xp=compat)
 
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array, eps: float = 0.0) -> Array:
-        """Gradient with respect to cov, in one task."""
+        """Return the gradient with respect to cov, computed in one task."""
 
         def solve(cov: Array, grad: Array) -> Array:
             return Kernels(array_namespace(cov)).inverse_sqrt_adjoint(solver, cov, grad, eps)
