@@ -1,5 +1,6 @@
 """What is special about JAX: transformed gradients, mapped axes, symbolic sizes, and precisions of products."""
 
+import inspect
 import warnings
 from functools import partial
 
@@ -298,6 +299,9 @@ def test_functions_with_an_axis_name_take_all_other_arguments():
     doubled = lambda a: 2 * a
     for name, arguments in (("iter_norm", scaled), ("iter_norm_vjp", scaled), ("whitening_stats", shared)):
         ours, theirs = (getattr(module, name)(x, all_reduce=doubled, **arguments) for module in (polywhiten.jax, pw))
+        extended = inspect.signature(getattr(polywhiten.jax, name)).parameters
+        assert [*extended] == [*inspect.signature(getattr(pw, name)).parameters, "axis_name"]
+        assert "\naxis_name : hashable" in getattr(polywhiten.jax, name).__doc__
         if name == "iter_norm_vjp":
             ours, theirs = ((y, pullback(x)) for y, pullback in (ours, theirs))
         assert_close(ours, theirs, 0)
@@ -312,7 +316,7 @@ def test_equal_axis_names_are_traced_once():
         return x
 
     for _ in range(2):
-        run(normal(3), polywhiten.jax.functional._all_reduce(None, "devices"))
+        run(normal(3), polywhiten.jax.psum("devices"))
     assert len(traced) == 1
 
 

@@ -1,20 +1,12 @@
 """JAX: the functions of `polywhiten` as differentiable operations, with statistics over mapped axes.
 
-Gradients are the core's own, by `jax.custom_vjp`: reverse mode, as often as wanted, and no forward mode.
+Gradients are polywhiten's own, registered by `jax.custom_vjp`: reverse mode can be nested, forward mode is missing.
 """
 
-from polywhiten import WhiteningStats, apply_whitening, group_whiten, group_whiten_vjp, inverse_sqrt
-from polywhiten.jax.functional import iter_norm, iter_norm_vjp, whitening_stats
-from polywhiten.jax.gradients import BACKEND
+import polywhiten
+from polywhiten import *  # noqa: F403
+from polywhiten.jax.backend import BACKEND
+from polywhiten.jax.functional import iter_norm, iter_norm_vjp, psum, whitening_stats
 
-__all__ = [
-    "BACKEND",
-    "WhiteningStats",
-    "apply_whitening",
-    "group_whiten",
-    "group_whiten_vjp",
-    "inverse_sqrt",
-    "iter_norm",
-    "iter_norm_vjp",
-    "whitening_stats",
-]
+__all__ = ["BACKEND", "iter_norm", "iter_norm_vjp", "psum", "whitening_stats"]
+__all__ += polywhiten.__all__

@@ -1,4 +1,4 @@
-"""The kernels on JAX arrays: in full precision on every device, differentiable twice, and for symbolic sizes."""
+"""The kernels on JAX's arrays: in full precision on every device, differentiable twice, and for symbolic sizes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Tree = TypeVar("Tree")
 
 
 def varying_alike(tree: Tree) -> Tree:
-    """The arrays, each varying over every mesh axis of `shard_map` that one of them varies over.
+    """Return the arrays, each varying over every mesh axis of `shard_map` that one of them varies over.
 
-    A `custom_vjp` needs it: what is replicated and what is sharded get gradients of one kind there, and JAX sums those
-    of the replicated over the devices where it made them vary, which is here. Outside `shard_map`, and with
+    A `custom_vjp` needs that, as its backward returns gradients that all vary alike. JAX sums those of replicated
+    arrays over the devices at the place where it made the arrays vary, which is here. Outside `shard_map`, and with
     `check_vma=False`, nothing varies.
     """
     lax: Any = jax.lax  # JAX has renamed the function in it, and the attribute of `_varying_axes`
@@ -48,9 +48,10 @@ def _varying_axes(x: Array) -> frozenset[Any]:
 
 
 def full_precision(kernel: Callable[P, R]) -> Callable[P, R]:
-    """Products of float32 with all its digits, unless users have chosen otherwise: GPUs and TPUs leave some out.
+    """Compute products of float32 in full precision, unless users have chosen otherwise.
 
-    Small directions are a difference of large products: what these lack comes out multiplied by the whitener.
+    By default GPUs and TPUs round the factors. Small directions are differences of large products, and whitening
+    multiplies their rounding errors by the whitener.
     """
 
     @wraps(kernel)
@@ -65,7 +66,7 @@ def full_precision(kernel: Callable[P, R]) -> Callable[P, R]:
 
 
 def _with_float64(solver: Solver, cov: Array) -> AbstractContextManager[object]:
-    """Where a solver works in float64, let JAX have it: without the context it takes float32 instead."""
+    """Return a context that allows float64 if the solver works in it; otherwise JAX would use float32 silently."""
     if not _needs_float64(solver, cov):
         return nullcontext()
     home: Any = jax if hasattr(jax, "enable_x64") else import_module("jax.experimental")  # before 0.8
@@ -80,7 +81,7 @@ def _needs_float64(solver: Solver, cov: Array) -> bool:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _inverse_sqrt(solver: Solver, cov: Array) -> Array:
-    """W = S^(-1/2) with the solver's own derivative."""
+    """Return W = S^(-1/2), whose gradient is the solver's adjoint."""
     with _with_float64(solver, cov):
         result: Array = solver.inverse_sqrt(xp, cov)
     return result
@@ -99,9 +100,9 @@ _inverse_sqrt.defvjp(_inverse_sqrt_forward, _inverse_sqrt_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _adjoint(solver: Solver, cov: Array, grad: Array) -> Array:
-    """A solver's adjoint where JAX can't differentiate it by itself.
+    """Return the adjoint of a solver that JAX can't differentiate by itself.
 
-    That is "eigh", whose derivative by JAX is NaN for equal eigenvalues, and what works in float64 for a while.
+    JAX's derivative of "eigh" is NaN for equal eigenvalues, and it can't follow a solver that changes to float64.
     """
     with _with_float64(solver, cov):
         result: Array = solver.adjoint(xp, cov, grad)
@@ -127,7 +128,7 @@ _adjoint.defvjp(_adjoint_forward, _adjoint_backward)
 
 
 class JaxKernels(Kernels):
-    """The plain kernels, whose every derivative JAX knows, with the solvers' own."""
+    """The plain kernels, with the solvers' own derivatives; JAX differentiates everything else."""
 
     reads_any_order = True  # the compiler chooses how arrays lie
 
@@ -137,12 +138,12 @@ class JaxKernels(Kernels):
 
     @full_precision
     def inverse_sqrt(self, solver: Solver, cov: Array, eps: float = 0.0) -> Array:
-        """W = (cov + eps I)^(-1/2)."""
+        """Return W = (cov + eps I)^(-1/2)."""
         return _inverse_sqrt(solver, regularized(xp, cov, eps))
 
     @full_precision
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Array, grad: Array, eps: float = 0.0) -> Array:
-        """Gradient with respect to cov."""
+        """Return the gradient with respect to cov."""
         cov = regularized(xp, cov, eps)
         if solver.adjoint_vjp is not None or _needs_float64(solver, cov):
             return _adjoint(solver, *varying_alike((cov, grad)))
@@ -150,12 +151,12 @@ class JaxKernels(Kernels):
         return result
 
     def sample_count(self, x: Array, block_axis: int, least: int = 0) -> Any:
-        """As everywhere; of sizes that `jax.export` doesn't know too."""
+        """Return M, also for symbolic sizes of `jax.export`."""
         count = x.shape[1 - block_axis] * x.shape[3]
         return max(count, least) if isinstance(count, int) else xp.maximum(xp.asarray(count), least)
 
     def is_wide(self, x: Array) -> bool:
-        """As everywhere; yes where `jax.export` doesn't know the image's size, and so can't compare it."""
+        """Return whether one product for each of (p, q) is efficient; True for symbolic sizes."""
         return not isinstance(x.shape[3], int) or super().is_wide(x)
 
 

@@ -13,23 +13,23 @@ from polywhiten.kernels import Kernels, Term, along, outer_square, regularized
 from polywhiten.solvers import Solver
 from polywhiten.tensorflow.namespace import Tensor, small_xp, xp
 
-# all as measured on a CPU
-_FEW_MATRICES = 4  # are solved one by one
-_SMALL = 128  # channels of matrices that are transposed by a product
-_FEW_GROUPS, _MANY_SAMPLES = 16, 4096  # of channels-last arrays whose groups are multiplied one by one
+# Each as measured on a CPU.
+MAX_SINGLE_MATRICES = 4  # as many matrices are solved one by one rather than in a batch
+MAX_TRANSPOSED_BY_PRODUCT = 128  # channels up to which a product with the identity is the faster transposition
+MAX_SINGLE_GROUPS, MIN_SAMPLES = 16, 4096  # channels-last arrays whose groups are multiplied one by one
 
 
 class TensorFlowKernels(Kernels):
-    """Kernels whose every derivative TensorFlow knows."""
+    """Kernels that TensorFlow can differentiate once more."""
 
     def shape(self, x: Tensor) -> Shape:
-        """Integers, and scalar tensors for what isn't known before the graph runs."""
+        """Return the sizes of x: integers, and scalar tensors for those that only the running graph knows."""
         known = x.shape.as_list()
         sizes = tf.shape(x) if None in known else known
         return tuple(sizes[i] if size is None else size for i, size in enumerate(known))
 
     def sample_count(self, x: Tensor, block_axis: int, least: int = 0) -> Any:
-        """M, as a scalar of the statistics' dtype where it isn't known yet."""
+        """Return M, as a scalar of the accumulation dtype if only the running graph knows it."""
         shape = self.shape(x)
         count = shape[1 - block_axis] * shape[3]
         if isinstance(count, int):
@@ -37,12 +37,12 @@ class TensorFlowKernels(Kernels):
         return tf.maximum(tf.cast(count, self.accumulation_dtype(x.dtype)), least)
 
     def is_wide(self, x: Tensor) -> bool:
-        """A size that isn't known is that of a picture; transpositions cost more than elsewhere."""
+        """Take an unknown size for that of a picture; transpositions cost more in TensorFlow than elsewhere."""
         d, l = x.shape[2:]
         return l is None or bool(l > 1 and 4 * l >= 3 * d)
 
     def _products(self, a: Tensor, b: Tensor, block_axis: int) -> Tensor:
-        """A B' of every block; products of a batch with one axis, as XLA makes slow ones of more."""
+        """Return A B' of every block, by products with one batch axis: XLA is slow with more of them."""
         if not self.is_wide(b):
             return super()._products(a, b, block_axis)
         p, q, d, l = self.shape(b)  # of x: a gradient's may be unknown
@@ -50,7 +50,7 @@ class TensorFlowKernels(Kernels):
         return tf.reduce_sum(tf.reshape(tf.matmul(a, b, transpose_b=True), (p, q, d, d)), 1 - block_axis)
 
     def _apply(self, matrix: Tensor, x: Tensor, block_axis: int) -> Tensor:
-        """A X of every block; likewise in graphs on CPUs, where copies of the matrices are small beside x."""
+        """Return A X of every block, in graphs on CPUs with one batch axis if the matrices are small beside x."""
         p, q, d, l = self.shape(x)
         if not (isinstance(l, int) and 2 * d <= l and _is_for_cpus()):
             return super()._apply(matrix, x, block_axis)
@@ -58,7 +58,7 @@ class TensorFlowKernels(Kernels):
         return tf.reshape(tf.reshape(matrices, (p * q, d, d)) @ tf.reshape(x, (p * q, d, l)), (p, q, d, l))
 
     def moments(self, x: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
-        """Mean and covariance; of channels-last arrays with sums as products, which use all cores."""
+        """Return mean and covariance; channels-last arrays are summed by products, which use all cores."""
         if not _is_channels_last(x, block_axis):
             return super().moments(x, block_axis)
         groups, count = _Groups.of(x), self.sample_count(x, block_axis, least=1)
@@ -80,12 +80,12 @@ class TensorFlowKernels(Kernels):
         *,
         row_scale: Tensor | None = None,
     ) -> Tensor:
-        """Centres folded into the bias, for no centred copy.
+        """Return the sum of the terms, whose centres are part of the bias: no centred copy is made.
 
-        A mean of 1e4 deviations costs float32 three digits of y so, two with centred copies.
+        With a mean of 1e4 standard deviations, y loses three digits of float32 this way, two with centred copies.
         """
         terms = self.scaled(terms, row_scale)
-        # not as products: these take ten times as long for a vector
+        # sums, as products with a vector take ten times as long
         offset = -tf.add_n([tf.reduce_sum(matrix * centre[:, None], -1) for matrix, _, centre in terms])
         if bias is not None:
             offset += bias
@@ -105,7 +105,7 @@ class TensorFlowKernels(Kernels):
         return tf.cast(groups.restored(sums), dtype)
 
     def cross_moments(self, dy: Tensor, x: Tensor, mean: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
-        """S and K; of channels-last arrays with sums as products."""
+        """Return s and K; channels-last arrays are summed by products."""
         if not _is_channels_last(x, block_axis):
             return super().cross_moments(dy, x, mean, block_axis)
         groups = _Groups.of(x)
@@ -115,7 +115,7 @@ class TensorFlowKernels(Kernels):
         return groups.joined(list(map(_sums, gradients))), groups.joined(products)
 
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
-        """W = (cov + eps I)^(-1/2), with the solver's own derivative."""
+        """Return W = (cov + eps I)^(-1/2), whose gradient is the solver's adjoint."""
 
         @tf.custom_gradient
         def run(cov: Tensor) -> Any:
@@ -125,7 +125,7 @@ class TensorFlowKernels(Kernels):
         return run(regularized(xp, cov, eps))
 
     def inverse_sqrt_adjoint(self, solver: Solver, cov: Tensor, grad: Tensor, eps: float = 0.0) -> Tensor:
-        """Gradient with respect to cov; that of "eigh" with a derivative that equal eigenvalues don't disturb."""
+        """Return the gradient with respect to cov; that of "eigh" can be differentiated at equal eigenvalues too."""
         cov = regularized(xp, cov, eps)
         adjoint_vjp = solver.adjoint_vjp
         if adjoint_vjp is None:
@@ -140,9 +140,10 @@ class TensorFlowKernels(Kernels):
 
 
 def unrecorded(tensor: Tensor) -> Tensor:
-    """An input of an operation with a gradient of its own: what an eager tape doesn't see inside it doesn't keep.
+    """Return an input of an operation with a custom gradient so that an eager tape keeps nothing from inside it.
 
-    A graph keeps what its gradient asks for, and `tf.vectorized_map` differentiates the inside of such operations.
+    In graphs it is returned as it is: they keep only what the gradient needs, and `tf.vectorized_map` differentiates
+    the inside of such operations.
     """
     return tf.stop_gradient(tensor) if tf.executing_eagerly() else tensor
 
@@ -153,61 +154,61 @@ def _is_channels_last(x: Tensor, block_axis: int) -> bool:
 
 @dataclass(frozen=True)
 class _Groups:
-    """Those of a channels-last array (samples, groups, d, 1): each by itself if `apart`, else all in one batch."""
+    """The groups of a channels-last array (samples, groups, d, 1): a product for each if `apart`, else one for all."""
 
     number: int
     apart: bool
 
     @classmethod
     def of(cls, x: Tensor) -> _Groups:
-        """Apart where products are large: that is faster than a batch."""
+        """Keep groups apart if products are large, which is faster than a batch of them."""
         samples, number, *_ = x.shape
-        many = samples is None or samples >= _MANY_SAMPLES
-        return cls(number, number == 1 or (number <= _FEW_GROUPS and many and _is_for_cpus()))
+        many = samples is None or samples >= MIN_SAMPLES
+        return cls(number, number == 1 or (number <= MAX_SINGLE_GROUPS and many and _is_for_cpus()))
 
     def rows(self, x: Tensor) -> list[Tensor]:
-        """(samples, d) of each; or, of the batch, (groups, samples, d)."""
+        """Return (samples, d) for each group, or (groups, samples, d) for the batch."""
         if self.number == 1:
             return [tf.squeeze(x, (1, 3))]
         samples = tf.squeeze(x, 3)
         return tf.unstack(samples, self.number, axis=1) if self.apart else [tf.transpose(samples, (1, 0, 2))]
 
     def restored(self, rows: list[Tensor]) -> Tensor:
-        """The array of its rows."""
+        """Return the array that `rows` was made of."""
         return (tf.stack(rows, 1) if self.apart else tf.transpose(rows[0], (1, 0, 2)))[..., None]
 
     def each(self, statistics: Tensor) -> list[Tensor]:
-        """Statistics (groups, ...) of each, or of the batch."""
+        """Return statistics (groups, ...) of each group, or of the batch."""
         return tf.unstack(statistics, self.number) if self.apart else [statistics]
 
     def joined(self, statistics: list[Tensor]) -> Tensor:
-        """Statistics (groups, ...)."""
+        """Return statistics as one tensor (groups, ...)."""
         return tf.stack(statistics) if self.apart else statistics[0]
 
 
 def _sums(rows: Tensor) -> Tensor:
-    """Sums over the samples, (..., d)."""
+    """Return sums over the samples, (..., d)."""
     return tf.squeeze(tf.matmul(tf.ones_like(rows[..., :1]), rows, transpose_a=True), -2)
 
 
 def _plus_vector(product: Tensor, vector: Tensor) -> Tensor:
-    """A vector (..., d) added to rows; TensorFlow does it on the product's way, where that is none of a batch."""
+    """Add a vector (..., d) to rows; TensorFlow fuses that into a product that is none of a batch."""
     return tf.nn.bias_add(product, vector) if product.shape.rank == 2 else product + vector[:, None]
 
 
 def _one_by_one(solve: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
-    """A solver's result; few matrices by themselves, as small products in a batch take longer in TensorFlow."""
+    """Return a solver's result, for few matrices one by one: small products in a batch take longer in TensorFlow."""
     shape, for_cpus = matrices[0].shape, _is_for_cpus()
     number = shape[0] if shape.rank == 3 else None
-    if number != 1 and not (for_cpus and number in range(2, _FEW_MATRICES + 1)):
+    if number != 1 and not (for_cpus and number in range(2, MAX_SINGLE_MATRICES + 1)):
         return solve(xp, *matrices)
-    own = small_xp if for_cpus and shape[-1] in range(1, _SMALL + 1) else xp
+    own = small_xp if for_cpus and shape[-1] in range(1, MAX_TRANSPOSED_BY_PRODUCT + 1) else xp
     each = zip(*(tf.unstack(given, number) for given in matrices), strict=True)
     return tf.stack([solve(own, *given) for given in each])
 
 
 def _is_for_cpus() -> bool:
-    """Whether this is a graph that will run on CPUs; elsewhere each operation costs more than a small product."""
+    """Return whether this is a graph for CPUs; elsewhere the launch of an operation costs more than a small product."""
     return not tf.executing_eagerly() and {each.device_type for each in tf.config.get_visible_devices()} == {"CPU"}
 
 

@@ -1,4 +1,4 @@
-"""What the core uses of the array API, over TensorFlow: so much and no more."""
+"""The part of the array API that the core uses, over TensorFlow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tensor = Any  # tf.Tensor, of which TensorFlow has no types
 
 
 class _Namespace(ModuleType):
-    """A namespace of the array API, as far as whitening goes."""
+    """The functions and dtypes of the array API that whitening needs."""
 
     float32 = tf.float32
     float64 = tf.float64
@@ -39,7 +39,7 @@ class _Namespace(ModuleType):
 
     @staticmethod
     def astype(x: Tensor, dtype: tf.DType, *, copy: bool = True) -> Tensor:
-        """Tensors never change, so that a copy is as good as x itself."""
+        """Cast; tensors never change, so a copy isn't needed."""
         del copy
         return tf.cast(x, dtype)
 
@@ -69,7 +69,7 @@ class _Namespace(ModuleType):
 
     @staticmethod
     def sum(x: Tensor, axis: int | Sequence[int] | None = None, keepdims: bool = False) -> Tensor:
-        """Over the last axes first: TensorFlow's sum over axes that aren't adjacent takes ten times as long."""
+        """Sum over the last axes first: over axes that aren't adjacent, TensorFlow takes ten times as long."""
         if isinstance(axis, int) or axis is None:
             return tf.reduce_sum(x, axis, keepdims)
         rank = x.shape.rank
@@ -96,7 +96,10 @@ class _Namespace(ModuleType):
 
 
 class _ForSmallMatrices(_Namespace):
-    """On CPUs a product with the identity takes a fifth of a small transposition's time in TensorFlow."""
+    """A namespace for small matrices on CPUs.
+
+    There a product with the identity takes a fifth of the time of TensorFlow's transposition.
+    """
 
     @staticmethod
     def matrix_transpose(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Statistics over the replicas of a `tf.distribute` strategy."""
+"""Sum statistics over the replicas of a `tf.distribute` strategy."""
 
 import tensorflow as tf
 
@@ -6,7 +6,7 @@ from polywhiten.tensorflow.namespace import Tensor
 
 
 def sum_over_replicas(x: Tensor) -> Tensor:
-    """The sum of x over the replicas in whose context this runs; x itself where there are none.
+    """Return the sum of x over the replicas of the strategy that runs this; x itself without a strategy.
 
     Parameters
     ----------

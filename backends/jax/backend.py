@@ -1,4 +1,4 @@
-"""Whitening as one differentiable operation that keeps the input and O(d^2) for its backward."""
+"""JAX's backend: whitening as a differentiable operation that saves the input and O(d^2) more for backward."""
 
 from __future__ import annotations
 
@@ -12,33 +12,32 @@ from jax import Array
 from polywhiten import checks
 from polywhiten.backend import Backend
 from polywhiten.jax.kernels import KERNELS, varying_alike
-from polywhiten.reference import Reference
+from polywhiten.reference import Gradients
 from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import Statistics
 
-_REFERENCE = Reference(KERNELS)
 Residuals = tuple[Array, Array | None, Array | None, Statistics]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _whiten(spec: WhiteningSpec, x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Statistics]:
-    """The core's forward and backward.
+    """Whiten, with the backend's own backward as gradient.
 
-    The statistics are outputs too, so that what backward computes from them has a derivative of its own: a second
-    derivative comes back here as gradients of the statistics.
+    The statistics are outputs too, so that what backward computes from them has a derivative: a second derivative
+    comes back here as gradients of the statistics.
     """
-    y, stats = _REFERENCE.forward(spec, x, weight, bias)
+    y, stats = BACKEND.forward(spec, x, weight, bias)
     return y, _mapped_as(y, stats)
 
 
 def _mapped_as(y: Array, stats: Statistics) -> Statistics:
-    """The statistics, mapped over all axes of `vmap` or `shard_map` that y is mapped over.
+    """Return the statistics, mapped over all axes of `vmap` or `shard_map` that y is mapped over.
 
-    Else their gradient would come as the sum over an axis where that of y comes one by one, and what backward adds up
-    over the axis would count it once for every index: JAX does so in silence.
+    Otherwise JAX sums the statistics' gradients over the mapped axis but not those of `y`, and backward counts them
+    once per index, without an error.
     """
     mapped = jax.numpy.any(y[(slice(1),) * y.ndim])
-    # XLA drops the choice between a thing and itself
+    # XLA removes the choice between two equal arrays
     result: Statistics = jax.tree.map(lambda values: jax.numpy.where(mapped, values, values), stats)
     return result
 
@@ -46,31 +45,29 @@ def _mapped_as(y: Array, stats: Statistics) -> Statistics:
 def _forward(
     spec: WhiteningSpec, x: Array, weight: Array | None, bias: Array | None
 ) -> tuple[tuple[Array, Statistics], Residuals]:
-    y, stats = _whiten(spec, x, weight, bias)  # not the core's: a second derivative differentiates this function
+    y, stats = _whiten(spec, x, weight, bias)  # not the backend's: a second derivative differentiates this function
     return (y, stats), (x, weight, bias, stats)
 
 
-def _backward(
-    spec: WhiteningSpec, residuals: Residuals, gradients: tuple[Array, Statistics]
-) -> tuple[Array, Array | None, Array | None]:
-    dy, dstats = jax.tree.map(jax.numpy.asarray, gradients)  # they can be NumPy's
-    return _REFERENCE.backward(spec, *residuals, dy, dstats)
+def _backward(spec: WhiteningSpec, residuals: Residuals, gradients: tuple[Array, Statistics]) -> Gradients:
+    dy, dstats = jax.tree.map(jax.numpy.asarray, gradients)  # these can be NumPy's
+    return BACKEND.backward(spec, *residuals, dy, dstats)
 
 
 _whiten.defvjp(_forward, _backward)
 
 
 class JaxBackend(Backend):
-    """JAX's kernels, with whitening as an operation of its own."""
+    """JAX's kernels, with whitening as a differentiable operation."""
 
     def tensor(self, x: Array, name: str = "x") -> Array:
-        """Arrays and tracers as they are; no sparse arrays, nor what stands for an array's shape alone."""
+        """Return arrays and tracers as they are; refuse sparse arrays, and what only stands for an array's shape."""
         if not isinstance(x, Array):
             raise checks.wrong_type(x, name, "a JAX array")
         return x
 
     def converted(self, values: Any, name: str, x: Array) -> Array:
-        """As JAX's functions convert it: NumPy's arrays, and what says itself how."""
+        """Return what JAX's functions convert as an array: NumPy's arrays, and objects that define `__jax_array__`."""
         if isinstance(values, Array):
             return values
         if isinstance(values, np.ndarray) or hasattr(values, "__jax_array__"):
@@ -80,7 +77,7 @@ class JaxBackend(Backend):
     def whiten_blocks(
         self, spec: WhiteningSpec, x: Array, weight: Array | None, bias: Array | None
     ) -> tuple[Array, Statistics]:
-        """Y and the statistics, all differentiable."""
+        """Whiten an array of equal blocks; the result and the statistics are differentiable."""
         return _whiten(spec, *varying_alike((x, weight, bias)))
 
 

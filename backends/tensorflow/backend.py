@@ -1,4 +1,4 @@
-"""Whitening as one operation with a gradient of its own, that keeps the input and O(d^2) for it."""
+"""TensorFlow's backend: whitening as a differentiable operation that saves the input and O(d^2) more for backward."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from polywhiten.tensorflow.namespace import Tensor
 
 
 class TensorFlowBackend(Backend):
-    """TensorFlow's kernels, with whitening as an operation of its own."""
+    """TensorFlow's kernels, with whitening as a differentiable operation."""
 
     def tensor(self, x: Tensor, name: str = "x") -> Tensor:
-        """The value of a tf.Variable; tensors as they are; no ragged and sparse ones."""
+        """Return tensors as they are, and the value of a tf.Variable; refuse ragged and sparse tensors."""
         try:
             return tf.convert_to_tensor(x)
         except (TypeError, ValueError, RuntimeError) as error:  # the last is PyTorch's
             raise checks.wrong_type(x, name, "a tensor, or what tf.convert_to_tensor takes") from error
 
     def converted(self, values: Any, name: str, x: Tensor) -> Tensor:
-        """As TensorFlow's functions convert it: the arrays of all libraries, and lists."""
+        """Return what TensorFlow's functions convert as a tensor: the arrays of all libraries, and lists."""
         return self.tensor(values, name)
 
     def whiten_blocks(
         self, spec: WhiteningSpec, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Statistics]:
-        """Y and the statistics, all differentiable.
+        """Whiten an array of equal blocks; the result and the statistics are differentiable.
 
-        The gradient is computed from the statistics as they are given out, so that a second derivative comes back
+        The gradient is computed from the statistics that the operation returned, so a second derivative comes back
         here as gradients of the statistics.
         """
         inputs = [array for array in (x, weight, bias) if array is not None]
@@ -49,7 +49,7 @@ class TensorFlowBackend(Backend):
             y, inner = self.forward(spec, *arrays([unrecorded(tensor) for tensor in tensors]))
 
             def gradient(dy: Tensor, *dstats: Tensor) -> list[Tensor]:
-                known = Statistics(*stats) if stats else inner  # forward mode asks before they are given out
+                known = Statistics(*stats) if stats else inner  # forward mode asks before they are returned
                 gradients = self.backward(spec, *arrays(inputs), known, dy, Statistics(*dstats))
                 return [gradient for gradient in gradients if gradient is not None]
 
