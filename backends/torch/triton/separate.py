@@ -29,6 +29,8 @@ class SeparateImplementation(Reference):
     They serve tensors on CUDA devices unless PyTorch records or transforms what is done with them.
     """
 
+    name = "Triton"
+
     kernels: TritonKernels
 
     def __init__(self) -> None:
