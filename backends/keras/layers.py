@@ -1,4 +1,4 @@
-"""Layers: `IterNorm` in place of BatchNormalization, `GroupWhitening` in place of GroupNormalization."""
+"""Keras layers: `IterNorm` replaces BatchNormalization, `GroupWhitening` replaces GroupNormalization."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Tensor = Any  # of the backend in use
 
 
 class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no types
-    """What both layers have: the channel axis, the solver, gamma and beta."""
+    """Base class of both layers, with the channel axis, the solver, gamma and beta."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no
         self._notice = Notice()  # that the layer is infeasible
 
     def _build_affine(self, input_shape: tuple[int | None, ...], first_axis: int) -> int:
-        """Add gamma and beta; the number of channels."""
+        """Add gamma and beta, and return the number of channels."""
         axis = checks.check_channel_axis(KerasTensor(input_shape), self.axis, first_axis)
         channels = input_shape[axis]
         assert channels is not None  # as checked
@@ -84,15 +84,15 @@ class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no
                 setattr(self, name, weight)
         return channels
 
-    def _given(self, inputs: Tensor) -> tuple[Backend, Tensor, int, Tensor | None, Tensor | None]:
-        """The backend, the input as its tensor of floating point, its channel axis from the front, gamma and beta."""
+    def _prepared(self, inputs: Tensor) -> tuple[Backend, Tensor, int, Tensor | None, Tensor | None]:
+        """Return the backend, the input in the compute dtype, its channel axis from the front, gamma and beta."""
         x = ops.cast(inputs, self.compute_dtype)
         backend = backend_of(x, "inputs")
         gamma, beta = (None if weight is None else backend.tensor(weight.value) for weight in (self.gamma, self.beta))
         return backend, x, self.axis % len(x.shape), gamma, beta
 
     def _take_notice(self, objection: str | None) -> None:
-        """Of a pass, and what is infeasible in it; not in what PyTorch compiles."""
+        """Report a pass, and what is infeasible in it, but not in code that PyTorch compiles."""
         if not _torch_compiles():
             self._notice.run(_FRAMEWORK, self, objection)
 
@@ -112,16 +112,16 @@ class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no
 class IterNorm(_WhiteningLayer):
     """Iterative normalization: whitens groups of channels over the batch.
 
-    In place of `keras.layers.BatchNormalization`, with its arguments in their
-    order up to `gamma_constraint`, the others by keyword; there is no `renorm`.
-    `from_config` takes its configurations too. Where batch
-    normalization divides every channel by its deviation, this layer multiplies
-    every group of channels by the inverse square root of its covariance, so
-    that they have variance 1 and are uncorrelated:
+    This layer replaces `keras.layers.BatchNormalization`. It takes the same
+    arguments in the same order up to `gamma_constraint`, and the others by
+    keyword; there is no `renorm`. `from_config` accepts configurations of both.
+    Batch normalization divides every channel by its standard deviation. This
+    layer multiplies every group of channels by the inverse square root of its
+    covariance, so that they have variance 1 and are uncorrelated:
 
     `outputs = gamma * (cov + epsilon * I)^(-1/2) @ (inputs - mean) + beta`
 
-    As batch normalization, it works differently in training and in inference.
+    Like batch normalization, it works differently in training and in inference.
     In training (`fit()`, or a call with `training=True`) mean and covariance
     are those of the batch; in inference (`evaluate()`, `predict()`, or a call
     with `training=False`, the default) the moving averages are used:
@@ -142,19 +142,19 @@ class IterNorm(_WhiteningLayer):
             `"zeros"`.
         moving_variance_initializer: Initializer of the channels' variances.
             The moving covariance starts as the diagonal matrix of these, the
-            moving whitener as that of `1 / sqrt(variance)`, with epsilon in
-            place of smaller variances, so that an untrained layer does what
+            moving whitener as that of `1 / sqrt(variance)`, where epsilon
+            replaces smaller variances. So an untrained layer does what
             `BatchNormalization` does. Defaults to `"ones"`.
         beta_regularizer: Optional regularizer of beta.
         gamma_regularizer: Optional regularizer of gamma.
         beta_constraint: Optional constraint of beta.
         gamma_constraint: Optional constraint of gamma.
         synchronized: Whether the replicas of a `tf.distribute` strategy share
-            the statistics of their joined batch; with the TensorFlow backend
-            alone. (With JAX they always do: Keras shows the layer the whole
-            batch.) Defaults to `False`.
+            the statistics of their joined batch. Only the TensorFlow backend
+            supports this. (With JAX they always share them, as Keras gives the
+            layer the whole batch.) Defaults to `False`.
         group_size: Integer, the channels that are whitened together. The last
-            group is smaller where it doesn't divide the number of channels; 1 is
+            group is smaller if this doesn't divide the number of channels; 1 is
             batch normalization. Defaults to `64`.
         method: `"newton"`, the papers' iteration, which whitens small
             directions in part; `"eigh"`, exact, as in decorrelated batch
@@ -166,8 +166,9 @@ class IterNorm(_WhiteningLayer):
             the channels that are whitened together, for inputs whose variances
             are far from 1. Defaults to `False`.
         track: `"whitener"`, whose moving average the paper takes, or
-            `"covariance"`, from which the whitener is derived in inference: the
-            better estimate, above all with `"eigh"`. Defaults to `"whitener"`.
+            `"covariance"`, from which the whitener is computed in inference.
+            The covariance is the better estimate, above all with `"eigh"`.
+            Defaults to `"whitener"`.
         **kwargs: Base layer keyword arguments (e.g. `name` and `dtype`).
 
     Call arguments:
@@ -175,7 +176,7 @@ class IterNorm(_WhiteningLayer):
         training: Boolean, whether to normalize by the batch and to update the
             moving averages, or by the moving averages.
         mask: Boolean tensor of the shape of `inputs` without its channel axis:
-            positions where it is `False` are left out of the statistics.
+            the statistics leave out positions where it is `False`.
 
     Input shape:
         Arbitrary, `(batch_size, ..., channels)` with the channels at `axis`,
@@ -194,18 +195,19 @@ class IterNorm(_WhiteningLayer):
         ValueError: An argument or an input doesn't fit.
 
     Warns:
-        polywhiten.analysis.InfeasibleWarning: In training, where the samples,
-            batch size times positions, are fewer than whitening the group size
-            takes, and their number is known while graphs are traced. Once for a
-            network, when its layers have run, with their number and the first
-            one's path; the warning's `layers` has them all.
+        polywhiten.analysis.InfeasibleWarning: In training, if a batch has fewer
+            samples, batch size times positions, than whitening so many channels
+            together needs, and their number is known while graphs are traced.
+            It is given once for a network, when its layers have run, and says
+            how many layers are concerned and the first one's path; the
+            warning's `layers` has them all.
 
     With `layer.trainable = False` the layer runs in inference mode, as
-    `BatchNormalization` does. A batch whose statistics aren't finite never enters
-    the moving averages, nor does one that would make them infinite in their own
-    dtype; in the first case its outputs aren't finite either, and
-    `keras.callbacks.TerminateOnNaN` stops training there. Nor does a batch of one
-    sample, which has no covariance: its outputs are `beta`. A batch of no
+    `BatchNormalization` does. Three kinds of batches never enter the moving
+    averages: those whose statistics aren't finite, whose outputs aren't finite
+    either, so that `keras.callbacks.TerminateOnNaN` stops training there; those
+    that would make an average infinite in its own dtype; and those of one
+    sample, which has no covariance and whose outputs are `beta`. A batch of no
     samples is returned empty. Statistics are computed in float32 for half
     precision.
 
@@ -287,7 +289,7 @@ class IterNorm(_WhiteningLayer):
         setattr(self, f"moving_{self.track}", weight)
 
     def _initial_matrices(self, channels: int, shape: tuple[int, int, int], dtype: str) -> Tensor:
-        """Diagonal covariances of the initial variances, or their whiteners; the identity beside the last group."""
+        """Return diagonal covariances of the initial variances, or their whiteners, padded with the identity."""
         groups, d, _ = shape
         full = "float64" if dtype == "float64" else "float32"  # epsilon may be too small for half precision
         values = ops.cast(self.moving_variance_initializer((channels,), dtype=dtype), full)
@@ -298,7 +300,7 @@ class IterNorm(_WhiteningLayer):
         return ops.cast(ops.reshape(values, (groups, d, 1)) * ops.eye(d, dtype=full), dtype)
 
     def call(self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None) -> Tensor:
-        backend, x, axis, gamma, beta = self._given(inputs)
+        backend, x, axis, gamma, beta = self._prepared(inputs)
         if mask is not None:
             self._check_mask(mask, x, axis)
         if not (training and self.trainable):
@@ -352,9 +354,10 @@ class IterNorm(_WhiteningLayer):
         return backend.apply_frozen(axis, x, mean, matrices, gamma, beta)
 
     def _update(self, stats: WhiteningStats, count: Any) -> None:
-        """Average, but for statistics of one sample, which has no covariance, and for those that aren't finite.
+        """Update the moving averages.
 
-        Nor may the averages in their own dtype become infinite.
+        They stay as they are if the batch has one sample, which has no covariance, if its statistics aren't finite, or
+        if an average would become infinite in its own dtype.
         """
         usable, newest = count > 1, []
         for variable, batch in zip(self._moving, (stats.mean, getattr(stats, self.track)), strict=True):
@@ -376,7 +379,7 @@ class IterNorm(_WhiteningLayer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> IterNorm:
-        """Layer of a configuration: of its own, or of one of `keras.layers.BatchNormalization`."""
+        """Return a layer for a configuration of this class or of `keras.layers.BatchNormalization`."""
         config = dict(config)
         if config.pop("renorm", False):
             raise ValueError("renorm=True: IterNorm has no batch renormalization, set it to False in the configuration")
@@ -390,16 +393,17 @@ class IterNorm(_WhiteningLayer):
 class GroupWhitening(_WhiteningLayer):
     """Group whitening: whitens groups of channels against each other, within every sample.
 
-    In place of `keras.layers.GroupNormalization`, with its arguments in their
-    order up to `gamma_constraint`. A sample's channels are cut into `groups`
-    groups, whose covariance `(groups, groups)` is taken over all positions and
-    over the channels of a group; it does the same in training and in inference:
+    This layer replaces `keras.layers.GroupNormalization`, and takes the same
+    arguments in the same order up to `gamma_constraint`. The channels of a
+    sample are cut into `groups` groups, whose covariance `(groups, groups)` is
+    taken over all positions and over the channels of a group. Training and
+    inference are the same:
 
     `outputs = gamma * (cov + epsilon * I)^(-1/2) @ (inputs - mean) + beta`
 
     Args:
-        groups: Integer, the number of groups, which divides that of the channels;
-            -1 for as many groups as channels. Defaults to `32`.
+        groups: Integer, the number of groups, which has to divide the number of
+            channels; -1 means as many groups as channels. Defaults to `32`.
         axis: Integer, the axis of the channels. Use 1 for
             `data_format="channels_first"`. Defaults to `-1`.
         epsilon: Float, added to the diagonal of the covariance.
@@ -437,11 +441,11 @@ class GroupWhitening(_WhiteningLayer):
             sample.
 
     Warns:
-        polywhiten.analysis.InfeasibleWarning: Where samples have fewer values,
-            channels times positions, than whitening so many groups takes. Once
-            for a network, as that of `IterNorm`.
+        polywhiten.analysis.InfeasibleWarning: If samples have fewer values,
+            channels times positions, than whitening so many groups needs. It is
+            given once for a network, as by `IterNorm`.
 
-    Statistics are computed in float32 for half precision. A mask is handed on to
+    Statistics are computed in float32 for half precision. A mask is passed on to
     the next layer and not used, as by `GroupNormalization`.
 
     Example:
@@ -500,7 +504,7 @@ class GroupWhitening(_WhiteningLayer):
         self._groups = channels if self.groups == -1 else checks.check_num_groups(self.groups, channels, "groups")
 
     def call(self, inputs: Tensor) -> Tensor:
-        backend, x, axis, gamma, beta = self._given(inputs)
+        backend, x, axis, gamma, beta = self._prepared(inputs)
         if 0 in x.shape:
             return whiten_nothing(backend, x, gamma, beta, axis)
         groups = checks.check_sample_groups(x, self._groups, axis)
@@ -515,7 +519,7 @@ class GroupWhitening(_WhiteningLayer):
 
 
 def _layers_of(network: keras.layers.Layer) -> dict[str, _WhiteningLayer]:
-    """Those that training may find infeasible: inference, which Keras begins with, has other batches."""
+    """Return the layers that training may find infeasible; inference, which Keras begins with, has other batches."""
     return {
         layer.path: layer
         for layer in network._flatten_layers()

@@ -1,4 +1,4 @@
-"""Tracking: what a model's normalization layers do to their inputs while it is trained."""
+"""Track what the normalization layers of a model do to their inputs during training."""
 
 from __future__ import annotations
 
@@ -40,39 +40,41 @@ _KINDS: Any = tuple(_BLOCKS)
 class WhiteningTracker(Record, keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
     """Callback that measures what a model's normalization layers do.
 
-    Layers are `IterNorm`, `GroupWhitening`, and Keras' `BatchNormalization` and
-    `GroupNormalization`, wherever they are in a model of any kind. Of the
-    covariance of each one's input and output, in the layer's own blocks, the
-    condition number, the distance from the identity and the mean absolute
-    correlation are taken: see `polywhiten.analysis.tracking.Row`.
+    It measures `IterNorm`, `GroupWhitening`, and Keras' `BatchNormalization` and
+    `GroupNormalization`, wherever they are in a model of any kind. The measures
+    are the condition number of the covariance of each layer's input and output,
+    its distance from the identity, and the mean absolute correlation; see
+    `polywhiten.analysis.tracking.Row`. Covariances are those of the blocks that
+    the layer normalizes.
 
-    What a compiled training step computes inside can't be seen. So the
-    measures are those of a batch of their own, which goes through the model as
-    in training (layers normalize by it, dropout drops) before training and then
-    every so often, and leaves no trace: moving averages and random seeds stay as
-    they are.
+    A callback can't see what a compiled training step computes inside.
+    Therefore it measures a separate batch, which passes through the model as in
+    training (layers normalize by it, dropout is active), before training and
+    then at regular intervals. This changes neither moving averages nor random
+    seeds.
 
     Args:
         data: A batch of the model's inputs (no targets), as the model itself
             takes them: an array, or a list or dictionary of arrays.
-        every: `"epoch"`, to measure after every epoch, or an integer, the
-            batches from one measurement to the next. Defaults to `"epoch"`.
+        every: `"epoch"` to measure after every epoch, or an integer, the number
+            of batches between two measurements. Defaults to `"epoch"`.
         layers: Optional sequence of the names, `layer.path`, of the layers to
             track. Defaults to all.
 
     Attributes:
-        rows: List of `polywhiten.analysis.tracking.Row`; their `step` counts the
-            batches trained before, in all calls of `fit()`.
+        rows: List of `polywhiten.analysis.tracking.Row`. Their `step` is the
+            number of batches trained before, in all calls of `fit()`.
 
     Raises:
         TypeError: An argument is of a wrong type.
         ValueError: `every` is below 1; the model has no such layers.
 
     A measurement costs a forward pass of `data`, outside of compiled code, and
-    two covariances a layer; with JAX, the first one takes about as long as
-    compiling the model does. Covariances are in float32 for half precision, else
-    in the activations' dtype: in float32, condition numbers above some 1e7 are
-    rounding. Masked positions are left out for the layers that leave them out.
+    two covariances a layer. With JAX, the first one takes about as long as
+    compiling the model. Covariances are computed in float32 for half precision,
+    else in the dtype of the activations; in float32, condition numbers above
+    1e7 or so consist of rounding errors. Masked positions are left out for
+    layers that leave them out.
 
     Example:
 
@@ -102,11 +104,11 @@ class WhiteningTracker(Record, keras.callbacks.Callback):  # type: ignore[misc] 
         self._measure()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Note where the epoch begins: batches are counted from there."""
+        """Count batches from the beginning of the epoch."""
         self._begun = self._step
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Measure, where another `every` batches are done."""
+        """Measure if another `every` batches are done."""
         # with `steps_per_execution`, Keras has done several, and counts the last ones of an epoch as if all were there
         done = min(batch + 1, self.params["steps"] or batch + 1)
         before, self._step = self._step, self._begun + done
@@ -114,7 +116,7 @@ class WhiteningTracker(Record, keras.callbacks.Callback):  # type: ignore[misc] 
             self._measure()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Measure, where that is every epoch."""
+        """Measure if that is wanted at the end of every epoch."""
         if self._batches is None:
             self._measure()
 
@@ -127,7 +129,7 @@ class WhiteningTracker(Record, keras.callbacks.Callback):  # type: ignore[misc] 
         found = {layer.path: layer for layer in model._flatten_layers() if isinstance(layer, _KINDS)}
         options = {"training": True} if "training" in inspect.signature(model.call).parameters else {}
         with ExitStack() as watches:
-            watches.enter_context(_random_numbers_kept())
+            watches.enter_context(_preserved_random_state())
             for name, layer in checks.check_layers(self.layers, found).items():
                 watches.enter_context(_watched(layer, self._recorder(name, layer)))
             variables = (
@@ -144,8 +146,8 @@ class WhiteningTracker(Record, keras.callbacks.Callback):  # type: ignore[misc] 
 
 
 @contextmanager
-def _random_numbers_kept() -> Iterator[None]:
-    """PyTorch has random numbers of its own, which Keras' dropout takes, beside Keras' seeds, which are variables."""
+def _preserved_random_state() -> Iterator[None]:
+    """Restore PyTorch's random state, which Keras' dropout uses beside Keras' own seeds, which are variables."""
     if keras.backend.backend() != "torch":
         yield
         return
@@ -157,7 +159,7 @@ def _random_numbers_kept() -> Iterator[None]:
 
 @contextmanager
 def _watched(layer: Any, record: Callable[..., None]) -> Iterator[None]:
-    """In the block, every call of the layer is recorded: its input, output and mask."""
+    """Record input, output and mask of every call of the layer inside the `with` statement."""
     call = layer.call
 
     def watched(inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -169,7 +171,7 @@ def _watched(layer: Any, record: Callable[..., None]) -> Iterator[None]:
     try:
         yield
     finally:
-        del layer.call  # the class's own stands behind it
+        del layer.call  # which uncovers the method of the class
 
 
 def _covariances(x: Tensor, layer: Any, mask: Tensor | None) -> Covariances:
