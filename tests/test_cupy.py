@@ -679,7 +679,7 @@ def test_without_a_device_info_says_why():
     version, devices, kernels = probe("cupy")
     assert version == cupy.__version__
     assert re.fullmatch(r"none: cudaError\w+|none", devices)
-    assert kernels == "CUDA, array API"
+    assert kernels == "joined CUDA, CUDA, array API"
 
 
 @pytest.mark.gpu

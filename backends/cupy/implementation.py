@@ -48,6 +48,7 @@ class JoinedImplementation(Reference):
     adjoint. The second launch maps the samples. Weight and bias are applied in the same launches.
     """
 
+    name = "joined CUDA"
     kernels: CupyKernels
 
     def supports(self, spec: WhiteningSpec | None, *arrays: Array | None) -> bool:
