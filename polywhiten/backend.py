@@ -43,9 +43,9 @@ class Backend:
         """Return the first implementation that supports these arrays."""
         return next(each for each in self.implementations if each.supports(spec, *arrays))
 
-    def kernels_for(self, *arrays: Array | None) -> Kernels:
-        """Return the fastest kernels for these arrays."""
-        return self.implementation(None, *arrays).kernels
+    def kernels_for(self, x: Array) -> Kernels:
+        """Return the fastest kernels for an array or for covariances."""
+        return self.implementation(None, x).kernels
 
     def whiten(self, spec: WhiteningSpec, x: Array, weight: Array | None, bias: Array | None) -> Array:
         """Whiten an array, whose last group may be smaller than the others; differentiable if the library is."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from polywhiten._types import Array
-from polywhiten.backend import Backend
+from polywhiten.backend import Backend, equal_parts
 from polywhiten.blocks import channel_shape, join_channels, take_channels
 from polywhiten.reference import Reference
 from polywhiten.spec import WhiteningSpec
@@ -17,7 +17,8 @@ def whiten_masked(
 
     The mask has the shape of x without its channel axis. The gradient is the framework's own.
     """
-    reference, axis = Reference(backend.kernels_for(x, weight, bias)), spec.blocks.axis
+    _, first = equal_parts(spec, x)[0]
+    reference, axis = Reference(backend.implementation(first, x, weight, bias).kernels), spec.blocks.axis
     parts, count = masked_statistics(reference.kernels, spec, x, mask)
     outputs = [
         reference.apply(
