@@ -24,7 +24,7 @@ from polywhiten.cli import commands, info  # noqa: E402
 from polywhiten.cli.demo import data as demo_data  # noqa: E402
 from polywhiten.cli.demo import frameworks  # noqa: E402
 from polywhiten.cli.demo.data import DataError, load_digits, prepare  # noqa: E402
-from polywhiten.cli.demo.report import ResultsFile, curves, table  # noqa: E402
+from polywhiten.cli.demo.report import add_result, curves, start_results, table  # noqa: E402
 from polywhiten.cli.demo.training import NORMS, Epoch, Settings, batches  # noqa: E402
 from polywhiten.cpu import is_available  # noqa: E402
 
@@ -383,19 +383,22 @@ def test_files_that_can_not_be_written_are_found_out_before_the_training(name, s
 
 
 class FullDisk:
-    """A csv.writer with room for the header and two epochs."""
+    """A csv.writer on a disk with room for the header and two epochs."""
+
+    rows = 0
 
     def __init__(self, file):
-        self.room = 3
+        pass
 
     def writerow(self, row):
-        self.room -= 1
-        if self.room < 0:
+        FullDisk.rows += 1
+        if FullDisk.rows > 3:
             raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_disk_that_is_full_in_the_middle_leaves_the_table(small, out, capsys, monkeypatch):
     monkeypatch.setattr(csv, "writer", FullDisk)
+    monkeypatch.setattr(FullDisk, "rows", 0)
     args = "--data", small, "--norm", "bn", "--norm", "gn", "--epochs", 2, "--batch-size", 8
     assert demo(*args, "--out", out) == 2
     stdout, stderr = capsys.readouterr()
@@ -913,10 +916,10 @@ def test_a_report_of_one_good_and_one_diverged_epoch(tmp_path):
 def test_every_epoch_is_on_disk_at_once(tmp_path):
     """So that a run which is killed has left it."""
     path = tmp_path / "results.csv"
-    with ResultsFile(path) as results:
-        assert path.read_text() == ",".join(COLUMNS) + "\n"
-        results.add(Epoch("gw", 7, 0.25, 0.5, 0.125, 3.0))
-        assert path.read_text().splitlines()[1] == "gw,7,0.25,0.5,0.125,3"
+    start_results(path)
+    assert path.read_text() == ",".join(COLUMNS) + "\n"
+    add_result(path, Epoch("gw", 7, 0.25, 0.5, 0.125, 3.0))
+    assert path.read_text().splitlines()[1] == "gw,7,0.25,0.5,0.125,3"
 
 
 def test_the_best_epoch_is_the_first_of_the_best():
