@@ -19,12 +19,8 @@ MAX_FILE_LINES = 350  # without its docstrings
 
 # Places that break a rule already; nothing may be added.
 KNOWN_CYCLES = {
-    "polywhiten.cupy.joined",
-    "polywhiten.cupy.kernels",
-    "polywhiten.kernels",
     "polywhiten.solvers",
     "polywhiten.solvers.relative",
-    "polywhiten.whitening",
 }
 KNOWN_LONG_FUNCTIONS = {
     "polywhiten.cpu.device.moments.cross_moments",
@@ -50,7 +46,7 @@ KNOWN_LONG_FILES = {
     "polywhiten.torch.triton.joined_forward",
     "polywhiten.torch.triton.moments",
 }
-KNOWN_CORE_LINES = 4782
+KNOWN_CORE_LINES = 4700
 
 
 def module_name(path: Path) -> str:
