@@ -1,4 +1,4 @@
-"""All checks: `nox` runs every session, `nox -s "tests(torch)"` one of them, `nox -l` lists them."""
+"""All checks. `nox` runs every session, `nox -s "tests(torch)"` runs one of them, and `nox -l` lists them."""
 
 import shutil
 from pathlib import Path
@@ -6,22 +6,22 @@ from pathlib import Path
 import nox
 
 CONSTRAINTS, CONFIGURATION = (str(Path(__file__).with_name(name)) for name in ("constraints.txt", "pyproject.toml"))
-# Extras that a library's tests need, and the rows of the conformance suite by the runs of pytest that they share: Keras
-# takes one backend a run.
+# The extras that a library's tests need, and the rows of the conformance suite, in lists that share a run of pytest:
+# Keras uses one backend in a process.
 LIBRARIES = {
     "numpy": ("[numba]", [["numpy", "strict"]]),
     "torch": ("[demo,keras,torch]", [["torch"], ["keras-torch"]]),
     "tensorflow": ("[demo,keras,tensorflow]", [["tensorflow"], ["keras-tensorflow"]]),
     "jax": ("[demo,keras,jax]", [["jax"], ["keras-jax"]]),
-    "dask": ("[dask,jax]", [["dask"]]),  # JAX's arrays come beside Dask's
+    "dask": ("[dask,jax]", [["dask"]]),  # tests combine arrays of JAX and Dask
     "cupy": ("[cupy13]", [["cupy"]]),
 }
-# What more their tests need: what compiles GPU kernels where there is no GPU, and what runs exported models.
+# Packages that their tests also need, to compile GPU kernels without a GPU and to run exported models.
 COMPANIONS = {
     "torch": ["triton", "onnx", "onnxruntime", "onnxscript", "pillow", "pyyaml"],
     "cupy": ["nvidia-cuda-nvrtc"],
 }
-# Other people's networks with the layers in them; installed without what they ask for, which is another PyTorch.
+# Packages of networks, which tests put the layers into; installed without dependencies, which include another PyTorch.
 NETWORKS = {"torch": ["timm", "torchvision"]}
 # Imports all modules but those of frameworks that aren't installed.
 IMPORT_EVERYTHING = """
@@ -40,7 +40,7 @@ nox.options.error_on_missing_interpreters = True
 
 
 def install(session: nox.Session, *packages: str) -> None:
-    """Install with the pins that the checks are known to pass with."""
+    """Install packages, in the versions that the checks are known to pass with."""
     session.install("-c", CONSTRAINTS, *packages)
 
 
@@ -59,11 +59,11 @@ def tests(session: nox.Session, library: str) -> None:
     install(session, f".{extras}", *companions, "pytest", "pytest-xdist", "hypothesis", "array-api-strict")
     if library in NETWORKS:
         install(session, "--no-deps", *NETWORKS[library])
-    # tests mostly compile, or build graphs, on one core: as many at a time as there are cores, and quick compilation
+    # tests mostly compile or build graphs on one core, so they run on all cores at once, and compile quickly
     workers, one_core = ["--numprocesses=auto"], {"OMP_NUM_THREADS": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     for rows in runs:
         session.run("pytest", *workers, *(f"--library={row}" for row in rows), *session.posargs, env=one_core)
-    if library == "torch":  # the Triton kernels, by its interpreter
+    if library == "torch":  # its kernels in Triton run in Triton's interpreter
         session.run(
             "pytest",
             *workers,
@@ -77,18 +77,18 @@ def tests(session: nox.Session, library: str) -> None:
 
 @nox.session
 def package(session: nox.Session) -> None:
-    """The wheel and the sdist build; what the wheel installs imports, works and has the right types."""
+    """Build the wheel and the sdist, install the wheel, import and run what it installs, and check the types."""
     install(session, "build", "twine")
-    place = Path(session.create_tmp()).resolve()
-    dist = place / "dist"
-    shutil.rmtree(dist, ignore_errors=True)  # a former version's
+    folder = Path(session.create_tmp()).resolve()
+    dist = folder / "dist"
+    shutil.rmtree(dist, ignore_errors=True)  # an earlier version may have left files
     session.run("python", "-m", "build", "--outdir", str(dist), silent=True)
     files = sorted(map(str, dist.iterdir()))
     session.run("twine", "check", "--strict", *files)
     wheel = next(file for file in files if file.endswith(".whl"))
     install(session, "--force-reinstall", "--no-deps", wheel)
     install(session, f"{wheel}[demo,torch,jax,dask]", "mypy", "nox")
-    session.chdir(place)  # away from the sources: what is installed is what is checked
+    session.chdir(folder)  # the sources aren't here, so the installed package is checked
     session.run("python", "-c", IMPORT_EVERYTHING)
     session.run("python", "-m", "polywhiten", "info")
     session.run("mypy", "--strict", "--config-file", CONFIGURATION, "-p", "polywhiten")
@@ -96,7 +96,7 @@ def package(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def speed(session: nox.Session) -> None:
-    """No slower than the bars of benchmarks/bars.py allow; `nox -s speed -- torch jax` for more than PyTorch."""
+    """Fail if polywhiten is slower than benchmarks/bars.py allows; `nox -s speed -- torch jax` names the frameworks."""
     backends = session.posargs or ["torch"]
     extras = ",".join(["benchmarks", *("numba" if name == "numpy" else name for name in backends)])
     install(session, f".[{extras}]")

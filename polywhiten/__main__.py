@@ -1,4 +1,4 @@
-"""The command `polywhiten`; its dependencies are optional, so they are looked for before they are imported."""
+"""The command `polywhiten`. Its dependencies are optional, so it checks for them before it imports them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from polywhiten.cli.streams import complain, usable_streams
 def main() -> None:
     """Run the command line and exit.
 
-    The exit code is 0 if all was done, 2 for what doesn't fit or can't be written, 130 after Ctrl-C, and 1 if who read
-    the output, `head` for example, has closed it.
+    The exit code is 0 for success, 2 for wrong arguments and for files that can't be written, 130 after Ctrl-C, and 1
+    if a reader of the output, such as `head`, has closed it.
     """
     with usable_streams():
         try:

@@ -1,4 +1,4 @@
-"""Which libraries the conformance suite runs on, and how many examples property tests draw."""
+"""Select the libraries that tests run on, and how many examples property tests draw."""
 
 import os
 
@@ -6,19 +6,20 @@ import pytest
 from hypothesis import HealthCheck, settings
 from rows import Library
 
-# Examples are the same in every run: a failure in CI is one that anybody can repeat.
+# Every run draws the same examples, so that anybody can repeat a failure.
 _COMMON = {"derandomize": True, "deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 settings.register_profile("default", max_examples=50, **_COMMON)
 settings.register_profile(
     "slow-library", max_examples=10, **_COMMON
-)  # it compiles for every new shape, or builds graphs
+)  # which compiles for every new shape, or builds graphs
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # it has a core, and torch.compile would start a process for each that there is
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker has one core; torch.compile would start a process for every core
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-# The libraries of `--library`, and the rows' names that start so: "keras" for "keras-jax".
+# The frameworks of the rows, such as "keras" for "keras-jax".
 NAMES = {library.option.partition("-")[0] for library in Library}
-# Files for one library alone that test_NAME.py and test_NAME_*.py doesn't say; the command line's demo needs PyTorch.
+# test_NAME.py and test_NAME_*.py are for the framework NAME alone. These other files need one framework too, such as
+# test_cli.py, because the demo trains in PyTorch.
 OWNERS = {f"test_{name}.py": "torch" for name in ("cli", "forked", "study", "tracking", "triton", "triton_joined")}
 OWNERS |= {f"test_{name}.py": "numpy" for name in ("add_a_backend", "cpu", "kernel_cache")}
 
@@ -54,14 +55,14 @@ def pytest_generate_tests(metafunc):
 
 def _param(library, chosen):
     needs_gpu = library.value.no_device is not None
-    # what is chosen has to run, but for want of a GPU
+    # a library that was chosen has to run, unless it needs a GPU
     missing = library.value.missing if needs_gpu or not chosen else None
     marks = [pytest.mark.gpu] * needs_gpu + [pytest.mark.skip(reason=missing)] * bool(missing)
     return pytest.param(library, marks=marks)
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What GPU kernels take, as their compilers report it."""
+    """Show the resources that GPU kernels use, as their compilers report them."""
     reports = [report for report in terminalreporter.getreports("passed") if report.when == "call"]
     resources = [value for report in reports for name, value in report.user_properties if name == "resources"]
     if resources:
@@ -71,7 +72,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_runtest_setup(item):
-    """Looks for a device no earlier: JAX takes no configuration once it has looked."""
+    """Skip tests without their device; looking for it earlier would fix JAX's configuration."""
     for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
         if isinstance(value, Library) and value.value.no_device:
             reason = value.value.no_device()

@@ -1,4 +1,4 @@
-"""The array libraries that the conformance suite runs on, a row each: a new backend joins by adding one."""
+"""The array libraries that the conformance suite runs on, one row for each; a new backend adds one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HAS_ML_DTYPES = importlib.util.find_spec("ml_dtypes") is not None
 
 
 def _by_pullback(name: str, arguments: dict[str, Any], dy: Any) -> tuple[Any, Gradients]:
-    """The value and gradients of a function of `polywhiten` for libraries without automatic differentiation."""
+    """Return value and gradients of a function of `polywhiten`, for libraries without automatic differentiation."""
     y, pullback = getattr(pw, f"{name}_vjp")(**arguments)
     return y, pullback(dy)
 
@@ -63,7 +63,7 @@ def _by_jax(name: str, arguments: dict[str, Any], dy: Any) -> tuple[Any, Gradien
 def _torch_array(a: np.ndarray) -> Any:
     import torch
 
-    return torch.from_numpy(a)  # with its strides
+    return torch.from_numpy(a)  # which keeps the strides
 
 
 def _jax_array(a: np.ndarray) -> Any:
@@ -93,7 +93,7 @@ def _torch_cuda_array(a: np.ndarray) -> Any:
     import torch
 
     if _HAS_ML_DTYPES:
-        importlib.import_module("ml_dtypes")  # which NumPy learns of bfloat16 from
+        importlib.import_module("ml_dtypes")  # importing it registers bfloat16 with NumPy
     if a.dtype.name != "bfloat16":
         return torch.from_numpy(a).cuda()
     return torch.from_numpy(a.view("int16")).cuda().view(torch.bfloat16)
@@ -129,7 +129,7 @@ def _no_jax_device() -> str | None:
 
 
 def _dask_array(a: np.ndarray) -> Any:
-    """Chunked along every axis that has more than one element."""
+    """Return an array in chunks along every axis of more than one element."""
     import dask.array as da
 
     return da.from_array(a, chunks=tuple(max(1, n // 2) for n in a.shape))
@@ -137,7 +137,7 @@ def _dask_array(a: np.ndarray) -> Any:
 
 @dataclass(frozen=True)
 class Row:
-    """How the suite talks to a library: to its arrays, to its layers, or to both."""
+    """How the suite uses a library: its arrays, its layers, or both."""
 
     module: str
     array: Callable[[np.ndarray], Any] | None = None
@@ -145,14 +145,14 @@ class Row:
     numpy: Callable[[Any], np.ndarray] = np.asarray
     dtypes: tuple[str, ...] = ("float16", "float32", "float64")
     layers: TorchLayers | KerasLayers | None = None
-    keras_backend: str | None = None  # the one that Keras has to be started with
+    keras_backend: str | None = None  # the backend that Keras has to use
     takes_numpy: bool = False  # whether the library's own functions convert NumPy's arrays
-    given_to_numpy: bool = False  # whether NumPy's functions make NumPy's arrays of the library's
-    no_device: Callable[[], str | None] | None = None  # of rows that need a GPU: why there is none
+    given_to_numpy: bool = False  # whether NumPy's functions convert the library's arrays
+    no_device: Callable[[], str | None] | None = None  # for rows that need a GPU: returns why there is none, or None
 
     @property
     def missing(self) -> str | None:
-        """Why the row can't run, None where it can."""
+        """The reason why the row can't run, or None if it can."""
         if self.keras_backend not in (None, os.environ.get("KERAS_BACKEND", "tensorflow")):
             return f"KERAS_BACKEND isn't {self.keras_backend}"
         for module in (self.keras_backend, self.module):
@@ -170,7 +170,7 @@ def _strict_array(a: np.ndarray) -> Any:
 
 
 class Library(Enum):
-    """The rows by the name that `pytest --library NAME` takes."""
+    """The rows; `pytest --library NAME` selects one by its name."""
 
     NUMPY = Row("numpy", np.asarray, takes_numpy=True, given_to_numpy=True)
     STRICT = Row("array_api_strict", _strict_array, dtypes=("float32", "float64"), given_to_numpy=True)
@@ -220,21 +220,21 @@ class Library(Enum):
         return self.name.lower().replace("_", "-")
 
     def array(self, a: np.ndarray | None) -> Any:
-        """The library's array of a's values; None of None."""
+        """Return an array of the library with the values of a, or None for None."""
         return None if a is None else self.value.array(a)
 
     def numpy(self, a: Any) -> np.ndarray:
-        """The values of the library's array a."""
+        """Return the library's array a as a NumPy array."""
         return self.value.numpy(a)
 
     def call(self, name: str, **arguments: Any) -> np.ndarray:
-        """A function of `polywhiten` on this library's arrays, its result as a NumPy array."""
+        """Call a function of `polywhiten` on this library's arrays, and return the result as a NumPy array."""
         result = getattr(pw, name)(**self._converted(arguments))
         assert type(result) is type(self.array(np.zeros(1))), "a function returns the library's own arrays"
         return self.numpy(result)
 
     def vjp(self, name: str, dy: np.ndarray, **arguments: Any) -> tuple[np.ndarray, list[np.ndarray | None]]:
-        """Value and gradients (x, weight, bias), the library's own way, as NumPy arrays."""
+        """Return value and gradients (x, weight, bias), as users of the library compute them, as NumPy arrays."""
         y, gradients = self.value.gradients(name, self._converted(arguments), self.array(dy))
         return self.numpy(y), [None if g is None else self.numpy(g) for g in gradients]
 

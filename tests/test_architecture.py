@@ -18,39 +18,9 @@ MAX_FUNCTION_LINES = 60  # without its docstring
 MAX_FILE_LINES = 350  # without its docstrings
 
 # Places that break a rule already; nothing may be added.
-KNOWN_CYCLES = {
-    "polywhiten.cupy.joined",
-    "polywhiten.cupy.kernels",
-    "polywhiten.kernels",
-    "polywhiten.solvers",
-    "polywhiten.solvers.relative",
-    "polywhiten.whitening",
-}
-KNOWN_LONG_FUNCTIONS = {
-    "polywhiten.cpu.device.moments.cross_moments",
-    "polywhiten.cpu.device.simd._products",
-    "polywhiten.torch.triton.affine_map._affine_map",
-    "polywhiten.torch.triton.affine_map.map_samples",
-    "polywhiten.torch.triton.group_whitening._sum_crossed_channels",
-    "polywhiten.torch.triton.group_whitening._whiten_sample",
-    "polywhiten.torch.triton.group_whitening.crossed_channel_sums",
-    "polywhiten.torch.triton.joined_backward._adjoint",
-    "polywhiten.torch.triton.joined_backward.channels_gradient_sums",
-    "polywhiten.torch.triton.joined_backward.gradient_map",
-    "polywhiten.torch.triton.joined_backward.samples_gradient_sums",
-    "polywhiten.torch.triton.joined_forward.whiten_map",
-    "polywhiten.torch.triton.joined_forward.whiten_sums",
-    "polywhiten.torch.triton.newton.newton_adjoint",
-}
-KNOWN_LONG_FILES = {
-    "polywhiten.cpu.device.packing",
-    "polywhiten.cpu.device.simd",
-    "polywhiten.torch.triton.group_whitening",
-    "polywhiten.torch.triton.joined_backward",
-    "polywhiten.torch.triton.joined_forward",
-    "polywhiten.torch.triton.moments",
-}
-KNOWN_CORE_LINES = 4782
+KNOWN_LONG_FUNCTIONS = {"polywhiten.cpu.device.moments.cross_moments", "polywhiten.cpu.device.simd._products"}
+KNOWN_LONG_FILES = {"polywhiten.cpu.device.packing", "polywhiten.cpu.device.simd"}
+KNOWN_CORE_LINES = 4520
 
 
 def module_name(path: Path) -> str:
@@ -138,7 +108,7 @@ def reachable(module: str) -> set[str]:
 
 
 def test_no_imports_form_a_cycle():
-    assert {module for module in SOURCES if module in reachable(module)} <= KNOWN_CYCLES
+    assert not {module for module in SOURCES if module in reachable(module)}
 
 
 def test_frameworks_are_named_in_dispatch_and_the_command_line_alone():

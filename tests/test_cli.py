@@ -1,4 +1,4 @@
-"""The command line and the demo: what they promise to users who type the wrong thing, stop it, or repeat it."""
+"""The command line and the demo, for users who type wrong arguments, stop a run, or repeat it."""
 
 import csv
 import errno
@@ -24,7 +24,7 @@ from polywhiten.cli import commands, info  # noqa: E402
 from polywhiten.cli.demo import data as demo_data  # noqa: E402
 from polywhiten.cli.demo import frameworks  # noqa: E402
 from polywhiten.cli.demo.data import DataError, load_digits, prepare  # noqa: E402
-from polywhiten.cli.demo.report import ResultsFile, curves, table  # noqa: E402
+from polywhiten.cli.demo.report import add_result, curves, start_results, table  # noqa: E402
 from polywhiten.cli.demo.training import NORMS, Epoch, Settings, batches  # noqa: E402
 from polywhiten.cpu import is_available  # noqa: E402
 
@@ -33,7 +33,7 @@ COLUMNS = ["norm", "epoch", "train_loss", "test_loss", "test_accuracy", "ms_per_
 
 
 def pictures(shape=(8, 8), train=24, test=6, seed=0):
-    """A tiny data set in Keras' layout: bright pictures and dark ones."""
+    """Return a tiny data set in Keras' layout, of bright and dark pictures."""
     rng = np.random.default_rng(seed)
     labels = {"y_train": np.arange(train) % 2, "y_test": np.arange(test) % 2}
     images = {
@@ -57,7 +57,7 @@ def out(tmp_path):
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """The networks are tiny, and threads that wait for each other on a busy machine take many times as long."""
+    """Use one thread: on a busy machine, several would mostly wait for each other in networks this small."""
     import torch
 
     threads = torch.get_num_threads()
@@ -76,9 +76,9 @@ def rows(out):
 
 
 def main_in_new_process(*args, before="", **kwargs):
-    """`polywhiten ARGS` in another interpreter, after the statements `before`."""
+    """Start `polywhiten ARGS` in another interpreter, after the statements `before`."""
     code = f"{before}\nfrom polywhiten.__main__ import main\nmain()"
-    # -P: the working folder may hold the sources, where polywhiten.torch isn't
+    # -P, because the working folder may hold sources, without polywhiten.torch
     command = [sys.executable, "-P", "-c", code, *map(str, args)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
@@ -89,7 +89,7 @@ def main_in_new_process(*args, before="", **kwargs):
 def test_every_norm_is_trained_and_reported(small, out, capsys):
     assert demo("--data", small, "--epochs", 2, "--batch-size", 8, "--out", out) == 0
     stdout, stderr = capsys.readouterr()
-    assert stderr == ""  # no progress bar where there is no terminal
+    assert stderr == ""  # without a terminal, no progress is shown
     for name in ("small.npz", "; PyTorch\n", *NORMS.values(), "Test accuracy", "Best epoch", "ms per step"):
         assert name in stdout
     assert str(out / "curves.png") in stdout
@@ -101,7 +101,7 @@ def test_every_norm_is_trained_and_reported(small, out, capsys):
 
 
 def test_the_digits_are_the_default_and_are_learnt(out, capsys):
-    """One epoch of the default run is enough to be far above chance, which is 10 %."""
+    """After one epoch of the default run, the accuracy is far above 10 %, which guessing has."""
     assert demo("--norm", "iternorm", "--epochs", 1, "--out", out) == 0
     assert "scikit-learn's digits" in capsys.readouterr().out
     assert float(rows(out)[0]["test_accuracy"]) > 0.5
@@ -114,7 +114,7 @@ def test_norms_are_chosen_in_any_case_and_once_each(small, out):
 
 
 def test_a_seed_decides_everything_but_the_times(small, tmp_path):
-    """Also when a norm is trained alone: it starts from the same weights as among others."""
+    """A norm that is trained alone also starts from the same weights as among others."""
 
     def losses(name, *args):
         assert demo("--data", small, "--epochs", 2, "--batch-size", 8, "--out", tmp_path / name, *args) == 0
@@ -139,7 +139,7 @@ def test_every_norm_starts_from_the_same_weights_in_its_own_layer():
         for ours, theirs in zip(model, networks["bn"], strict=True):
             if isinstance(ours, torch.nn.Conv2d | torch.nn.Linear):
                 assert torch.equal(ours.weight, theirs.weight)
-    torch.rand(1)  # the program's own random numbers make no difference, the seed does
+    torch.rand(1)  # random numbers that the program drew before make no difference
     assert torch.equal(network("bn", data, seed=3)[0].weight, networks["bn"][0].weight)
     assert not torch.equal(network("bn", data, seed=4)[0].weight, networks["bn"][0].weight)
     layers = {norm: model[1] for norm, model in networks.items()}
@@ -164,7 +164,7 @@ def test_a_run_that_diverges_is_shown_as_such(small, out, capsys):
     stdout, stderr = capsys.readouterr()
     assert stderr == ""
     assert stdout.count("diverged in epoch") == len(NORMS)
-    assert [row["norm"] for row in rows(out)] == list(NORMS)  # and isn't trained any further
+    assert [row["norm"] for row in rows(out)] == list(NORMS)  # a run ends after it has diverged
     assert not np.isfinite([float(row["train_loss"]) for row in rows(out)]).any()
 
 
@@ -262,7 +262,7 @@ def test_bad_arrays_are_one_line(arrays, words, tmp_path, out, capsys):
 
 
 class Unpickled:
-    """What a file of someone else's could do to the user."""
+    """An object in a file that runs code when it is unpickled."""
 
     def __reduce__(self):
         return (os.mkdir, ("unpickled",))
@@ -281,7 +281,7 @@ def write_foreign(path):
 
 
 def write_lying(path, shape, **others):
-    """Its x_train has a header of this shape, but few values."""
+    """Write a file whose x_train has a header of this shape, but few values."""
     np.savez(path, **npz_with(x_train=None, **others))
     with zipfile.ZipFile(path, "a") as file, file.open("x_train.npy", "w") as member:
         header = {"shape": shape, "fortran_order": False, "descr": "|u1"}
@@ -323,7 +323,7 @@ def test_bad_files_are_one_line_and_never_unpickled(write, words, tmp_path, out,
 
 
 def test_a_file_of_gigabytes_is_refused_by_its_headers(tmp_path, out, capsys):
-    """A small file can unpack to any size: here it's 64 MB of zeros, in a shape that doesn't fit."""
+    """The small file would unpack to 64 MB of zeros, of a shape that doesn't fit."""
     np.savez_compressed(tmp_path / "bomb.npz", **npz_with(x_train=np.zeros((1, 64, 2**20), "u1")))
     tracemalloc.start()
     try:
@@ -336,7 +336,7 @@ def test_a_file_of_gigabytes_is_refused_by_its_headers(tmp_path, out, capsys):
 
 @pytest.mark.skipif(not hasattr(os, "sysconf"), reason="this system doesn't tell its memory")
 def test_more_pictures_than_the_memory_holds_are_one_line(small, out, capsys, monkeypatch):
-    pages = {"SC_PAGE_SIZE": 100, "SC_PHYS_PAGES": 110}  # of 24 + 6 pictures, 9600 B in all; and of labels, 360 B
+    pages = {"SC_PAGE_SIZE": 100, "SC_PHYS_PAGES": 110}  # 24 + 6 pictures take 9600 bytes, their labels 360
     sysconf = os.sysconf
     with monkeypatch.context() as patched:
         patched.setattr(os, "sysconf", lambda name: pages.get(name) or sysconf(name))
@@ -383,19 +383,22 @@ def test_files_that_can_not_be_written_are_found_out_before_the_training(name, s
 
 
 class FullDisk:
-    """A csv.writer with room for the header and two epochs."""
+    """A csv.writer on a disk with room for the header and two epochs."""
+
+    rows = 0
 
     def __init__(self, file):
-        self.room = 3
+        pass
 
     def writerow(self, row):
-        self.room -= 1
-        if self.room < 0:
+        FullDisk.rows += 1
+        if FullDisk.rows > 3:
             raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_disk_that_is_full_in_the_middle_leaves_the_table(small, out, capsys, monkeypatch):
     monkeypatch.setattr(csv, "writer", FullDisk)
+    monkeypatch.setattr(FullDisk, "rows", 0)
     args = "--data", small, "--norm", "bn", "--norm", "gn", "--epochs", 2, "--batch-size", 8
     assert demo(*args, "--out", out) == 2
     stdout, stderr = capsys.readouterr()
@@ -438,7 +441,7 @@ def check_one_line(capsys, words):
     assert stderr.startswith("polywhiten: ")
     assert stderr.count("\n") == 1
     assert stderr.endswith("\n")
-    assert "allow_pickle" not in stderr  # NumPy's advice, which is none for the file of a stranger
+    assert "allow_pickle" not in stderr  # NumPy's advice is dangerous for a file from others
     for word in words:
         assert word in stderr
 
@@ -455,7 +458,7 @@ def test_help_and_version_are_no_errors(capsys):
 
 
 def main_with_streams(redirection, *args, **kwargs):
-    """`polywhiten ARGS REDIRECTION`, as a shell has it."""
+    """Run `polywhiten ARGS REDIRECTION` in a shell."""
     code = "from polywhiten.__main__ import main\nmain()"
     command = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-P", "-c", code, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **kwargs)
@@ -533,7 +536,7 @@ def test_a_file_of_any_name_gets_its_picture(name, shown, small, out, capsys):
 
 
 def test_names_that_the_locale_can_not_write_are_no_reason_to_fail(small, tmp_path):
-    """In the C locale without Python's UTF-8 mode, and in one that has some letters but not these."""
+    """Neither the C locale without Python's UTF-8 mode nor Latin-1 has these letters."""
     file = small.rename(small.with_name("caf\u00e9 \u6587.npz"))
     out = tmp_path / "\u6587"
     args = "demo", "--data", file, "--norm", "bn", "--epochs", 1, "--batch-size", 8, "--out", out
@@ -563,7 +566,7 @@ def test_a_narrow_terminal_cuts_off_no_number(small, out, capsys, monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for another process")
 def test_ctrl_c_keeps_what_was_done(small, out):
-    # a shell may have started this with SIGINT ignored, which children inherit
+    # children inherit that SIGINT is ignored, as it is in the background of some shells
     before = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     args = "demo", "--data", small, "--norm", "bn", "--epochs", 10**6, "--batch-size", 8, "--out", out
     process = main_in_new_process(*args, before=before)
@@ -635,9 +638,9 @@ def test_without_its_extra_the_demo_names_it(module, extras, out):
 
 @pytest.fixture
 def keras_of(tmp_path, monkeypatch):
-    """`keras_of(*installed, named=..., configured=...)`: these backends are installed, but Keras isn't."""
+    """Return `keras_of(*installed, named=..., configured=...)`: it hides Keras, and all backends but those."""
     for name in ("KERAS_BACKEND", "TF_CPP_MIN_LOG_LEVEL"):
-        monkeypatch.setenv(name, "")  # so that it is as it was afterwards
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores the value, which the demo changes
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     monkeypatch.setitem(sys.modules, "polywhiten.keras.demo", None)
 
@@ -855,7 +858,7 @@ def test_pictures_are_standardized_by_the_training_ones_and_labels_counted_from_
 
 
 def test_labels_of_all_integer_types_are_compared_as_integers():
-    """In float64 these neighbours are one."""
+    """Float64 rounds these labels to the same number."""
     arrays = pictures()
     arrays["y_train"] = np.uint64(2**60) + arrays["y_train"].astype("u8")
     arrays["y_test"] = 2**60 + arrays["y_test"].astype("i8")
@@ -893,7 +896,7 @@ def test_arrays_that_are_checked_are_not_changed():
 
 @pytest.mark.filterwarnings("error")
 def test_a_report_of_one_good_and_one_diverged_epoch(tmp_path):
-    """A title with dollars is no formula, and a run of which nothing can be drawn is no warning."""
+    """A title with dollar signs isn't read as a formula, and a run without finite losses causes no warning."""
     epochs = [Epoch("bn", 1, 0.5, 0.6, 0.9, 2.0), Epoch("gw", 1, float("nan"), float("nan"), 0.1, 2.0)]
     for some in (epochs, epochs[:1], epochs[1:]):
         curves(some, "a_$b^{.$npz").savefig(tmp_path / "x.png")
@@ -911,12 +914,12 @@ def test_a_report_of_one_good_and_one_diverged_epoch(tmp_path):
 
 
 def test_every_epoch_is_on_disk_at_once(tmp_path):
-    """So that a run which is killed has left it."""
+    """A run that is killed leaves its epochs."""
     path = tmp_path / "results.csv"
-    with ResultsFile(path) as results:
-        assert path.read_text() == ",".join(COLUMNS) + "\n"
-        results.add(Epoch("gw", 7, 0.25, 0.5, 0.125, 3.0))
-        assert path.read_text().splitlines()[1] == "gw,7,0.25,0.5,0.125,3"
+    start_results(path)
+    assert path.read_text() == ",".join(COLUMNS) + "\n"
+    add_result(path, Epoch("gw", 7, 0.25, 0.5, 0.125, 3.0))
+    assert path.read_text().splitlines()[1] == "gw,7,0.25,0.5,0.125,3"
 
 
 def test_the_best_epoch_is_the_first_of_the_best():

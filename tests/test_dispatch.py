@@ -51,3 +51,9 @@ def test_backends_beside_the_package_are_those_of_its_own_checkout_alone(tmp_pat
     assert backends_beside(package) == []
     project.write_text('[project]\nname = "polywhiten"\n', encoding="utf-8")
     assert backends_beside(package) == [str(backends)]
+
+
+def test_every_implementation_has_a_name(library):
+    """`polywhiten info` shows the names; an implementation without one would inherit that of the plain kernels."""
+    implementations = backend_of(library.array(np.ones((4, 2), "float32"))).implementations
+    assert len({implementation.name for implementation in implementations}) == len(implementations)

@@ -1,4 +1,4 @@
-"""The demo's training in Keras, by `fit` and with its own progress bar, on the backend in use."""
+"""Train the demo's network in Keras, by `fit` and with Keras' progress bar, on the backend in use."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ BACKEND = keras.backend.backend()
 TITLE = f"Keras on {BACKEND}"
 SHOWS_PROGRESS = True
 
-# PyTorch's defaults, where Keras has others, so that the frameworks compare.
+# PyTorch's defaults, which differ from Keras', so that results of the two frameworks can be compared.
 EPSILON = 1e-5
-AVERAGING = 0.9  # PyTorch's 0.1 is the newest batch's weight
+AVERAGING = 0.9  # in PyTorch 0.1, the weight of the newest batch
 
 LAYERS: dict[str, Callable[[], Any]] = {
     "bn": lambda: layers.BatchNormalization(epsilon=EPSILON, momentum=AVERAGING),
@@ -49,17 +49,17 @@ TEST_BATCH = 500
 
 
 def check_device(device: str) -> None:
-    """ValueError, in one line, where the backend can't compute on `device`."""
+    """Raise ValueError, with a message of one line, if the backend can't compute on the device."""
     try:
         with _device(device):
             ops.convert_to_numpy(ops.ones(1) + ops.ones(1))
         kind, _, index = device.lower().partition(":")
-        if kind == "cpu" and index not in ("", "0"):  # Keras would only fail in training, with PyTorch
-            raise ValueError("there is but one")
-        # TensorFlow computes elsewhere then
+        if kind == "cpu" and index not in ("", "0"):  # with PyTorch, Keras would fail later, in training
+            raise ValueError("there is only one")
+        # TensorFlow computes on another device instead of raising an error
         if BACKEND == "tensorflow" and f"{kind}:{index or 0}" not in keras.distribution.list_devices(kind):
             raise ValueError("there is none")
-    except Exception as error:  # every backend has its own
+    except Exception as error:  # each backend raises errors of its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{TITLE} can't compute on {device!r} ({reason}): use cpu, or gpu:0 if there is one"
@@ -67,38 +67,38 @@ def check_device(device: str) -> None:
 
 
 def _device(name: str) -> Any:
-    """The context in which Keras computes on a device."""
-    return keras.device("cpu" if name == "cpu:0" else name)  # Keras doesn't train with PyTorch on the latter
+    """Return a context in which Keras computes on the device."""
+    return keras.device("cpu" if name == "cpu:0" else name)  # with PyTorch, Keras doesn't train on cpu:0
 
 
 def network(norm: str, data: Data, seed: int) -> Any:
-    """Convolutions, each with its norm and ReLU, then the mean over the map and a linear layer."""
+    """Return convolutions, each followed by a norm and ReLU, then the mean over the map and a linear layer."""
     _, height, width, channels = data.x_train.shape
-    place = {"data_format": "channels_last"}  # whatever the user's configuration has
+    layout = {"data_format": "channels_last"}  # the user may have configured another default
     weights = np.random.default_rng(seed)
 
     def uniform(fan_in: int) -> Callable[..., Any]:
-        """PyTorch's initialization, drawn by NumPy: the same on every backend."""
+        """Return PyTorch's initializer, drawing numbers by NumPy so that they are the same on every backend."""
         bound = fan_in**-0.5
         return lambda shape, dtype=None: ops.convert_to_tensor(weights.uniform(-bound, bound, shape), dtype=dtype)
 
     model = keras.Sequential([keras.Input((height, width, channels))])
     for outputs, halve in convolutions(height, width):
         first = uniform(9 * channels)
-        model.add(layers.Conv2D(outputs, 3, padding="same", use_bias=False, kernel_initializer=first, **place))
+        model.add(layers.Conv2D(outputs, 3, padding="same", use_bias=False, kernel_initializer=first, **layout))
         model.add(LAYERS[norm]())
         model.add(layers.ReLU())
         if halve:
-            model.add(layers.MaxPooling2D(**place))
+            model.add(layers.MaxPooling2D(**layout))
         channels = outputs
-    model.add(layers.GlobalAveragePooling2D(**place))
+    model.add(layers.GlobalAveragePooling2D(**layout))
     first = uniform(channels)
     model.add(layers.Dense(data.classes, kernel_initializer=first, bias_initializer=first))
     return model
 
 
 def train(norm: str, data: Data, settings: Settings, step_done: Callable[[], None]) -> Iterator[Epoch]:
-    """Train with stochastic gradient descent; see `polywhiten.cli.demo.training.Trainer`."""
+    """Train with stochastic gradient descent; see `polywhiten.cli.demo.training.Framework.train`."""
     steps = settings.epochs * steps_per_epoch(data, settings)
     with _device(settings.device):
         model = network(norm, data, settings.seed)
@@ -129,7 +129,7 @@ def train(norm: str, data: Data, settings: Settings, step_done: Callable[[], Non
 
 
 class _Batches(keras.utils.PyDataset):  # type: ignore[misc]  # Keras has no types
-    """An epoch's batches, in their order."""
+    """The batches of an epoch, in their order."""
 
     def __init__(self, x: NDArray[np.float32], y: NDArray[np.int64], batches: list[NDArray[np.int64]]) -> None:
         super().__init__()
@@ -144,9 +144,9 @@ class _Batches(keras.utils.PyDataset):  # type: ignore[misc]  # Keras has no typ
 
 
 class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
-    """Times the steps of one epoch, and ends it where the loss isn't finite any more.
+    """Measure the times of the steps of one epoch, and end it if the loss isn't finite any more.
 
-    `keras.callbacks.TerminateOnNaN` would print a line also where there is no terminal.
+    `keras.callbacks.TerminateOnNaN` would do the latter, but prints a line even without a terminal.
     """
 
     def __init__(self, step_done: Callable[[], None]) -> None:
@@ -158,10 +158,10 @@ class _Watch(keras.callbacks.Callback):  # type: ignore[misc]
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        self.seconds.append(time.perf_counter() - self._start)  # of the whole step: Keras has waited for the loss
+        self.seconds.append(time.perf_counter() - self._start)  # of the complete step, as Keras has waited for the loss
         self._step_done()
         if logs is not None and not math.isfinite(logs["loss"]):
             self.model.stop_training = True
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        self.model.stop_training = True  # the next call of `fit` goes on
+        self.model.stop_training = True  # the next call of `fit` continues the training

@@ -1,4 +1,4 @@
-"""The demo's training in PyTorch."""
+"""Train the demo's network in PyTorch."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ TEST_BATCH = 500
 
 
 def check_device(device: str) -> None:
-    """ValueError, in one line, where PyTorch can't compute on `device`."""
+    """Raise ValueError, with a message of one line, if PyTorch can't compute on the device."""
     try:
         torch.zeros(1, device=device).tolist()
-    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for CUDA
+    except (RuntimeError, AssertionError) as error:  # the latter if PyTorch was built without CUDA
         reason = str(error).splitlines()[0]
         usable = ["cpu"]
         if torch.accelerator.is_available():
@@ -52,7 +52,7 @@ def check_device(device: str) -> None:
 
 
 def network(norm: str, data: Data, seed: int) -> nn.Sequential:
-    """Convolutions, each with its norm and ReLU, then the mean over the map and a linear layer."""
+    """Return convolutions, each followed by a norm and ReLU, then the mean over the map and a linear layer."""
     layers: list[nn.Module] = []
     _, height, width, channels = data.x_train.shape
     with torch.random.fork_rng(devices=[]):
@@ -66,7 +66,7 @@ def network(norm: str, data: Data, seed: int) -> nn.Sequential:
 
 
 def train(norm: str, data: Data, settings: Settings, step_done: Callable[[], None]) -> Iterator[Epoch]:
-    """Train with stochastic gradient descent; see `polywhiten.cli.demo.training.Trainer`."""
+    """Train with stochastic gradient descent; see `polywhiten.cli.demo.training.Framework.train`."""
     device = torch.device(settings.device)
     x_train, x_test = (_pictures(x).to(device) for x in (data.x_train, data.x_test))
     y_train, y_test = (torch.from_numpy(y).to(device) for y in (data.y_train, data.y_test))
@@ -85,7 +85,7 @@ def train(norm: str, data: Data, settings: Settings, step_done: Callable[[], Non
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(loss.item())  # waits for the device, so the time is that of the whole step
+            losses.append(loss.item())  # waits for the device, so that the time is that of the complete step
             seconds.append(time.perf_counter() - start)
             step += 1
             step_done()
@@ -100,12 +100,12 @@ def train(norm: str, data: Data, settings: Settings, step_done: Callable[[], Non
 
 @torch.no_grad()
 def _test(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Mean loss and accuracy."""
+    """Return the mean loss and the accuracy."""
     model.eval()
     scores = torch.cat([model(part) for part in x.split(TEST_BATCH)])
     return cross_entropy(scores, y).item(), (scores.argmax(1) == y).float().mean().item()
 
 
 def _pictures(x: object) -> Tensor:
-    """(N, H, W, C) as (N, C, H, W): channels-last in memory, without a copy."""
+    """Return pictures (N, H, W, C) as a tensor (N, C, H, W), which is channels-last in memory, without a copy."""
     return torch.from_numpy(x).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""What backends say of themselves, in their files about.py, which are read without importing a framework."""
+"""Read what backends say of themselves in their files about.py, without importing a framework."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def about(folder: str) -> About:
 
 def is_installed(module: str) -> bool:
     spec = find_spec(module)
-    return spec is not None and spec.origin is not None  # any folder of that name has a spec
+    return spec is not None and spec.origin is not None  # a folder without a package has a spec too, but no origin
 
 
 def import_without_package(package: str, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Standard output and error of the command line, which may be closed, full, or unable to hold a character."""
+"""Write to standard output and error, which may be closed, full, or unable to encode a character."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import TextIO
 
 @contextlib.contextmanager
 def usable_streams() -> Iterator[None]:
-    """Standard output and error as a program needs them.
+    """Make standard output and error usable inside this `with` statement.
 
-    A descriptor that is closed would be given to the next file that is opened, so it is opened here: output that
-    can't arrive raises OSError, as on a full disk, and messages that nobody can see are dropped. A character that the
-    terminal's encoding lacks is written as its escape. What can't be written in the end is dropped too: Python would
-    add lines of its own and end with exit code 120.
+    The next file that is opened would get the descriptor of a closed stream. So closed streams are opened: writing to
+    standard output then raises OSError, as on a full disk, and messages on standard error are dropped. A character that
+    the terminal's encoding lacks is written as its escape sequence. Output that can't be flushed at the end is dropped
+    too, because Python would add messages and end with exit code 120.
     """
     if sys.stdout is None:
         sys.stdout = _null(1, os.O_RDONLY)
@@ -35,17 +35,17 @@ def usable_streams() -> Iterator[None]:
 
 
 def complain(message: str) -> None:
-    """One line on standard error; where that can't be written to, the exit code has to do."""
+    """Write one line to standard error, or nothing if that can't be written to; the exit code then has to suffice."""
     line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(message.split()))
     with contextlib.suppress(OSError):
         print(f"polywhiten: {line}", file=sys.stderr, flush=True)
 
 
 def reason(error: BaseException) -> str:
-    """The type of an error and the first line of its message, whatever was raised."""
+    """Return the type of an error and the first line of its message."""
     try:
         lines = str(error).strip().splitlines()
-    except Exception:  # a class of someone else's, whose message can't be made
+    except Exception:  # another library's class may fail to make its message
         lines = []
     return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
 
@@ -56,7 +56,7 @@ def _null(number: int, flags: int) -> TextIO:
 
 
 def _redirect(number: int, flags: int) -> None:
-    """Make a file descriptor one of the null device."""
+    """Let a file descriptor refer to the null device."""
     null = os.open(os.devnull, flags)
     if null != number:
         os.dup2(null, number)

@@ -60,20 +60,8 @@ def load_digits() -> Data:
 def load_npz(path: Path) -> Data:
     """Read pictures in the layout of Keras' data sets from a file, without unpickling anything.
 
-    Parameters
-    ----------
-    path : Path
-        An .npz file with x_train and x_test, shape (N, height, width) or (N, height, width, 1 or 3), and y_train and
-        y_test, integers of shape (N,) or (N, 1).
-
-    Returns
-    -------
-    Data
-
-    Raises
-    ------
-    DataError
-        There is no such file, or it holds something else.
+    x_train and x_test have shape (N, height, width) or (N, height, width, 1 or 3), y_train and y_test are integers of
+    shape (N,) or (N, 1). Raise DataError if there is no such file, or it holds something else.
     """
     try:
         return prepare(_shown(path.name), *_unpack(path))

@@ -1,14 +1,13 @@
-"""What the demo leaves behind: a CSV file that grows with every epoch, a table and a picture."""
+"""Report the epochs of the demo: a CSV file that grows with every epoch, a table and a picture."""
 
 from __future__ import annotations
 
 import csv
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from types import TracebackType
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
@@ -17,7 +16,7 @@ from rich.table import Table
 
 from polywhiten.cli.demo.training import NORMS, Epoch
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; markers for those who print in grey.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and markers for prints in grey.
 STYLES = {
     "bn": ("#0072B2", "o"),
     "gn": ("#E69F00", "s"),
@@ -28,56 +27,33 @@ STYLES = {
 
 
 class WriteError(RuntimeError):
-    """Which file can't be written, and why."""
+    """A file can't be written; the message names it and the reason."""
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """WriteError for every OSError."""
+    """Raise WriteError for any OSError inside this `with` statement."""
     try:
         yield
     except OSError as error:
         raise WriteError(f"{path} can't be written ({error.strerror or error})") from error
 
 
-class ResultsFile:
-    """A CSV file of epochs; each is written as soon as it is added, so that a stopped run keeps them."""
+def start_results(path: Path) -> None:
+    """Make a CSV file for epochs, instead of an earlier one of this name."""
+    with writing(path), path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerow(Epoch._fields)
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with writing(path):
-            self._file = path.open("w", newline="", encoding="utf-8")
-        self._rows = csv.writer(self._file)
-        try:
-            self._write(Epoch._fields)
-        except WriteError:
-            self._close()
-            raise
 
-    def add(self, epoch: Epoch) -> None:
-        norm, number, *measures = epoch
-        self._write((norm, number, *(f"{measure:.6g}" for measure in measures)))
-
-    def _write(self, row: Sequence[object]) -> None:
-        with writing(self._path):
-            self._rows.writerow(row)
-            self._file.flush()
-
-    def _close(self) -> None:
-        with suppress(OSError):  # of a row that couldn't be flushed before, of which `_write` told
-            self._file.close()
-
-    def __enter__(self) -> ResultsFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()
+def add_result(path: Path, epoch: Epoch) -> None:
+    """Add an epoch to the CSV file, which is complete after every call, so that a stopped run leaves all epochs."""
+    norm, number, *measures = epoch
+    with writing(path), path.open("a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerow([norm, number, *(f"{measure:.6g}" for measure in measures)])
 
 
 def table(epochs: Sequence[Epoch]) -> Table:
-    """A row a norm: accuracy after the last epoch and in the best one, and the median time of a training step."""
+    """Return a row for each norm: the last and the best test accuracy, and the median time of a training step."""
     result = Table(box=box.SIMPLE_HEAD)
     result.add_column("Norm")
     for title in ("Test accuracy", "Best accuracy", "Best epoch", "ms per step"):
@@ -96,7 +72,7 @@ def table(epochs: Sequence[Epoch]) -> Table:
 
 
 def curves(epochs: Sequence[Epoch], title: str) -> Figure:
-    """Training loss and test accuracy after every epoch, up to where a run diverged."""
+    """Plot training loss and test accuracy after every epoch, until a run diverges."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for norm, run in _by_norm(epochs):
@@ -126,9 +102,9 @@ def curves(epochs: Sequence[Epoch], title: str) -> Figure:
 
 
 def save_curves(epochs: Sequence[Epoch], title: str, path: Path) -> None:
-    """Write them as a picture; WriteError where that's not possible."""
+    """Write the plot of `curves` to a file; raise WriteError if that is not possible."""
     with writing(path), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a file's name: the title has boxes in their place
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the title may hold a file's name in any script
         curves(epochs, title).savefig(path, dpi=150)
 
 

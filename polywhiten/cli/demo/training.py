@@ -1,4 +1,4 @@
-"""What is trained, whichever framework trains it: the network's shape, the batches, and what an epoch reports."""
+"""What all frameworks train alike: the network's shape, the batches, the learning rate, and the results of an epoch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 
 from polywhiten.cli.demo.data import Data
 
-# As users type them, and as tables and pictures show them.
+# The names that users type, and those in tables and pictures.
 NORMS = {"bn": "BN", "gn": "GN", "iternorm": "IterNorm", "gw": "GW", "dbn": "DBN"}
 
 WIDTHS = (32, 32, 64, 64)
-NUM_GROUPS = 16  # of GN and GW
-DBN_GROUP_SIZE = 16  # as in the paper of DBN
+NUM_GROUPS = 16  # of group normalization and group whitening
+DBN_GROUP_SIZE = 16  # as in the paper on decorrelated batch normalization
 MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How each network is trained."""
+    """The options of training, which all networks share."""
 
     epochs: int
     batch_size: int
@@ -33,7 +33,7 @@ class Settings:
 
 
 class Epoch(NamedTuple):
-    """What an epoch gave; its fields are the columns of the CSV file."""
+    """The results of an epoch; the fields are the columns of the CSV file."""
 
     norm: str
     epoch: int
@@ -47,37 +47,32 @@ class Epoch(NamedTuple):
         return not (math.isfinite(self.train_loss) and math.isfinite(self.test_loss))
 
 
-class Trainer(Protocol):
-    """Trains the network with one norm: yields one `Epoch` after each, the last one if it diverged.
-
-    It calls `step_done` after each step. For one seed, every norm starts from the same weights.
-    """
-
-    def __call__(self, norm: str, data: Data, settings: Settings, step_done: Callable[[], None]) -> Iterator[Epoch]: ...
-
-
 class Framework(Protocol):
     """A module that trains in a framework.
 
     Attributes
     ----------
     TITLE : str
-        The framework, as users know it.
+        The framework's name, for users.
     SHOWS_PROGRESS : bool
-        Whether `train` itself shows on a terminal how far it is.
-    train : Trainer
+        Whether `train` itself shows its progress on a terminal.
     """
 
     TITLE: str
     SHOWS_PROGRESS: bool
-    train: Trainer
 
     def check_device(self, device: str) -> None:
-        """ValueError, in one line, where the framework can't compute on `device`."""
+        """Raise ValueError, with a message of one line, if the framework can't compute on the device."""
+
+    def train(self, norm: str, data: Data, settings: Settings, step_done: Callable[[], None]) -> Iterator[Epoch]:
+        """Train the network with one norm, and yield an `Epoch` after each epoch until one diverges.
+
+        Call `step_done` after each step. For one seed, every norm starts from the same weights.
+        """
 
 
 def convolutions(height: int, width: int) -> list[tuple[int, bool]]:
-    """Of each 3 x 3 convolution: its output channels, and whether maps are halved after it, as 8 x 8 and larger are."""
+    """Return the output channels of each 3 x 3 convolution, and whether its maps, of 8 x 8 or more, are halved."""
     layers = []
     for channels in WIDTHS:
         halve = min(height, width) >= 8
@@ -92,12 +87,12 @@ def steps_per_epoch(data: Data, settings: Settings) -> int:
 
 
 def batches(data: Data, settings: Settings, epoch: int) -> list[NDArray[np.int64]]:
-    """Indices of an epoch's batches, of equal size: the pictures that are left over are others in every epoch."""
+    """Return the indices of an epoch's batches of equal size; every epoch leaves out other pictures."""
     order = np.random.default_rng((settings.seed, epoch)).permutation(len(data.x_train))
     steps = steps_per_epoch(data, settings)
     return list(order[: steps * settings.batch_size].reshape(steps, settings.batch_size))
 
 
 def learning_rate(settings: Settings, progress: float) -> float:
-    """Half a cosine from `lr` to 0, at `progress` from 0 to 1."""
+    """Return half a cosine from `lr` to 0, at `progress` from 0 to 1."""
     return settings.lr * (1 + math.cos(math.pi * progress)) / 2
