@@ -39,9 +39,9 @@ class Backend:
         self.kernels = kernels
         self.implementations: tuple[Implementation, ...] = (*faster, Reference(kernels))
 
-    def implementation(self, spec: WhiteningSpec | None, *arrays: Array | None) -> Implementation:
+    def implementation(self, spec: WhiteningSpec | None, x: Array, *others: Array | None) -> Implementation:
         """Return the first implementation that supports these arrays."""
-        return next(each for each in self.implementations if each.supports(spec, *arrays))
+        return next(each for each in self.implementations if each.supports(spec, x, *others))
 
     def kernels_for(self, x: Array) -> Kernels:
         """Return the fastest kernels for an array or for covariances."""

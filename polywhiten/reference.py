@@ -34,7 +34,7 @@ class Reference:
     name = "array API"
     kernels: Kernels
 
-    def supports(self, spec: WhiteningSpec | None, *arrays: Array | None) -> bool:
+    def supports(self, spec: WhiteningSpec | None, x: Array, *others: Array | None) -> bool:
         """Return whether the other methods may be called with these arrays, of which x or a covariance is the first.
 
         There is no spec for `apply_frozen` and `inverse_sqrt`. Any array will do here.
