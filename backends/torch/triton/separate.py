@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 import polywhiten.torch.namespace as xp
@@ -40,13 +42,14 @@ class SeparateImplementation(Reference):
         """Return whether x is on a device that the kernels are for."""
         return is_on_supported_device(x)
 
-    def supports(self, spec: WhiteningSpec | None, x: Tensor, *others: Tensor | None) -> bool:
+    def supports(self, spec: WhiteningSpec | None, *arrays: Tensor | None) -> bool:
         """Return whether the kernels can read all tensors, and PyTorch needn't know what they do."""
-        if not self.is_on_device(x) or x.numel() == 0:
+        x, *others = arrays
+        if x is None or not self.is_on_device(x) or x.numel() == 0:
             return False
         if spec is not None and not have_size(others[:2], x.shape[spec.blocks.axis]):
             return False
-        d = _num_variables(spec, x, *others)
+        d = _num_variables(spec, x, others)
         tensors = [x, *(tensor for tensor in others if tensor is not None)]
         return (
             d is not None
@@ -76,7 +79,8 @@ class SeparateImplementation(Reference):
             return affine_map([term], offset, blocks.block_axis, x.dtype, scale).reshape(x.shape)
         groups = GroupedSamples.of(blocks, x)
         if groups is None:
-            return super().apply(blocks, x, mean, whitener, weight, bias)
+            result: Tensor = super().apply(blocks, x, mean, whitener, weight, bias)
+            return result
         affine = groups.affine(weight=weight, bias=bias)
         y = affine_map([Term(whitener, groups.x, mean)], None, blocks.block_axis, x.dtype, channel_affine=affine)
         return y.reshape(x.shape)
@@ -140,13 +144,14 @@ def _group_whitening_gradients(
     return dx, _sum_of_parts(partial.dweight, weight), _sum_of_parts(partial.dbias, bias)
 
 
-def _num_variables(spec: WhiteningSpec | None, x: Tensor, *others: Tensor | None) -> int | None:
-    """Return the number of variables of a block, None if it can't be told."""
+def _num_variables(spec: WhiteningSpec | None, x: Tensor, others: Sequence[Tensor | None]) -> int | None:
+    """Return the number of variables of a block, None if it isn't known."""
     if spec is not None:
-        return spec.blocks.split(x.shape)[2]
+        d: int = spec.blocks.split(x.shape)[2]
+        return d
     if not others:  # x are covariances
         return x.shape[-1]
-    whitener = others[1] if len(others) == 4 else None  # of frozen statistics
+    whitener = others[1] if len(others) == 4 else None  # frozen statistics have one, a mask has none
     return None if whitener is None else whitener.shape[-1]
 
 
