@@ -51,7 +51,7 @@ def all_reduce(process_group: dist.ProcessGroup | None = None) -> AllReduce:
         y = polywhiten.torch.iter_norm(x, all_reduce=polywhiten.torch.all_reduce())
     """
     if process_group is not None:
-        if process_group == dist.GroupMember.NON_GROUP_MEMBER:
+        if dist.get_rank(process_group) < 0:
             raise ValueError("this process is not in process_group: call all_reduce only in the group's processes")
         if process_group is dist.group.WORLD:
             process_group = None
