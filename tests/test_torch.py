@@ -15,11 +15,7 @@ from torch.autograd import forward_ad  # noqa: E402
 
 import polywhiten as pw  # noqa: E402
 from polywhiten.analysis import InfeasibleWarning  # noqa: E402
-from polywhiten.torch import (  # noqa: E402
-    GroupWhitening,
-    IterNorm,
-    averages,
-)
+from polywhiten.torch import GroupWhitening, IterNorm, averages  # noqa: E402
 
 METHODS = ("newton", "eigh", "minimax")
 LAYERS = {

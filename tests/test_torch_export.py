@@ -52,7 +52,7 @@ def test_fx_records_a_layer_as_one_call():
     graph = torch.fx.symbolic_trace(network)
     nodes = [(node.op, node.target) for node in graph.graph.nodes]
     assert nodes[1:-1] == [("call_module", name) for name in "0123"]
-    assert not called, "as of PyTorch's own layers, hooks are called when the graph runs"
+    assert not called, "hooks are called when the graph runs, as with PyTorch's own layers"
     x = torch.randn(64, 12)
     torch.testing.assert_close(graph(x), network(x))
     assert len(called) == 2

@@ -139,7 +139,7 @@ def test_activation_is_asked_for(norm_layer):
 
 @each_family
 @without_activation
-def test_timm_takes_no_layer_without_activation_where_that_would_leave_out_the_networks(make, activation, norm_layer):
+def test_timm_rejects_a_layer_without_activation_if_the_network_would_lose_its_own(make, activation, norm_layer):
     with pytest.raises(AssertionError, match="No equivalent norm_act layer"):
         make(norm_layer=norm_layer)
 

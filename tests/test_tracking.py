@@ -198,7 +198,7 @@ def test_a_layer_may_be_the_model():
     assert [row.layer for row in tracking.rows] == ["IterNorm"]
 
 
-def test_what_backward_computes_again_is_no_step():
+def test_layers_that_backward_calls_again_are_no_step():
     from torch.utils.checkpoint import checkpoint
 
     class Checkpointed(nn.Module):

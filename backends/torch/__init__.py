@@ -1,30 +1,11 @@
-"""PyTorch: modules, their tracking, and the functions of `polywhiten` as differentiable operations."""
+"""PyTorch: layers, tracking of them, and the functions of `polywhiten` as differentiable operations."""
 
-from polywhiten import (
-    WhiteningStats,
-    apply_whitening,
-    group_whiten,
-    group_whiten_vjp,
-    inverse_sqrt,
-    iter_norm,
-    iter_norm_vjp,
-    whitening_stats,
-)
+import polywhiten
+from polywhiten import *  # noqa: F403
 from polywhiten.torch.backend import BACKEND
 from polywhiten.torch.modules import GroupWhitening, IterNorm
+from polywhiten.torch.processes import all_reduce
 from polywhiten.torch.tracking import track
 
-__all__ = [
-    "BACKEND",
-    "GroupWhitening",
-    "IterNorm",
-    "WhiteningStats",
-    "apply_whitening",
-    "group_whiten",
-    "group_whiten_vjp",
-    "inverse_sqrt",
-    "iter_norm",
-    "iter_norm_vjp",
-    "track",
-    "whitening_stats",
-]
+__all__ = ["BACKEND", "GroupWhitening", "IterNorm", "all_reduce", "track"]
+__all__ += polywhiten.__all__

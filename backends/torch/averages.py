@@ -1,4 +1,4 @@
-"""The running averages of a layer, and a step of them."""
+"""The running averages of a layer, and how a batch updates them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from polywhiten.torch import cpu
 
 
 class RunningAverages(NamedTuple):
-    """What a training step changes in place, unless an average in its own dtype would then not be finite any more.
+    """What a training step updates in place, unless an average would no longer be finite in its own dtype.
 
     Attributes
     ----------
     mean : Tensor, shape (C,)
     matrices : Tensor, shape (groups, d, d)
     batches : Tensor, shape (), or None
-        How many there have been, an integer.
+        Number of batches so far, an integer.
     momentum : float or None
-        Weight of the newest batch; None for the plain average of all batches, by their number.
+        Weight of the newest batch. None takes the plain average of all batches, using their number.
     of_covariance : bool
-        Whether the matrices average covariances; else whiteners. The whiteners of the batch have to be finite too.
+        Whether the matrices are averages of covariances; else they are averages of whiteners. In both cases the batch's
+        whiteners have to be finite.
     """
 
     mean: Tensor
@@ -38,18 +39,18 @@ class RunningAverages(NamedTuple):
 def update_averages(
     averages: Sequence[Tensor],
     statistics: Sequence[Tensor],
-    judged: Sequence[Tensor],
+    checked: Sequence[Tensor],
     count: Tensor | None,
     momentum: float | None,
 ) -> Tensor | bool:
-    """Update running averages in place by a batch's statistics, and return whether that was done.
+    """Update running averages in place with a batch's statistics, and return whether they were updated.
 
-    It isn't if an average in its own dtype would then not be finite any more, or if one of `judged`, other statistics,
-    isn't finite. The plain average of all batches, for `momentum` None, needs their count.
+    They are not if an average would no longer be finite in its own dtype, or if one of the `checked` statistics, which
+    aren't averaged, isn't finite. If `momentum` is None, the average of all batches needs their count.
     """
-    compiled = cpu.update_averages(averages, statistics, judged, count, momentum)
-    if compiled is not None:
-        return compiled
+    updated = cpu.update_averages(averages, statistics, checked, count, momentum)
+    if updated is not None:
+        return updated
     newest = []
     for running, batch in zip(averages, statistics, strict=True):
         if momentum is not None:
@@ -57,7 +58,7 @@ def update_averages(
         else:
             factor = 0.0 if count is None else 1 / (count + 1).to(batch.dtype)
         newest.append(torch.lerp(running.to(batch.dtype), batch, factor).to(running.dtype))
-    finite = _are_finite(*judged, *newest)
+    finite = _are_finite(*checked, *newest)
     for running, new in zip(averages, newest, strict=True):
         running.copy_(torch.where(finite, new, running))
     if count is not None:
@@ -66,7 +67,6 @@ def update_averages(
 
 
 def _are_finite(*tensors: Tensor) -> Tensor:
-    """Return whether all numbers of all tensors are finite, as a tensor."""
-    largest = reduce(torch.maximum, (torch.linalg.vector_norm(tensor, math.inf) for tensor in tensors))
-    result: Tensor = largest < math.inf
-    return result
+    """Return whether all elements of all tensors are finite, as a tensor."""
+    largest: Tensor = reduce(torch.maximum, (torch.linalg.vector_norm(tensor, math.inf) for tensor in tensors))
+    return largest < math.inf

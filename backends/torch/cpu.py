@@ -19,7 +19,8 @@ from polywhiten.reference import Gradients, Reference
 from polywhiten.solvers import Solver
 from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import NO_STATISTICS, Statistics
-from polywhiten.torch.kernels import TorchKernels, can_bypass_autograd, full_precision
+from polywhiten.torch._internals import can_bypass_autograd
+from polywhiten.torch.kernels import TorchKernels, full_precision
 
 if TYPE_CHECKING:
     from polywhiten.cpu.launches import Calls

@@ -1,4 +1,4 @@
-"""A layer as one call in the graphs of torch.fx, which its tracers make of PyTorch's own layers alone."""
+"""Let the tracers of torch.fx record a layer as one call, which they do for PyTorch's own layers alone."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch.fx import Proxy
 
 
 class LeafModule(nn.Module):
-    """A module that every tracer of torch.fx records as a `call_module`, and none looks into.
+    """A module that every tracer of torch.fx records as one `call_module` node, without tracing its `forward`.
 
-    Tracers ask for a module's leaf-ness by its class's place in `torch.nn`, or have lists of their own: nowhere can a
-    class say it of itself. Here the call does, before any hook and any subclass' `forward` sees the tracer's proxy; the
-    tracer still follows, in `Tracer.call_module`, which module is called.
+    Tracers treat modules as leaves if their class is defined in `torch.nn`, or if it is in a list of the tracer's user;
+    a class can't declare itself a leaf. So the call of the module records the node, before any hook or `forward` gets
+    the tracer's proxy. It goes through `Tracer.call_module`, where tracers note which module is called.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module, or record the call where an argument is a proxy."""
+        """Call the module, or record the call if an argument is a proxy."""
         for argument in (*args, *kwargs.values()):
             if isinstance(argument, Proxy):
                 return _record(argument.tracer, self, args, kwargs)
@@ -25,6 +25,8 @@ class LeafModule(nn.Module):
 
 
 def _record(tracer: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the proxy of the module's result, after the tracer has recorded the call."""
+
     def leaf(*args: Any, **kwargs: Any) -> Any:
         return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 

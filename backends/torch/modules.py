@@ -1,35 +1,29 @@
-"""Layers: `IterNorm` in place of BatchNorm1d/2d/3d, `GroupWhitening` in place of GroupNorm."""
+"""The layers: `IterNorm` replaces BatchNorm1d, 2d and 3d, and `GroupWhitening` replaces GroupNorm."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.fx import Proxy
+from torch import Tensor
 
 from polywhiten import checks
 from polywhiten.blocks import ChannelGroups, SampleGroups
 from polywhiten.feasibility import batch_objection, sample_objection
-from polywhiten.layer_entry import whiten_nothing
-from polywhiten.notices import Framework, Notice
-from polywhiten.solvers import regularized_solver
 from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import TRACKED, WhiteningStats, whitener_of
 from polywhiten.torch.averages import RunningAverages, update_averages
 from polywhiten.torch.backend import BACKEND
-from polywhiten.torch.leaf import LeafModule
+from polywhiten.torch.whitening_layer import WhiteningLayer
 
 ON_NONFINITE = ("skip", "raise")
 
 
-class IterNorm(LeafModule):
+class IterNorm(WhiteningLayer):
     r"""Iterative normalization: whitens groups of channels over the batch.
 
-    In place of `torch.nn.BatchNorm1d`, `BatchNorm2d` or `BatchNorm3d`, with their arguments in their order up to
-    `track_running_stats`, the others by keyword:
+    Replaces `torch.nn.BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d`. It takes their arguments in their order up to
+    `track_running_stats`, and the others by keyword:
 
     .. math:: Y = \Sigma^{-1/2} (X - \mu) \cdot \gamma + \beta, \quad
               \Sigma = \tfrac{1}{M} (X - \mu)(X - \mu)^T + \epsilon I
@@ -37,33 +31,34 @@ class IterNorm(LeafModule):
     Parameters
     ----------
     num_features : int
-        C, the channels of the input (N, C, ...).
+        C, the number of channels of the input (N, C, ...).
     eps : float
-        Added to the diagonal of the covariance, so in units of the squared input.
+        Added to the diagonal of the covariance, so it has the units of the squared input.
     momentum : float or None
-        Weight of the newest batch in the running averages; None: the plain average of all batches.
+        Weight of the newest batch in the running averages. None takes the plain average of all batches.
     affine : bool
         Whether to learn a weight and a bias for every channel.
     track_running_stats : bool
-        Whether to keep running averages for evaluation mode. Without them every input is whitened by its own batch.
+        Whether to keep running averages for evaluation mode. Without them, every input is whitened by its own batch.
     bias : bool
-        Whether an affine layer has a bias beside its weight.
+        Whether an affine layer has a bias as well as a weight.
     group_size : int
-        Channels whitened together; the last group is smaller where this doesn't divide C. 1 is batch normalization.
+        Number of channels whitened together; the last group is smaller if this doesn't divide C. 1 is batch
+        normalization.
     method : {"newton", "eigh", "minimax"}
         As for `polywhiten.iter_norm`; "eigh" is decorrelated batch normalization.
     iterations : int, optional
         Steps of "newton" and "minimax", 5 by default; "eigh" has none.
-    track : {"whitener", "covariance"}
-        What is averaged: the whitener as in the paper, or the covariance, from which the whitener is derived in every
-        evaluation. The covariance is the better estimate, above all for "eigh".
     relative_eps : bool
         Whether eps is a fraction of each group's mean variance instead, as for `polywhiten.iter_norm`.
+    track : {"whitener", "covariance"}
+        Which matrix is averaged: the whitener, as in the paper, or the covariance, from which every evaluation computes
+        the whitener. The covariance is the better estimate, above all with "eigh".
     on_nonfinite : {"skip", "raise"}
-        What to do with a batch whose statistics aren't finite, or with which a running average wouldn't be in its own
-        dtype. It never enters the running averages. "skip": such a batch leaves them as they were, without a word (its
-        output is NaN in the first case). "raise": a ValueError, at the price of a synchronization with the device, and
-        of a graph break in `torch.compile`.
+        What to do with a batch that would make statistics or running averages NaN or infinite, in their own dtype. Such
+        a batch never changes the running averages. "skip" ignores it silently; if its statistics aren't finite, its
+        output is NaN. "raise" raises a ValueError, which takes a synchronization with the device in every step, and a
+        graph break in `torch.compile`.
     device, dtype
         Of the parameters and running averages.
 
@@ -72,33 +67,37 @@ class IterNorm(LeafModule):
     weight, bias : Parameter, shape (C,), or None
     running_mean : Tensor, shape (C,), or None
     running_whitener or running_covariance : Tensor, shape (groups, d, d), or None
-        Where the last group is smaller, its matrix stands in the upper left corner and the identity fills the rest.
-        As of batch normalization, both averages may be set to None: every input is then whitened by its own batch.
+        If the last group is smaller, its matrix is in the upper left corner and the identity fills the rest. As with
+        batch normalization, you may set both averages to None; then every input is whitened by its own batch.
     num_batches_tracked : Tensor, shape (), or None
-        Set to None, nothing is averaged for momentum None.
+        If it is None, `momentum=None` averages nothing.
 
     Raises
     ------
     ValueError
-        An argument or an input doesn't fit; in training, one sample a channel.
+        An argument or an input is invalid, or a training batch has one sample per channel.
     TypeError
-        An input that isn't floating point.
+        The input isn't a floating-point tensor.
 
     Warns
     -----
     polywhiten.analysis.InfeasibleWarning
-        In training, where a batch has fewer samples, batch size times positions, than whitening the group size takes.
-        Once for a network, when its layers have run, with their number and the first one's name; the warning's
-        `layers` has them all. Not in compiled code.
+        In training, if a batch has fewer samples (batch size times positions) than whitening this group size needs.
+        There is one warning for a network, after its layers have run. It gives their number and the first one's name,
+        and has all of them in its attribute `layers`. Compiled code doesn't warn.
 
     Notes
     -----
-    Statistics are computed in float32 for half precision, under autocast too; the output has the input's dtype and
-    memory format. A batch of no samples, as a process of several may get, is returned empty and changes no average.
-    Statistics are this process's own; `polywhiten.iter_norm` shares them with `all_reduce`. What looks
-    for batch normalization by PyTorch's own class, as `torch.optim.swa_utils.update_bn` does, doesn't find this one.
-    ONNX has no eigendecomposition: `torch.onnx.export` of a module writes "eigh" as so many of Newton's steps that they
-    are as exact. Of what `torch.export` has made of a module before, it can't.
+    For half precision, statistics are computed in float32, also under autocast; the output has the dtype and memory
+    format of the input. An empty batch, which one of several processes may get, is returned as it is and changes no
+    average.
+
+    Each process computes its own statistics; `polywhiten.iter_norm` shares them between processes with
+    `all_reduce=polywhiten.torch.all_reduce()`. Tools that detect batch normalization by its class, such as
+    `torch.optim.swa_utils.update_bn`, do not recognize this layer.
+
+    ONNX has no eigendecomposition, so `torch.onnx.export` replaces "eigh" by Newton's iteration with enough steps to be
+    as exact. It can't do so for a module that `torch.export` has already converted.
 
     References
     ----------
@@ -113,8 +112,8 @@ class IterNorm(LeafModule):
     torch.Size([4, 16, 5, 5])
     """
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
+    channels_argument = "num_features"
+
     running_mean: Tensor | None
     num_batches_tracked: Tensor | None
 
@@ -136,42 +135,41 @@ class IterNorm(LeafModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self._notice = Notice()  # that the layer is infeasible
-        self.num_features = checks.check_positive("num_features", num_features)
+        num_features = checks.check_positive("num_features", num_features)
+        super().__init__(
+            num_features,
+            eps=eps,
+            affine=affine,
+            bias=bias,
+            method=method,
+            iterations=iterations,
+            relative_eps=relative_eps,
+            device=device,
+            dtype=dtype,
+        )
+        self.num_features = num_features
         self.group_size = checks.check_positive("group_size", group_size)
-        self.eps = checks.check_eps(eps)
-        self.relative_eps = relative_eps
         if momentum is not None:
             momentum = checks.check_momentum(momentum, ", or None for the plain average")
         self.momentum = momentum
-        self.affine = affine
         self.track_running_stats = track_running_stats
-        self.method = method
-        self._solver, self._shift = regularized_solver(method, iterations, self.eps, relative_eps)
         self.track = checks.check_choice("track", track, TRACKED)
         self.on_nonfinite = checks.check_choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        _register_affine(self, num_features, bias, factory)
         d = min(self.group_size, num_features)
         for name, shape in (("running_mean", (num_features,)), (self._matrices, (-(-num_features // d), d, d))):
-            self.register_buffer(name, torch.empty(shape, **factory) if track_running_stats else None)
+            averages = torch.empty(shape, device=device, dtype=dtype) if track_running_stats else None
+            self.register_buffer(name, averages)
         count = torch.empty((), dtype=torch.long, device=device) if track_running_stats else None
         self.register_buffer("num_batches_tracked", count)
         self.reset_parameters()
 
     @property
-    def iterations(self) -> int | None:
-        """Steps of the iterative methods; None for "eigh"."""
-        return getattr(self._solver, "iterations", None)
-
-    @property
     def _matrices(self) -> str:
-        """Name of the buffer of what is tracked beside the mean."""
+        """Name of the buffer with the running average of the tracked matrix."""
         return f"running_{self.track}"
 
     def reset_running_stats(self) -> None:
-        """Forget the running averages: mean 0, whitener or covariance the identity."""
+        """Reset the running mean to 0, the running matrices to the identity, and the number of batches to 0."""
         averages = self._averages()
         with torch.no_grad():
             if averages is not None:
@@ -182,33 +180,35 @@ class IterNorm(LeafModule):
                 self.num_batches_tracked.zero_()
 
     def reset_parameters(self) -> None:
-        """Weight 1, bias 0, and no running averages."""
+        """Set the weight to 1 and the bias to 0, and reset the running averages."""
         self.reset_running_stats()
-        _reset_affine(self)
+        super().reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """Whiten x, shape (N, num_features, ...): by its batch in training, else by the running averages."""
-        _check_input(x, self.num_features, "num_features")
+        self._check_input(x)
         averages = self._averages()
         if averages is not None and not self.training:
-            return self._frozen(x, *averages)
+            return self._whiten_by_averages(x, *averages)
         if x.numel() == 0:
-            return _whiten_nothing(self, x)
+            return self._whiten_nothing(x)
         checks.check_batch(x, 1)
-        _take_notice(self, batch_objection, self.group_size, self.num_features, x.numel() // self.num_features)
-        updates = self.training and self.track_running_stats
-        running = self._running(averages) if updates else None
+        self._take_notice(batch_objection, self.group_size, self.num_features, x.numel() // self.num_features)
         spec = WhiteningSpec(ChannelGroups(1, self.group_size), self._solver, self._shift)
-        if not updates:
+        if not (self.training and self.track_running_stats):
             return BACKEND.whiten(spec, x, self.weight, self.bias)
-        y = None if running is None else BACKEND.whiten_and_average(spec, x, self.weight, self.bias, running)
+        y = None
+        if averages is not None and self.on_nonfinite == "skip":  # such kernels don't tell the host of a bad batch
+            matrix_is_covariance = self.track == "covariance"
+            running = RunningAverages(*averages, self.num_batches_tracked, self.momentum, matrix_is_covariance)
+            y = BACKEND.whiten_and_average(spec, x, self.weight, self.bias, running)
         if y is None:
             y, stats = BACKEND.whiten_with_statistics(spec, x, self.weight, self.bias)
-            self._update(stats, averages)
+            self._update_averages(stats, averages)
         return y
 
     def _averages(self) -> tuple[Tensor, Tensor] | None:
-        """The running averages; None where a user has set both to None, or there have never been any."""
+        """Return the running mean and matrices, or None if the layer has neither."""
         mean, matrices = self.running_mean, getattr(self, self._matrices)
         if mean is not None and matrices is not None:
             return mean, matrices
@@ -217,30 +217,25 @@ class IterNorm(LeafModule):
             raise ValueError(f"{missing} is None and {other} isn't: set both to None to whiten every batch by itself")
         return None
 
-    def _running(self, averages: tuple[Tensor, Tensor] | None) -> RunningAverages | None:
-        """Return the averages for kernels that update them, or None where an error is to be raised for a bad batch.
-
-        Such kernels leave it out of the averages without telling the host.
-        """
-        if averages is None or self.on_nonfinite != "skip":
-            return None
-        return RunningAverages(*averages, self.num_batches_tracked, self.momentum, self.track == "covariance")
-
-    def _frozen(self, x: Tensor, mean: Tensor, whitener: Tensor) -> Tensor:
+    def _whiten_by_averages(self, x: Tensor, mean: Tensor, matrices: Tensor) -> Tensor:
+        """Whiten x by the running averages."""
         affine = self.weight, self.bias
-        mean, whitener = (BACKEND.snapshot(each, x, *affine) for each in (mean, whitener))
+        mean, whitener = (BACKEND.snapshot(state, x, *affine) for state in (mean, matrices))
         if self.track == "covariance":
-            full = BACKEND.kernels.to_accumulation_dtype(whitener)
-            whitener = whitener_of(BACKEND.kernels_for(full), full, self.num_features, self._solver, self._shift)
+            covariance = BACKEND.kernels.to_accumulation_dtype(whitener)
+            kernels = BACKEND.kernels_for(covariance)
+            whitener = whitener_of(kernels, covariance, self.num_features, self._solver, self._shift)
         return BACKEND.apply_frozen(1, x, mean, whitener, *affine)
 
     @torch.no_grad()
-    def _update(self, stats: WhiteningStats, averages: tuple[Tensor, Tensor] | None) -> None:
-        batch = stats.mean, getattr(stats, self.track)
-        others = () if self.track == "whitener" else (stats.whitener,)
-        # without averages batches are counted all the same
-        given: tuple[Any, Any, Any] = ((), (), batch + others) if averages is None else (averages, batch, others)
-        finite = update_averages(*given, self.num_batches_tracked, self.momentum)
+    def _update_averages(self, stats: WhiteningStats, averages: tuple[Tensor, Tensor] | None) -> None:
+        """Update the running averages and the number of batches, unless one of them would not be finite."""
+        newest = stats.mean, getattr(stats, self.track)
+        checked = () if self.track == "whitener" else (stats.whitener,)
+        if averages is None:  # only the number of batches changes
+            finite = update_averages((), (), newest + checked, self.num_batches_tracked, self.momentum)
+        else:
+            finite = update_averages(averages, newest, checked, self.num_batches_tracked, self.momentum)
         if self.on_nonfinite == "raise" and not finite:
             raise ValueError(
                 "x has NaN or infinity, or values too large for its dtype or for that of the running averages "
@@ -248,37 +243,33 @@ class IterNorm(LeafModule):
             )
 
     def extra_repr(self) -> str:
-        """Arguments, as `repr` shows them."""
-        return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}, "
-            f"group_size={self.group_size}, method={self.method!r}, iterations={self.iterations}, "
-            f"relative_eps={self.relative_eps}, track={self.track!r}"
-        )
+        """Return the arguments, as `repr` shows them."""
+        names = "eps momentum affine bias track_running_stats group_size method iterations relative_eps track"
+        return self._described(self.num_features, names=names.split())
 
 
-class GroupWhitening(LeafModule):
+class GroupWhitening(WhiteningLayer):
     r"""Group whitening: whitens groups of channels against each other, within every sample.
 
-    In place of `torch.nn.GroupNorm`, with its arguments in their order. Training and evaluation are the same:
+    Replaces `torch.nn.GroupNorm` and takes its arguments in its order. Training and evaluation are the same:
 
     .. math:: Y = \Sigma^{-1/2} (X - \mu) \cdot \gamma + \beta, \quad
               \Sigma = \tfrac{1}{M} (X - \mu)(X - \mu)^T + \epsilon I
 
-    for every sample as a matrix X (num_groups, M).
+    where X is one sample as a matrix (num_groups, M).
 
     Parameters
     ----------
     num_groups : int
         g, the size of the covariance matrix; divides num_channels.
     num_channels : int
-        C, the channels of the input (N, C, ...).
+        C, the number of channels of the input (N, C, ...).
     eps : float
-        Added to the diagonal of the covariance, so in units of the squared input.
+        Added to the diagonal of the covariance, so it has the units of the squared input.
     affine : bool
         Whether to learn a weight and a bias for every channel.
     bias : bool
-        Whether an affine layer has a bias beside its weight.
+        Whether an affine layer has a bias as well as a weight.
     method : {"newton", "eigh", "minimax"}
         As for `polywhiten.iter_norm`.
     iterations : int, optional
@@ -295,20 +286,20 @@ class GroupWhitening(LeafModule):
     Raises
     ------
     ValueError
-        An argument or an input doesn't fit; one value a group and sample.
+        An argument or an input is invalid, or a group has one value per sample.
     TypeError
-        An input that isn't floating point.
+        The input isn't a floating-point tensor.
 
     Warns
     -----
     polywhiten.analysis.InfeasibleWarning
-        In training, where a sample has fewer values, channels times positions, than whitening so many groups takes.
-        Once for a network, as that of `IterNorm`. Not in compiled code.
+        In training, if a sample has fewer values (channels times positions) than whitening this number of groups needs.
+        There is one warning for a network, as with `IterNorm`. Compiled code doesn't warn.
 
     Notes
     -----
-    Statistics are computed in float32 for half precision, under autocast too; the output has the input's dtype and
-    memory format. "eigh" is exported to ONNX as by `IterNorm`.
+    For half precision, statistics are computed in float32, also under autocast; the output has the dtype and memory
+    format of the input. "eigh" is exported to ONNX as with `IterNorm`.
 
     References
     ----------
@@ -323,8 +314,7 @@ class GroupWhitening(LeafModule):
     torch.Size([4, 16, 5, 5])
     """
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
+    channels_argument = "num_channels"
 
     def __init__(
         self,
@@ -340,88 +330,35 @@ class GroupWhitening(LeafModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self._notice = Notice()  # that the layer is infeasible
-        self.num_channels = checks.check_positive("num_channels", num_channels)
-        self.num_groups = checks.check_num_groups(num_groups, num_channels)
-        self.eps = checks.check_eps(eps)
-        self.relative_eps = relative_eps
-        self.affine = affine
-        self.method = method
-        self._solver, self._shift = regularized_solver(method, iterations, self.eps, relative_eps)
-        _register_affine(self, num_channels, bias, {"device": device, "dtype": dtype})
+        num_channels = checks.check_positive("num_channels", num_channels)
+        num_groups = checks.check_num_groups(num_groups, num_channels)
+        super().__init__(
+            num_channels,
+            eps=eps,
+            affine=affine,
+            bias=bias,
+            method=method,
+            iterations=iterations,
+            relative_eps=relative_eps,
+            device=device,
+            dtype=dtype,
+        )
+        self.num_channels = num_channels
+        self.num_groups = num_groups
         self.reset_parameters()
-
-    @property
-    def iterations(self) -> int | None:
-        """Steps of the iterative methods; None for "eigh"."""
-        return getattr(self._solver, "iterations", None)
-
-    def reset_parameters(self) -> None:
-        """Weight 1, bias 0."""
-        _reset_affine(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Whiten every sample of x, shape (N, num_channels, ...)."""
-        _check_input(x, self.num_channels, "num_channels")
+        self._check_input(x)
         if x.numel() == 0:
-            return _whiten_nothing(self, x)
+            return self._whiten_nothing(x)
         num_groups = checks.check_sample_groups(x, self.num_groups, 1)
         spec = WhiteningSpec(SampleGroups(1, num_groups), self._solver, self._shift)
         y = BACKEND.whiten(spec, x, self.weight, self.bias)
-        _take_notice(self, sample_objection, self.num_groups, self.num_channels, math.prod(x.shape[1:]))
+        self._take_notice(sample_objection, self.num_groups, self.num_channels, math.prod(x.shape[1:]))
         return y
 
     def extra_repr(self) -> str:
-        """Arguments, as `repr` shows them."""
-        return (
-            f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, "
-            f"bias={self.bias is not None}, method={self.method!r}, iterations={self.iterations}, "
-            f"relative_eps={self.relative_eps}"
-        )
-
-
-def _check_input(x: Tensor, channels: int, name: str) -> None:
-    if not isinstance(x, Tensor):
-        if isinstance(x, Proxy):
-            raise TypeError(
-                "x is a torch.fx.Proxy: torch.fx records a whitening layer as one call by the module that has it; "
-                "trace that module, or torch.nn.Sequential(layer)"
-            )
-        raise TypeError(f"x is a {type(x).__module__}.{type(x).__qualname__}: pass a tensor, as torch.as_tensor(x)")
-    checks.check_channels(x, channels, name)
-    checks.check_array(BACKEND.kernels.xp, x)
-
-
-def _whiten_nothing(layer: IterNorm | GroupWhitening, x: Tensor) -> Tensor:
-    y: Tensor = whiten_nothing(BACKEND, x, layer.weight, layer.bias, 1)
-    return y
-
-
-def _take_notice(layer: IterNorm | GroupWhitening, objection: Callable[..., str | None], *sizes: Any) -> None:
-    """In training; compiled code has no place for it, nor tracers' symbols."""
-    if layer.training and not torch.compiler.is_compiling() and type(sizes[-1]) is int:
-        layer._notice.run(_FRAMEWORK, layer, objection(*sizes))
-
-
-def _layers_in_training(network: nn.Module) -> dict[str, nn.Module]:
-    return {
-        f"{name} ({type(module).__name__})" if name else type(module).__name__: module
-        for name, module in network.named_modules()
-        if isinstance(module, IterNorm | GroupWhitening) and module.training
-    }
-
-
-_FRAMEWORK = Framework(nn.Module, lambda network: type(network).__name__, _layers_in_training)
-
-
-def _register_affine(layer: IterNorm | GroupWhitening, channels: int, bias: bool, factory: dict[str, Any]) -> None:
-    for name, wanted in (("weight", layer.affine), ("bias", layer.affine and bias)):
-        layer.register_parameter(name, nn.Parameter(torch.empty(channels, **factory)) if wanted else None)
-
-
-def _reset_affine(layer: IterNorm | GroupWhitening) -> None:
-    if layer.weight is not None:
-        nn.init.ones_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+        """Return the arguments, as `repr` shows them."""
+        names = "eps affine bias method iterations relative_eps"
+        return self._described(self.num_groups, self.num_channels, names=names.split())

@@ -1,4 +1,4 @@
-"""The layers as networks' `norm_layer=` calls them: the channels first, and for timm with an activation."""
+"""The layers for the `norm_layer=` of networks: with the channels first, and with an activation for timm."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from polywhiten.torch.modules import GroupWhitening, IterNorm
 
 
 class GroupWhiteningLayer(GroupWhitening):
-    """`GroupWhitening` with the channels first, for networks that call `norm_layer(channels)`.
+    """`GroupWhitening` with the number of channels first, for networks that call `norm_layer(channels)`.
 
-    torchvision's networks take `functools.partial(GroupWhitening, 32)` too. timm's keep a partial's keywords alone, and
-    `GroupWhitening` can't have its number of groups by keyword where the channels come first.
+    torchvision's networks also take `functools.partial(GroupWhitening, 32)`. timm's networks keep only the keyword
+    arguments of a partial, and `GroupWhitening` can't take its number of groups by keyword if the channels come first.
 
     Parameters
     ----------
     num_channels, num_groups
         As for `GroupWhitening`.
     **kwargs
-        The others of `GroupWhitening`, by keyword.
+        The other arguments of `GroupWhitening`.
 
     Raises
     ------
     TypeError, ValueError
-        As by `GroupWhitening`.
+        As for `GroupWhitening`.
 
     Examples
     --------
@@ -39,14 +39,14 @@ class GroupWhiteningLayer(GroupWhitening):
     (64, 8, 0.001)
     """
 
-    # a class, as timm takes no other where activations are in normalization layers: a function would leave them out
+    # This is a class because timm would take a function for a layer with an activation, and leave the activation out.
     def __init__(self, num_channels: int, num_groups: int = 32, **kwargs: Any) -> None:
         super().__init__(num_groups, num_channels, **kwargs)
 
     def extra_repr(self) -> str:
-        """Arguments, as `repr` shows them."""
-        first, others = f"{self.num_groups}, {self.num_channels}", super().extra_repr()
-        return f"{self.num_channels}, num_groups={self.num_groups}{others.removeprefix(first)}"
+        """Return the arguments, as `repr` shows them."""
+        sizes, arguments = f"{self.num_groups}, {self.num_channels}", super().extra_repr()
+        return f"{self.num_channels}, num_groups={self.num_groups}{arguments.removeprefix(sizes)}"
 
 
 def iter_norm_act(
@@ -59,28 +59,28 @@ def iter_norm_act(
     drop_layer: Callable[[], nn.Module] | None = None,
     **kwargs: Any,
 ) -> NormAct:
-    """`IterNorm` and an activation, for those of timm's networks whose normalization layers activate too.
+    """Return `IterNorm` with an activation, for networks of timm whose normalization layers include the activation.
 
-    These are EfficientNet, RegNet, ResNetV2, DenseNet and others: where timm says "No equivalent norm_act layer" of
-    `IterNorm`. Of layers that aren't its own timm takes functions alone there, and hands them no activation: pass
-    the network's own by `functools.partial`.
+    These are EfficientNet, RegNet, ResNetV2, DenseNet and others, for which timm rejects `IterNorm` with the message
+    "No equivalent norm_act layer". There timm takes layers that aren't its own only as functions, and doesn't tell them
+    the activation: use `functools.partial` to pass the one that the network normally has.
 
     Parameters
     ----------
     num_features : int
         As for `IterNorm`.
     act_layer : str, callable or None
-        The activation: a name that timm knows, or a class of modules; None for none.
+        The activation: a name that timm knows, or a class of modules. None means no activation.
     apply_act : bool
-        Whether this layer has an activation. timm's networks say it.
+        Whether this layer has an activation. timm's networks pass it.
     act_kwargs : mapping, optional
         Arguments of the activation.
     inplace : bool
-        Whether the activation works in place, where it can.
+        Whether the activation works in place, if it can.
     drop_layer : callable, optional
-        What makes a module that stands between normalization and activation.
+        Returns a module to put between normalization and activation.
     **kwargs
-        The others of `IterNorm`.
+        The other arguments of `IterNorm`.
 
     Returns
     -------
@@ -89,7 +89,7 @@ def iter_norm_act(
     Raises
     ------
     TypeError, ValueError
-        As by `IterNorm`.
+        As for `IterNorm`.
 
     Examples
     --------
@@ -114,7 +114,7 @@ def group_whitening_act(
     drop_layer: Callable[[], nn.Module] | None = None,
     **kwargs: Any,
 ) -> NormAct:
-    """`GroupWhitening` and an activation, for those of timm's networks whose normalization layers activate too.
+    """Return `GroupWhitening` with an activation, for networks of timm whose normalization layers include it.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def group_whitening_act(
     act_layer, apply_act, act_kwargs, inplace, drop_layer
         As for `iter_norm_act`.
     **kwargs
-        The others of `GroupWhitening`.
+        The other arguments of `GroupWhitening`.
 
     Returns
     -------
@@ -132,7 +132,7 @@ def group_whitening_act(
     Raises
     ------
     TypeError, ValueError
-        As by `GroupWhitening`.
+        As for `GroupWhitening`.
 
     Examples
     --------
@@ -147,12 +147,12 @@ def group_whitening_act(
 
 
 class NormAct(nn.Sequential):
-    """A normalization layer `norm`, a layer `drop` and an activation `act`, one after another.
+    """A normalization layer `norm`, a layer `drop` and an activation `act`, in this order.
 
     Attributes
     ----------
     weight, bias : Parameter or None
-        Those of `norm`, where timm's networks look for them to initialize them.
+        Those of `norm`. timm's networks look for them here to initialize them.
     """
 
     norm: IterNorm | GroupWhitening
@@ -176,6 +176,7 @@ def _with_activation(
     inplace: bool,
     drop_layer: Callable[[], nn.Module] | None,
 ) -> NormAct:
+    """Return a normalization layer with its activation, which timm creates from a name or a class."""
     from timm.layers import create_act_layer
 
     act = create_act_layer(act_layer, **{"inplace": inplace, **(act_kwargs or {})})

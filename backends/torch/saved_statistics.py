@@ -1,4 +1,4 @@
-"""Which statistics PyTorch saves for backward, and symmetric matrices stored by half."""
+"""The statistics that backward needs: which ones to save, and how to store half of a symmetric matrix."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor
 
 from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import Statistics
+from polywhiten.torch._internals import can_bypass_autograd, is_transforming
 from polywhiten.torch.cpu import recomputes_cheaply
-from polywhiten.torch.kernels import can_bypass_autograd
 
-_SMALL_FRACTION = 0.01  # of the input's elements, which backward keeps anyway
+_SMALL_FRACTION = 0.01  # of the input's elements, which are saved anyway
 
 
 def saved_statistics(spec: WhiteningSpec, x: Tensor, stats: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return the statistics to save for backward, which computes the others again.
 
-    If the kernels recompute them at little cost, only those are saved that are small beside x, or half of the
-    covariance if all of it is too large. Everything is saved if recomputing needs communication, or if a compiler or a
-    transform decides what is saved.
+    If recomputing is cheap, save only statistics that are small beside x, or half of the covariance if the full matrix
+    is too large. Save everything if recomputing is expensive or needs communication, or if a compiler or transform
+    decides what is saved.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or spec.all_reduce is not None:
+    if torch.compiler.is_compiling() or is_transforming() or spec.all_reduce is not None:
         return stats
     if not recomputes_cheaply(spec, x):
         return stats
@@ -36,13 +36,13 @@ def saved_statistics(spec: WhiteningSpec, x: Tensor, stats: Sequence[Tensor]) ->
         return stats[:number]
     mean, cov, _ = stats
     fits = (cov.numel() + 3 * mean.numel()) / 2 <= limit
-    if fits and can_bypass_autograd([cov]):  # the tensors of a tracer can't be indexed by others
+    if fits and can_bypass_autograd([cov]):  # a tracer's tensors can't be indexed by ordinary ones
         return mean, pack_upper(cov)
     return ()  # the mean alone saves no work
 
 
 def restored_statistics(saved: Sequence[Tensor]) -> Statistics:
-    """Return the statistics that were saved, and None for the others."""
+    """Return the saved statistics, and None for the others."""
     unpacked = list(saved)
     if len(saved) == 2 and saved[1].ndim == 2:
         unpacked[1] = unpack_upper(saved[1])

@@ -1,4 +1,4 @@
-"""Tracking: what a model's normalization layers do to their inputs while it is trained."""
+"""Track what a model's normalization layers do to their inputs while it is trained."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from polywhiten import checks
 from polywhiten.analysis.conditioning import block_covariances
 from polywhiten.analysis.tracking import BATCH_NORM_BLOCK, Record
 from polywhiten.blocks import Blocks, ChannelGroups, SampleGroups
+from polywhiten.torch._internals import BatchNorm
 from polywhiten.torch.modules import GroupWhitening, IterNorm
 
-# How each kind of layer cuts its input; the first that fits.
+# How each kind of layer cuts its input into blocks; the first kind that a layer is an instance of counts.
 _BLOCKS: dict[type[nn.Module], Callable[[Any], Blocks]] = {
     IterNorm: lambda layer: ChannelGroups(1, layer.group_size),
     GroupWhitening: lambda layer: SampleGroups(1, layer.num_groups),
-    nn.modules.batchnorm._BatchNorm: lambda layer: ChannelGroups(1, BATCH_NORM_BLOCK),
+    BatchNorm: lambda layer: ChannelGroups(1, BATCH_NORM_BLOCK),
     nn.GroupNorm: lambda layer: SampleGroups(1, layer.num_groups),
 }
 _KINDS: Any = tuple(_BLOCKS)
 
 
 def _never_compiled(hook: Callable[..., None]) -> Callable[..., None]:
-    """Compiled, it would run once, while it is traced, and count no more."""
-    plain: Callable[..., None] = torch.compiler.disable(hook)
-    return plain
+    """Return a hook that is never compiled: a compiled one would run only while it is traced."""
+    disabled: Callable[..., None] = torch.compiler.disable(hook)
+    return disabled
 
 
 class Tracking(Record):
-    """What `track` returns: rows of measures, and the hooks that take them. A context manager that removes the hooks.
+    """Rows of measures, and the hooks that take them; a context manager that removes the hooks. `track` returns it.
 
     Attributes
     ----------
@@ -57,7 +58,7 @@ class Tracking(Record):
         self._handles.append(model.register_forward_hook(self._pass_ends(model)))
 
     def remove(self) -> None:
-        """Take the hooks off the model; the rows stay."""
+        """Remove the hooks from the model and keep the rows."""
         while self._handles:
             self._handles.pop().remove()
 
@@ -72,7 +73,7 @@ class Tracking(Record):
     def _pass_begins(self, model: nn.Module) -> Callable[..., None]:
         @_never_compiled
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if module is not model:  # a deep copy of the model, an average of its weights say, has its hooks too
+            if module is not model:  # a deep copy has these hooks too, for example an average of the weights
                 return
             counts = module.training or self._evaluation
             self._step += counts
@@ -92,7 +93,7 @@ class Tracking(Record):
                     "call track before the first pass of a compiled model",
                     stacklevel=2,
                 )
-            self._measuring = False  # what backward computes once more, for checkpoints, is no step
+            self._measuring = False  # checkpoints call layers again in backward, which is no step
 
         return hook
 
@@ -112,49 +113,50 @@ class Tracking(Record):
 def track(
     model: nn.Module, every: int = 10, layers: Sequence[str] | None = None, *, evaluation: bool = False
 ) -> Tracking:
-    """Measure what a model's normalization layers do to their inputs, while it is trained.
+    """Measure what a model's normalization layers do to their inputs while it is trained.
 
-    Layers are `IterNorm`, `GroupWhitening`, and PyTorch's `BatchNorm1d`, `2d` and `3d` (`SyncBatchNorm` too) and
-    `GroupNorm`. Of the covariance of each one's input and output, in the layer's own blocks, the condition number, the
-    distance from the identity and the mean absolute correlation are taken: see `polywhiten.analysis.tracking.Row`.
+    It tracks `IterNorm`, `GroupWhitening`, and PyTorch's `BatchNorm1d`, `2d` and `3d` (also `SyncBatchNorm`) and
+    `GroupNorm`. For the input and the output of each layer it computes the covariance of the blocks that the layer
+    normalizes, and of that the condition number, the distance from the identity and the mean absolute correlation: see
+    `polywhiten.analysis.tracking.Row`.
 
     Parameters
     ----------
     model : Module
         Its forward passes in training mode are the steps.
     every : int
-        Steps from one measurement to the next. The first pass is step 0, and measured.
+        Number of steps from one measurement to the next. The first pass is step 0 and is measured.
     layers : sequence of str, optional
-        Names of the layers to track, as `model.named_modules()` has them; all by default.
+        Names of the layers to track, as in `model.named_modules()`; all by default.
     evaluation : bool
         Whether passes in evaluation mode are steps too.
 
     Returns
     -------
     Tracking
-        With `rows`, `plot(path)`, `write_csv(path)`, and `remove()`, which a `with` statement calls at its end.
+        Has `rows`, `plot(path)`, `write_csv(path)`, and `remove()`, which a `with` statement calls at its end.
 
     Raises
     ------
     TypeError
-        An argument is of a wrong type.
+        An argument has the wrong type.
     ValueError
-        `every` is below 1; the model has no such layers.
+        `every` is below 1, or the model has no such layers.
 
     Warns
     -----
     UserWarning
-        A pass went by none of the layers.
+        A pass called none of the tracked layers.
 
     Notes
     -----
-    Outputs, gradients, running averages and random numbers are those of a model that isn't tracked, and after
-    `remove` none of the hooks is left. A step that isn't measured costs a hook's call a layer. One that is costs two
-    covariances a layer and waits for the device. Covariances are those of the whole batch, in float32 for half
-    precision, else in the activations' dtype: in float32, condition numbers above some 1e7 are rounding.
+    Tracking changes no output, gradient, running average or random number, and `remove` removes all hooks. A step that
+    isn't measured costs one call of a hook for each layer. A measured step computes two covariances for each layer and
+    waits for the device. Covariances are those of the full batch, in float32 for half precision, else in the
+    activations' dtype. In float32, rounding determines condition numbers above about 1e7.
 
-    Track a model before `torch.compile` compiles it, which is in its first pass: graphs are broken at the tracked
-    layers. Hooks on a model that is compiled already are not called for its layers, which is what the warning is for.
+    Call `track` before the first pass of a model that `torch.compile` compiles; its graphs are then broken at the
+    tracked layers. A model that has already been compiled doesn't call hooks of its layers, and `track` warns of that.
 
     Examples
     --------
@@ -175,10 +177,11 @@ def track(
 
 
 def _blocks_of(layer: nn.Module) -> Blocks:
-    """The blocks that a normalization layer's input is measured in."""
+    """Return the blocks in which a normalization layer's input and output are measured."""
     return next(blocks(layer) for kind, blocks in _BLOCKS.items() if isinstance(layer, kind))
 
 
 @torch.no_grad()
 def _covariances(x: Tensor, blocks: Blocks) -> list[NDArray[np.floating]]:
+    """Return the covariances of an activation's blocks as NumPy's arrays."""
     return [cov.cpu().numpy() for cov in block_covariances(x, blocks)]

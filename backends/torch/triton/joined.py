@@ -7,8 +7,9 @@ from torch import Tensor
 
 from polywhiten.gpu_launches import JOINED, gpu_launches
 from polywhiten.spec import WhiteningSpec
+from polywhiten.torch._internals import is_readable_memory
 from polywhiten.torch.averages import RunningAverages
-from polywhiten.torch.kernels import is_readable_memory, on_device_of
+from polywhiten.torch.kernels import on_device_of
 from polywhiten.torch.triton.joined_problem import JoinedProblem
 from polywhiten.torch.triton.joined_whitening import JoinedWhitening
 from polywhiten.torch.triton.plan_cache import cached

@@ -12,7 +12,7 @@ from polywhiten.kernels import Term
 from polywhiten.reference import Gradients, Reference
 from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import NO_STATISTICS, Statistics
-from polywhiten.torch.kernels import can_bypass_autograd
+from polywhiten.torch._internals import can_bypass_autograd
 from polywhiten.torch.triton.affine_map import affine_map
 from polywhiten.torch.triton.combine_cross_moments import combine_cross_moments
 from polywhiten.torch.triton.grouped_samples import GroupedSamples

@@ -1,0 +1,96 @@
+"""Statistics over the processes of `torch.distributed`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from polywhiten._types import AllReduce
+
+
+def all_reduce(process_group: dist.ProcessGroup | None = None) -> AllReduce:
+    """Return a function that sums a tensor over the processes of a group, for `all_reduce=`.
+
+    Statistics are then those of the joined batch of all these processes.
+
+    Parameters
+    ----------
+    process_group : torch.distributed.ProcessGroup, optional
+        Processes that share a batch. The default is the default group at the time of the sum, which may be initialized
+        later.
+
+    Returns
+    -------
+    callable
+        Returns the sum as a new tensor. Functions for the same group are equal and have the same hash.
+
+    Raises
+    ------
+    ValueError
+        This process isn't in the group; also raised by the function, if the default group isn't initialized.
+
+    Notes
+    -----
+    All processes of the group have to make the same calls with `all_reduce`, forward and backward, in the same order,
+    because each call waits for the others. A process may pass an empty batch.
+
+    The gradient of x is that of the sum of all processes' losses. The gradients of weight and bias are those of the
+    process' own samples; `DistributedDataParallel` combines them like those of all other parameters. The sum itself is
+    differentiable any number of times, as second derivatives and the gradients of `whitening_stats` need it, and works
+    in the transforms of `torch.func`.
+
+    Examples
+    --------
+    In a script that `torchrun` starts in several processes::
+
+        torch.distributed.init_process_group()
+        y = polywhiten.torch.iter_norm(x, all_reduce=polywhiten.torch.all_reduce())
+    """
+    if process_group is not None:
+        if dist.get_rank(process_group) < 0:
+            raise ValueError("this process is not in process_group: call all_reduce only in the group's processes")
+        if process_group is dist.group.WORLD:
+            process_group = None
+    return _Sum(process_group)
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """The sum over the processes of a group, or of the default group."""
+
+    process_group: dist.ProcessGroup | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(
+                "torch.distributed has no process group, so all_reduce has no processes to sum over: "
+                "call torch.distributed.init_process_group first"
+            )
+        total: Tensor = _SumOverProcesses.apply(x, self.process_group)
+        return total
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum as a new tensor; its gradient is the sum of all processes' gradients."""
+
+    @staticmethod
+    def forward(x: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=process_group)
+        return total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.process_group = inputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _SumOverProcesses.apply(gradient, ctx.process_group), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, process_group: Any) -> tuple[Tensor, int]:
+        return _SumOverProcesses.apply(x, process_group), in_dims[0]
