@@ -184,7 +184,7 @@ class WholeWhitening:
 
     def _scratch_size(self, derivative: bool) -> int:
         d = self._layout.d
-        return scratch_size(d) if self._phased else max(scratch_size(d), newton.memory(d, derivative))
+        return scratch_size(d) if self._phased else max(scratch_size(d), newton.workspace_size(d, derivative))
 
     def _of_channels(self, weight: Array | None, bias: Array | None) -> tuple[Array | None, Array | None]:
         """Both, if any, in the dtype of x."""

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numba
 
 from polywhiten._types import Array
+from polywhiten.cpu.arguments import AverageArgs, UpdateAveragesArgs, ValuesArgs
 from polywhiten.cpu.device import newton
-from polywhiten.cpu.device.averages import average
+from polywhiten.cpu.device.averages import update_averages
 from polywhiten.cpu.device.packing import Layout, padded
-from polywhiten.cpu.runtime.parallel import Step, bits, run
+from polywhiten.cpu.runtime.parallel import Step, run
 from polywhiten.cpu.schedule import Library, Steps, panels, scratch, scratch_size, solve
 from polywhiten.kernels import Term
 from polywhiten.solvers.newton import Newton
@@ -78,12 +79,19 @@ class Calls(NamedTuple):
         """A step of running averages, in place, of arrays that are contiguous."""
         library, like = self.library, averages[0]
         statistics, judged = ([library.contiguous(each) for each in given] for given in (statistics, judged))
-        numbers = [bits(-1.0 if momentum is None else momentum), library.address(count), len(judged), len(averages)]
-        for each in judged:
-            numbers += [math.prod(each.shape), library.address(each)]
-        for each, newest in zip(averages, statistics, strict=True):
-            numbers += [math.prod(each.shape), library.address(each), library.address(newest)]
-        run([Step(average, numbers)], 1, scratch(1, 1, library.dtype(like)))
+        entries = [
+            AverageArgs(math.prod(each.shape), library.address(each), library.address(newest))
+            for each, newest in zip(averages, statistics, strict=True)
+        ]
+        others = [ValuesArgs(math.prod(each.shape), library.address(each)) for each in judged]
+        args = UpdateAveragesArgs(
+            -1.0 if momentum is None else momentum,
+            library.address(count),
+            entries[0],
+            entries[1] if len(entries) > 1 else AverageArgs(0, 0, 0),
+            others[0] if others else ValuesArgs(0, 0),
+        )
+        run([Step(update_averages, args)], 1, scratch(1, 1, library.dtype(like)))
 
     def _solve(self, solver: Newton, eps: float, *given: Array) -> Array:
         *blocks, d, _ = given[0].shape
@@ -93,7 +101,7 @@ class Calls(NamedTuple):
         if not phased:
             workers = min(workers, number)
         result, steps = solve(self.library, solver, eps, phased, *given)
-        own = scratch(workers, 1 if phased else newton.memory(d, derivative), dtype)
+        own = scratch(workers, 1 if phased else newton.workspace_size(d, derivative), dtype)
         run(steps, workers, own)
         return result
 

@@ -15,11 +15,23 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from polywhiten._types import Array
+from polywhiten.cpu.arguments import (
+    AffineMapArgs,
+    CrossMomentsArgs,
+    FinishCrossMomentsArgs,
+    FinishMomentsArgs,
+    GradientTermsArgs,
+    InverseSqrtArgs,
+    MomentsArgs,
+    ScaleWhitenerArgs,
+    TermArgs,
+)
 from polywhiten.cpu.device import newton
-from polywhiten.cpu.device.affine_map import affine_map, arrange
+from polywhiten.cpu.device.affine_map import affine_map, pack_matrices
+from polywhiten.cpu.device.cross_moments import cross_moments, finish_cross_moments
 from polywhiten.cpu.device.gemm import list_memory
-from polywhiten.cpu.device.gradients import fold_weight, gradient_terms
-from polywhiten.cpu.device.moments import cross_moments, moments, whole_cross_moments, whole_moments
+from polywhiten.cpu.device.gradients import gradient_terms, scale_whitener
+from polywhiten.cpu.device.moments import finish_moments, moments
 from polywhiten.cpu.device.packing import (
     Channels,
     Layout,
@@ -29,7 +41,7 @@ from polywhiten.cpu.device.packing import (
     width_of_runs,
 )
 from polywhiten.cpu.device.simd import LINE
-from polywhiten.cpu.runtime.parallel import Step, bits
+from polywhiten.cpu.runtime.parallel import Step
 from polywhiten.cpu.runtime.parallel import address as memory
 from polywhiten.kernels import Term
 from polywhiten.solvers.newton import Newton
@@ -74,13 +86,17 @@ class Steps(NamedTuple):
         mean, cov = self.library.empty((blocks, d), x), self.library.empty((blocks, d, d), x)
         sums = _workspace("sums", blocks * chunks * dp * dp, dtype)
         means = _workspace("means", blocks * panels(layout) * dp, dtype)
-        numbers = chunks, self._as_rows(layout), address(x), memory(sums), memory(means), *layout
-        kept = x, mean, cov, sums, means
-        return (
-            (mean, cov),
-            Step(moments, numbers, kept),
-            Step(whole_moments, (*numbers, address(mean), address(cov)), kept),
+        args = MomentsArgs(
+            num_chunks=chunks,
+            as_rows=self._as_rows(layout),
+            x=address(x),
+            products=memory(sums),
+            panel_means=memory(means),
+            layout=layout,
         )
+        kept = x, mean, cov, sums, means
+        finish = FinishMomentsArgs(args, address(mean), address(cov))
+        return (mean, cov), Step(moments, args, kept), Step(finish_moments, finish, kept)
 
     def cross_moments(
         self,
@@ -109,14 +125,25 @@ class Steps(NamedTuple):
         whitener = self._given(whitener, blocks, d, d)
         s, k = library.empty((blocks, d), x), library.empty((blocks, d, d), x)
         sums = _workspace("cross sums", blocks * chunks * dp * (dp + 1), dtype)
-        places = *map(address, (dy, x, mean)), memory(sums), self._address(whitener), self._address(weight)
-        layouts = *dy_layout, *layout
-        numbers = chunks, self._as_rows(layout), *places, place, *channels, *layouts
-        whole = chunks, blocks, d, memory(sums), address(s), address(k)
+        args = CrossMomentsArgs(
+            num_chunks=chunks,
+            as_rows=self._as_rows(layout),
+            dy=address(dy),
+            x=address(x),
+            mean=address(mean),
+            sums=memory(sums),
+            whitener=self._address(whitener),
+            weight=self._address(weight),
+            parameter_sums=place,
+            channels=channels,
+            dy_layout=dy_layout,
+            x_layout=layout,
+        )
+        finish = FinishCrossMomentsArgs(chunks, blocks, d, memory(sums), address(s), address(k))
         return (
             (s, k),
-            Step(cross_moments, numbers, (dy, x, mean, weight, whitener, sums)),
-            Step(whole_cross_moments, whole, (s, k, sums)),
+            Step(cross_moments, args, (dy, x, mean, weight, whitener, sums)),
+            Step(finish_cross_moments, finish, (s, k, sums)),
         )
 
     def affine_map(
@@ -143,40 +170,51 @@ class Steps(NamedTuple):
         blocks, d, dp = layout.blocks, layout.d, padded(layout.d)
         shift, weight = self._given(shift, blocks, d), self._given(weight, blocks, d)
         before, after, bias = (self._given(values, channels.number) for values in (before, after, bias))
-        numbers, kept, order = [], [y, shift, before, after, bias, weight], self._order(layout)
+        packed, kept, order = [], [y, shift, before, after, bias, weight], self._order(layout)
         for term in terms:
             array, own = term.array, self.layout(term.array)
             if self._order(own) != order:
                 array = library.in_order_of(array, y)
                 own = self.layout(array)
             kept += [array, self._given(term.matrix, blocks, d, d), self._given(term.centre, blocks, d)]
-            numbers += [*map(address, kept[-3:]), *own]
-        if len(terms) == 1:
-            numbers += [0, 0, 0, *layout]
+            packed.append(TermArgs(*map(address, kept[-3:]), own))
         arranged = _workspace("matrices", blocks * len(terms) * dp * dp, library.dtype(x))
-        values = map(self._address, (shift, before, after, bias))
-        as_rows, _ = order
-        panels_first = not by_block and (as_rows or layout.block_stride < layout.outer_stride)
-        places = memory(arranged), address(y), *values
-        how = panels_first, as_rows and self._go_past_caches(y, layout)
-        numbers = [len(terms), as_rows, *places, channels.positions, *how, *numbers, *layout, self._address(weight)]
         kept.append(arranged)
-        return y, Step(arrange, numbers, kept), Step(affine_map, numbers, kept)
+        as_rows, _ = order
+        args = AffineMapArgs(
+            num_terms=len(terms),
+            as_rows=as_rows,
+            first=packed[0],
+            second=packed[1] if len(terms) == 2 else TermArgs(0, 0, 0, layout),
+            row_scale=self._address(weight),
+            packed_matrices=memory(arranged),
+            y=address(y),
+            shift=self._address(shift),
+            input_weight=self._address(before),
+            output_weight=self._address(after),
+            channel_bias=self._address(bias),
+            channels=channels,
+            panels_first=not by_block and (as_rows or layout.block_stride < layout.outer_stride),
+            nontemporal=as_rows and self._go_past_caches(y, layout),
+            y_layout=layout,
+        )
+        return y, Step(pack_matrices, args, kept), Step(affine_map, args, kept)
 
     def fold_weight(self, w: Array, weight: Array, k: Array) -> tuple[Array, Array, Step]:
         """A', of A = diag(weight) W, and the weight's gradient."""
         blocks, d, _ = w.shape
         w, weight = self._given(w, blocks, d, d), self._given(weight, blocks, d)
         a, gradient = self.library.empty((blocks, d, d), w), self.library.empty((blocks, d), w)
-        arrays = w, weight, a, k, gradient
-        return a, gradient, Step(fold_weight, (blocks, d, *map(self.library.address, arrays)), arrays)
+        arrays = w, weight, k, a, gradient
+        args = ScaleWhitenerArgs(blocks, d, *map(self.library.address, arrays))
+        return a, gradient, Step(scale_whitener, args, arrays)
 
     def gradient_terms(self, ds: Array, s: Array, count: int) -> tuple[Array, Step]:
         """S / M, and (dS + dS') / M in place of dS."""
         blocks, d = s.shape
         centre = self.library.empty((blocks, d), s)
         arrays = ds, s, centre
-        return centre, Step(gradient_terms, (blocks, d, count, *map(self._address, arrays)), arrays)
+        return centre, Step(gradient_terms, GradientTermsArgs(blocks, d, count, *map(self._address, arrays)), arrays)
 
     def layout(self, x: Array) -> Layout:
         shape, strides = x.shape, list(self.library.strides(x))
@@ -265,15 +303,25 @@ def solve(
     cov, grad, weight = arrays
     number, dtype = math.prod(blocks), library.dtype(cov)
     result = library.empty((*blocks, d, d), cov)
-    matrices = _workspace("matrices", number * newton.memory(d, derivative), dtype) if phased else None
-    place = 0 if matrices is None else memory(matrices)
-    reals = bits(eps), bits(float(np.finfo(dtype).smallest_normal))
-    arrays = [cov, grad, result, weight, whitener] if derivative else [cov, result]
-    addresses = (0 if array is None else library.address(array) for array in arrays)
-    numbers = number, d, solver.iterations, place, *reals, *addresses
+    matrices = _workspace("matrices", number * newton.workspace_size(d, derivative), dtype) if phased else None
+    args = InverseSqrtArgs(
+        phase=-1,
+        blocks=number,
+        d=d,
+        steps=solver.iterations,
+        eps=eps,
+        smallest_normal=float(np.finfo(dtype).smallest_normal),
+        matrices=0 if matrices is None else memory(matrices),
+        cov=library.address(cov),
+        whitener=library.address(result) if not derivative else 0 if whitener is None else library.address(whitener),
+        grad=0 if grad is None else library.address(grad),
+        row_scale=0 if weight is None else library.address(weight),
+        dcov=library.address(result) if derivative else 0,
+    )
     kernel = newton.inverse_sqrt_adjoint if derivative else newton.inverse_sqrt
-    phases = range(newton.phases(solver.iterations, derivative)) if phased else [-1]
-    return result, [Step(kernel, (phase, *numbers), (*arrays, matrices)) for phase in phases]
+    phases = range(newton.num_phases(solver.iterations, derivative)) if phased else [-1]
+    kept = *arrays, result, whitener, matrices
+    return result, [Step(kernel, args._replace(phase=phase), kept) for phase in phases]
 
 
 def scratch_size(d: int) -> int:

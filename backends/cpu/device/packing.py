@@ -45,22 +45,6 @@ class Layout(NamedTuple):
     inner_stride: int
 
 
-@njit
-def layout_at(numbers, i):
-    """Of a kernel's numbers."""
-    sizes, strides = i, i + 4
-    return Layout(
-        numbers[sizes],
-        numbers[sizes + 1],
-        numbers[sizes + 2],
-        numbers[sizes + 3],
-        numbers[strides],
-        numbers[strides + 1],
-        numbers[strides + 2],
-        numbers[strides + 3],
-    )
-
-
 class Place(NamedTuple):
     """Where a panel is: in an array of that layout, so many samples of a block."""
 

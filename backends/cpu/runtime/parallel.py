@@ -26,6 +26,7 @@ from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 from polywhiten.cpu import FORKED
+from polywhiten.cpu.arguments import pack
 
 _INT = ir.IntType(64)
 _NUMBERS = types.CPointer(types.int64)
@@ -36,16 +37,16 @@ class Step(NamedTuple):
     """A kernel, the numbers that it is called with, and the arrays whose addresses are among them."""
 
     kernel: Callable[..., None]
-    numbers: Sequence[int]
+    args: Any  # a `NamedTuple` of `polywhiten.cpu.arguments`
     arrays: Sequence[Any] = ()
 
 
 def run(steps: Sequence[Step], workers: int, scratch: np.ndarray[Any, Any], shares: int | None = None) -> None:
-    """Call the steps' kernels for every share of the work: kernel(numbers, scratch, share).
+    """Call the steps' kernels for every share of the work: kernel(args, scratch, part, num_parts).
 
     A worker takes adjacent shares, and all steps of a share follow each other. Without their number every worker has
-    one, and a step begins when all workers have ended the one before. Workers have scratch memory of their own. A
-    kernel's first number is that of shares; numbers and memory are pointers.
+    one, and a step begins when all workers have ended the one before. Workers have scratch memory of their own.
+    Args and memory are pointers.
     """
     openmp = None if FORKED else _openmp()
     if shares is None and workers > 1 and openmp is None:
@@ -57,7 +58,7 @@ def run(steps: Sequence[Step], workers: int, scratch: np.ndarray[Any, Any], shar
     if FORKED:
         workers = 1
     data = array("q", (address(scratch), scratch.strides[0], workers, shares, *functions, len(steps)))
-    numbers = [array("q", (shares, *step.numbers)) for step in steps]
+    numbers = [array("q", pack(step.args)) for step in steps]
     for step, given in zip(steps, numbers, strict=True):
         data.extend((_compiled(step.kernel, scratch.dtype.char), given.buffer_info()[0]))
     if workers == 1:
@@ -96,11 +97,6 @@ def threads() -> int:
 def address(numbers: np.ndarray[Any, Any]) -> int:
     """Of its first number."""
     return int(numbers.__array_interface__["data"][0])
-
-
-def bits(value: float) -> int:
-    """A number for `real`, among a kernel's integers."""
-    return int(np.float64(value).view(np.int64))
 
 
 class _OpenMP(NamedTuple):
@@ -154,7 +150,7 @@ def _torch_threads() -> int | None:
 @cache
 def _compiled(kernel: Callable[..., None], dtype: str) -> int:
     """Its address, for scratch memory and arrays of that dtype."""
-    signature = types.void(_NUMBERS, types.CPointer(numba.from_dtype(np.dtype(dtype))), types.int64)
+    signature = types.void(_NUMBERS, types.CPointer(numba.from_dtype(np.dtype(dtype))), types.int64, types.int64)
     return int(_kept(kernel, dtype, cfunc, signature, error_model="numpy").address)
 
 
@@ -225,7 +221,7 @@ def _work(data, worker):
 
 @njit
 def _take(data, step, worker, share):
-    _call(data[8 + 2 * step], data[9 + 2 * step], data[0] + worker * data[1], share)
+    _call(data[8 + 2 * step], data[9 + 2 * step], data[0] + worker * data[1], share, data[3])
 
 
 @cache
@@ -270,13 +266,13 @@ def _region() -> int:
 
 
 @intrinsic
-def _call(typingctx: Any, function: Any, numbers: Any, scratch: Any, share: Any) -> Any:
+def _call(typingctx: Any, function: Any, args: Any, scratch: Any, part: Any, num_parts: Any) -> Any:
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [_INT] * 3)
+        kind = ir.FunctionType(ir.VoidType(), [_INT] * 4)
         builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4), generate
+    return types.void(*[types.int64] * 5), generate
 
 
 @intrinsic
@@ -299,14 +295,3 @@ def _wait(typingctx: Any, function: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
-
-
-@intrinsic
-def real(typingctx: Any, numbers: Any, index: Any) -> Any:
-    """One of a kernel's numbers that is no integer."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
-        place = builder.gep(args[0], [args[1]])
-        return builder.load(builder.bitcast(place, ir.DoubleType().as_pointer()))
-
-    return types.float64(numbers, types.int64), generate
