@@ -105,7 +105,7 @@ def affine_map(packed, workspace, part, num_parts):
         fence()
 
 
-@njit
+@njit(inline="always")
 def _divide_workspace(workspace, d, terms):
     dp, ld = padded(d), COLUMNS + APART
     result = at(workspace, max(COLUMNS * (terms * dp + APART), terms * dp * ld))
@@ -125,7 +125,7 @@ def _panel(layout, item, panels, step, panels_first):
     return block, start, min(step, layout.outer * layout.inner - start) if item < layout.blocks * panels else 0
 
 
-@njit
+@njit(inline="always")
 def _map_columns(args, memory, y, first, second, prefetched):
     d, dp, n, ld = y.layout.d, padded(y.layout.d), y.samples, COLUMNS + APART
     depth = args.num_terms * dp

@@ -90,7 +90,7 @@ def cross_moments(packed, workspace, part, num_parts):
                 _add_gathered(args, memory, products, x, dy, prefetched)
 
 
-@njit
+@njit(inline="always")
 def _divide_workspace(workspace, d):
     dp = padded(d)
     rows_size, columns_size = COLUMNS * (dp + APART), dp * (COLUMNS + APART)
@@ -114,7 +114,7 @@ def _divide_workspace(workspace, d):
     )
 
 
-@njit
+@njit(inline="always")
 def _start_block(args, memory, products, block):
     d, dp = args.x_layout.d, padded(args.x_layout.d)
     clear(products, 0, 1, dp * (dp + 1))
@@ -128,7 +128,7 @@ def _start_block(args, memory, products, block):
                 put(memory.matrix, i * dp + j, get(args.whitener, (block * d + i) * d + j))
 
 
-@njit
+@njit(inline="always")
 def _add_rows(memory, products, x, dy, prefetched, are_together, is_first, is_last):
     """Add what two panels of rows give; several small panels are added up before their sum is."""
     d, dp = x.layout.d, padded(x.layout.d)
@@ -157,7 +157,7 @@ def _add_exactly(totals, lost, values, count):
         put(lost, c, more if abs(more) < number(lost, np.inf) else number(lost, 0.0))
 
 
-@njit
+@njit(inline="always")
 def _add_columns(memory, products, x, dy, prefetched):
     """Add what two panels of columns give."""
     dp, n = padded(x.layout.d), x.samples
@@ -186,14 +186,14 @@ def _load_columns(memory, x, dy):
     load_columns(memory.gradient, ld, dy, memory.zeros, memory.tile)
 
 
-@njit
+@njit(inline="always")
 def _add_products(memory, products, gradient, ld, n, dp, prefetched):
     """Add the products of columns of dY and rows of X."""
     sums, factors = (products, dp), (gradient, ld, 1, memory.rows, dp + APART)
     multiply_add(*sums, *sums, *factors, dp, dp, n, False, prefetched, 2, memory.prefetch_list)
 
 
-@njit
+@njit(inline="always")
 def _add_gathered(args, memory, products, x, dy, prefetched):
     """Add what panels give where adjacent samples are of different channels."""
     dp, n, ld = padded(x.layout.d), x.samples, COLUMNS + APART

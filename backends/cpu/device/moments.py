@@ -63,7 +63,7 @@ def moments(packed, workspace, part, num_parts):
             _add_panel(memory, products, mean, x, following, args.as_rows)
 
 
-@njit
+@njit(inline="always")
 def _add_panel(memory, products, mean, x, following, as_rows):
     """Add the products of a panel, and store its mean."""
     d, dp, n = x.layout.d, padded(x.layout.d), x.samples
