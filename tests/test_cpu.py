@@ -51,7 +51,7 @@ def _several_threads(monkeypatch):
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
 def compiled(request, monkeypatch):
-    monkeypatch.setattr(kernels, "threads", lambda: request.param)
+    monkeypatch.setattr(kernels, "num_threads", lambda: request.param)
     return kernels.NumPyKernels(xp)
 
 
@@ -376,8 +376,8 @@ def test_numpy_without_numba(monkeypatch):
 @pytest.mark.parametrize("layer", ["workqueue", "omp"])
 def test_threads_may_call_at_the_same_time(monkeypatch, layer):
     monkeypatch.setattr(parallel.numba, "threading_layer", lambda: layer)
-    parallel._alone.cache_clear()
-    assert (parallel._alone() is parallel._LOCK) == (layer == "workqueue")
+    parallel._numba_threads_lock.cache_clear()
+    assert (parallel._numba_threads_lock() is parallel._LOCK) == (layer == "workqueue")
     x = random(300, 64)
     wanted, found = pw.iter_norm(x), []
     callers = [threading.Thread(target=lambda: found.append(pw.iter_norm(x))) for _ in range(4)]
@@ -385,7 +385,7 @@ def test_threads_may_call_at_the_same_time(monkeypatch, layer):
         caller.start()
     for caller in callers:
         caller.join()
-    parallel._alone.cache_clear()
+    parallel._numba_threads_lock.cache_clear()
     assert len(found) == 4
     for y in found:
         np.testing.assert_array_equal(y, wanted)

@@ -45,8 +45,8 @@ def test_any_number_of_threads_gives_the_same(set_threads, monkeypatch, name):
 def test_torch_keeps_its_number_of_threads(set_threads):
     for number in (1, 2):
         set_threads(number)
-        parallel._start_threads.cache_clear()
-        parallel.threads()  # Numba's, which NumPy's arrays are whitened by
+        parallel._start_numba_threads.cache_clear()
+        parallel.num_threads()  # Numba's, which NumPy's arrays are whitened by
         assert torch.get_num_threads() == number
 
 

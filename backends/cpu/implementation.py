@@ -13,7 +13,7 @@ from polywhiten.blocks import SampleGroups
 from polywhiten.cpu.device import newton
 from polywhiten.cpu.device.packing import Channels, padded
 from polywhiten.cpu.launches import Calls
-from polywhiten.cpu.runtime.parallel import Step, run
+from polywhiten.cpu.runtime.parallel import Launch, launch
 from polywhiten.cpu.schedule import NO_CHANNELS, Steps, scratch, scratch_size, solve
 from polywhiten.kernels import Kernels, Term
 from polywhiten.reference import Gradients, Reference, as_dtype_of
@@ -116,7 +116,7 @@ class WholeWhitening:
         own = scratch(self._workers, place + 2 * number, self._dtype)
         parameters = own[:, place : place + number * 8 // own.itemsize].view(np.float64)  # their gradients
         parameters[...] = 0
-        known: list[Step] = []
+        known: list[Launch] = []
         mean, cov, whitener = stats
         if mean is None:
             (mean, cov), *known = steps.moments(self._x, self._chunks)
@@ -142,7 +142,7 @@ class WholeWhitening:
             dweight, dbias = self._calls.library.converted(parameters.sum(0).reshape(2, -1), self._x)
         return dx, self._gradient(dweight, weight), self._gradient(dbias, bias)
 
-    def _whitener(self, own: np.ndarray[Any, Any], steps: list[Step], cov: Array) -> tuple[Array, list[Step]]:
+    def _whitener(self, own: np.ndarray[Any, Any], steps: list[Launch], cov: Array) -> tuple[Array, list[Launch]]:
         """W, and the steps that are still to be run for it."""
         solver, eps = self._spec.solver, self._spec.eps
         if self._newton is not None:
@@ -154,12 +154,12 @@ class WholeWhitening:
     def _adjoint(
         self,
         own: np.ndarray[Any, Any],
-        steps: list[Step],
+        steps: list[Launch],
         cov: Array,
         grad: Array,
         weight: Array | None,
         whitener: Array | None,
-    ) -> tuple[Array, list[Step]]:
+    ) -> tuple[Array, list[Launch]]:
         """The covariance's gradient by that of W, its rows times the weight; and the steps that are still to be run.
 
         Newton's iteration gives W again, in `whitener`.
@@ -173,8 +173,8 @@ class WholeWhitening:
             solver, cov, grad if weight is None else grad * weight[..., None], eps
         ), []
 
-    def _run(self, steps: Sequence[Step], own: np.ndarray[Any, Any]) -> None:
-        run(steps, self._workers, own, self._layout.blocks if self._by_block else None)
+    def _run(self, steps: Sequence[Launch], own: np.ndarray[Any, Any]) -> None:
+        launch(steps, self._workers, own, self._layout.blocks if self._by_block else None)
 
     @property
     def _phased(self) -> bool:

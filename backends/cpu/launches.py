@@ -13,7 +13,7 @@ from polywhiten.cpu.arguments import AverageArgs, UpdateAveragesArgs, ValuesArgs
 from polywhiten.cpu.device import newton
 from polywhiten.cpu.device.averages import update_averages
 from polywhiten.cpu.device.packing import Layout, padded
-from polywhiten.cpu.runtime.parallel import Step, run
+from polywhiten.cpu.runtime.parallel import Launch, launch
 from polywhiten.cpu.schedule import Library, Steps, panels, scratch, scratch_size, solve
 from polywhiten.kernels import Term
 from polywhiten.solvers.newton import Newton
@@ -91,7 +91,7 @@ class Calls(NamedTuple):
             entries[1] if len(entries) > 1 else AverageArgs(0, 0, 0),
             others[0] if others else ValuesArgs(0, 0),
         )
-        run([Step(update_averages, args)], 1, scratch(1, 1, library.dtype(like)))
+        launch([Launch(update_averages, args)], 1, scratch(1, 1, library.dtype(like)))
 
     def _solve(self, solver: Newton, eps: float, *given: Array) -> Array:
         *blocks, d, _ = given[0].shape
@@ -102,7 +102,7 @@ class Calls(NamedTuple):
             workers = min(workers, number)
         result, steps = solve(self.library, solver, eps, phased, *given)
         own = scratch(workers, 1 if phased else newton.workspace_size(d, derivative), dtype)
-        run(steps, workers, own)
+        launch(steps, workers, own)
         return result
 
     def are_phases_shared(self, solver: Newton, number: int, d: int) -> bool:
@@ -112,8 +112,8 @@ class Calls(NamedTuple):
     def _newton_workers(self, solver: Newton, number: int, d: int) -> int:
         return self._workers(number * padded(d) ** 3 * solver.iterations)
 
-    def _run(self, steps: Sequence[Step], workers: int, d: int, like: Array) -> None:
-        run(steps, workers, scratch(workers, scratch_size(d), self.library.dtype(like)))
+    def _run(self, steps: Sequence[Launch], workers: int, d: int, like: Array) -> None:
+        launch(steps, workers, scratch(workers, scratch_size(d), self.library.dtype(like)))
 
     def shares(self, layout: Layout, terms: int = 1) -> tuple[int, int]:
         """Threads, and in how many parts they share a block."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from polywhiten._types import Array
 from polywhiten.cpu.launches import Calls
-from polywhiten.cpu.runtime.parallel import address, threads
+from polywhiten.cpu.runtime.parallel import address, num_threads
 from polywhiten.kernels import Kernels, Term
 from polywhiten.solvers import Solver
 
@@ -44,7 +44,7 @@ class _NumPy:
         return np.ascontiguousarray(array)
 
     def threads(self) -> int:
-        return threads()
+        return num_threads()
 
 
 _CALLS = Calls(_NumPy())

@@ -41,7 +41,7 @@ from polywhiten.cpu.device.packing import (
     width_of_runs,
 )
 from polywhiten.cpu.device.simd import LINE
-from polywhiten.cpu.runtime.parallel import Step
+from polywhiten.cpu.runtime.parallel import Launch
 from polywhiten.cpu.runtime.parallel import address as memory
 from polywhiten.kernels import Term
 from polywhiten.solvers.newton import Newton
@@ -79,7 +79,7 @@ class Steps(NamedTuple):
     library: Library
     block_axis: int
 
-    def moments(self, x: Array, chunks: int = 1) -> tuple[tuple[Array, Array], Step, Step]:
+    def moments(self, x: Array, chunks: int = 1) -> tuple[tuple[Array, Array], Launch, Launch]:
         """Mean (blocks, d) and covariance (blocks, d, d): sums, each block's in so many chunks, and these together."""
         layout, address = self.layout(x), self.library.address
         blocks, d, dp, dtype = layout.blocks, layout.d, padded(layout.d), self.library.dtype(x)
@@ -96,7 +96,7 @@ class Steps(NamedTuple):
         )
         kept = x, mean, cov, sums, means
         finish = FinishMomentsArgs(args, address(mean), address(cov))
-        return (mean, cov), Step(moments, args, kept), Step(finish_moments, finish, kept)
+        return (mean, cov), Launch(moments, args, kept), Launch(finish_moments, finish, kept)
 
     def cross_moments(
         self,
@@ -108,7 +108,7 @@ class Steps(NamedTuple):
         whitener: Array | None = None,
         weight: Array | None = None,
         place: int = 0,
-    ) -> tuple[tuple[Array, Array], Step, Step]:
+    ) -> tuple[tuple[Array, Array], Launch, Launch]:
         """S and K: sums, and these together.
 
         Where there is a whitener: of dY times the weight of its channels; what workers add to the gradients of weight
@@ -142,8 +142,8 @@ class Steps(NamedTuple):
         finish = FinishCrossMomentsArgs(chunks, blocks, d, memory(sums), address(s), address(k))
         return (
             (s, k),
-            Step(cross_moments, args, (dy, x, mean, weight, whitener, sums)),
-            Step(finish_cross_moments, finish, (s, k, sums)),
+            Launch(cross_moments, args, (dy, x, mean, weight, whitener, sums)),
+            Launch(finish_cross_moments, finish, (s, k, sums)),
         )
 
     def affine_map(
@@ -156,7 +156,7 @@ class Steps(NamedTuple):
         after: Array | None = None,
         bias: Array | None = None,
         weight: Array | None = None,
-    ) -> tuple[Array, Step, Step]:
+    ) -> tuple[Array, Launch, Launch]:
         """The sum of the terms, plus shift (blocks, d): matrices as panels are multiplied with them, and the map.
 
         The rows of the first term's matrices are multiplied with the weight (blocks, d), if any. The channels' values,
@@ -198,23 +198,23 @@ class Steps(NamedTuple):
             nontemporal=as_rows and self._go_past_caches(y, layout),
             y_layout=layout,
         )
-        return y, Step(pack_matrices, args, kept), Step(affine_map, args, kept)
+        return y, Launch(pack_matrices, args, kept), Launch(affine_map, args, kept)
 
-    def fold_weight(self, w: Array, weight: Array, k: Array) -> tuple[Array, Array, Step]:
+    def fold_weight(self, w: Array, weight: Array, k: Array) -> tuple[Array, Array, Launch]:
         """A', of A = diag(weight) W, and the weight's gradient."""
         blocks, d, _ = w.shape
         w, weight = self._given(w, blocks, d, d), self._given(weight, blocks, d)
         a, gradient = self.library.empty((blocks, d, d), w), self.library.empty((blocks, d), w)
         arrays = w, weight, k, a, gradient
         args = ScaleWhitenerArgs(blocks, d, *map(self.library.address, arrays))
-        return a, gradient, Step(scale_whitener, args, arrays)
+        return a, gradient, Launch(scale_whitener, args, arrays)
 
-    def gradient_terms(self, ds: Array, s: Array, count: int) -> tuple[Array, Step]:
+    def gradient_terms(self, ds: Array, s: Array, count: int) -> tuple[Array, Launch]:
         """S / M, and (dS + dS') / M in place of dS."""
         blocks, d = s.shape
         centre = self.library.empty((blocks, d), s)
         arrays = ds, s, centre
-        return centre, Step(gradient_terms, GradientTermsArgs(blocks, d, count, *map(self._address, arrays)), arrays)
+        return centre, Launch(gradient_terms, GradientTermsArgs(blocks, d, count, *map(self._address, arrays)), arrays)
 
     def layout(self, x: Array) -> Layout:
         shape, strides = x.shape, list(self.library.strides(x))
@@ -292,7 +292,7 @@ def solve(
     grad: Array | None = None,
     weight: Array | None = None,
     whitener: Array | None = None,
-) -> tuple[Array, list[Step]]:
+) -> tuple[Array, list[Launch]]:
     """W of a covariance; or, of that and W's gradient with its rows times the weight (blocks, d), its own.
 
     In one step, whose workers have matrices of their own in their scratch memory; or, if `phased`, in one for each
@@ -321,7 +321,7 @@ def solve(
     kernel = newton.inverse_sqrt_adjoint if derivative else newton.inverse_sqrt
     phases = range(newton.num_phases(solver.iterations, derivative)) if phased else [-1]
     kept = *arrays, result, whitener, matrices
-    return result, [Step(kernel, args._replace(phase=phase), kept) for phase in phases]
+    return result, [Launch(kernel, args._replace(phase=phase), kept) for phase in phases]
 
 
 def scratch_size(d: int) -> int:
