@@ -1,7 +1,7 @@
 """The arguments of the compiled kernels: one `NamedTuple` a kernel, packed by the host and unpacked by the kernel.
 
 A kernel is called with the address of its packed arguments, eight bytes each in the order of the fields. `pack` and
-`unpack` both read the fields' types, so a field can be added or moved in its class alone.
+`unpack` both read the types of the fields, so a field can be added or moved in its class alone.
 """
 
 from __future__ import annotations
@@ -180,9 +180,9 @@ KERNEL_ARGS = (
 )
 
 
-def pack(args: Any) -> bytes:
-    """Return a kernel's arguments in the form that `unpack` reads."""
-    return _struct(type(args)).pack(*flattened(args))
+def pack(cls: type, values: Iterable[Any]) -> bytes:
+    """Return the arguments of a kernel's class, as `flattened` yields them, in the form that `unpack` reads."""
+    return _struct(cls).pack(*values)
 
 
 def flattened(args: Iterable[Any]) -> Iterator[Any]:

@@ -5,62 +5,45 @@ from __future__ import annotations
 import sys
 import threading
 from array import array
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
 
-from polywhiten.cpu.arguments import pack
 from polywhiten.cpu.runtime import workers
-from polywhiten.cpu.runtime.cache import kernel_address
 from polywhiten.cpu.runtime.fork import FORKED
 from polywhiten.cpu.runtime.openmp import loaded_openmp
 
-
-class Launch(NamedTuple):
-    """A kernel, its args, and the arrays whose addresses are among these, which stay alive until the kernel has run."""
-
-    kernel: Callable[..., None]
-    args: Any  # a `NamedTuple` of `polywhiten.cpu.arguments`
-    arrays: Sequence[Any] = ()
+_NUM_WORKERS, _THREAD_NUM, _TEAM_SIZE, _BARRIER, _FIRST_LAUNCH, _END_LAUNCH = map(
+    workers.Job._fields.index,
+    ("num_workers", "thread_num", "team_size", "barrier", "first_launch", "end_launch"),
+)
 
 
-def launch(
-    launches: Sequence[Launch], num_workers: int, workspace: np.ndarray[Any, Any], num_parts: int | None = None
-) -> None:
-    """Call the kernel of each launch for every part of the work, as kernel(args, workspace, part, num_parts).
+def run(data: array[int], num_workers: int, waits: bool) -> None:
+    """Run a job, see `workers.Job`, that is complete but for OpenMP's functions.
 
-    Args and workspace are pointers; each worker has a row of the workspace. With `num_parts`, a worker takes adjacent
-    parts, and runs all launches on one part before it goes on to the next. Without, every worker has one part, and all
-    workers end a launch before any begins the next.
+    If it waits, every worker has one part, and all workers end a launch before any begins the next. Otherwise a worker
+    takes adjacent parts, and runs all launches on one part before it goes on to the next.
     """
     openmp = None if FORKED or num_workers == 1 else loaded_openmp()
-    waits = num_parts is None
-    if waits and num_workers > 1 and openmp is None:
-        for each in launches:
-            launch([each], num_workers, workspace, num_workers)
-        return
-    job = workers.Job(
-        workspace=address(workspace),
-        workspace_stride=workspace.strides[0],
-        num_workers=1 if FORKED else num_workers,
-        num_parts=num_workers if num_parts is None else num_parts,
-        thread_num=openmp.thread_num if openmp else 0,
-        team_size=openmp.team_size if openmp else 0,
-        barrier=openmp.barrier if openmp and waits else 0,
-        num_launches=len(launches),
-    )
-    dtype = workspace.dtype.char
-    data = workers.packed(job, [(kernel_address(each.kernel, dtype), pack(each.args)) for each in launches])
-    if job.num_workers == 1:
-        workers.in_one_thread()(data.buffer_info()[0])
-    elif openmp:
+    if openmp:
+        data[_THREAD_NUM], data[_TEAM_SIZE] = openmp.thread_num, openmp.team_size
+        data[_BARRIER] = openmp.barrier if waits else 0
         openmp.parallel(workers.openmp_region(), data.buffer_info()[0], num_workers, 0)
-    else:
-        _run_in_numba_threads(data, num_workers)
+        return
+    separately = waits and num_workers > 1
+    if FORKED:
+        num_workers = data[_NUM_WORKERS] = 1
+    end = data[_END_LAUNCH]
+    for first in range(end) if separately else [0]:
+        data[_FIRST_LAUNCH], data[_END_LAUNCH] = first, first + 1 if separately else end
+        if num_workers == 1:
+            workers.in_one_thread()(data.buffer_info()[0])
+        else:
+            _run_in_numba_threads(data, num_workers)
 
 
 def num_threads() -> int:

@@ -6,7 +6,6 @@ Numba compiles the body of its own parallel loops several times over, which woul
 from __future__ import annotations
 
 import ctypes
-from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -22,7 +21,10 @@ _JOB = types.CPointer(types.int64)
 
 
 class Job(NamedTuple):
-    """What all workers of a call have in common."""
+    """What all workers of a call have in common.
+
+    In memory, the address of each launch's kernel and the index of its args come after it, and then all args.
+    """
 
     workspace: int  # address of the first worker's
     workspace_stride: int  # bytes from one worker's workspace to the next one's
@@ -31,25 +33,13 @@ class Job(NamedTuple):
     thread_num: int  # addresses of OpenMP's functions
     team_size: int
     barrier: int  # or 0 if a worker needn't wait for the others after each launch
-    num_launches: int
-
-
-def packed(job: Job, launches: Sequence[tuple[int, bytes]]) -> array[int]:
-    """Return a job in memory, as workers read it, with a kernel's address and args for each launch.
-
-    After the job come the kernels' addresses, each with the index of its args, and then the args themselves.
-    """
-    result, end = array("q", job), len(job) + 2 * len(launches)
-    for kernel, args in launches:
-        result.extend((kernel, end))
-        end += len(args) // result.itemsize
-    result.frombytes(b"".join([args for _, args in launches]))
-    return result
+    first_launch: int
+    end_launch: int  # after the last one
 
 
 @njit
 def _job_at(data):
-    return Job(data[0], data[1], data[2], data[3], data[4], data[5], data[6], data[7])
+    return Job(data[0], data[1], data[2], data[3], data[4], data[5], data[6], data[7], data[8])
 
 
 _FIRST_KERNEL = len(Job._fields)
@@ -90,7 +80,7 @@ def openmp_region() -> int:
             for worker in range(first, job.num_workers, team_size):  # OpenMP may start fewer threads
                 _run_worker(data, worker)
             return
-        for launch in range(job.num_launches):
+        for launch in range(job.first_launch, job.end_launch):
             for worker in range(first, job.num_workers, team_size):
                 _run_part(data, launch, worker, worker)
             _call_barrier(job.barrier)
@@ -103,7 +93,7 @@ def _run_worker(data, worker):
     """Run all launches for each of a worker's parts."""
     job = _job_at(data)
     for part in range(worker * job.num_parts // job.num_workers, (worker + 1) * job.num_parts // job.num_workers):
-        for launch in range(job.num_launches):
+        for launch in range(job.first_launch, job.end_launch):
             _run_part(data, launch, worker, part)
 
 
