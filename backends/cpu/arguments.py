@@ -15,7 +15,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from polywhiten.cpu.device.packing import Channels, Layout
+from polywhiten.cpu.device.channels import Channels
+from polywhiten.cpu.device.panels import Layout
 
 
 class Pointer(int):

@@ -143,7 +143,11 @@ class CpuImplementation(Reference):
             arrays[ORDERED_DY] = library.copied(dy, library.empty_strided(plan.result, x))
         if plan.parameter_sums is None:
             channels = (math.prod(plan.vectors),)
-            arrays |= {name: library.empty(channels, x) for name, is_there in zip((DWEIGHT, DBIAS), known, strict=False) if is_there}
+            arrays |= {
+                name: library.empty(channels, x)
+                for name, is_there in zip((DWEIGHT, DBIAS), known, strict=False)
+                if is_there
+            }
         return arrays
 
     def _completed(self, spec: WhiteningSpec, x: Array, stats: Statistics) -> Statistics:

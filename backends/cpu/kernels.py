@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from polywhiten._types import Array
 from polywhiten.cpu import tuning
 from polywhiten.cpu.arguments import TermArgs
-from polywhiten.cpu.device.packing import padded
+from polywhiten.cpu.geometry import num_panels, padded, panel_workspace_size
 from polywhiten.cpu.launches import Address, LaunchBuilder, Program
 from polywhiten.cpu.layout import layout_of, sample_order
 from polywhiten.cpu.library import ArrayKey, Library, Strided
@@ -38,8 +38,6 @@ from polywhiten.cpu.steps import (
     add_inverse_sqrt,
     add_inverse_sqrt_adjoint,
     add_moments,
-    num_panels,
-    panel_workspace_size,
 )
 from polywhiten.cpu.workspace import workspace
 from polywhiten.kernels import Kernels, Term
@@ -162,7 +160,7 @@ _TERMS = [TermArgs(Address(f"array {i}"), Address(f"matrix {i}"), Address(f"cent
 @lru_cache(tuning.MAX_KEPT_PLANS)
 def _moments_plan(library: Library, key: ArrayKey, block_axis: int, num_threads: int) -> _KernelPlan:
     layout = layout_of(library.strided(key), block_axis)
-    blocks, d, dp = layout.blocks, layout.d, padded.py_func(layout.d)
+    blocks, d, dp = layout.blocks, layout.d, padded(layout.d)
     workers, chunks = workers_and_chunks(layout, num_threads)
     builder = LaunchBuilder(library.dtype_name(key.dtype), workers, panel_workspace_size(d))
     finish = add_moments(builder, BlockArray(X, layout), block_axis, chunks, MEAN, COVARIANCE)
@@ -189,7 +187,7 @@ def _cross_moments_plan(
     finish = add_cross_moments(builder, dy, x, block_axis, chunks, MEAN, _S, K)
     sums = builder.program()
     builder.launch(*finish)
-    finished = builder.program(min(workers, blocks, num_workers(blocks * padded.py_func(d) ** 2 * chunks, num_threads)))
+    finished = builder.program(min(workers, blocks, num_workers(blocks * padded(d) ** 2 * chunks, num_threads)))
     return _KernelPlan((sums, finished), builder.workspace_bytes, (blocks, d), (blocks, d, d), dense, orders, orders)
 
 

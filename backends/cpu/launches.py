@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polywhiten.cpu.arguments import flattened, pack
-from polywhiten.cpu.device.packing import padded
-from polywhiten.cpu.device.simd import LINE
+from polywhiten.cpu.device.simd import CACHE_LINE
+from polywhiten.cpu.geometry import padded
 from polywhiten.cpu.runtime.cache import kernel_address
 from polywhiten.cpu.runtime.parallel import run
 from polywhiten.cpu.runtime.workers import Job
@@ -49,7 +49,7 @@ class Program(NamedTuple):
         for index, name, offset in self.addresses:
             job[index] = addresses[name] + offset
         for index, name in self.alignments:
-            job[index] = addresses[name] % LINE == 0
+            job[index] = addresses[name] % CACHE_LINE == 0
         run(job, self.num_workers, self.waits)
 
 
@@ -72,14 +72,14 @@ class LaunchBuilder:
     def __init__(self, dtype: str, num_workers: int, worker_size: int, num_parts: int | None = None) -> None:
         self.dtype, self.itemsize = dtype, np.dtype(dtype).itemsize
         self.num_workers, self.num_parts = num_workers, num_parts
-        self.worker_bytes = padded.py_func(worker_size) * self.itemsize
+        self.worker_bytes = padded(worker_size) * self.itemsize
         self.workspace_bytes = num_workers * self.worker_bytes  # temporary arrays come after those of the workers
         self._launches: list[tuple[Callable[..., None], Any]] = []
 
     def temporary(self, size: int) -> Address:
         """Return the address of so many elements in the workspace."""
         address = Address(WORKSPACE, self.workspace_bytes)
-        self.workspace_bytes += padded.py_func(size) * self.itemsize
+        self.workspace_bytes += padded(size) * self.itemsize
         return address
 
     def launch(self, kernel: Callable[..., None], args: Any) -> None:

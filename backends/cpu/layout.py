@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from polywhiten.blocks import Blocks, SampleGroups
-from polywhiten.cpu.device.packing import Layout, is_interleaved
+from polywhiten.cpu.device.panels import Layout
+from polywhiten.cpu.geometry import is_interleaved
 from polywhiten.cpu.library import Strided
 
 
@@ -53,7 +54,7 @@ def layout_of(array: Strided, block_axis: int) -> Layout:
 
 def sample_order(layout: Layout, block_axis: int) -> tuple[bool, bool]:
     """Return whether panels are rows, and whether they are interleaved: together, how their samples are counted."""
-    return is_read_as_rows(layout, block_axis), bool(is_interleaved.py_func(layout))  # compiled, a call takes longer
+    return is_read_as_rows(layout, block_axis), is_interleaved(layout)
 
 
 def is_read_as_rows(layout: Layout, block_axis: int) -> bool:

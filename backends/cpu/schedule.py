@@ -16,8 +16,10 @@ import numpy as np
 from polywhiten.blocks import SampleGroups
 from polywhiten.cpu import tuning
 from polywhiten.cpu.arguments import GradientTermsArgs, ScaleWhitenerArgs, TermArgs
+from polywhiten.cpu.device.channels import Channels
 from polywhiten.cpu.device.gradients import gradient_terms, scale_whitener
-from polywhiten.cpu.device.packing import Channels, Layout, padded
+from polywhiten.cpu.device.panels import Layout
+from polywhiten.cpu.geometry import newton_workspace_size, num_panels, padded, panel_workspace_size
 from polywhiten.cpu.launches import Address, LaunchBuilder, Program
 from polywhiten.cpu.layout import layout_of, sample_order, split
 from polywhiten.cpu.library import ArrayKey, Library, Strided
@@ -34,9 +36,6 @@ from polywhiten.cpu.steps import (
     add_inverse_sqrt,
     add_inverse_sqrt_adjoint,
     add_moments,
-    iteration_workspace_size,
-    num_panels,
-    panel_workspace_size,
 )
 from polywhiten.spec import WhiteningSpec
 
@@ -106,7 +105,7 @@ def worker_size(d: int, newton: NewtonSteps | None, derivative: bool) -> int:
     size = panel_workspace_size(d)
     if newton is None or newton.shares_phases:
         return size
-    return max(size, iteration_workspace_size(d, derivative))
+    return max(size, newton_workspace_size(d, derivative))
 
 
 def num_workers(operations: int, num_threads: int) -> int:
@@ -117,7 +116,7 @@ def num_workers(operations: int, num_threads: int) -> int:
 def workers_and_chunks(layout: Layout, num_threads: int, num_terms: int = 1) -> tuple[int, int]:
     """Return how many threads work on the panels of an array, and in how many chunks they share each block."""
     samples = layout.blocks * layout.outer * layout.inner
-    workers = num_workers(num_terms * samples * padded.py_func(layout.d) ** 2, num_threads)
+    workers = num_workers(num_terms * samples * padded(layout.d) ** 2, num_threads)
     chunks, most = 1, num_panels(layout)
     while layout.blocks * chunks % workers and layout.blocks * chunks < 8 * workers and chunks < most:
         chunks += 1
@@ -126,7 +125,7 @@ def workers_and_chunks(layout: Layout, num_threads: int, num_terms: int = 1) -> 
 
 def iteration_workers(blocks: int, d: int, steps: int, num_threads: int) -> int:
     """Return how many threads work on inverse square roots."""
-    return num_workers(blocks * padded.py_func(d) ** 3 * steps, num_threads)
+    return num_workers(blocks * padded(d) ** 3 * steps, num_threads)
 
 
 def shares_phases(blocks: int, d: int, steps: int, num_threads: int) -> bool:
@@ -138,7 +137,7 @@ def _work(spec: WhiteningSpec, layout: Layout, channels: Channels, itemsize: int
     blocks, d = layout.blocks, layout.d
     workers, chunks = workers_and_chunks(layout, num_threads)
     steps = spec.solver.newton_steps(itemsize)
-    block_bytes = layout.outer * layout.inner * padded.py_func(d) * itemsize
+    block_bytes = layout.outer * layout.inner * padded(d) * itemsize
     is_even = blocks % workers == 0 or blocks >= 4 * workers
     fits = channels.number > 0 or block_bytes <= tuning.MAX_CACHED_BLOCK_BYTES
     by_block = steps is not None and is_even and fits

@@ -23,11 +23,12 @@ from polywhiten.cpu.arguments import (
 )
 from polywhiten.cpu.device import newton
 from polywhiten.cpu.device.affine_map import affine_map, pack_matrices
+from polywhiten.cpu.device.channels import Channels
 from polywhiten.cpu.device.cross_moments import cross_moments, finish_cross_moments
-from polywhiten.cpu.device.gemm import list_memory
 from polywhiten.cpu.device.moments import finish_moments, moments
-from polywhiten.cpu.device.packing import Channels, Layout, padded, panels_memory, width_of_runs
-from polywhiten.cpu.device.simd import LINE
+from polywhiten.cpu.device.panels import Layout
+from polywhiten.cpu.device.simd import CACHE_LINE
+from polywhiten.cpu.geometry import newton_workspace_size, num_newton_phases, num_panels, padded
 from polywhiten.cpu.launches import Address, IsAligned, LaunchBuilder
 from polywhiten.cpu.layout import is_read_as_rows
 
@@ -71,21 +72,11 @@ class WeightSums(NamedTuple):
     begin: int  # of the sums (2, channels) of float64 in each worker's workspace, in elements
 
 
-def num_panels(layout: Layout) -> int:
-    """Return how many panels a block has."""
-    return int(-(-layout.outer * layout.inner // width_of_runs.py_func(layout)))
-
-
-def panel_workspace_size(d: int) -> int:
-    """Return how many elements a worker's panels and its list of what to prefetch take."""
-    return int(panels_memory.py_func(d) + list_memory(d))
-
-
 def add_moments(
     builder: LaunchBuilder, x: BlockArray, block_axis: int, num_chunks: int, mean: Address, cov: Address
 ) -> tuple[Callable[..., None], Any]:
     """Add the sums of each block, in several chunks, and return the launch that finishes mean and covariance."""
-    layout, dp = x.layout, _padded(x.layout.d)
+    layout, dp = x.layout, padded(x.layout.d)
     args = MomentsArgs(
         num_chunks=num_chunks,
         as_rows=is_read_as_rows(layout, block_axis),
@@ -110,7 +101,7 @@ def add_cross_moments(
     weight_sums: WeightSums | None = None,
 ) -> tuple[Callable[..., None], Any]:
     """Add the sums of each block, in several chunks, and return the launch that finishes s and K."""
-    layout, dp = x.layout, _padded(x.layout.d)
+    layout, dp = x.layout, padded(x.layout.d)
     args = CrossMomentsArgs(
         num_chunks=num_chunks,
         as_rows=is_read_as_rows(layout, block_axis),
@@ -140,7 +131,7 @@ def add_affine_map(
 ) -> None:
     """Add y = the sum of the terms, plus the shift of each block. Samples of y and of all terms have the same order."""
     layout, (first, *others) = y.layout, terms
-    dp, as_rows = _padded(layout.d), is_read_as_rows(layout, block_axis)
+    dp, as_rows = padded(layout.d), is_read_as_rows(layout, block_axis)
     by_block = builder.num_parts is not None
     args = AffineMapArgs(
         num_terms=len(terms),
@@ -167,7 +158,7 @@ def _may_bypass_caches(layout: Layout, itemsize: int) -> bool:
     """Return whether y is so large that this pays, and all rows begin where cache lines do if the first one does."""
     size = layout.blocks * layout.outer * layout.d * layout.inner * itemsize
     strides = layout.block_stride * itemsize, layout.inner_stride * itemsize
-    return size >= tuning.STREAMING_STORE_BYTES and all(stride % LINE == 0 for stride in strides)
+    return size >= tuning.STREAMING_STORE_BYTES and all(stride % CACHE_LINE == 0 for stride in strides)
 
 
 def add_inverse_sqrt(
@@ -215,16 +206,7 @@ def _add_iteration(builder: LaunchBuilder, how: NewtonSteps, args: InverseSqrtAr
     """Add one launch, in whose parts workers have matrices of their own, or one for each phase if they share them."""
     kernel, phases = newton.inverse_sqrt_adjoint if derivative else newton.inverse_sqrt, [-1]
     if how.shares_phases:
-        phases = list(range(newton.num_phases.py_func(how.steps, derivative)))
-        args = args._replace(matrices=builder.temporary(args.blocks * iteration_workspace_size(args.d, derivative)))
+        phases = list(range(num_newton_phases(how.steps, derivative)))
+        args = args._replace(matrices=builder.temporary(args.blocks * newton_workspace_size(args.d, derivative)))
     for phase in phases:
         builder.launch(kernel, args._replace(phase=phase))
-
-
-def iteration_workspace_size(d: int, derivative: bool) -> int:
-    """Return how many elements a worker needs for a matrix."""
-    return int(newton.workspace_size(d, derivative))
-
-
-def _padded(d: int) -> int:
-    return int(padded.py_func(d))

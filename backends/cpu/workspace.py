@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polywhiten.cpu import tuning
-from polywhiten.cpu.device.simd import LINE
+from polywhiten.cpu.device.simd import CACHE_LINE
 
 
 class Workspace(NamedTuple):
@@ -30,8 +30,8 @@ def workspace(nbytes: int) -> Workspace:
     """Return at least so many bytes: those of the last call in this thread if they suffice."""
     kept = _KEPT.workspace
     if kept is None or kept.memory.size < nbytes:
-        memory = np.empty(nbytes + LINE, np.uint8)
-        start = -memory.ctypes.data % LINE
+        memory = np.empty(nbytes + CACHE_LINE, np.uint8)
+        start = -memory.ctypes.data % CACHE_LINE
         memory = memory[start : start + nbytes]
         kept = Workspace(memory, memory.ctypes.data)
         if nbytes <= tuning.MAX_KEPT_BYTES:

@@ -5,24 +5,14 @@ from typing import Any, NamedTuple
 from numba import njit
 
 from polywhiten.cpu.arguments import AffineMapArgs, unpack
-from polywhiten.cpu.device.gemm import chunks_of_a_tile, list_lines, multiply_add, multiply_listed
-from polywhiten.cpu.device.packing import (
-    APART,
-    COLUMNS,
-    Place,
-    clear,
-    load_columns,
-    load_rows,
-    padded,
-    panels_memory,
-    scale_channels,
-    store_columns,
-    store_rows,
-    transposed,
-    width,
-)
-from polywhiten.cpu.device.packing import part as samples_of
-from polywhiten.cpu.device.simd import UNIT, at, fence, get, integers, is_null, put
+from polywhiten.cpu.device.channels import scale_channels
+from polywhiten.cpu.device.gemm import intervals_per_tile, multiply_add, multiply_add_listed
+from polywhiten.cpu.device.gemm_microkernel import Matrix, PrefetchList, StridedMatrix
+from polywhiten.cpu.device.packing import pack_columns, pack_rows, transpose, unpack_columns, unpack_rows
+from polywhiten.cpu.device.panels import Panel, padded, panel_width, panel_workspace_size, subpanel
+from polywhiten.cpu.device.pointers import as_int64, at, clear, fence, get, is_null, put
+from polywhiten.cpu.device.prefetch import list_lines
+from polywhiten.cpu.tuning import LD_PADDING, PANEL_WIDTH, TILE
 
 
 class _Memory(NamedTuple):
@@ -63,7 +53,7 @@ def pack_matrices(packed, workspace, part, num_parts):
 def _pack_matrix(target, args, term, matrix, zeros):
     d, dp = args.y_layout.d, padded(args.y_layout.d)
     if args.as_rows and d == dp:
-        transposed(at(target, term * d * d), d, matrix, d, d, d, zeros)
+        transpose(at(target, term * d * d), d, matrix, d, d, d, zeros)
         return
     for i in range(d):
         for j in range(d):
@@ -79,20 +69,20 @@ def affine_map(packed, workspace, part, num_parts):
     """
     args = unpack(AffineMapArgs, packed, workspace)
     layout = args.y_layout
-    blocks, d, step = layout.blocks, layout.d, width(layout)
+    blocks, d, step = layout.blocks, layout.d, panel_width(layout)
     panels = (layout.outer * layout.inner + step - 1) // step
     memory = _divide_workspace(workspace, d, args.num_terms)
-    clear(memory.zeros, 0, 1, max(padded(d), COLUMNS) + padded(d))
+    clear(memory.zeros, 0, 1, max(padded(d), PANEL_WIDTH) + padded(d))
     items = blocks * panels
     for item in range(part * items // num_parts, (part + 1) * items // num_parts):
         block, start, n = _panel(layout, item, panels, step, args.panels_first)
         next_block, next_start, next_n = _panel(layout, item + 1, panels, step, args.panels_first)
-        y = Place(args.y, layout, block, start, n)
-        first = Place(args.first.array, args.first.layout, block, start, n)
-        second = Place(args.second.array, args.second.layout, block, start, n)
+        y = Panel(args.y, layout, block, start, n)
+        first = Panel(args.first.array, args.first.layout, block, start, n)
+        second = Panel(args.second.array, args.second.layout, block, start, n)
         prefetched = (
-            Place(args.first.array, args.first.layout, next_block, next_start, next_n),
-            Place(args.second.array, args.second.layout, next_block, next_start, next_n if args.num_terms == 2 else 0),
+            Panel(args.first.array, args.first.layout, next_block, next_start, next_n),
+            Panel(args.second.array, args.second.layout, next_block, next_start, next_n if args.num_terms == 2 else 0),
             y,
         )
         for c in range(d):
@@ -107,11 +97,11 @@ def affine_map(packed, workspace, part, num_parts):
 
 @njit(inline="always")
 def _divide_workspace(workspace, d, terms):
-    dp, ld = padded(d), COLUMNS + APART
-    result = at(workspace, max(COLUMNS * (terms * dp + APART), terms * dp * ld))
+    dp, ld = padded(d), PANEL_WIDTH + LD_PADDING
+    result = at(workspace, max(PANEL_WIDTH * (terms * dp + LD_PADDING), terms * dp * ld))
     zeros = at(result, dp * ld)
-    shift = at(zeros, max(dp, COLUMNS))
-    return _Memory(workspace, result, zeros, shift, at(shift, dp), integers(at(workspace, panels_memory(d))))
+    shift = at(zeros, max(dp, PANEL_WIDTH))
+    return _Memory(workspace, result, zeros, shift, at(shift, dp), as_int64(at(workspace, panel_workspace_size(d))))
 
 
 @njit
@@ -127,48 +117,67 @@ def _panel(layout, item, panels, step, panels_first):
 
 @njit(inline="always")
 def _map_columns(args, memory, y, first, second, prefetched):
-    d, dp, n, ld = y.layout.d, padded(y.layout.d), y.samples, COLUMNS + APART
+    d, dp, n, ld = y.layout.d, padded(y.layout.d), y.samples, PANEL_WIDTH + LD_PADDING
     depth = args.num_terms * dp
     matrix, centre = at(args.packed_matrices, y.block * depth * dp), at(args.first.centre, y.block * d)
     if is_null(args.input_weight):
-        load_columns(memory.inputs, ld, first, centre, memory.tile)
+        pack_columns(memory.inputs, ld, first, centre, memory.tile)
     else:
-        load_columns(memory.inputs, ld, first, memory.zeros, memory.tile)
+        pack_columns(memory.inputs, ld, first, memory.zeros, memory.tile)
         scale_channels(memory.inputs, ld, first, args.channels, args.input_weight, args.channel_bias, centre)
     if args.num_terms == 2:
-        load_columns(at(memory.inputs, dp * ld), ld, second, at(args.second.centre, y.block * d), memory.tile)
-    base, lines = (memory.zeros, 0), memory.prefetch_list
-    sizes = dp, padded(n), depth
-    multiply_add(memory.result, ld, *base, matrix, depth, 1, memory.inputs, ld, *sizes, False, prefetched, 3, lines)
+        pack_columns(at(memory.inputs, dp * ld), ld, second, at(args.second.centre, y.block * d), memory.tile)
+    multiply_add(
+        c=Matrix(memory.result, ld),
+        base=Matrix(memory.zeros, 0),
+        a=StridedMatrix(matrix, depth, 1),
+        b=Matrix(memory.inputs, ld),
+        m=dp,
+        n=padded(n),
+        k=depth,
+        upper=False,
+        panels=prefetched,
+        num_panels=3,
+        addresses=memory.prefetch_list,
+    )
     if not is_null(args.output_weight):
         weight = args.output_weight
         scale_channels(memory.result, ld, first, args.channels, weight, args.channel_bias, memory.zeros)
-    store_columns(y, memory.result, ld, memory.shift, memory.tile)
+    unpack_columns(y, memory.result, ld, memory.shift, memory.tile)
 
 
 @njit
 def _map_rows(args, memory, y, first, second, prefetched):
     """Map a few rows at a time: the next ones are read while the products of those before are computed."""
     layout, n, d, dp = y.layout, y.samples, y.layout.d, padded(y.layout.d)
-    depth, several = args.num_terms * dp, UNIT * max(1, 8 * UNIT // dp)
-    ld, tiles, ignored_sums = depth + APART, padded(n) // UNIT * (dp // UNIT), memory.result
+    depth, several = args.num_terms * dp, TILE * max(1, 8 * TILE // dp)
+    ld, tiles, ignored_sums = depth + LD_PADDING, padded(n) // TILE * (dp // TILE), memory.result
     matrix = at(args.packed_matrices, y.block * depth * dp)
     centre, second_centre = at(args.first.centre, y.block * d), at(args.second.centre, y.block * d)
-    lines, begin = memory.prefetch_list, 0
-    end, each = list_lines(lines, tiles * chunks_of_a_tile(memory.shift, depth), prefetched, 2)
+    begin, intervals = 0, tiles * intervals_per_tile(memory.shift, depth)
+    end, per_interval = list_lines(memory.prefetch_list, intervals, prefetched, 2)
     are_direct = d == dp and layout.outer == 1 and layout.d_stride == 1
     for done in range(0, n, several):
         some = min(several, n - done)
-        load_rows(memory.inputs, ld, samples_of(first, done, some), centre, ignored_sums)
+        pack_rows(memory.inputs, ld, subpanel(first, done, some), centre, ignored_sums)
         if args.num_terms == 2:
-            load_rows(at(memory.inputs, dp), ld, samples_of(second, done, some), second_centre, ignored_sums)
-        for i in range(0, some, UNIT):
-            target, ldt, is_direct = memory.result, dp, are_direct and i + UNIT <= some
+            pack_rows(at(memory.inputs, dp), ld, subpanel(second, done, some), second_centre, ignored_sums)
+        for i in range(0, some, TILE):
+            target, ldt, is_direct = memory.result, dp, are_direct and i + TILE <= some
             if is_direct:
                 ldt = layout.inner_stride
                 target = at(y.array, y.block * layout.block_stride + (y.start + done + i) * ldt)
-            rows, nontemporal, sizes = at(memory.inputs, i * ld), args.nontemporal and is_direct, (UNIT, dp, depth)
-            factors, asked = (rows, ld, 1, matrix, dp), (begin, end, each)
-            begin = multiply_listed(target, ldt, memory.shift, 0, *factors, *sizes, False, nontemporal, lines, *asked)
+            begin = multiply_add_listed(
+                c=Matrix(target, ldt),
+                base=Matrix(memory.shift, 0),
+                a=StridedMatrix(at(memory.inputs, i * ld), ld, 1),
+                b=Matrix(matrix, dp),
+                m=TILE,
+                n=dp,
+                k=depth,
+                upper=False,
+                nontemporal=args.nontemporal and is_direct,
+                prefetch=PrefetchList(memory.prefetch_list, begin, end, per_interval),
+            )
             if not is_direct:
-                store_rows(samples_of(y, done + i, min(UNIT, some - i)), memory.result, dp)
+                unpack_rows(subpanel(y, done + i, min(TILE, some - i)), memory.result, dp)

@@ -4,7 +4,7 @@ import numpy as np
 from numba import njit
 
 from polywhiten.cpu.arguments import UpdateAveragesArgs, unpack
-from polywhiten.cpu.device.simd import get, number, put
+from polywhiten.cpu.device.pointers import cast, get, put
 
 
 def update_averages(packed, workspace, part, num_parts):
@@ -28,25 +28,25 @@ def update_averages(packed, workspace, part, num_parts):
 def _are_finite(values, size):
     others = 0
     for i in range(size):
-        if not abs(get(values, i)) < number(values, np.inf):
+        if not abs(get(values, i)) < cast(values, np.inf):
             others += 1
     return others == 0
 
 
 @njit
 def _stays_finite(average, factor):
-    new, old = number(average.running, factor), number(average.running, 1.0 - factor)
+    new, old = cast(average.running, factor), cast(average.running, 1.0 - factor)
     others = 0
     for i in range(average.size):
         value = _between(get(average.running, i), get(average.batch, i), factor, new, old)
-        if not abs(value) < number(average.running, np.inf):
+        if not abs(value) < cast(average.running, np.inf):
             others += 1
     return others == 0
 
 
 @njit
 def _update(average, factor):
-    new, old = number(average.running, factor), number(average.running, 1.0 - factor)
+    new, old = cast(average.running, factor), cast(average.running, 1.0 - factor)
     for i in range(average.size):
         put(average.running, i, _between(get(average.running, i), get(average.batch, i), factor, new, old))
 

@@ -6,32 +6,23 @@ import numpy as np
 from numba import njit
 
 from polywhiten.cpu.arguments import CrossMomentsArgs, FinishCrossMomentsArgs, unpack
+from polywhiten.cpu.device.channels import channel_run, gather_channels, has_channel_runs
 from polywhiten.cpu.device.gemm import multiply_add
+from polywhiten.cpu.device.gemm_microkernel import Matrix, StridedMatrix
 from polywhiten.cpu.device.moments import sum_of_chunks
-from polywhiten.cpu.device.packing import (
-    APART,
-    COLUMNS,
-    OWN,
-    Place,
-    channel_run,
-    clear,
-    gather_channels,
-    has_runs,
+from polywhiten.cpu.device.packing import pack_columns, pack_rows, pack_run_as_rows, transpose
+from polywhiten.cpu.device.panels import (
+    TILE_WORKSPACE,
+    Panel,
     is_run,
-    load_columns,
-    load_rows,
     padded,
-    panels_memory,
-    run_of,
-    sum_columns,
-    total_of,
-    transposed,
-    transposed_run,
-    width_of_runs,
+    panel_width_for_runs,
+    panel_workspace_size,
+    start_of_run,
 )
-from polywhiten.cpu.device.simd import UNIT, at, doubles, get, integers, is_null, number, put
-
-_ROWS = 1 << 12  # numbers of dY, and as many of X, that the first cache has room for beside their products
+from polywhiten.cpu.device.pointers import as_float64, as_int64, at, cast, clear, get, is_null, put
+from polywhiten.cpu.device.sums import add_row_sums, sum_of
+from polywhiten.cpu.tuning import LD_PADDING, PANEL_WIDTH, ROW_PANEL_SIZE, TILE
 
 
 class _Memory(NamedTuple):
@@ -58,13 +49,13 @@ def cross_moments(packed, workspace, part, num_parts):
     """
     args = unpack(CrossMomentsArgs, packed, workspace)
     layout, dp = args.x_layout, padded(args.x_layout.d)
-    count, step, together = layout.outer * layout.inner, width_of_runs(layout), 1
-    if args.as_rows and layout.d <= 4 * UNIT:
-        step = min(step, _ROWS // dp // UNIT * UNIT)
-        together = COLUMNS // step
+    count, step, together = layout.outer * layout.inner, panel_width_for_runs(layout), 1
+    if args.as_rows and layout.d <= 4 * TILE:
+        step = min(step, ROW_PANEL_SIZE // dp // TILE * TILE)
+        together = PANEL_WIDTH // step
     panels, tasks = (count + step - 1) // step, layout.blocks * args.num_chunks
     memory = _divide_workspace(workspace, layout.d)
-    clear(memory.zeros, 0, 1, max(dp, COLUMNS) + dp)
+    clear(memory.zeros, 0, 1, max(dp, PANEL_WIDTH) + dp)
     for task in range(part * tasks // num_parts, (part + 1) * tasks // num_parts):
         block, chunk = divmod(task, args.num_chunks)
         products = at(args.sums, task * dp * (dp + 1))
@@ -74,9 +65,9 @@ def cross_moments(packed, workspace, part, num_parts):
             start = panel * step
             n = min(step, count - start)
             left = min(step, count - start - n)
-            x, dy = Place(args.x, layout, block, start, n), Place(args.dy, args.dy_layout, block, start, n)
-            next_x = Place(args.x, layout, block, start + n, left)
-            next_dy = Place(args.dy, args.dy_layout, block, start + n, left)
+            x, dy = Panel(args.x, layout, block, start, n), Panel(args.dy, args.dy_layout, block, start, n)
+            next_x = Panel(args.x, layout, block, start + n, left)
+            next_dy = Panel(args.dy, args.dy_layout, block, start + n, left)
             prefetched = next_x, next_dy, next_dy
             if args.as_rows:
                 turn = (panel - begin) % together
@@ -84,7 +75,7 @@ def cross_moments(packed, workspace, part, num_parts):
                 _add_rows(memory, products, x, dy, prefetched, together > 1, turn == 0, is_last)
             elif is_null(args.whitener):
                 _add_columns(memory, products, x, dy, prefetched)
-            elif has_runs(layout, args.channels):
+            elif has_channel_runs(layout, args.channels):
                 _add_runs(args, memory, products, x, dy, prefetched)
             else:
                 _add_gathered(args, memory, products, x, dy, prefetched)
@@ -93,12 +84,12 @@ def cross_moments(packed, workspace, part, num_parts):
 @njit(inline="always")
 def _divide_workspace(workspace, d):
     dp = padded(d)
-    rows_size, columns_size = COLUMNS * (dp + APART), dp * (COLUMNS + APART)
+    rows_size, columns_size = PANEL_WIDTH * (dp + LD_PADDING), dp * (PANEL_WIDTH + LD_PADDING)
     gradient = at(workspace, rows_size + columns_size)
     zeros = at(gradient, max(columns_size, rows_size))
-    centre = at(zeros, max(dp, COLUMNS))
+    centre = at(zeros, max(dp, PANEL_WIDTH))
     tile = at(centre, 3 * dp)
-    matrix = at(tile, OWN)
+    matrix = at(tile, TILE_WORKSPACE)
     return _Memory(
         rows=workspace,
         columns=at(workspace, rows_size),
@@ -110,7 +101,7 @@ def _divide_workspace(workspace, d):
         tile=tile,
         matrix=matrix,
         white=at(matrix, dp * dp),
-        prefetch_list=integers(at(workspace, panels_memory(d))),
+        prefetch_list=as_int64(at(workspace, panel_workspace_size(d))),
     )
 
 
@@ -132,16 +123,27 @@ def _start_block(args, memory, products, block):
 def _add_rows(memory, products, x, dy, prefetched, are_together, is_first, is_last):
     """Add what two panels of rows give; several small panels are added up before their sum is."""
     d, dp = x.layout.d, padded(x.layout.d)
-    ld, ignored_sums, lines = dp + APART, memory.columns, memory.prefetch_list
-    load_rows(memory.rows, ld, x, memory.centre, ignored_sums)
+    ld, ignored_sums = dp + LD_PADDING, memory.columns
+    pack_rows(memory.rows, ld, x, memory.centre, ignored_sums)
     clear(memory.panel_sums, 0, 1, dp)
-    load_rows(memory.gradient, ld, dy, memory.zeros, memory.panel_sums)
+    pack_rows(memory.gradient, ld, dy, memory.zeros, memory.panel_sums)
     _add_exactly(at(products, dp * dp), memory.lost, memory.panel_sums, d)
     target, base, ld_base = products, products, dp
     if are_together:
         target, base, ld_base = (memory.matrix, memory.zeros, 0) if is_first else (memory.matrix, memory.matrix, dp)
-    factors, sizes = (memory.gradient, 1, ld, memory.rows, ld), (dp, dp, x.samples)
-    multiply_add(target, dp, base, ld_base, *factors, *sizes, False, prefetched, 2, lines)
+    multiply_add(
+        c=Matrix(target, dp),
+        base=Matrix(base, ld_base),
+        a=StridedMatrix(memory.gradient, 1, ld),
+        b=Matrix(memory.rows, ld),
+        m=dp,
+        n=dp,
+        k=x.samples,
+        upper=False,
+        panels=prefetched,
+        num_panels=2,
+        addresses=memory.prefetch_list,
+    )
     if are_together and is_last:
         for i in range(dp * dp):
             put(products, i, get(products, i) + get(memory.matrix, i))
@@ -154,7 +156,7 @@ def _add_exactly(totals, lost, values, count):
         value, before = get(values, c) - get(lost, c), get(totals, c)
         put(totals, c, before + value)
         more = (get(totals, c) - before) - value
-        put(lost, c, more if abs(more) < number(lost, np.inf) else number(lost, 0.0))
+        put(lost, c, more if abs(more) < cast(lost, np.inf) else cast(lost, 0.0))
 
 
 @njit(inline="always")
@@ -162,17 +164,17 @@ def _add_columns(memory, products, x, dy, prefetched):
     """Add what two panels of columns give."""
     dp, n = padded(x.layout.d), x.samples
     gradient, ld = _load_both(memory, x, dy)
-    sum_columns(at(products, dp * dp), gradient, ld, x.layout.d, n)
+    add_row_sums(at(products, dp * dp), gradient, ld, x.layout.d, n)
     _add_products(memory, products, gradient, ld, n, dp, prefetched)
 
 
 @njit
 def _load_both(memory, x, dy):
     """Load X as rows and dY as columns, and return where these are: in their array if both are runs."""
-    dp, ld = padded(x.layout.d), COLUMNS + APART
+    dp, ld = padded(x.layout.d), PANEL_WIDTH + LD_PADDING
     if is_run(x) and is_run(dy):
-        transposed_run(memory.rows, dp + APART, x, memory.centre, memory.zeros, memory.tile)
-        return run_of(dy), dy.layout.d_stride
+        pack_run_as_rows(memory.rows, dp + LD_PADDING, x, memory.centre, memory.zeros, memory.tile)
+        return start_of_run(dy), dy.layout.d_stride
     _load_columns(memory, x, dy)
     return memory.gradient, ld
 
@@ -180,27 +182,49 @@ def _load_both(memory, x, dy):
 @njit
 def _load_columns(memory, x, dy):
     """Load X as rows and as columns, and dY as columns."""
-    dp, ld = padded(x.layout.d), COLUMNS + APART
-    load_columns(memory.columns, ld, x, memory.centre, memory.tile)
-    transposed(memory.rows, dp + APART, memory.columns, ld, dp, padded(x.samples), memory.zeros)
-    load_columns(memory.gradient, ld, dy, memory.zeros, memory.tile)
+    dp, ld = padded(x.layout.d), PANEL_WIDTH + LD_PADDING
+    pack_columns(memory.columns, ld, x, memory.centre, memory.tile)
+    transpose(memory.rows, dp + LD_PADDING, memory.columns, ld, dp, padded(x.samples), memory.zeros)
+    pack_columns(memory.gradient, ld, dy, memory.zeros, memory.tile)
 
 
 @njit(inline="always")
 def _add_products(memory, products, gradient, ld, n, dp, prefetched):
     """Add the products of columns of dY and rows of X."""
-    sums, factors = (products, dp), (gradient, ld, 1, memory.rows, dp + APART)
-    multiply_add(*sums, *sums, *factors, dp, dp, n, False, prefetched, 2, memory.prefetch_list)
+    multiply_add(
+        c=Matrix(products, dp),
+        base=Matrix(products, dp),
+        a=StridedMatrix(gradient, ld, 1),
+        b=Matrix(memory.rows, dp + LD_PADDING),
+        m=dp,
+        n=dp,
+        k=n,
+        upper=False,
+        panels=prefetched,
+        num_panels=2,
+        addresses=memory.prefetch_list,
+    )
 
 
 @njit(inline="always")
 def _add_gathered(args, memory, products, x, dy, prefetched):
     """Add what panels give where adjacent samples are of different channels."""
-    dp, n, ld = padded(x.layout.d), x.samples, COLUMNS + APART
+    dp, n, ld = padded(x.layout.d), x.samples, PANEL_WIDTH + LD_PADDING
     _load_columns(memory, x, dy)
-    base, factors, sizes = (memory.zeros, 0), (memory.matrix, dp, 1, memory.columns, ld), (dp, padded(n), dp)
-    multiply_add(memory.white, ld, *base, *factors, *sizes, False, prefetched, 0, memory.prefetch_list)
-    parameters = doubles(at(memory.rows, args.parameter_sums))
+    multiply_add(
+        c=Matrix(memory.white, ld),
+        base=Matrix(memory.zeros, 0),
+        a=StridedMatrix(memory.matrix, dp, 1),
+        b=Matrix(memory.columns, ld),
+        m=dp,
+        n=padded(n),
+        k=dp,
+        upper=False,
+        panels=prefetched,
+        num_panels=0,
+        addresses=memory.prefetch_list,
+    )
+    parameters = as_float64(at(memory.rows, args.parameter_sums))
     panels, sums = (memory.gradient, memory.white, ld, x), (at(products, dp * dp), parameters)
     gather_channels(*panels, args.channels, args.weight, *sums, memory.tile)
     _add_products(memory, products, memory.gradient, ld, n, dp, prefetched)
@@ -213,28 +237,38 @@ def _add_runs(args, memory, products, x, dy, prefetched):
     Each run has products of its own. A row of these, times that of the whitener, is what the weight's gradient gains:
     the whitened samples aren't needed.
     """
-    layout, channels, places = x.layout, args.channels, 2
+    layout, channels, num_prefetched = x.layout, args.channels, 2
     gradient, ld = _load_both(memory, x, dy)
     d, dp, sums = layout.d, padded(layout.d), at(products, padded(layout.d) ** 2)
-    parameters, done, j = doubles(at(memory.rows, args.parameter_sums)), 0, x.start % layout.inner
-    run = memory.white, dp
+    parameters, done, j = as_float64(at(memory.rows, args.parameter_sums)), 0, x.start % layout.inner
     while done < x.samples:
         n, following = channel_run(x, channels, done, j)
         first = j // channels.positions
-        factors = at(gradient, done), ld, 1, at(memory.rows, done * (dp + APART)), dp + APART
-        multiply_add(*run, memory.zeros, 0, *factors, dp, dp, n, False, prefetched, places, memory.prefetch_list)
+        multiply_add(
+            c=Matrix(memory.white, dp),
+            base=Matrix(memory.zeros, 0),
+            a=StridedMatrix(at(gradient, done), ld, 1),
+            b=Matrix(at(memory.rows, done * (dp + LD_PADDING)), dp + LD_PADDING),
+            m=dp,
+            n=dp,
+            k=n,
+            upper=False,
+            panels=prefetched,
+            num_panels=num_prefetched,
+            addresses=memory.prefetch_list,
+        )
         for i in range(d):
             channel = i * (layout.inner // channels.positions) + first
-            weight, total = get(args.weight, channel), total_of(at(gradient, i * ld + done), n)
+            weight, total = get(args.weight, channel), sum_of(at(gradient, i * ld + done), n)
             row, target, white = at(memory.white, i * dp), at(products, i * dp), at(memory.matrix, i * dp)
-            product = number(row, 0.0)
+            product = cast(row, 0.0)
             for c in range(d):
                 product += get(row, c) * get(white, c)
                 put(target, c, get(target, c) + weight * get(row, c))
             put(sums, i, get(sums, i) + weight * total)
             put(parameters, channel, get(parameters, channel) + product)
             put(parameters, channels.number + channel, get(parameters, channels.number + channel) + total)
-        done, j, places = done + n, following, 0
+        done, j, num_prefetched = done + n, following, 0
 
 
 def finish_cross_moments(packed, workspace, part, num_parts):

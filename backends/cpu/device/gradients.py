@@ -1,7 +1,7 @@
 """What happens to the d x d matrices of a block between the moments and the affine map."""
 
 from polywhiten.cpu.arguments import GradientTermsArgs, ScaleWhitenerArgs, unpack
-from polywhiten.cpu.device.simd import get, number, put
+from polywhiten.cpu.device.pointers import cast, get, put
 
 
 def scale_whitener(packed, workspace, part, num_parts):
@@ -24,7 +24,7 @@ def gradient_terms(packed, workspace, part, num_parts):
     """Compute s / M, and overwrite dS with (dS + dS') / M, for a part of the blocks; s is dY 1."""
     args = unpack(GradientTermsArgs, packed, workspace)
     blocks, d, ds = args.blocks, args.d, args.ds
-    divisor = number(args.s, args.num_samples)
+    divisor = cast(args.s, args.num_samples)
     for row in range(part * blocks // num_parts * d, (part + 1) * blocks // num_parts * d):
         block, i = divmod(row, d)
         put(args.mean_dy, row, get(args.s, row) / divisor)

@@ -6,25 +6,13 @@ from numba import njit
 
 from polywhiten.cpu.arguments import FinishMomentsArgs, MomentsArgs, unpack
 from polywhiten.cpu.device.gemm import multiply_add
-from polywhiten.cpu.device.packing import (
-    APART,
-    COLUMNS,
-    Place,
-    clear,
-    is_run,
-    load_columns,
-    load_first,
-    load_rows,
-    padded,
-    panels_memory,
-    run_of,
-    sum_columns,
-    total_about,
-    transposed,
-    transposed_run,
-    width_of_runs,
-)
-from polywhiten.cpu.device.simd import UNIT, at, centred_rows, get, integers, number, put
+from polywhiten.cpu.device.gemm_microkernel import Matrix, StridedMatrix
+from polywhiten.cpu.device.packing import load_shift, pack_columns, pack_rows, pack_run_as_rows, transpose
+from polywhiten.cpu.device.panels import Panel, is_run, padded, panel_width_for_runs, panel_workspace_size, start_of_run
+from polywhiten.cpu.device.pointers import as_int64, at, cast, clear, get, put
+from polywhiten.cpu.device.simd import centre_rows
+from polywhiten.cpu.device.sums import add_row_sums, sum_of_differences
+from polywhiten.cpu.tuning import LD_PADDING, PANEL_WIDTH, TILE
 
 
 class _Memory(NamedTuple):
@@ -44,21 +32,21 @@ def moments(packed, workspace, part, num_parts):
     """
     args = unpack(MomentsArgs, packed, workspace)
     layout = args.layout
-    dp, count, step = padded(layout.d), layout.outer * layout.inner, width_of_runs(layout)
+    dp, count, step = padded(layout.d), layout.outer * layout.inner, panel_width_for_runs(layout)
     panels, tasks = (count + step - 1) // step, layout.blocks * args.num_chunks
-    columns = at(workspace, COLUMNS * (dp + APART))
-    first = at(columns, dp * (COLUMNS + APART))
-    memory = _Memory(workspace, columns, first, at(first, dp), integers(at(workspace, panels_memory(layout.d))))
+    columns = at(workspace, PANEL_WIDTH * (dp + LD_PADDING))
+    first = at(columns, dp * (PANEL_WIDTH + LD_PADDING))
+    memory = _Memory(workspace, columns, first, at(first, dp), as_int64(at(workspace, panel_workspace_size(layout.d))))
     for task in range(part * tasks // num_parts, (part + 1) * tasks // num_parts):
         block, chunk = divmod(task, args.num_chunks)
         products = at(args.products, task * dp * dp)
         clear(products, dp, dp, dp)
-        load_first(first, args.x, layout, block)
+        load_shift(first, args.x, layout, block)
         for panel in range(chunk * panels // args.num_chunks, (chunk + 1) * panels // args.num_chunks):
             start = panel * step
             n = min(step, count - start)
-            x = Place(args.x, layout, block, start, n)
-            following = Place(args.x, layout, block, start + n, min(step, count - start - n))
+            x = Panel(args.x, layout, block, start, n)
+            following = Panel(args.x, layout, block, start + n, min(step, count - start - n))
             mean = at(args.panel_means, (block * panels + panel) * dp)
             _add_panel(memory, products, mean, x, following, args.as_rows)
 
@@ -67,26 +55,37 @@ def moments(packed, workspace, part, num_parts):
 def _add_panel(memory, products, mean, x, following, as_rows):
     """Add the products of a panel, and store its mean."""
     d, dp, n = x.layout.d, padded(x.layout.d), x.samples
-    rows, ld, columns, ldc = memory.rows, dp + APART, memory.columns, COLUMNS + APART
+    rows, ld, columns, ldc = memory.rows, dp + LD_PADDING, memory.columns, PANEL_WIDTH + LD_PADDING
     clear(mean, 0, 1, dp)
     if as_rows:
-        load_rows(rows, ld, x, memory.first, mean)
+        pack_rows(rows, ld, x, memory.first, mean)
         _divide(mean, d, n)
         ignored_sums = columns
-        for c in range(0, dp, UNIT):
-            centred_rows(at(rows, c), ld, at(rows, c), ld, n, at(mean, c), ignored_sums)
+        for c in range(0, dp, TILE):
+            centre_rows(at(rows, c), ld, at(rows, c), ld, n, at(mean, c), ignored_sums)
     elif is_run(x):
-        run = run_of(x)
+        run = start_of_run(x)
         for c in range(d):
-            put(mean, c, total_about(at(run, c * x.layout.d_stride), n, get(memory.first, c)) / n)
-        transposed_run(rows, ld, x, memory.first, mean, memory.tile)
+            put(mean, c, sum_of_differences(at(run, c * x.layout.d_stride), n, get(memory.first, c)) / n)
+        pack_run_as_rows(rows, ld, x, memory.first, mean, memory.tile)
     else:
-        load_columns(columns, ldc, x, memory.first, memory.tile)
-        sum_columns(mean, columns, ldc, d, n)
+        pack_columns(columns, ldc, x, memory.first, memory.tile)
+        add_row_sums(mean, columns, ldc, d, n)
         _divide(mean, d, n)
-        transposed(rows, ld, columns, ldc, dp, padded(n), mean)
-    sums, prefetched, lines = (products, dp), (following, following, following), memory.prefetch_list
-    multiply_add(*sums, *sums, rows, 1, ld, rows, ld, dp, dp, n, True, prefetched, 1, lines)
+        transpose(rows, ld, columns, ldc, dp, padded(n), mean)
+    multiply_add(
+        c=Matrix(products, dp),
+        base=Matrix(products, dp),
+        a=StridedMatrix(rows, 1, ld),
+        b=Matrix(rows, ld),
+        m=dp,
+        n=dp,
+        k=n,
+        upper=True,
+        panels=(following, following, following),
+        num_panels=1,
+        addresses=memory.prefetch_list,
+    )
 
 
 @njit
@@ -102,12 +101,12 @@ def finish_moments(packed, workspace, part, num_parts):
     """
     args = unpack(FinishMomentsArgs, packed, workspace)
     sums, layout = args.parts, args.parts.layout
-    d, dp, count, step = layout.d, padded(layout.d), layout.outer * layout.inner, width_of_runs(layout)
+    d, dp, count, step = layout.d, padded(layout.d), layout.outer * layout.inner, panel_width_for_runs(layout)
     panels = (count + step - 1) // step
     for block in range(part * layout.blocks // num_parts, (part + 1) * layout.blocks // num_parts):
         products = sum_of_chunks(sums.products, block, sums.num_chunks, dp * dp)
         panel_means, first, mean = at(sums.panel_means, block * panels * dp), workspace, at(workspace, dp)
-        load_first(first, sums.x, layout, block)
+        load_shift(first, sums.x, layout, block)
         for c in range(d):
             off = 0.0
             for panel in range(panels):
@@ -119,7 +118,7 @@ def finish_moments(packed, workspace, part, num_parts):
             for c in range(d):
                 put(difference, c, get(difference, c) - get(mean, c))
             for i in range(d):
-                row, factor = at(products, i * dp), number(difference, n * get(difference, i))
+                row, factor = at(products, i * dp), cast(difference, n * get(difference, i))
                 for j in range(i, d):
                     put(row, j, get(row, j) + factor * get(difference, j))
         cov = at(args.cov, block * d * d)

@@ -8,19 +8,11 @@ import numpy as np
 from numba import njit
 
 from polywhiten.cpu.arguments import InverseSqrtArgs, unpack
-from polywhiten.cpu.device.packing import APART, clear, padded
-from polywhiten.cpu.device.simd import (
-    UNIT,
-    WIDE,
-    at,
-    get,
-    integers,
-    is_null,
-    number,
-    put,
-    tile,
-    transposed_tile,
-)
+from polywhiten.cpu.device.gemm_microkernel import TILE_PAIR, Matrix, PrefetchList, StridedMatrix, gemm_microkernel
+from polywhiten.cpu.device.panels import padded
+from polywhiten.cpu.device.pointers import as_int64, at, cast, clear, get, is_null, put
+from polywhiten.cpu.device.simd import transpose_tile
+from polywhiten.cpu.tuning import LD_PADDING, TILE
 
 _MATRICES = 5, 12  # that the iteration works on, alone and with its derivative
 _PHASES = 3, 5  # of a step, likewise
@@ -61,13 +53,13 @@ def num_phases(steps, derivative):
 @njit
 def workspace_size(d, derivative):
     """Return how many elements a block's matrices take."""
-    return _MATRICES[1 if derivative else 0] * padded(d) * (padded(d) + APART) + 2 * UNIT
+    return _MATRICES[1 if derivative else 0] * padded(d) * (padded(d) + LD_PADDING) + 2 * TILE
 
 
 @njit
 def _matrix(memory, k, dp):
     """Return a pointer to a matrix; before the first one are zeros and the trace."""
-    return at(memory, 2 * UNIT + k * dp * (dp + APART))
+    return at(memory, 2 * TILE + k * dp * (dp + LD_PADDING))
 
 
 @njit
@@ -75,7 +67,7 @@ def _iterate(args, memory, phase, block, part, num_parts):
     """Compute a part of a phase for one block."""
     d, cov, whitener = args.d, at(args.cov, block * args.d * args.d), at(args.whitener, block * args.d * args.d)
     dp, last = padded(d), num_phases(args.steps, False) - 1
-    ld = dp + APART
+    ld = dp + LD_PADDING
     step, phase_of_step = divmod(phase - 1, _PHASES[0])
     r, z = _matrix(memory, step % 2, dp), _matrix(memory, 2 + step % 2, dp)
     next_r, next_z = _matrix(memory, 1 - step % 2, dp), _matrix(memory, 3 - step % 2, dp)
@@ -96,7 +88,7 @@ def _iterate(args, memory, phase, block, part, num_parts):
 def _iterate_derivative(args, memory, phase, block, part, num_parts):
     """Compute a part of a phase for one block, with the derivative along the gradient's symmetric part."""
     dp, last = padded(args.d), num_phases(args.steps, True) - 1
-    ld = dp + APART
+    ld = dp + LD_PADDING
     step, phase_of_step = divmod(phase - 1, _PHASES[1])
     now, then = step % 2, 1 - step % 2
     r, z = _matrix(memory, now, dp), _matrix(memory, 2 + now, dp)
@@ -128,15 +120,15 @@ def _iterate_derivative(args, memory, phase, block, part, num_parts):
 @njit
 def _store_gradient(args, memory, z, dz, block, part, num_parts):
     """Store the gradient with respect to cov, less what the trace has of it, and the whitener if it is asked for."""
-    d, ld = args.d, padded(args.d) + APART
+    d, ld = args.d, padded(args.d) + LD_PADDING
     cov, grad = at(args.cov, block * d * d), at(args.grad, block * d * d)
     row_scale = _block_values(args.row_scale, block * d)
-    trace = get(memory, UNIT)
+    trace = get(memory, TILE)
     along = args.eps * _diagonal(dz, ld, d) / trace
     for i in range(d):
         along += _inner(at(dz, i * ld), at(cov, i * d), d) / trace
         along += 0.5 * _value_or_one(row_scale, i) * _inner(at(z, i * ld), at(grad, i * d), d)
-    dcov, divisor, root = at(args.dcov, block * d * d), number(z, trace), number(z, trace**0.5)
+    dcov, divisor, root = at(args.dcov, block * d * d), cast(z, trace), cast(z, trace**0.5)
     for i in range(part, d, num_parts):
         row, target = at(dz, i * ld), at(dcov, i * d)
         for j in range(d):
@@ -149,7 +141,7 @@ def _store_gradient(args, memory, z, dz, block, part, num_parts):
 @njit
 def _store_whitener(whitener, memory, z, ld, d, part, num_parts):
     """Store W = Z / sqrt(trace)."""
-    root = number(z, get(memory, UNIT) ** 0.5)
+    root = cast(z, get(memory, TILE) ** 0.5)
     for i in range(part, d, num_parts):
         for j in range(d):
             put(whitener, i * d + j, get(z, i * ld + j) / root)
@@ -162,7 +154,7 @@ def _block_values(values, begin):
 
 @njit
 def _value_or_one(values, i):
-    return number(values, 1.0) if is_null(values) else get(values, i)
+    return cast(values, 1.0) if is_null(values) else get(values, i)
 
 
 @njit(fastmath={"reassoc"})
@@ -190,18 +182,18 @@ def _start(args, memory, cov, part, num_parts):
     if trace < args.smallest_normal:  # without eps, the covariance of constant channels is 0
         trace = args.smallest_normal
     if part == 0:
-        clear(memory, 0, 1, UNIT)
-        put(memory, UNIT, trace)
-    r, z, ld, divisor = _matrix(memory, 0, dp), _matrix(memory, 2, dp), dp + APART, number(cov, trace)
+        clear(memory, 0, 1, TILE)
+        put(memory, TILE, trace)
+    r, z, ld, divisor = _matrix(memory, 0, dp), _matrix(memory, 2, dp), dp + LD_PADDING, cast(cov, trace)
     for i in range(part, dp, num_parts):
         row, z_row, cov_row = at(r, i * ld), at(z, i * ld), at(cov, i * d)
         clear(row, 0, 1, dp)
         clear(z_row, 0, 1, dp)
         if i < d:
             for j in range(d):
-                value = get(cov_row, j) / divisor / number(r, 3.0)
+                value = get(cov_row, j) / divisor / cast(r, 3.0)
                 put(row, j, value)
-                put(z_row, j, number(r, -1.5) * value)
+                put(z_row, j, cast(r, -1.5) * value)
             diagonal = (get(cov_row, i) + eps) / trace / 3
             put(row, i, diagonal)
             put(z_row, i, 1.5 - 1.5 * diagonal)
@@ -211,7 +203,7 @@ def _start(args, memory, cov, part, num_parts):
 def _start_derivative(args, memory, block, part, num_parts):
     """Store the derivatives of r and Z along the symmetric part of the gradient, whose rows are scaled first."""
     d, dp, grad = args.d, padded(args.d), at(args.grad, block * args.d * args.d)
-    dr, dz, ld = _matrix(memory, 4, dp), _matrix(memory, 6, dp), dp + APART
+    dr, dz, ld = _matrix(memory, 4, dp), _matrix(memory, 6, dp), dp + LD_PADDING
     row_scale = _block_values(args.row_scale, block * d)
     for i in range(part, dp, num_parts):
         row, z_row = at(dr, i * ld), at(dz, i * ld)
@@ -221,38 +213,48 @@ def _start_derivative(args, memory, block, part, num_parts):
             factor = _value_or_one(row_scale, i)
             for j in range(d):
                 both = factor * get(grad, i * d + j) + _value_or_one(row_scale, j) * get(grad, j * d + i)
-                put(row, j, both / number(dr, 6.0))
-                put(z_row, j, number(dr, -0.25) * both)
+                put(row, j, both / cast(dr, 6.0))
+                put(z_row, j, cast(dr, -0.25) * both)
 
 
 @njit
 def _product(target, beta, base, alpha, a, b, n, ld, symmetric, zeros, part, num_parts):
     """Compute target = beta base + alpha A B; the target is none of the other matrices."""
-    step = WIDE if n >= 2 * WIDE * num_parts else UNIT
+    step = TILE_PAIR if n >= 2 * TILE_PAIR * num_parts else TILE
     strips = (n + step - 1) // step
     for turn in range((strips + num_parts - 1) // num_parts):
         place = turn * num_parts + (part if turn % 2 == 0 else num_parts - 1 - part)
         # the longest strips come first, so that those that some workers wait for in the end are short
         left = step * (strips - 1 - place)
         rows = 0 if left < 0 else min(n, left + step) if symmetric else n
-        for i in range(0, rows, UNIT):
-            j = left + UNIT if symmetric and i > left else left
-            columns, own = min(n, left + step) - j, at(target, i * ld + j)
-            start, first, second = at(base, i * ld + j), at(a, i * ld), at(b, j)
-            tile(own, ld, beta, start, ld, alpha, first, ld, 1, second, ld, n, False, columns, integers(zeros), 0, 0, 0)
-            for k in range(j, j + columns, UNIT):
+        for i in range(0, rows, TILE):
+            j = left + TILE if symmetric and i > left else left
+            columns = min(n, left + step) - j
+            gemm_microkernel(
+                Matrix(at(target, i * ld + j), ld),
+                beta,
+                Matrix(at(base, i * ld + j), ld),
+                alpha,
+                StridedMatrix(at(a, i * ld), ld, 1),
+                Matrix(at(b, j), ld),
+                n,
+                columns,
+                False,
+                PrefetchList(as_int64(zeros), 0, 0, 0),
+            )
+            for k in range(j, j + columns, TILE):
                 if symmetric and i < k:
-                    transposed_tile(at(target, k * ld + i), ld, at(target, i * ld + k), ld, (zeros,))
+                    transpose_tile(at(target, k * ld + i), ld, at(target, i * ld + k), ld, (zeros,))
 
 
 @njit
 def _add_transposed(target, m, factor, n, ld, zeros, part, num_parts):
     """Compute target = M + factor M'."""
-    for j in range(part * UNIT, n, num_parts * UNIT):
-        for i in range(0, n, UNIT):
+    for j in range(part * TILE, n, num_parts * TILE):
+        for i in range(0, n, TILE):
             own, given = at(target, i * ld + j), at(m, i * ld + j)
-            transposed_tile(own, ld, at(m, j * ld + i), ld, (zeros,))
-            for k in range(UNIT):
+            transpose_tile(own, ld, at(m, j * ld + i), ld, (zeros,))
+            for k in range(TILE):
                 row, other = at(own, k * ld), at(given, k * ld)
-                for l in range(UNIT):
-                    put(row, l, get(other, l) + number(row, factor) * get(row, l))
+                for l in range(TILE):
+                    put(row, l, get(other, l) + cast(row, factor) * get(row, l))

@@ -15,6 +15,8 @@ import numpy as np
 from numba import cfunc, types
 from numba.core.caching import FunctionCache
 
+_WORKERS = Path(__file__).with_name("workers.py")
+
 
 @cache
 def kernel_address(kernel: Callable[..., None], dtype: str) -> int:
@@ -76,6 +78,7 @@ def _warn_that_nothing_is_cached(reason: str) -> None:
 
 @cache
 def _sources_hash() -> str:
-    """Return a hash of all files of this backend."""
-    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    """Return a hash of all files that compiled code comes from."""
+    backend = Path(__file__).parents[1]
+    files = [*sorted(backend.glob("device/*.py")), backend / "arguments.py", backend / "tuning.py", _WORKERS]
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
