@@ -280,10 +280,8 @@ def test_rows_of_large_results_go_past_the_caches(compiled, tune, monkeypatch, d
     found = compiled.affine_map(terms, shift, 1, x.dtype)
     close([found], [EXACT.affine_map([Term(*exact(term)) for term in terms], *exact([shift]), 1, np.float64)])
     keys = tuple(compiled.library.key(array) for array in (dy, x))
-    (program,) = kernels._affine_map_plan(
-        compiled.library, keys, 1, compiled.library.num_threads(), True, False
-    ).programs
-    ((index, _),) = program.alignments
+    plan = kernels._affine_map_plan(compiled.library, keys, 1, compiled.library.num_threads(), True, False)
+    *_, (index, _) = plan.programs[0].alignments
     assert [job[index] for job in jobs] == [offset == 0]
 
 
