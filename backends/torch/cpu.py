@@ -18,7 +18,7 @@ from polywhiten.cpu import is_available
 from polywhiten.cpu.library import ArrayKey, Strided, check_shape
 from polywhiten.cpu.runtime.large_pages import ask_for_large_pages
 from polywhiten.kernels import Kernels
-from polywhiten.reference import Gradients
+from polywhiten.reference import Gradients, Reference
 from polywhiten.solvers import Solver
 from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import NO_STATISTICS, Statistics
@@ -28,11 +28,15 @@ if TYPE_CHECKING:
     from polywhiten.cpu.implementation import CpuImplementation
 
 
-class TorchCpuImplementation:
+class TorchCpuImplementation(Reference):
     """`CpuImplementation`, which is imported with Numba when the first tensor on the CPU arrives."""
 
+    def __init__(self) -> None:
+        """Unlike the reference, this has no kernels yet."""
+
     @property
-    def kernels(self) -> Kernels:
+    def kernels(self) -> Kernels:  # type: ignore[override]
+        """Return the compiled kernels."""
         return _compiled().kernels
 
     def supports(self, spec: WhiteningSpec | None, x: Tensor, *others: Tensor | None) -> bool:
