@@ -305,7 +305,9 @@ def pointer(typingctx, address, like):
 @njit
 def listed(x, layout, start, samples, lines):
     panel = panels.Panel(pointer(x.ctypes.data, x), layout, 1, start, samples)
-    return prefetch.list_lines(pointer(lines.ctypes.data, lines), 7, (panel, panel, panel), 1)
+    addresses = pointer(lines.ctypes.data, lines)
+    found = prefetch.list_lines(prefetch.Prefetch((panel, panel, panel), 1, addresses), 7)
+    return found.end, found.per_interval
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

@@ -6,12 +6,12 @@ from numba import njit
 
 from polywhiten.cpu.arguments import AffineMapArgs, unpack
 from polywhiten.cpu.device.channels import scale_channels
-from polywhiten.cpu.device.gemm import intervals_per_tile, multiply_add, multiply_add_listed
-from polywhiten.cpu.device.gemm_microkernel import Matrix, PrefetchList, StridedMatrix
+from polywhiten.cpu.device.gemm import Sizes, intervals_per_tile, multiply_add, multiply_add_listed
+from polywhiten.cpu.device.gemm_microkernel import Matrix, StridedMatrix
 from polywhiten.cpu.device.packing import pack_columns, pack_rows, transpose, unpack_columns, unpack_rows
 from polywhiten.cpu.device.panels import Panel, padded, panel_width, panel_workspace_size, subpanel
 from polywhiten.cpu.device.pointers import as_int64, at, clear, fence, get, is_null, put
-from polywhiten.cpu.device.prefetch import list_lines
+from polywhiten.cpu.device.prefetch import Prefetch, PrefetchList, list_lines
 from polywhiten.cpu.tuning import LD_PADDING, PANEL_WIDTH, TILE
 
 
@@ -132,13 +132,9 @@ def _map_columns(args, memory, y, first, second, prefetched):
         base=Matrix(memory.zeros, 0),
         a=StridedMatrix(matrix, depth, 1),
         b=Matrix(memory.inputs, ld),
-        m=dp,
-        n=padded(n),
-        k=depth,
+        sizes=Sizes(m=dp, n=padded(n), k=depth),
         upper=False,
-        panels=prefetched,
-        num_panels=3,
-        addresses=memory.prefetch_list,
+        prefetch=Prefetch(prefetched, 3, memory.prefetch_list),
     )
     if not is_null(args.output_weight):
         weight = args.output_weight
@@ -154,8 +150,8 @@ def _map_rows(args, memory, y, first, second, prefetched):
     ld, tiles, ignored_sums = depth + LD_PADDING, padded(n) // TILE * (dp // TILE), memory.result
     matrix = at(args.packed_matrices, y.block * depth * dp)
     centre, second_centre = at(args.first.centre, y.block * d), at(args.second.centre, y.block * d)
-    begin, intervals = 0, tiles * intervals_per_tile(memory.shift, depth)
-    end, per_interval = list_lines(memory.prefetch_list, intervals, prefetched, 2)
+    intervals = tiles * intervals_per_tile(memory.shift, depth)
+    begin, prefetch_list = 0, list_lines(Prefetch(prefetched, 2, memory.prefetch_list), intervals)
     are_direct = d == dp and layout.outer == 1 and layout.d_stride == 1
     for done in range(0, n, several):
         some = min(several, n - done)
@@ -172,12 +168,10 @@ def _map_rows(args, memory, y, first, second, prefetched):
                 base=Matrix(memory.shift, 0),
                 a=StridedMatrix(at(memory.inputs, i * ld), ld, 1),
                 b=Matrix(matrix, dp),
-                m=TILE,
-                n=dp,
-                k=depth,
+                sizes=Sizes(m=TILE, n=dp, k=depth),
                 upper=False,
                 nontemporal=args.nontemporal and is_direct,
-                prefetch=PrefetchList(memory.prefetch_list, begin, end, per_interval),
+                prefetch_list=PrefetchList(memory.prefetch_list, begin, prefetch_list.end, prefetch_list.per_interval),
             )
             if not is_direct:
                 unpack_rows(subpanel(y, done + i, min(TILE, some - i)), memory.result, dp)

@@ -7,7 +7,7 @@ from numba import njit
 
 from polywhiten.cpu.arguments import CrossMomentsArgs, FinishCrossMomentsArgs, unpack
 from polywhiten.cpu.device.channels import channel_run, gather_channels, has_channel_runs
-from polywhiten.cpu.device.gemm import multiply_add
+from polywhiten.cpu.device.gemm import Sizes, multiply_add
 from polywhiten.cpu.device.gemm_microkernel import Matrix, StridedMatrix
 from polywhiten.cpu.device.moments import sum_of_chunks
 from polywhiten.cpu.device.packing import pack_columns, pack_rows, pack_run_as_rows, transpose
@@ -21,6 +21,7 @@ from polywhiten.cpu.device.panels import (
     start_of_run,
 )
 from polywhiten.cpu.device.pointers import as_float64, as_int64, at, cast, clear, get, is_null, put
+from polywhiten.cpu.device.prefetch import Prefetch
 from polywhiten.cpu.device.sums import add_row_sums, sum_of
 from polywhiten.cpu.tuning import LD_PADDING, PANEL_WIDTH, ROW_PANEL_SIZE, TILE
 
@@ -136,13 +137,9 @@ def _add_rows(memory, products, x, dy, prefetched, are_together, is_first, is_la
         base=Matrix(base, ld_base),
         a=StridedMatrix(memory.gradient, 1, ld),
         b=Matrix(memory.rows, ld),
-        m=dp,
-        n=dp,
-        k=x.samples,
+        sizes=Sizes(m=dp, n=dp, k=x.samples),
         upper=False,
-        panels=prefetched,
-        num_panels=2,
-        addresses=memory.prefetch_list,
+        prefetch=Prefetch(prefetched, 2, memory.prefetch_list),
     )
     if are_together and is_last:
         for i in range(dp * dp):
@@ -196,13 +193,9 @@ def _add_products(memory, products, gradient, ld, n, dp, prefetched):
         base=Matrix(products, dp),
         a=StridedMatrix(gradient, ld, 1),
         b=Matrix(memory.rows, dp + LD_PADDING),
-        m=dp,
-        n=dp,
-        k=n,
+        sizes=Sizes(m=dp, n=dp, k=n),
         upper=False,
-        panels=prefetched,
-        num_panels=2,
-        addresses=memory.prefetch_list,
+        prefetch=Prefetch(prefetched, 2, memory.prefetch_list),
     )
 
 
@@ -216,13 +209,9 @@ def _add_gathered(args, memory, products, x, dy, prefetched):
         base=Matrix(memory.zeros, 0),
         a=StridedMatrix(memory.matrix, dp, 1),
         b=Matrix(memory.columns, ld),
-        m=dp,
-        n=padded(n),
-        k=dp,
+        sizes=Sizes(m=dp, n=padded(n), k=dp),
         upper=False,
-        panels=prefetched,
-        num_panels=0,
-        addresses=memory.prefetch_list,
+        prefetch=Prefetch(prefetched, 0, memory.prefetch_list),
     )
     parameters = as_float64(at(memory.rows, args.parameter_sums))
     panels, sums = (memory.gradient, memory.white, ld, x), (at(products, dp * dp), parameters)
@@ -249,13 +238,9 @@ def _add_runs(args, memory, products, x, dy, prefetched):
             base=Matrix(memory.zeros, 0),
             a=StridedMatrix(at(gradient, done), ld, 1),
             b=Matrix(at(memory.rows, done * (dp + LD_PADDING)), dp + LD_PADDING),
-            m=dp,
-            n=dp,
-            k=n,
+            sizes=Sizes(m=dp, n=dp, k=n),
             upper=False,
-            panels=prefetched,
-            num_panels=num_prefetched,
-            addresses=memory.prefetch_list,
+            prefetch=Prefetch(prefetched, num_prefetched, memory.prefetch_list),
         )
         for i in range(d):
             channel = i * (layout.inner // channels.positions) + first

@@ -1,40 +1,47 @@
 """Products of packed panels, which prefetch the next panels meanwhile."""
 
+from typing import NamedTuple
+
 from numba import njit
 
 from polywhiten.cpu.device.gemm_microkernel import (
     TILE_PAIR,
     Matrix,
-    PrefetchList,
     StridedMatrix,
     blocks_per_tile,
     gemm_microkernel,
 )
 from polywhiten.cpu.device.pointers import at
-from polywhiten.cpu.device.prefetch import list_lines
+from polywhiten.cpu.device.prefetch import PrefetchList, list_lines
 from polywhiten.cpu.tuning import PREFETCH_INTERVAL, TILE
 
 
-@njit
-def multiply_add(c, base, a, b, m, n, k, upper, panels, num_panels, addresses):
-    """Compute C = base + A B of padded sizes; if `upper`, only the tiles on the diagonal and above it.
+class Sizes(NamedTuple):
+    """C is (m, n) and A is (m, k); all are multiples of a tile, but k of any size."""
 
-    The lines of the first `num_panels` panels are prefetched meanwhile; `addresses` has room for their list.
-    """
-    tiles = m // TILE * (n // TILE)
+    m: int
+    n: int
+    k: int
+
+
+@njit
+def multiply_add(c, base, a, b, sizes, upper, prefetch):
+    """Compute C = base + A B, prefetching panels meanwhile; if `upper`, only the tiles on and above the diagonal."""
+    tiles = sizes.m // TILE * (sizes.n // TILE)
     if upper:
-        tiles = (tiles + m // TILE) // 2
-    end, per_interval = list_lines(addresses, tiles * intervals_per_tile(c.data, k), panels, num_panels)
-    multiply_add_listed(c, base, a, b, m, n, k, upper, False, PrefetchList(addresses, 0, end, per_interval))
+        tiles = (tiles + sizes.m // TILE) // 2
+    prefetch_list = list_lines(prefetch, tiles * intervals_per_tile(c.data, sizes.k))
+    multiply_add_listed(c, base, a, b, sizes, upper, False, prefetch_list)
 
 
 @njit
-def multiply_add_listed(c, base, a, b, m, n, k, upper, nontemporal, prefetch):
+def multiply_add_listed(c, base, a, b, sizes, upper, nontemporal, prefetch_list):
     """Compute `multiply_add` with an existing prefetch list and optional non-temporal stores.
 
     Return the index in the list that the product has come to.
     """
-    begin, intervals = prefetch.begin, intervals_per_tile(c.data, k)
+    m, n, k = sizes
+    begin, per_interval, intervals = prefetch_list.begin, prefetch_list.per_interval, intervals_per_tile(c.data, k)
     for left in range(0, n, TILE_PAIR):
         for i in range(0, min(m, left + TILE_PAIR) if upper else m, TILE):
             j = left + TILE if upper and i > left else left
@@ -49,9 +56,9 @@ def multiply_add_listed(c, base, a, b, m, n, k, upper, nontemporal, prefetch):
                 k,
                 columns,
                 nontemporal,
-                PrefetchList(prefetch.addresses, begin, prefetch.end, prefetch.per_interval),
+                PrefetchList(prefetch_list.addresses, begin, prefetch_list.end, per_interval),
             )
-            begin += prefetch.per_interval * intervals * (columns // TILE)
+            begin += per_interval * intervals * (columns // TILE)
     return begin
 
 

@@ -14,6 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from polywhiten.cpu.device.prefetch import PrefetchList
 from polywhiten.cpu.device.simd import FEATURES, VECTOR_BYTES, Vector, vector_length
 from polywhiten.cpu.tuning import PREFETCH_INTERVAL, TILE, VECTORS_PER_ROW
 
@@ -37,15 +38,6 @@ class StridedMatrix(NamedTuple):
     data: Any
     row_stride: int
     column_stride: int
-
-
-class PrefetchList(NamedTuple):
-    """Addresses of cache lines, some of which are prefetched from time to time during a product."""
-
-    addresses: Any  # pointer to int64
-    begin: int
-    end: int
-    per_interval: int  # how many are prefetched at once
 
 
 @intrinsic

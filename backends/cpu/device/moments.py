@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 from numba import njit
 
 from polywhiten.cpu.arguments import FinishMomentsArgs, MomentsArgs, unpack
-from polywhiten.cpu.device.gemm import multiply_add
+from polywhiten.cpu.device.gemm import Sizes, multiply_add
 from polywhiten.cpu.device.gemm_microkernel import Matrix, StridedMatrix
 from polywhiten.cpu.device.packing import load_shift, pack_columns, pack_rows, pack_run_as_rows, transpose
 from polywhiten.cpu.device.panels import Panel, is_run, padded, panel_width_for_runs, panel_workspace_size, start_of_run
 from polywhiten.cpu.device.pointers import as_int64, at, cast, clear, get, put
+from polywhiten.cpu.device.prefetch import Prefetch
 from polywhiten.cpu.device.simd import centre_rows
 from polywhiten.cpu.device.sums import add_row_sums, sum_of_differences
 from polywhiten.cpu.tuning import LD_PADDING, PANEL_WIDTH, TILE
@@ -78,13 +79,9 @@ def _add_panel(memory, products, mean, x, following, as_rows):
         base=Matrix(products, dp),
         a=StridedMatrix(rows, 1, ld),
         b=Matrix(rows, ld),
-        m=dp,
-        n=dp,
-        k=n,
+        sizes=Sizes(m=dp, n=dp, k=n),
         upper=True,
-        panels=(following, following, following),
-        num_panels=1,
-        addresses=memory.prefetch_list,
+        prefetch=Prefetch((following, following, following), 1, memory.prefetch_list),
     )
 
 

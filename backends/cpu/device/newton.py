@@ -8,9 +8,10 @@ import numpy as np
 from numba import njit
 
 from polywhiten.cpu.arguments import InverseSqrtArgs, unpack
-from polywhiten.cpu.device.gemm_microkernel import TILE_PAIR, Matrix, PrefetchList, StridedMatrix, gemm_microkernel
+from polywhiten.cpu.device.gemm_microkernel import TILE_PAIR, Matrix, StridedMatrix, gemm_microkernel
 from polywhiten.cpu.device.panels import padded
 from polywhiten.cpu.device.pointers import as_int64, at, cast, clear, get, is_null, put
+from polywhiten.cpu.device.prefetch import PrefetchList
 from polywhiten.cpu.device.simd import transpose_tile
 from polywhiten.cpu.tuning import LD_PADDING, TILE
 

@@ -3,6 +3,8 @@
 Prefetched all at once, they would delay what the products read.
 """
 
+from typing import Any, NamedTuple
+
 from numba import njit
 
 from polywhiten.cpu.device.panels import padded
@@ -13,21 +15,36 @@ from polywhiten.cpu.tuning import NEARBY_ROWS, PANEL_WIDTH, TILE
 MAX_PANELS = 3  # in a list
 
 
+class Prefetch(NamedTuple):
+    """Panels to prefetch."""
+
+    panels: Any  # a tuple of MAX_PANELS
+    num_panels: int  # how many of them are prefetched, the first ones
+    addresses: Any  # pointer to int64, with room for the list of their lines
+
+
+class PrefetchList(NamedTuple):
+    """Addresses of cache lines, some of which are prefetched in each interval of a product."""
+
+    addresses: Any  # pointer to int64
+    begin: int
+    end: int
+    per_interval: int
+
+
 def prefetch_list_size(d):
     """Return how many elements of float32 a list needs at most; of float64, half as many would do."""
     return 2 * MAX_PANELS * _max_lines.py_func(d)
 
 
 @njit
-def list_lines(addresses, num_intervals, panels, num_panels):
-    """List the lines of the first `num_panels` panels; return how many there are, and how many to prefetch at once.
-
-    That number, prefetched in each of `num_intervals` intervals, gets through the list.
-    """
-    count = 0
-    for i in range(num_panels):
-        count = _append_panel(addresses, count, (i + 1) * _max_lines(panels[i].layout.d), panels[i])
-    return count, (count + num_intervals - 1) // num_intervals
+def list_lines(prefetch, num_intervals):
+    """Return the list of all panels' lines, which lasts for that number of intervals."""
+    count = 0  # a literal has a type of its own, and all of this would be compiled twice
+    for i in range(prefetch.num_panels):
+        panel = prefetch.panels[i]
+        count = _append_panel(prefetch.addresses, count, (i + 1) * _max_lines(panel.layout.d), panel)
+    return PrefetchList(prefetch.addresses, 0, count, (count + num_intervals - 1) // num_intervals)
 
 
 @njit
