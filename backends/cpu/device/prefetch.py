@@ -5,6 +5,7 @@ Prefetched all at once, they would delay what the products read.
 
 from typing import Any, NamedTuple
 
+import numpy as np
 from numba import njit
 
 from polywhiten.cpu.device.panels import padded
@@ -40,7 +41,7 @@ def prefetch_list_size(d):
 @njit
 def list_lines(prefetch, num_intervals):
     """Return the list of all panels' lines, which lasts for that number of intervals."""
-    count = 0  # a literal has a type of its own, and all of this would be compiled twice
+    count = np.int64(0)  # a literal has a type of its own, and Numba would compile `_append_panel` for both types
     for i in range(prefetch.num_panels):
         panel = prefetch.panels[i]
         count = _append_panel(prefetch.addresses, count, (i + 1) * _max_lines(panel.layout.d), panel)
