@@ -49,6 +49,7 @@ class CpuImplementation(Reference):
     workers, and gradients of the statistics.
     """
 
+    name = "Numba"
     library: Library
 
     @classmethod

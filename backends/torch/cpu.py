@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 class TorchCpuImplementation(Reference):
     """`CpuImplementation`, which is imported with Numba when the first tensor on the CPU arrives."""
 
+    name = "Numba"
+
     def __init__(self) -> None:
         """Unlike the reference, this has no kernels yet."""
 
