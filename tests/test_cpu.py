@@ -9,18 +9,19 @@ import pytest
 
 pytest.importorskip("numba")
 
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 import polywhiten as pw
 from polywhiten.blocks import ChannelGroups, SampleGroups
-from polywhiten.cpu import implementation as whole
-from polywhiten.cpu import launches as calls
-from polywhiten.cpu import numpy_kernels as kernels
-from polywhiten.cpu import schedule as steps
+from polywhiten.cpu import arguments, kernels, launches, numpy_library, schedule, tuning, workspace
 from polywhiten.cpu.backend import numpy_backend
-from polywhiten.cpu.device import gemm as products
-from polywhiten.cpu.device import packing as panels
-from polywhiten.cpu.device import simd as tile
+from polywhiten.cpu.device import panels, prefetch
+from polywhiten.cpu.device.simd import CACHE_LINE
+from polywhiten.cpu.implementation import CpuImplementation
+from polywhiten.cpu.kernels import CpuKernels
+from polywhiten.cpu.numpy_library import NumPyLibrary
 from polywhiten.cpu.runtime import parallel
 from polywhiten.kernels import Kernels, Term
 from polywhiten.reference import Reference
@@ -36,27 +37,47 @@ SHAPES = [(1, 40, 3, 1), (3, 1, 3, 1), (600, 3, 17, 1), (5, 2, 40, 49), (3, 2, 1
 TOLERANCE = {"float64": 1e-12, "float32": 2e-5}
 
 
+@pytest.fixture
+def tune(monkeypatch):
+    """Change what plans are made by, for this test."""
+
+    def set_to(**constants):
+        for name, value in constants.items():
+            monkeypatch.setattr(tuning, name, value)
+        forget_plans()
+
+    yield set_to
+    forget_plans()
+
+
+def forget_plans():
+    for module in (kernels, schedule):
+        for function in vars(module).values():
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
+
+
 @pytest.fixture(autouse=True)
-def _several_threads(monkeypatch):
+def _several_threads(monkeypatch, tune):
     """Even for small arrays, and never the plain kernels instead."""
 
-    def serves(*arrays):
-        assert original(*arrays), "compiled kernels serve all of these tests"
+    def can_read(library, *arrays):
+        assert original(library, *arrays), "compiled kernels serve all of these tests"
         return True
 
-    original = kernels._serves
-    monkeypatch.setattr(kernels, "_serves", serves)
-    monkeypatch.setattr(calls, "_WORTH", 10)
+    original = NumPyLibrary.can_read
+    monkeypatch.setattr(NumPyLibrary, "can_read", can_read)
+    tune(MIN_OPS_PER_THREAD=10)
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
 def compiled(request, monkeypatch):
-    monkeypatch.setattr(kernels, "threads", lambda: request.param)
-    return kernels.NumPyKernels(xp)
+    monkeypatch.setattr(numpy_library, "num_threads", lambda: request.param)
+    return CpuKernels(xp, NumPyLibrary(), EXACT)
 
 
 def implementation(used):
-    return Reference(used) if used is EXACT else whole.CpuImplementation(used, kernels._CALLS, kernels._serves)
+    return Reference(used) if used is EXACT else CpuImplementation(used, used.library)
 
 
 def forward(kernels, spec, *arrays):
@@ -148,8 +169,8 @@ def check_both_passes(compiled, plan, given, dy):
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2)], ids=["columns", "rows"])
 @pytest.mark.parametrize("affine", ["weight and bias", "weight", "bias", "none"])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_iter_norm(compiled, monkeypatch, dtype, affine, order, cached):
-    monkeypatch.setattr(whole, "_CACHED", 1 << 19 if cached else 0)
+def test_iter_norm(compiled, tune, dtype, affine, order, cached):
+    tune(MAX_CACHED_BLOCK_BYTES=1 << 19 if cached else 0)
     x, dy = (in_memory(random(5, 24, 6, 7, dtype=dtype, seed=seed), order) for seed in (1, 2))
     x = 2 * x + 3
     weight, bias = random(2, 24, dtype=dtype, seed=3)
@@ -201,14 +222,14 @@ class TestBothPasses:
     def test_other_solvers(self, compiled, blocks, method):
         self.check(compiled, blocks, solver_for(method, None))
 
-    def test_memory_that_is_too_large_to_keep(self, compiled, blocks, monkeypatch):
-        monkeypatch.setattr(steps, "_MOST", 0)
-        monkeypatch.setattr(steps, "_KEPT", steps._Kept())
+    def test_memory_that_is_too_large_to_keep(self, compiled, blocks, tune, monkeypatch):
+        tune(MAX_KEPT_BYTES=0)
+        monkeypatch.setattr(workspace, "_KEPT", workspace._Kept())
         self.check(compiled, blocks)
-        assert steps._KEPT.arrays == {}
+        assert workspace._KEPT.workspace is None
 
-    def test_matrices_that_threads_share(self, compiled, blocks, monkeypatch):
-        monkeypatch.setattr(calls, "_SHARED", 1)
+    def test_matrices_that_threads_share(self, compiled, blocks, tune):
+        tune(MIN_SHARED_SIZE=1)
         one_block = ChannelGroups(1, 24) if isinstance(blocks, ChannelGroups) else blocks
         self.check(compiled, one_block, x=self.x[:1], dy=self.dy[:1])
 
@@ -236,37 +257,57 @@ def test_more_channels_than_a_panel_has_samples(compiled, order):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "not aligned"])
 @pytest.mark.parametrize("d", [16, 32, 48])
-def test_rows_of_large_results_go_past_the_caches(compiled, monkeypatch, dtype, offset, d):
+def test_rows_of_large_results_go_past_the_caches(compiled, tune, monkeypatch, dtype, offset, d):
     """Only to where lines of the cache begin: the processor has no such stores to other places."""
 
-    def empty_like(library, like):
+    def empty_strided(library, array, like):
         memory = np.empty(like.nbytes + 128, "uint8")
         start = -memory.ctypes.data % 64 + offset * like.itemsize
         return memory[start : start + like.nbytes].view(like.dtype).reshape(like.shape)
 
-    chosen = []
-    original = steps.Steps._go_past_caches
-    monkeypatch.setattr(steps.Steps, "_go_past_caches", lambda *given: chosen.append(original(*given)) or chosen[-1])
-    monkeypatch.setattr(steps, "_LARGE", 1)
-    monkeypatch.setattr(kernels._NumPy, "empty_like", empty_like)
+    def run(job, *options):
+        jobs.append(job)
+        original(job, *options)
+
+    jobs, original = [], launches.run
+    monkeypatch.setattr(launches, "run", run)
+    tune(STREAMING_STORE_BYTES=1)
+    monkeypatch.setattr(NumPyLibrary, "empty_strided", empty_strided)
     x, dy = random(2, 603, 3, d, 1, dtype=dtype)
     a, b = random(2, 3, d, d, dtype=dtype)
     mean, shift = random(2, 3, d, dtype=dtype)
     terms = [Term(a, dy, mean), Term(b, x, mean)]
     found = compiled.affine_map(terms, shift, 1, x.dtype)
     close([found], [EXACT.affine_map([Term(*exact(term)) for term in terms], *exact([shift]), 1, np.float64)])
-    assert chosen == [offset == 0]
+    keys = tuple(compiled.library.key(array) for array in (dy, x))
+    plan = kernels._affine_map_plan(compiled.library, keys, 1, compiled.library.num_threads(), True, False)
+    *_, (index, _) = plan.programs[0].alignments
+    assert [job[index] for job in jobs] == [offset == 0]
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_memory_of_workers_begins_where_lines_do(dtype):
-    assert all(parallel.address(row) % tile.LINE == 0 for row in steps.scratch(3, 17, dtype))
+    builder = launches.LaunchBuilder(dtype, num_workers=3, worker_size=17)
+    assert workspace.workspace(builder.workspace_bytes).address % CACHE_LINE == builder.worker_bytes % CACHE_LINE == 0
+    assert builder.temporary(5).offset % CACHE_LINE == builder.temporary(5).offset % CACHE_LINE == 0
+
+
+@intrinsic
+def pointer(typingctx, address, like):
+    """The address of an array, as a pointer to its dtype."""
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.int64, like), generate
 
 
 @njit
 def listed(x, layout, start, samples, lines):
-    place = panels.Place(tile.pointer(x.ctypes.data, x), layout, 1, start, samples)
-    return products.list_lines(tile.pointer(lines.ctypes.data, lines), 7, (place, place, place), 1)
+    panel = panels.Panel(pointer(x.ctypes.data, x), layout, 1, start, samples)
+    addresses = pointer(lines.ctypes.data, lines)
+    found = prefetch.list_lines(prefetch.Prefetch((panel, panel, panel), 1, addresses), 7)
+    return found.end, found.per_interval
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -278,12 +319,12 @@ def test_lines_of_a_panel_are_listed(dtype, order, d, inner, start, samples):
     x = in_memory(random(64, 2, d, inner, dtype=dtype), order)
     strides = [stride // x.itemsize for stride in x.strides]
     layout = panels.Layout(2, 64, d, inner, strides[1], strides[0], strides[2], strides[3])
-    lines = np.zeros(products.list_memory(d) // 2, np.int64)
+    lines = np.zeros(prefetch.prefetch_list_size(d) // 2, np.int64)
     count, each = listed(x, layout, start, samples, lines)
     assert (each - 1) * 7 < count <= 7 * each
     numbers = np.arange(x.size).reshape(x.transpose(order).shape).transpose(np.argsort(order))
     numbers = numbers[:, 1].swapaxes(1, 2).reshape(-1, d)[start : start + samples]
-    wanted = (parallel.address(x.transpose(order)) + numbers.astype(np.int64) * x.itemsize) // tile.LINE * tile.LINE
+    wanted = (parallel.address(x.transpose(order)) + numbers.astype(np.int64) * x.itemsize) // CACHE_LINE * CACHE_LINE
     assert set(lines[:count]) == set(wanted.ravel())
     assert not lines[count:].any()
 
@@ -295,8 +336,8 @@ def test_constant_channels_without_eps(compiled):
         np.testing.assert_array_equal(compiled.inverse_sqrt_adjoint(NEWTON, zero, zero), zero)
 
 
-def test_matrices_that_threads_share(compiled, monkeypatch):
-    monkeypatch.setattr(calls, "_SHARED", 1)
+def test_matrices_that_threads_share(compiled, tune):
+    tune(MIN_SHARED_SIZE=1)
     for d in (3, 40, 130):
         cov = np.cov(random(d, 3 * d))[None]
         grad = random(1, d, d, seed=4)
@@ -360,9 +401,9 @@ def test_odd_arrays_are_left_to_the_plain_kernels(monkeypatch):
     field = np.zeros(30, [("byte", "u1"), ("x", "f8", 4)])["x"]
     field[...] = x
     for odd in (field, x.astype(">f8"), x.view(type("Mine", (np.ndarray,), {}))):
-        assert not kernels._serves(odd)
+        assert not NumPyLibrary().can_read(odd)
         np.testing.assert_allclose(pw.iter_norm(odd), pw.iter_norm(x), rtol=1e-10)
-    assert not kernels._serves(x.astype("float16"))
+    assert not NumPyLibrary().can_read(x.astype("float16"))
     assert pw.iter_norm(x.astype("float16")).dtype == np.float16
 
 
@@ -376,8 +417,8 @@ def test_numpy_without_numba(monkeypatch):
 @pytest.mark.parametrize("layer", ["workqueue", "omp"])
 def test_threads_may_call_at_the_same_time(monkeypatch, layer):
     monkeypatch.setattr(parallel.numba, "threading_layer", lambda: layer)
-    parallel._alone.cache_clear()
-    assert (parallel._alone() is parallel._LOCK) == (layer == "workqueue")
+    parallel._numba_threads_lock.cache_clear()
+    assert (parallel._numba_threads_lock() is parallel._LOCK) == (layer == "workqueue")
     x = random(300, 64)
     wanted, found = pw.iter_norm(x), []
     callers = [threading.Thread(target=lambda: found.append(pw.iter_norm(x))) for _ in range(4)]
@@ -385,7 +426,7 @@ def test_threads_may_call_at_the_same_time(monkeypatch, layer):
         caller.start()
     for caller in callers:
         caller.join()
-    parallel._alone.cache_clear()
+    parallel._numba_threads_lock.cache_clear()
     assert len(found) == 4
     for y in found:
         np.testing.assert_array_equal(y, wanted)
@@ -409,14 +450,13 @@ def test_statistics_of_another_shape_are_an_error(compiled):
         compiled.affine_map([Term(np.ones((1, 4, 4)), random(9, 1, 4, 1), np.ones((1, 3)))], None, 1, np.float64)
 
 
-def test_memory_that_is_too_large_to_keep(compiled, monkeypatch):
-    monkeypatch.setattr(steps, "_MOST", 0)
-    monkeypatch.setattr(steps, "_KEPT", steps._Kept())
-    monkeypatch.setattr(calls, "_SHARED", 1)
+def test_memory_that_is_too_large_to_keep(compiled, tune, monkeypatch):
+    tune(MAX_KEPT_BYTES=0, MIN_SHARED_SIZE=1)
+    monkeypatch.setattr(workspace, "_KEPT", workspace._Kept())
     x = random(40, 1, 300, 1)
     mean, cov = compiled.moments(x, 1)
     y = compiled.affine_map([Term(compiled.inverse_sqrt(NEWTON, cov, 1e-5), x, mean)], None, 1, x.dtype)
-    assert steps._KEPT.arrays == {}
+    assert workspace._KEPT.workspace is None
     mean, cov = EXACT.moments(x, 1)
     close([y], [EXACT.affine_map([Term(EXACT.inverse_sqrt(NEWTON, cov, 1e-5), x, mean)], None, 1, x.dtype)])
 
@@ -432,3 +472,44 @@ def test_sums_of_many_samples_are_exact(compiled):
     plan, bias = WhiteningSpec(SampleGroups(2, 1), NEWTON, 1e-3), np.zeros(16, "float32")
     _, stats = forward(compiled, plan, x, None, bias)
     np.testing.assert_allclose(backward(compiled, plan, x, None, bias, stats, dy)[2], 3000, rtol=1e-6)
+
+
+@pytest.mark.parametrize("cls", arguments.KERNEL_ARGS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_packed_arguments_are_unpacked_by_the_kernel(cls, dtype):
+    """Every field is its own, in the order of the class, whatever its type."""
+
+    @njit
+    def unpacked(packed, like):
+        args = arguments.unpack(cls, pointer(packed.ctypes.data, packed), pointer(like.ctypes.data, like))
+        return plain(args)
+
+    kinds = list(arguments.leaf_types(cls))
+    values = [kind(i % 3 > 0) if kind is bool else kind(i + 100) for i, kind in enumerate(kinds)]
+    values = [value + 0.5 if kind is float else value for kind, value in zip(kinds, values, strict=True)]
+    packed = np.frombuffer(arguments.pack(cls, values), np.int64)
+    assert len(packed) == len(values)
+    found = unpacked(packed, np.zeros(1, dtype))
+    assert list(arguments.flattened([found])) == values
+
+
+@intrinsic
+def plain(typingctx, args):
+    """Nested tuples with pointers as integers, which Python can have."""
+
+    def kind(field):
+        if isinstance(field, types.BaseTuple):
+            return types.Tuple([kind(each) for each in field])
+        return types.int64 if isinstance(field, types.CPointer) else field
+
+    def converted(context, builder, field, value):
+        if isinstance(field, types.BaseTuple):
+            parts = (builder.extract_value(value, i) for i in range(len(field)))
+            parts = [converted(context, builder, each, part) for each, part in zip(field, parts, strict=True)]
+            return context.make_tuple(builder, kind(field), parts)
+        return builder.ptrtoint(value, ir.IntType(64)) if isinstance(field, types.CPointer) else value
+
+    def generate(context, builder, signature, values):
+        return converted(context, builder, args, values[0])
+
+    return kind(args)(args), generate

@@ -75,9 +75,9 @@ import multiprocessing, os, sys
 from pathlib import Path
 
 def forked():
-    from polywhiten import cpu
-    cpu._STAT = Path(sys.argv[1])
-    return cpu._is_forked()
+    from polywhiten.cpu.runtime import fork
+    fork._STAT = Path(sys.argv[1])
+    return fork._was_forked()
 
 if __name__ == "__main__":
     found = {}
@@ -108,7 +108,7 @@ def test_numpy_has_no_more_threads_than_torch():
     try:
         for number in (1, 2, 1000):
             torch.set_num_threads(number)
-            assert parallel.threads() == min(number, numbers)
+            assert parallel.num_threads() == min(number, numbers)
             assert torch.get_num_threads() == number
     finally:
         torch.set_num_threads(before)
@@ -117,4 +117,4 @@ def test_numpy_has_no_more_threads_than_torch():
 def test_numpy_has_numbas_threads_without_torch(monkeypatch):
     for module in (None, object()):  # torch can't be imported, or is only partly imported so far
         monkeypatch.setitem(sys.modules, "torch", module)
-        assert parallel.threads() == parallel.numba.get_num_threads()
+        assert parallel.num_threads() == parallel.numba.get_num_threads()

@@ -11,14 +11,14 @@ numba = pytest.importorskip("numba")
 from numba import cfunc, njit, types  # noqa: E402
 from numba.core.caching import IndexDataCacheFile  # noqa: E402
 
-from polywhiten.cpu.runtime import parallel  # noqa: E402
+from polywhiten.cpu.runtime import cache  # noqa: E402
 
 
 def double(x):
     return 2 * x
 
 
-COMPILERS = {"cfunc": lambda kept: kept.ctypes(21), "njit": lambda kept: kept(21)}
+COMPILERS = {"cfunc": lambda compiled: compiled.ctypes(21), "njit": lambda compiled: compiled(21)}
 
 
 @pytest.fixture(params=COMPILERS)
@@ -26,7 +26,7 @@ def doubled(request, tmp_path, monkeypatch):
     """Return a function that loads the kernel as a new process does, and calls it with 21."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     compiler = {"cfunc": cfunc, "njit": njit}[request.param]
-    return lambda: COMPILERS[request.param](parallel._kept(double, "d", compiler, types.int64(types.int64)))
+    return lambda: COMPILERS[request.param](cache.compiled(double, "d", compiler, types.int64(types.int64)))
 
 
 def files(folder, ending):
@@ -67,7 +67,7 @@ def test_a_damaged_file_is_replaced_with_a_warning_that_names_it(doubled, tmp_pa
 
 
 def test_a_full_disk_keeps_nothing_and_says_so_once(doubled, tmp_path, monkeypatch):
-    parallel._warn_of_nothing_kept.cache_clear()
+    cache._warn_that_nothing_is_cached.cache_clear()
     monkeypatch.setattr(IndexDataCacheFile, "_open_for_write", full)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
@@ -82,7 +82,7 @@ def test_a_damaged_file_that_can_not_be_replaced_says_so(doubled, tmp_path, monk
     assert doubled() == 42
     (file,) = files(tmp_path, "nbc")
     file.write_bytes(b"")
-    parallel._warn_of_nothing_kept.cache_clear()
+    cache._warn_that_nothing_is_cached.cache_clear()
     monkeypatch.setattr(IndexDataCacheFile, "_open_for_write", full)
     with pytest.warns(RuntimeWarning, match="No space left on device"):
         assert doubled() == 42
@@ -99,4 +99,4 @@ def test_a_folder_that_vanishes_is_no_error(doubled, tmp_path):
 
 def test_what_is_wrong_with_a_kernel_itself_is_raised(doubled):
     with pytest.raises(numba.TypingError):
-        parallel._kept(lambda x: x.nothing, "d", cfunc, types.int64(types.int64))
+        cache.compiled(lambda x: x.nothing, "d", cfunc, types.int64(types.int64))

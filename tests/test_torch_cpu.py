@@ -11,9 +11,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
 
 import polywhiten as pw  # noqa: E402
-from polywhiten.cpu import launches as calls  # noqa: E402
+from polywhiten.cpu import schedule, tuning  # noqa: E402
 from polywhiten.cpu.runtime import large_pages, parallel  # noqa: E402
-from polywhiten.cpu.schedule import Steps  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm, cpu  # noqa: E402
 
 
@@ -31,7 +30,9 @@ def set_threads():
 
 @pytest.mark.parametrize("name", ["iter_norm", "group_whiten"])
 def test_any_number_of_threads_gives_the_same(set_threads, monkeypatch, name):
-    monkeypatch.setattr(calls, "_WORTH", 1)  # even for small tensors
+    monkeypatch.setattr(tuning, "MIN_OPS_PER_THREAD", 1)  # even for small tensors
+    schedule.forward_plan.cache_clear()
+    schedule.backward_plan.cache_clear()
     x = torch.randn(40, 64, 30, dtype=torch.float64, requires_grad=True)
     found = []
     for number in (1, 2, 3):
@@ -45,8 +46,8 @@ def test_any_number_of_threads_gives_the_same(set_threads, monkeypatch, name):
 def test_torch_keeps_its_number_of_threads(set_threads):
     for number in (1, 2):
         set_threads(number)
-        parallel._start_threads.cache_clear()
-        parallel.threads()  # Numba's, which NumPy's arrays are whitened by
+        parallel._start_numba_threads.cache_clear()
+        parallel.num_threads()  # Numba's, which NumPy's arrays are whitened by
         assert torch.get_num_threads() == number
 
 
@@ -114,7 +115,8 @@ def test_half_of_a_covariance_is_kept_where_all_of_it_is_not_small(layer, shape,
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = layer(x)
     assert [t.shape[1:] for t in kept[-2:]] == [(d,), (d * (d + 1) // 2,)]
-    monkeypatch.setattr(Steps, "moments", lambda *args: passes.append(args))
+    monkeypatch.setattr(schedule, "add_moments", lambda *args: passes.append(args))
+    schedule.backward_plan.cache_clear()
     (dx,) = torch.autograd.grad(y.pow(3).sum(), x, retain_graph=True)
     assert not passes
     monkeypatch.undo()
@@ -204,5 +206,5 @@ def test_torch_without_numba(monkeypatch):
     x = torch.randn(300, 64, dtype=torch.float64)
     wanted = pw.iter_norm(x)
     monkeypatch.setattr(cpu, "is_available", lambda: False)
-    monkeypatch.setattr(cpu, "_calls", lambda: None)
+    monkeypatch.setattr(cpu, "_compiled", lambda: None)
     torch.testing.assert_close(pw.iter_norm(x), wanted)

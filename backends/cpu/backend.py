@@ -35,9 +35,9 @@ def numpy_backend() -> NumPyBackend:
     if not is_available():
         return NumPyBackend(Kernels(xp))
     from polywhiten.cpu.implementation import CpuImplementation
-    from polywhiten.cpu.numpy_kernels import _CALLS, NumPyKernels, _serves
+    from polywhiten.cpu.numpy_library import NumPyLibrary
 
-    return NumPyBackend(Kernels(xp), CpuImplementation(NumPyKernels(xp), _CALLS, _serves))
+    return NumPyBackend(Kernels(xp), CpuImplementation.over(NumPyLibrary(), Kernels(xp)))
 
 
 BACKEND = numpy_backend()

@@ -1,48 +1,92 @@
-"""Forward and backward, block by block where that keeps them in the cache."""
+"""Whitening by compiled kernels: one call for all steps of a forward or a backward pass."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from polywhiten._types import Array
-from polywhiten.blocks import SampleGroups
-from polywhiten.cpu.device import newton
-from polywhiten.cpu.device.packing import Channels, padded
-from polywhiten.cpu.launches import Calls
-from polywhiten.cpu.runtime.parallel import Step, run
-from polywhiten.cpu.schedule import NO_CHANNELS, Steps, scratch, scratch_size, solve
-from polywhiten.kernels import Kernels, Term
+from polywhiten.cpu.kernels import CpuKernels
+from polywhiten.cpu.launches import WORKSPACE, Address, Program
+from polywhiten.cpu.library import Library
+from polywhiten.cpu.schedule import (
+    BIAS,
+    COVARIANCE,
+    DBIAS,
+    DCOV,
+    DWEIGHT,
+    DX,
+    DY,
+    MEAN,
+    ORDERED_DY,
+    ORDERED_X,
+    WEIGHT,
+    WHITENER,
+    K,
+    Known,
+    ParameterSums,
+    Plan,
+    X,
+    Y,
+    backward_plan,
+    forward_plan,
+)
+from polywhiten.cpu.workspace import Workspace, workspace
+from polywhiten.kernels import Kernels
 from polywhiten.reference import Gradients, Reference, as_dtype_of
 from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import NO_STATISTICS, Statistics
 
-_CACHED = 1 << 19  # bytes of a block of channels; a sample's are read in their order anyway
 
-
+@dataclass(frozen=True)
 class CpuImplementation(Reference):
-    """NumPy's arrays by compiled kernels."""
+    """Whitening of a library's arrays in the CPU's memory.
+
+    `Reference` over the compiled kernels does what one call can't: half precision, statistics that are shared between
+    workers, and gradients of the statistics.
+    """
 
     name = "Numba"
+    library: Library
 
-    def __init__(self, kernels: Kernels, calls: Calls, serves: Any) -> None:
-        super().__init__(kernels)
-        object.__setattr__(self, "_calls", calls)
-        object.__setattr__(self, "_serves", serves)
+    @classmethod
+    def over(cls, library: Library, plain: Kernels) -> CpuImplementation:
+        """Return the implementation for a library, with plain kernels for other solvers than Newton's."""
+        return cls(CpuKernels(plain.xp, library, plain), library)
 
     def supports(self, spec: WhiteningSpec | None, x: Array, *others: Array | None) -> bool:
-        return bool(self._serves(x))
+        """Return whether kernels can read these arrays; weight and bias are converted first, as frozen statistics."""
+        library = self.library
+        if spec is None:
+            return library.can_read(x) and library.can_convert(*others)
+        return library.can_read(x, *others[2:]) and library.can_convert(*others[:2])
 
     def forward(
         self, spec: WhiteningSpec, x: Array, weight: Array | None, bias: Array | None
     ) -> tuple[Array, Statistics]:
-        if spec.all_reduce is not None:
+        """Return y and the statistics, by one call of compiled code if that can do it."""
+        if spec.all_reduce is not None or x.dtype.itemsize < 4:
             return super().forward(spec, x, weight, bias)
-        y, stats = WholeWhitening(self.kernels, self._calls, spec, x).forward(weight, bias)
-        return self.kernels.xp.reshape(y, x.shape), stats
+        library = self.library
+        has_affine = weight is not None, bias is not None
+        plan = forward_plan(library, spec, library.key(x), library.num_threads(), *has_affine)
+        if plan is None:
+            return self.forward(spec, library.contiguous(x), weight, bias)
+        mean, cov = library.empty(plan.vectors, x), library.empty(plan.matrices, x)
+        arrays = self._inputs(plan, x, weight, bias) | {MEAN: mean, COVARIANCE: cov}
+        arrays[Y] = y = library.empty_strided(plan.result, x)
+        memory = workspace(plan.workspace_bytes)
+        if len(plan.programs) == 1:
+            arrays[WHITENER] = whitener = library.empty(plan.matrices, x)
+        else:
+            self._run(plan.programs[0], arrays, memory)
+            whitener = self.kernels.inverse_sqrt(spec.solver, cov, spec.eps)
+            arrays[WHITENER] = library.converted(whitener, plan.matrices, x)
+        self._run(plan.programs[-1], arrays, memory)
+        return y, Statistics(mean, cov, whitener)
 
     def backward(
         self,
@@ -54,157 +98,88 @@ class CpuImplementation(Reference):
         dy: Array,
         dstats: Statistics = NO_STATISTICS,
     ) -> Gradients:
-        extra = spec.all_reduce is not None or any(each is not None for each in dstats)
-        if extra or not self._serves(x, dy, *stats):
+        """Return the gradients, by one call of compiled code if that can do it."""
+        if spec.all_reduce is not None or x.dtype.itemsize < 4 or any(each is not None for each in dstats):
             return super().backward(spec, x, weight, bias, stats, dy, dstats)
-        dy = self.kernels.split(spec.blocks, dy)
-        dx, dweight, dbias = WholeWhitening(self.kernels, self._calls, spec, x).backward(weight, bias, stats, dy)
-        return self.kernels.xp.reshape(dx, x.shape), dweight, dbias
-
-
-class WholeWhitening:
-    """Of an array x, which the compiled kernels serve.
-
-    Where threads have whole blocks to themselves that fit their cache, all steps of a block follow each other, if the
-    solver is one of them. Else threads share the blocks in each step.
-    """
-
-    def __init__(self, kernels: Kernels, calls: Calls, spec: WhiteningSpec, x: Array) -> None:
-        self._kernels, self._calls, self._spec = kernels, calls, spec
-        self._x = kernels.split(spec.blocks, x)
-        self._steps = Steps(calls.library, spec.blocks.block_axis)
-        layout = self._layout = self._steps.layout(self._x)
-        self._count, self._dtype = layout.outer * layout.inner, calls.library.dtype(x)
-        self._channels = NO_CHANNELS
-        if isinstance(spec.blocks, SampleGroups):
-            axis = spec.blocks.axis
-            self._channels = Channels(x.shape[axis], math.prod(x.shape[axis + 1 :]))
-        self._workers, self._chunks = calls.shares(layout)
-        lines = self._count * padded(layout.d) * np.dtype(self._dtype).itemsize
-        even = layout.blocks % self._workers == 0 or layout.blocks >= 4 * self._workers
-        # the solver, if its steps are among the compiled ones
-        self._newton = None if spec.solver.newton_steps(np.dtype(self._dtype).itemsize) is None else spec.solver
-        self._by_block = self._newton is not None and even and (self._channels.number > 0 or lines <= _CACHED)
-        if self._by_block:
-            self._chunks = 1
-
-    def forward(self, weight: Array | None, bias: Array | None) -> tuple[Array, Statistics]:
-        """Y, split into blocks, and the statistics."""
-        own = scratch(self._workers, self._scratch_size(False), self._dtype)
-        (mean, cov), *steps = self._steps.moments(self._x, self._chunks)
-        whitener, steps = self._whitener(own, steps, cov)
-        stats = Statistics(mean, cov, whitener)
-        if self._channels.number:
-            given = None, self._by_block, self._channels, None, *self._of_channels(weight, bias)
-            y, *mapped = self._steps.affine_map([Term(whitener, self._x, mean)], *given)
+        library = self.library
+        if spec.solver.newton_steps(x.dtype.itemsize) is None:
+            stats = self._completed(spec, x, stats)
+        known = Known(weight is not None, bias is not None, stats.mean is not None, stats.whitener is not None)
+        plan = backward_plan(library, spec, library.key(x), library.key(dy), library.num_threads(), known)
+        if plan is None:
+            return self.backward(spec, library.contiguous(x), weight, bias, stats, library.contiguous(dy))
+        arrays = self._inputs(plan, x, weight, bias) | self._gradients(plan, x, dy, known)
+        for name, values, shape in zip(_STATISTICS, stats, (plan.vectors, plan.matrices, plan.matrices), strict=True):
+            if values is not None:
+                arrays[name] = library.converted(values, shape, x)
+        memory = workspace(plan.workspace_bytes)
+        sums = None if plan.parameter_sums is None else _parameter_sums(memory, plan.parameter_sums)
+        if len(plan.programs) > 1:
+            arrays[K] = library.empty(plan.matrices, x)
+            self._run(plan.programs[0], arrays, memory)
+            arrays[DCOV] = self._solver_adjoint(spec, plan, arrays, scaled=sums is None)
+        self._run(plan.programs[-1], arrays, memory)
+        if sums is None:
+            dweight, dbias = arrays.get(DWEIGHT), arrays.get(DBIAS)
         else:
-            terms, shift, factor = [Term(whitener, self._x, mean)], self._of_variables(bias), self._of_variables(weight)
-            y, *mapped = self._steps.affine_map(terms, shift, self._by_block, weight=factor)
-        self._run([*steps, *mapped], own)
-        return y, stats
+            dweight, dbias = library.from_numpy(sums.sum(0), x)
+        return arrays[DX], as_dtype_of(self.kernels, dweight, weight), as_dtype_of(self.kernels, dbias, bias)
 
-    def backward(
-        self, weight: Array | None, bias: Array | None, stats: Statistics, dy: Array
-    ) -> tuple[Array, Array | None, Array | None]:
-        """As `polywhiten.reference.Reference.backward`."""
-        steps, channels = self._steps, self._channels
-        factors, zeros = None, None
-        if channels.number and not (weight is None and bias is None):
-            factors, _ = self._of_channels(weight, bias)
-            zeros = self._kernels.xp.zeros_like(factors)
-        place, number = self._scratch_size(True), 0 if factors is None else 2 * channels.number
-        own = scratch(self._workers, place + 2 * number, self._dtype)
-        parameters = own[:, place : place + number * 8 // own.itemsize].view(np.float64)  # their gradients
-        parameters[...] = 0
-        known: list[Step] = []
-        mean, cov, whitener = stats
-        if mean is None:
-            (mean, cov), *known = steps.moments(self._x, self._chunks)
-        computed = None
-        if whitener is None and self._newton is not None and not number:
-            whitener = computed = self._calls.library.empty(cov.shape, cov)  # with the adjoint, which takes it anyway
-        elif whitener is None:
-            whitener, known = self._whitener(own, known, cov)
-        by_channel = (channels, whitener, factors, place) if number else ()
-        (s, k), *given = steps.cross_moments(dy, self._x, mean, self._chunks, *by_channel)
-        by_variable = None if channels.number or weight is None else self._of_variables(weight)
-        ds, given = self._adjoint(own, [*known, *given], cov, k, by_variable, computed)
-        matrix = whitener  # symmetric, up to rounding
-        dweight, dbias = None, s
-        if by_variable is not None:
-            matrix, dweight, folded = steps.fold_weight(whitener, by_variable, k)
-            given.append(folded)
-        centre, terms = steps.gradient_terms(ds, s, self._count)
-        both = [Term(matrix, dy, centre), Term(ds, self._x, mean)]
-        dx, *mapped = steps.affine_map(both, None, self._by_block, channels, factors, None, zeros)
-        self._run([*given, terms, *mapped], own)
-        if number:
-            dweight, dbias = self._calls.library.converted(parameters.sum(0).reshape(2, -1), self._x)
-        return dx, self._gradient(dweight, weight), self._gradient(dbias, bias)
+    def _inputs(self, plan: Plan, x: Array, weight: Array | None, bias: Array | None) -> dict[Address, Array]:
+        """Return x, weight and bias as the programs read them."""
+        library, arrays = self.library, {X: x}
+        if plan.orders_x:
+            arrays[ORDERED_X] = library.copied(x, library.empty_strided(plan.result, x))
+        if weight is not None:
+            arrays[WEIGHT] = library.converted(weight, weight.shape, x)
+        if bias is not None:
+            arrays[BIAS] = library.converted(bias, bias.shape, x)
+        return arrays
 
-    def _whitener(self, own: np.ndarray[Any, Any], steps: list[Step], cov: Array) -> tuple[Array, list[Step]]:
-        """W, and the steps that are still to be run for it."""
-        solver, eps = self._spec.solver, self._spec.eps
-        if self._newton is not None:
-            whitener, solving = solve(self._calls.library, self._newton, eps, self._phased, cov)
-            return whitener, [*steps, *solving]
-        self._run(steps, own)
-        return self._kernels.inverse_sqrt(solver, cov, eps), []
+    def _gradients(self, plan: Plan, x: Array, dy: Array, known: Known) -> dict[Address, Array]:
+        """Return dy as the programs read it, and new arrays for the gradients that they write."""
+        library, arrays = self.library, {DY: dy}
+        arrays[DX] = library.empty_strided(plan.result, x)
+        if plan.orders_dy:
+            arrays[ORDERED_DY] = library.copied(dy, library.empty_strided(plan.result, x))
+        if plan.parameter_sums is None:
+            channels = (math.prod(plan.vectors),)
+            arrays |= {
+                name: library.empty(channels, x)
+                for name, is_there in zip((DWEIGHT, DBIAS), known, strict=False)
+                if is_there
+            }
+        return arrays
 
-    def _adjoint(
-        self,
-        own: np.ndarray[Any, Any],
-        steps: list[Step],
-        cov: Array,
-        grad: Array,
-        weight: Array | None,
-        whitener: Array | None,
-    ) -> tuple[Array, list[Step]]:
-        """The covariance's gradient by that of W, its rows times the weight; and the steps that are still to be run.
+    def _completed(self, spec: WhiteningSpec, x: Array, stats: Statistics) -> Statistics:
+        """Return all statistics, computing those that are None."""
+        if stats.mean is None:
+            return self.statistics(spec, x)
+        if stats.whitener is None:
+            return stats._replace(whitener=self.kernels.inverse_sqrt(spec.solver, stats.covariance, spec.eps))
+        return stats
 
-        Newton's iteration gives W again, in `whitener`.
-        """
-        solver, eps = self._spec.solver, self._spec.eps
-        if self._newton is not None:
-            ds, solving = solve(self._calls.library, self._newton, eps, self._phased, cov, grad, weight, whitener)
-            return ds, [*steps, *solving]
-        self._run(steps, own)
-        return self._kernels.inverse_sqrt_adjoint(
-            solver, cov, grad if weight is None else grad * weight[..., None], eps
-        ), []
+    def _solver_adjoint(self, spec: WhiteningSpec, plan: Plan, arrays: dict[Address, Array], scaled: bool) -> Array:
+        """Return the gradient with respect to the covariance by a solver that has no compiled steps."""
+        grad, xp = arrays[K], self.kernels.xp
+        if scaled and WEIGHT in arrays:
+            grad = grad * xp.reshape(arrays[WEIGHT], plan.vectors)[..., None]
+        dcov = self.kernels.inverse_sqrt_adjoint(spec.solver, arrays[COVARIANCE], grad, spec.eps)
+        return self.library.converted(dcov, plan.matrices, arrays[K])
 
-    def _run(self, steps: Sequence[Step], own: np.ndarray[Any, Any]) -> None:
-        run(steps, self._workers, own, self._layout.blocks if self._by_block else None)
+    def _run(self, program: Program, arrays: dict[Address, Array], memory: Workspace) -> None:
+        address = self.library.address
+        addresses = {name.array: address(array) for name, array in arrays.items()}
+        addresses[WORKSPACE] = memory.address
+        program.run(addresses)
 
-    @property
-    def _phased(self) -> bool:
-        if self._by_block or self._newton is None:
-            return False
-        return self._calls.are_phases_shared(self._newton, self._layout.blocks, self._layout.d)
 
-    def _scratch_size(self, derivative: bool) -> int:
-        d = self._layout.d
-        return scratch_size(d) if self._phased else max(scratch_size(d), newton.memory(d, derivative))
+_STATISTICS = MEAN, COVARIANCE, WHITENER
 
-    def _of_channels(self, weight: Array | None, bias: Array | None) -> tuple[Array | None, Array | None]:
-        """Both, if any, in the dtype of x."""
-        weight, bias = (None if each is None else self._converted(each) for each in (weight, bias))
-        if weight is None and bias is not None:
-            weight = self._kernels.xp.ones_like(bias)
-        elif bias is None and weight is not None:
-            bias = self._kernels.xp.zeros_like(weight)
-        return weight, bias
 
-    def _of_variables(self, parameter: Array | None) -> Array | None:
-        """As (blocks, d)."""
-        if parameter is None:
-            return None
-        return self._kernels.xp.reshape(self._converted(parameter), (self._layout.blocks, -1))
-
-    def _converted(self, parameter: Array) -> Array:
-        return self._kernels.xp.astype(parameter, self._x.dtype, copy=False)
-
-    def _gradient(self, values: Array | None, parameter: Array | None) -> Array | None:
-        if parameter is None:
-            return None
-        return as_dtype_of(self._kernels, self._kernels.xp.reshape(values, (-1,)), parameter)
+def _parameter_sums(memory: Workspace, sums: ParameterSums) -> npt.NDArray[np.float64]:
+    """Return each worker's sums for weight and bias, (workers, 2, channels), set to 0."""
+    workers = memory.memory[: sums.num_workers * sums.worker_bytes].reshape(sums.num_workers, -1)
+    result = workers[:, sums.begin : sums.end].view(np.float64).reshape(sums.num_workers, 2, -1)
+    result[...] = 0
+    return result

@@ -1,119 +1,117 @@
-"""The compiled kernels on a library's arrays, one after another."""
+"""Launches of kernels that are prepared once: a call fills in addresses and runs them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from array import array
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import numba
+import numpy as np
 
-from polywhiten._types import Array
-from polywhiten.cpu.device import newton
-from polywhiten.cpu.device.averages import average
-from polywhiten.cpu.device.packing import Layout, padded
-from polywhiten.cpu.runtime.parallel import Step, bits, run
-from polywhiten.cpu.schedule import Library, Steps, panels, scratch, scratch_size, solve
-from polywhiten.kernels import Term
-from polywhiten.solvers.newton import Newton
+from polywhiten.cpu.arguments import flattened, pack
+from polywhiten.cpu.device.simd import CACHE_LINE
+from polywhiten.cpu.geometry import padded
+from polywhiten.cpu.runtime.cache import kernel_address
+from polywhiten.cpu.runtime.parallel import run
+from polywhiten.cpu.runtime.workers import Job
 
-_WORTH = 1 << 18  # operations that are worth another thread
-_SHARED = 160  # as large are matrices whose phases are worth a call each
+WORKSPACE = "workspace"
 
 
-class Calls(NamedTuple):
-    """The five kernels over a library, and running averages."""
+@dataclass(frozen=True)
+class Address:
+    """Stands in prepared args for the address of an array that a call names, plus bytes."""
 
-    library: Library
+    array: str
+    offset: int = 0
 
-    def moments(self, x: Array, block_axis: int) -> tuple[Array, Array]:
-        """Mean (blocks, d) and covariance (blocks, d, d)."""
-        steps = Steps(self.library, block_axis)
-        layout = steps.layout(x)
-        workers, chunks = self.shares(layout)
-        result, sums, whole = steps.moments(x, chunks)
-        self._run([sums], workers, layout.d, x)
-        dp = padded(layout.d)
-        workers = min(workers, layout.blocks, self._workers(layout.blocks * dp * dp * (chunks + panels(layout))))
-        self._run([whole], workers, layout.d, x)
-        return result
 
-    def cross_moments(self, dy: Array, x: Array, mean: Array, block_axis: int) -> tuple[Array, Array]:
-        """S and K."""
-        steps = Steps(self.library, block_axis)
-        layout = steps.layout(x)
-        workers, chunks = self.shares(layout)
-        result, sums, whole = steps.cross_moments(dy, x, mean, chunks)
-        self._run([sums], workers, layout.d, x)
-        workers = min(workers, layout.blocks, self._workers(layout.blocks * padded(layout.d) ** 2 * chunks))
-        self._run([whole], workers, layout.d, x)
-        return result
+@dataclass(frozen=True)
+class IsAligned:
+    """Stands in prepared args for whether an array that a call names begins where a cache line does."""
 
-    def affine_map(
-        self, terms: Sequence[Term], shift: Array | None, block_axis: int, weight: Array | None = None
-    ) -> Array:
-        """The sum of the terms, plus shift (blocks, d); the first one times the weight (blocks, d) of its rows."""
-        steps = Steps(self.library, block_axis)
-        y, arranged, mapped = steps.affine_map(terms, shift, False, weight=weight)
-        layout = steps.layout(y)
-        self._run([arranged, mapped], self.shares(layout, len(terms))[0], layout.d, y)
-        return y
+    array: str
 
-    def inverse_sqrt(self, solver: Newton, cov: Array, eps: float) -> Array:
-        """W."""
-        return self._solve(solver, eps, cov)
 
-    def inverse_sqrt_adjoint(self, solver: Newton, cov: Array, grad: Array, eps: float) -> Array:
-        """Gradient with respect to cov."""
-        return self._solve(solver, eps, cov, grad)
+class Program(NamedTuple):
+    """Launches as they are in memory, complete but for addresses."""
 
-    def average(
-        self,
-        averages: Sequence[Array],
-        statistics: Sequence[Array],
-        judged: Sequence[Array],
-        count: Array,
-        momentum: float | None,
-    ) -> None:
-        """A step of running averages, in place, of arrays that are contiguous."""
-        library, like = self.library, averages[0]
-        statistics, judged = ([library.contiguous(each) for each in given] for given in (statistics, judged))
-        numbers = [bits(-1.0 if momentum is None else momentum), library.address(count), len(judged), len(averages)]
-        for each in judged:
-            numbers += [math.prod(each.shape), library.address(each)]
-        for each, newest in zip(averages, statistics, strict=True):
-            numbers += [math.prod(each.shape), library.address(each), library.address(newest)]
-        run([Step(average, numbers)], 1, scratch(1, 1, library.dtype(like)))
+    job: array[int]
+    addresses: tuple[tuple[int, str, int], ...]  # index in the job, name of the array, and offset
+    alignments: tuple[tuple[int, str], ...]  # index in the job, and name of the array
+    num_workers: int
+    waits: bool  # whether all workers end a launch before any begins the next
 
-    def _solve(self, solver: Newton, eps: float, *given: Array) -> Array:
-        *blocks, d, _ = given[0].shape
-        number, derivative, dtype = math.prod(blocks), len(given) == 2, self.library.dtype(given[0])
-        phased = self.are_phases_shared(solver, number, d)
-        workers = self._newton_workers(solver, number, d)
-        if not phased:
-            workers = min(workers, number)
-        result, steps = solve(self.library, solver, eps, phased, *given)
-        own = scratch(workers, 1 if phased else newton.memory(d, derivative), dtype)
-        run(steps, workers, own)
-        return result
+    def run(self, addresses: Mapping[str, int]) -> None:
+        """Run the launches on the arrays at these addresses, which have to stay alive meanwhile."""
+        job = self.job[:]
+        for index, name, offset in self.addresses:
+            job[index] = addresses[name] + offset
+        for index, name in self.alignments:
+            job[index] = addresses[name] % CACHE_LINE == 0
+        run(job, self.num_workers, self.waits)
 
-    def are_phases_shared(self, solver: Newton, number: int, d: int) -> bool:
-        """Whether matrices are so large and few that threads work on each together."""
-        return d >= _SHARED and number < self._newton_workers(solver, number, d)
 
-    def _newton_workers(self, solver: Newton, number: int, d: int) -> int:
-        return self._workers(number * padded(d) ** 3 * solver.iterations)
+class LaunchBuilder:
+    """Collects the launches and the temporary arrays of a call, and prepares programs.
 
-    def _run(self, steps: Sequence[Step], workers: int, d: int, like: Array) -> None:
-        run(steps, workers, scratch(workers, scratch_size(d), self.library.dtype(like)))
+    Parameters
+    ----------
+    dtype : {"float32", "float64"}
+        Of the kernels.
+    num_workers : int
+        How many threads share the work.
+    worker_size : int
+        Elements of each worker's workspace.
+    num_parts : int, optional
+        A worker takes adjacent parts of the work, and runs all launches on one part before the next. By default, every
+        worker has one part, and all workers end a launch before any begins the next.
+    """
 
-    def shares(self, layout: Layout, terms: int = 1) -> tuple[int, int]:
-        """Threads, and in how many parts they share a block."""
-        workers = self._workers(terms * layout.blocks * layout.outer * layout.inner * padded(layout.d) ** 2)
-        chunks, most = 1, panels(layout)
-        while layout.blocks * chunks % workers and layout.blocks * chunks < 8 * workers and chunks < most:
-            chunks += 1
-        return workers, chunks
+    def __init__(self, dtype: str, num_workers: int, worker_size: int, num_parts: int | None = None) -> None:
+        self.dtype, self.itemsize = dtype, np.dtype(dtype).itemsize
+        self.num_workers, self.num_parts = num_workers, num_parts
+        self.worker_bytes = padded(worker_size) * self.itemsize
+        self.workspace_bytes = num_workers * self.worker_bytes  # temporary arrays come after those of the workers
+        self._launches: list[tuple[Callable[..., None], Any]] = []
 
-    def _workers(self, operations: int) -> int:
-        return int(min(self.library.threads(), numba.config.NUMBA_NUM_THREADS, 1 + operations // _WORTH))
+    def temporary(self, size: int) -> Address:
+        """Return the address of so many elements in the workspace."""
+        address = Address(WORKSPACE, self.workspace_bytes)
+        self.workspace_bytes += padded(size) * self.itemsize
+        return address
+
+    def launch(self, kernel: Callable[..., None], args: Any) -> None:
+        """Add the launch of a kernel."""
+        self._launches.append((kernel, args))
+
+    def program(self, num_workers: int | None = None) -> Program:
+        """Return the launches since the last program; for fewer workers if that is asked for."""
+        launches, self._launches = self._launches, []
+        num_workers = num_workers or self.num_workers
+        job = Job(
+            workspace=0,
+            workspace_stride=self.worker_bytes,
+            num_workers=num_workers,
+            num_parts=self.num_parts or num_workers,
+            thread_num=0,
+            team_size=0,
+            barrier=0,
+            first_launch=0,
+            end_launch=len(launches),
+        )
+        data, end = array("q", job), len(job) + 2 * len(launches)
+        addresses, alignments = [(Job._fields.index("workspace"), WORKSPACE, 0)], []
+        all_args = array("q")
+        for kernel, args in launches:
+            data.extend((kernel_address(kernel, self.dtype), end + len(all_args)))
+            values = list(flattened(args))
+            for i, value in enumerate(values):
+                if isinstance(value, Address):
+                    addresses.append((end + len(all_args) + i, value.array, value.offset))
+                elif isinstance(value, IsAligned):
+                    alignments.append((end + len(all_args) + i, value.array))
+            known = (0 if isinstance(value, Address | IsAligned) else value for value in values)
+            all_args.frombytes(pack(type(args), known))
+        return Program(data + all_args, tuple(addresses), tuple(alignments), num_workers, self.num_parts is None)

@@ -1,287 +1,294 @@
-"""The compiled kernels with a library's arrays: addresses and layouts as the numbers that they are called with.
+"""Plans of all steps of a forward or a backward pass, made once for a spec, shapes and strides.
 
-Each method gives results that are yet to be computed, and the steps that compute them. Every step can be shared by
-workers in any number of parts, up to the number of blocks or panels; where that is the number of blocks and there is
-one chunk, a part of any of them is one block, and all of a block's steps can follow each other.
+If threads have whole blocks to themselves that fit their caches, all steps of a block follow each other. Otherwise the
+threads share the blocks in each step.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 
-from polywhiten._types import Array
-from polywhiten.cpu.device import newton
-from polywhiten.cpu.device.affine_map import affine_map, arrange
-from polywhiten.cpu.device.gemm import list_memory
-from polywhiten.cpu.device.gradients import fold_weight, gradient_terms
-from polywhiten.cpu.device.moments import cross_moments, moments, whole_cross_moments, whole_moments
-from polywhiten.cpu.device.packing import (
-    Channels,
-    Layout,
-    is_interleaved,
-    padded,
-    panels_memory,
-    width_of_runs,
+from polywhiten.blocks import SampleGroups
+from polywhiten.cpu import tuning
+from polywhiten.cpu.arguments import GradientTermsArgs, ScaleWhitenerArgs, TermArgs
+from polywhiten.cpu.device.channels import Channels
+from polywhiten.cpu.device.gradients import gradient_terms, scale_whitener
+from polywhiten.cpu.device.panels import Layout
+from polywhiten.cpu.geometry import newton_workspace_size, num_panels, padded, panel_workspace_size
+from polywhiten.cpu.launches import Address, LaunchBuilder, Program
+from polywhiten.cpu.layout import layout_of, sample_order, split
+from polywhiten.cpu.library import ArrayKey, Library, Strided
+from polywhiten.cpu.runtime.parallel import address
+from polywhiten.cpu.steps import (
+    NO_AFFINE,
+    NO_CHANNELS,
+    BlockArray,
+    ChannelAffine,
+    NewtonSteps,
+    WeightSums,
+    add_affine_map,
+    add_cross_moments,
+    add_inverse_sqrt,
+    add_inverse_sqrt_adjoint,
+    add_moments,
 )
-from polywhiten.cpu.device.simd import LINE
-from polywhiten.cpu.runtime.parallel import Step, bits
-from polywhiten.cpu.runtime.parallel import address as memory
-from polywhiten.kernels import Term
-from polywhiten.solvers.newton import Newton
+from polywhiten.spec import WhiteningSpec
 
-_MOST = 1 << 26  # bytes of memory that is kept for the next call
-_LARGE = 1 << 22  # bytes of a result whose next reader is no slower where it has to fetch it from memory
-NO_CHANNELS = Channels(0, 1)
+X, DY, Y, DX = Address("x"), Address("dy"), Address("y"), Address("dx")
+ORDERED_X, ORDERED_DY = Address("x in the order of dx"), Address("dy in the order of dx")
+WEIGHT, BIAS = Address("weight"), Address("bias")
+MEAN, COVARIANCE, WHITENER = Address("mean"), Address("covariance"), Address("whitener")
+K, DCOV, DWEIGHT, DBIAS = Address("k"), Address("dcov"), Address("dweight"), Address("dbias")
 
 
-class Library(Protocol):
-    """What is asked of a library of arrays: float32 or float64, in the memory of the CPU."""
+class ParameterSums(NamedTuple):
+    """Where workers sum up the gradients of weight and bias in the workspace, as float64."""
 
-    def address(self, array: Array) -> int: ...
-    def strides(self, array: Array) -> Sequence[int]:
-        """In numbers, not bytes."""
-
-    def dtype(self, array: Array) -> str: ...
-    def empty(self, shape: tuple[int, ...], like: Array) -> Array: ...
-    def converted(self, array: np.ndarray[Any, Any], like: Array) -> Array:
-        """NumPy's array as one of this library."""
-
-    def empty_like(self, array: Array) -> Array:
-        """With the array's axes in the same order in memory."""
-
-    def in_order_of(self, array: Array, other: Array) -> Array:
-        """A copy with axes in memory as those of the other array."""
-
-    def contiguous(self, array: Array) -> Array: ...
-    def threads(self) -> int: ...
+    num_workers: int
+    worker_bytes: int
+    begin: int  # bytes in a worker's workspace
+    end: int
 
 
-class Steps(NamedTuple):
-    """Over a library, for arrays (p, q, d, l) with blocks along an axis."""
+class Plan(NamedTuple):
+    """What a call has to do.
 
-    library: Library
-    block_axis: int
-
-    def moments(self, x: Array, chunks: int = 1) -> tuple[tuple[Array, Array], Step, Step]:
-        """Mean (blocks, d) and covariance (blocks, d, d): sums, each block's in so many chunks, and these together."""
-        layout, address = self.layout(x), self.library.address
-        blocks, d, dp, dtype = layout.blocks, layout.d, padded(layout.d), self.library.dtype(x)
-        mean, cov = self.library.empty((blocks, d), x), self.library.empty((blocks, d, d), x)
-        sums = _workspace("sums", blocks * chunks * dp * dp, dtype)
-        means = _workspace("means", blocks * panels(layout) * dp, dtype)
-        numbers = chunks, self._as_rows(layout), address(x), memory(sums), memory(means), *layout
-        kept = x, mean, cov, sums, means
-        return (
-            (mean, cov),
-            Step(moments, numbers, kept),
-            Step(whole_moments, (*numbers, address(mean), address(cov)), kept),
-        )
-
-    def cross_moments(
-        self,
-        dy: Array,
-        x: Array,
-        mean: Array,
-        chunks: int = 1,
-        channels: Channels = NO_CHANNELS,
-        whitener: Array | None = None,
-        weight: Array | None = None,
-        place: int = 0,
-    ) -> tuple[tuple[Array, Array], Step, Step]:
-        """S and K: sums, and these together.
-
-        Where there is a whitener: of dY times the weight of its channels; what workers add to the gradients of weight
-        and bias (2, channels), as float64, comes at that place in their scratch memory.
-        """
-        library, address = self.library, self.library.address
-        layout, dy_layout = self.layout(x), self.layout(dy)
-        if self._order(dy_layout) != self._order(layout):
-            x = library.in_order_of(x, x)  # where it isn't dense, no copy of dy may have its order
-            dy, layout = library.in_order_of(dy, x), self.layout(x)
-            dy_layout = self.layout(dy)
-        blocks, d, dp, dtype = layout.blocks, layout.d, padded(layout.d), library.dtype(x)
-        mean, weight = self._given(mean, blocks, d), self._given(weight, channels.number)
-        whitener = self._given(whitener, blocks, d, d)
-        s, k = library.empty((blocks, d), x), library.empty((blocks, d, d), x)
-        sums = _workspace("cross sums", blocks * chunks * dp * (dp + 1), dtype)
-        places = *map(address, (dy, x, mean)), memory(sums), self._address(whitener), self._address(weight)
-        layouts = *dy_layout, *layout
-        numbers = chunks, self._as_rows(layout), *places, place, *channels, *layouts
-        whole = chunks, blocks, d, memory(sums), address(s), address(k)
-        return (
-            (s, k),
-            Step(cross_moments, numbers, (dy, x, mean, weight, whitener, sums)),
-            Step(whole_cross_moments, whole, (s, k, sums)),
-        )
-
-    def affine_map(
-        self,
-        terms: Sequence[Term],
-        shift: Array | None,
-        by_block: bool,
-        channels: Channels = NO_CHANNELS,
-        before: Array | None = None,
-        after: Array | None = None,
-        bias: Array | None = None,
-        weight: Array | None = None,
-    ) -> tuple[Array, Step, Step]:
-        """The sum of the terms, plus shift (blocks, d): matrices as panels are multiplied with them, and the map.
-
-        The rows of the first term's matrices are multiplied with the weight (blocks, d), if any. The channels' values,
-        where there are any: the first term's array is multiplied with `before`, or the result with `after`, and `bias`
-        is added to it. Parts of the map are whole blocks, one after another, if `by_block`.
-        """
-        library, address = self.library, self.library.address
-        x = terms[-1].array  # of two, that which is no gradient
-        y = library.empty_like(x)
-        layout = self.layout(y)
-        blocks, d, dp = layout.blocks, layout.d, padded(layout.d)
-        shift, weight = self._given(shift, blocks, d), self._given(weight, blocks, d)
-        before, after, bias = (self._given(values, channels.number) for values in (before, after, bias))
-        numbers, kept, order = [], [y, shift, before, after, bias, weight], self._order(layout)
-        for term in terms:
-            array, own = term.array, self.layout(term.array)
-            if self._order(own) != order:
-                array = library.in_order_of(array, y)
-                own = self.layout(array)
-            kept += [array, self._given(term.matrix, blocks, d, d), self._given(term.centre, blocks, d)]
-            numbers += [*map(address, kept[-3:]), *own]
-        if len(terms) == 1:
-            numbers += [0, 0, 0, *layout]
-        arranged = _workspace("matrices", blocks * len(terms) * dp * dp, library.dtype(x))
-        values = map(self._address, (shift, before, after, bias))
-        as_rows, _ = order
-        panels_first = not by_block and (as_rows or layout.block_stride < layout.outer_stride)
-        places = memory(arranged), address(y), *values
-        how = panels_first, as_rows and self._go_past_caches(y, layout)
-        numbers = [len(terms), as_rows, *places, channels.positions, *how, *numbers, *layout, self._address(weight)]
-        kept.append(arranged)
-        return y, Step(arrange, numbers, kept), Step(affine_map, numbers, kept)
-
-    def fold_weight(self, w: Array, weight: Array, k: Array) -> tuple[Array, Array, Step]:
-        """A', of A = diag(weight) W, and the weight's gradient."""
-        blocks, d, _ = w.shape
-        w, weight = self._given(w, blocks, d, d), self._given(weight, blocks, d)
-        a, gradient = self.library.empty((blocks, d, d), w), self.library.empty((blocks, d), w)
-        arrays = w, weight, a, k, gradient
-        return a, gradient, Step(fold_weight, (blocks, d, *map(self.library.address, arrays)), arrays)
-
-    def gradient_terms(self, ds: Array, s: Array, count: int) -> tuple[Array, Step]:
-        """S / M, and (dS + dS') / M in place of dS."""
-        blocks, d = s.shape
-        centre = self.library.empty((blocks, d), s)
-        arrays = ds, s, centre
-        return centre, Step(gradient_terms, (blocks, d, count, *map(self._address, arrays)), arrays)
-
-    def layout(self, x: Array) -> Layout:
-        shape, strides = x.shape, list(self.library.strides(x))
-        if shape[2] == 1:
-            strides[2] = shape[3]  # any number stands for an array of one, but it decides on the order of samples
-        blocks, outer = self.block_axis, 1 - self.block_axis
-        if shape[3] == 1 and self.block_axis == 1:  # rows
-            return Layout(shape[1], 1, shape[2], shape[0], strides[1], 0, strides[2], strides[0])
-        return Layout(*(shape[i] for i in (blocks, outer, 2, 3)), *(strides[i] for i in (blocks, outer, 2, 3)))
-
-    def _given(self, array: Array | None, *shape: int) -> Array | None:
-        """An array, as kernels read it."""
-        if array is None:
-            return None
-        if tuple(array.shape) != shape:
-            raise ValueError(f"statistics or values of channels have shape {tuple(array.shape)}: they need {shape}")
-        return self.library.contiguous(array)
-
-    def _address(self, array: Array | None) -> int:
-        return 0 if array is None else self.library.address(array)
-
-    def _as_rows(self, layout: Layout) -> bool:
-        return self.block_axis == 1 and layout.d_stride == 1 and layout.inner_stride != 1
-
-    def _go_past_caches(self, y: Array, layout: Layout) -> bool:
-        """Whether a result is so large that rows written past the caches pay, and these begin where lines do."""
-        size = np.dtype(self.library.dtype(y)).itemsize
-        places = self.library.address(y), layout.block_stride * size, layout.inner_stride * size
-        return math.prod(y.shape) * size >= _LARGE and all(place % LINE == 0 for place in places)
-
-    def _order(self, layout: Layout) -> tuple[bool, bool]:
-        """In which a panel's samples are counted."""
-        interleaved = is_interleaved.py_func(layout)  # a call of what is compiled takes ten times as long
-        return self._as_rows(layout), interleaved
-
-
-def panels(layout: Layout) -> int:
-    """How many a block has."""
-    return int(-(-layout.outer * layout.inner // width_of_runs(layout)))
-
-
-class _Kept(threading.local):
-    """A thread's memory, as large as it had to be so far: new memory costs more than a small kernel."""
-
-    def __init__(self) -> None:
-        self.arrays: dict[tuple[str, str], np.ndarray[Any, Any]] = {}
-
-
-_KEPT = _Kept()
-
-
-def _workspace(name: str, count: int, dtype: str) -> np.ndarray[Any, Any]:
-    kept = _KEPT.arrays.get((name, dtype))
-    if kept is None or kept.size < count:
-        kept = _empty_lines(count, dtype)
-        if kept.nbytes <= _MOST:
-            _KEPT.arrays[name, dtype] = kept
-    return kept
-
-
-def _empty_lines(count: int, dtype: str) -> np.ndarray[Any, Any]:
-    """Numbers from the beginning of a line of the caches on: vectors that lie across two cost twice as much."""
-    each = LINE // np.dtype(dtype).itemsize
-    array = np.empty(count + each, dtype)
-    first = -memory(array) % LINE * each // LINE
-    return array[first : first + count]
-
-
-def solve(
-    library: Library,
-    solver: Newton,
-    eps: float,
-    phased: bool,
-    cov: Array,
-    grad: Array | None = None,
-    weight: Array | None = None,
-    whitener: Array | None = None,
-) -> tuple[Array, list[Step]]:
-    """W of a covariance; or, of that and W's gradient with its rows times the weight (blocks, d), its own.
-
-    In one step, whose workers have matrices of their own in their scratch memory; or, if `phased`, in one for each
-    phase of the iteration, which all workers begin together. With a gradient, W goes to `whitener` where there is that.
+    Attributes
+    ----------
+    result : Strided
+        How y or dx lies in memory.
+    vectors, matrices : tuple of int
+        The shapes of the means and of the covariances.
+    orders_x, orders_dy : bool
+        Whether the array has to be copied to the memory order of the result.
+    workspace_bytes : int
+    programs : tuple of Program
+        One, or two if another solver than Newton's works between them.
+    parameter_sums : ParameterSums or None
+        The gradients of weight and bias if they come this way.
+    constants : tuple of array
+        Arrays whose addresses are in the programs.
     """
-    derivative, (*blocks, d, _) = grad is not None, cov.shape
-    arrays = [None if array is None else library.contiguous(array) for array in (cov, grad, weight)]
-    cov, grad, weight = arrays
-    number, dtype = math.prod(blocks), library.dtype(cov)
-    result = library.empty((*blocks, d, d), cov)
-    matrices = _workspace("matrices", number * newton.memory(d, derivative), dtype) if phased else None
-    place = 0 if matrices is None else memory(matrices)
-    reals = bits(eps), bits(float(np.finfo(dtype).smallest_normal))
-    arrays = [cov, grad, result, weight, whitener] if derivative else [cov, result]
-    addresses = (0 if array is None else library.address(array) for array in arrays)
-    numbers = number, d, solver.iterations, place, *reals, *addresses
-    kernel = newton.inverse_sqrt_adjoint if derivative else newton.inverse_sqrt
-    phases = range(newton.phases(solver.iterations, derivative)) if phased else [-1]
-    return result, [Step(kernel, (phase, *numbers), (*arrays, matrices)) for phase in phases]
+
+    result: Strided
+    vectors: tuple[int, int]
+    matrices: tuple[int, int, int]
+    orders_x: bool
+    orders_dy: bool
+    workspace_bytes: int
+    programs: tuple[Program, ...]
+    parameter_sums: ParameterSums | None = None
+    constants: tuple[Any, ...] = ()
 
 
-def scratch_size(d: int) -> int:
-    """Numbers that a worker needs for panels and the list of lines, and an even number."""
-    return int(panels_memory.py_func(d) + list_memory(d))  # nothing to compile for that
+class Work(NamedTuple):
+    """How threads share the work on an array."""
+
+    num_workers: int
+    num_chunks: int  # of each block
+    by_block: bool  # whether all steps of a block follow each other
+    newton: NewtonSteps | None  # None for another solver
+
+    def builder(self, dtype: str, layout: Layout, derivative: bool, more: int = 0) -> LaunchBuilder:
+        """Return a builder of launches, with some more elements in each worker's workspace."""
+        size = worker_size(layout.d, self.newton, derivative) + more
+        return LaunchBuilder(dtype, self.num_workers, size, layout.blocks if self.by_block else None)
 
 
-def scratch(workers: int, size: int, dtype: str) -> np.ndarray[Any, Any]:
-    """Memory of each worker's own, (workers, size)."""
-    size = padded(size)
-    return _workspace("scratch", workers * size, dtype)[: workers * size].reshape(workers, size)
+def worker_size(d: int, newton: NewtonSteps | None, derivative: bool) -> int:
+    """Return how many elements each worker needs."""
+    size = panel_workspace_size(d)
+    if newton is None or newton.shares_phases:
+        return size
+    return max(size, newton_workspace_size(d, derivative))
+
+
+def num_workers(operations: int, num_threads: int) -> int:
+    """Return how many threads so many operations are worth."""
+    return int(min(num_threads, numba.config.NUMBA_NUM_THREADS, 1 + operations // tuning.MIN_OPS_PER_THREAD))
+
+
+def workers_and_chunks(layout: Layout, num_threads: int, num_terms: int = 1) -> tuple[int, int]:
+    """Return how many threads work on the panels of an array, and in how many chunks they share each block."""
+    samples = layout.blocks * layout.outer * layout.inner
+    workers = num_workers(num_terms * samples * padded(layout.d) ** 2, num_threads)
+    chunks, most = 1, num_panels(layout)
+    while layout.blocks * chunks % workers and layout.blocks * chunks < 8 * workers and chunks < most:
+        chunks += 1
+    return workers, chunks
+
+
+def iteration_workers(blocks: int, d: int, steps: int, num_threads: int) -> int:
+    """Return how many threads work on inverse square roots."""
+    return num_workers(blocks * padded(d) ** 3 * steps, num_threads)
+
+
+def shares_phases(blocks: int, d: int, steps: int, num_threads: int) -> bool:
+    """Return whether matrices are so large and so few that threads work on each together."""
+    return d >= tuning.MIN_SHARED_SIZE and blocks < iteration_workers(blocks, d, steps, num_threads)
+
+
+def _work(spec: WhiteningSpec, layout: Layout, channels: Channels, itemsize: int, num_threads: int) -> Work:
+    blocks, d = layout.blocks, layout.d
+    workers, chunks = workers_and_chunks(layout, num_threads)
+    steps = spec.solver.newton_steps(itemsize)
+    block_bytes = layout.outer * layout.inner * padded(d) * itemsize
+    is_even = blocks % workers == 0 or blocks >= 4 * workers
+    fits = channels.number > 0 or block_bytes <= tuning.MAX_CACHED_BLOCK_BYTES
+    by_block = steps is not None and is_even and fits
+    if steps is None:
+        return Work(workers, chunks, False, None)
+    shares = not by_block and shares_phases(blocks, d, steps, num_threads)
+    return Work(workers, 1 if by_block else chunks, by_block, NewtonSteps(steps, spec.eps, shares))
+
+
+def _channels(spec: WhiteningSpec, shape: tuple[int, ...]) -> Channels:
+    """Return how channels lie along the samples: none do if the variables are channels."""
+    if not isinstance(spec.blocks, SampleGroups):
+        return NO_CHANNELS
+    axis = spec.blocks.axis
+    return Channels(shape[axis], math.prod(shape[axis + 1 :]))
+
+
+@lru_cache(tuning.MAX_KEPT_PLANS)
+def forward_plan(
+    library: Library, spec: WhiteningSpec, key: ArrayKey, num_threads: int, has_weight: bool, has_bias: bool
+) -> Plan | None:
+    """Return the plan of a forward pass; None if x can't be cut into blocks without a copy."""
+    x4 = split(spec.blocks, library.strided(key))
+    if x4 is None:
+        return None
+    dtype, block_axis, channels = library.dtype_name(key.dtype), spec.blocks.block_axis, _channels(spec, key.shape)
+    y4, result = library.dense(x4, key.shape)
+    x, y = BlockArray(X, layout_of(x4, block_axis)), BlockArray(Y, layout_of(y4, block_axis))
+    blocks, d = x.layout.blocks, x.layout.d
+    work = _work(spec, x.layout, channels, np.dtype(dtype).itemsize, num_threads)
+    builder, programs, constants = work.builder(dtype, x.layout, False), [], []
+    builder.launch(*add_moments(builder, x, block_axis, work.num_chunks, MEAN, COVARIANCE))
+    if work.newton is None:
+        programs.append(builder.program())
+    else:
+        add_inverse_sqrt(builder, work.newton, blocks, d, COVARIANCE, WHITENER)
+    orders = sample_order(x.layout, block_axis) != sample_order(y.layout, block_axis)
+    term = TermArgs(ORDERED_X, WHITENER, MEAN, y.layout) if orders else TermArgs(X, WHITENER, MEAN, x.layout)
+    weight, bias = WEIGHT if has_weight else 0, BIAS if has_bias else 0
+    if not channels.number:
+        add_affine_map(builder, [term], y, block_axis, shift=bias, row_scale=weight)
+    else:
+        if has_weight != has_bias:
+            constants.append(np.full(channels.number, 1.0 if has_bias else 0.0, dtype))
+            weight, bias = (weight, address(constants[0])) if has_weight else (address(constants[0]), bias)
+        add_affine_map(builder, [term], y, block_axis, affine=ChannelAffine(channels, 0, weight, bias))
+    programs.append(builder.program())
+    vectors, matrices = (blocks, d), (blocks, d, d)
+    size = builder.workspace_bytes
+    return Plan(result, vectors, matrices, orders, False, size, tuple(programs), constants=tuple(constants))
+
+
+class Known(NamedTuple):
+    """What a backward pass is given beside x and dy."""
+
+    weight: bool
+    bias: bool
+    moments: bool
+    whitener: bool
+
+
+@lru_cache(tuning.MAX_KEPT_PLANS)
+def backward_plan(
+    library: Library, spec: WhiteningSpec, x_key: ArrayKey, dy_key: ArrayKey, num_threads: int, known: Known
+) -> Plan | None:
+    """Return the plan of a backward pass; None if x or dy can't be cut into blocks without a copy.
+
+    The statistics have to be known if the solver isn't Newton's.
+    """
+    x4, dy4 = (split(spec.blocks, library.strided(key)) for key in (x_key, dy_key))
+    if x4 is None or dy4 is None:
+        return None
+    block_axis, channels = spec.blocks.block_axis, _channels(spec, x_key.shape)
+    dx4, result = library.dense(x4, x_key.shape)
+    dx = BlockArray(DX, layout_of(dx4, block_axis))
+    order = sample_order(dx.layout, block_axis)
+    x, dy = BlockArray(X, layout_of(x4, block_axis)), BlockArray(DY, layout_of(dy4, block_axis))
+    orders_x, orders_dy = (sample_order(array.layout, block_axis) != order for array in (x, dy))
+    given = _BackwardArrays(
+        BlockArray(ORDERED_X, dx.layout) if orders_x else x, BlockArray(ORDERED_DY, dx.layout) if orders_dy else dy, dx
+    )
+    dtype = library.dtype_name(x_key.dtype)
+    work = _work(spec, x.layout, channels, np.dtype(dtype).itemsize, num_threads)
+    if not (known.weight or known.bias):
+        channels = NO_CHANNELS
+    # as many elements as 2 float64 of each channel take at most
+    builder = work.builder(dtype, x.layout, True, 4 * channels.number)
+    sums, weight, constants = None, WEIGHT if known.weight else 0, []
+    if channels.number:
+        begin = worker_size(x.layout.d, work.newton, True) * builder.itemsize
+        sums = ParameterSums(work.num_workers, builder.worker_bytes, begin, begin + 2 * 8 * channels.number)
+        constants.append(np.zeros(channels.number, dtype))
+        if not known.weight:
+            constants.append(np.ones(channels.number, dtype))
+            weight = address(constants[1])
+    affine = ChannelAffine(channels, weight, 0, address(constants[0])) if channels.number else None
+    programs = _backward_programs(builder, work, block_axis, known, given, affine)
+    vectors = dx.layout.blocks, dx.layout.d
+    sizes, size = (vectors, (*vectors, vectors[1])), builder.workspace_bytes
+    return Plan(result, *sizes, orders_x, orders_dy, size, programs, sums, tuple(constants))
+
+
+class _BackwardArrays(NamedTuple):
+    """Arrays whose samples have the same order."""
+
+    x: BlockArray
+    dy: BlockArray
+    dx: BlockArray
+
+
+def _backward_programs(
+    builder: LaunchBuilder,
+    work: Work,
+    block_axis: int,
+    known: Known,
+    arrays: _BackwardArrays,
+    affine: ChannelAffine | None,
+) -> tuple[Program, ...]:
+    """Return the programs of a backward pass; `affine` is that of channels along the samples, if they have one."""
+    (x, dy, dx), programs, temporary = arrays, [], builder.temporary
+    blocks, d = x.layout.blocks, x.layout.d
+    mean, cov, whitener, computed_whitener = MEAN, COVARIANCE, WHITENER, 0
+    if not known.moments:
+        mean, cov = temporary(blocks * d), temporary(blocks * d * d)
+        builder.launch(*add_moments(builder, x, block_axis, work.num_chunks, mean, cov))
+    if not known.whitener:
+        assert work.newton is not None
+        whitener = temporary(blocks * d * d)
+        if affine:
+            add_inverse_sqrt(builder, work.newton, blocks, d, cov, whitener)
+        else:
+            computed_whitener = whitener  # the adjoint computes it anyway
+    s = DBIAS if known.bias and not affine else temporary(blocks * d)
+    k, dcov = (K, DCOV) if work.newton is None else (temporary(blocks * d * d), temporary(blocks * d * d))
+    sums = None
+    if affine:
+        begin = worker_size(d, work.newton, True)
+        sums = WeightSums(affine.channels, whitener, affine.input_weight, begin)
+    builder.launch(*add_cross_moments(builder, dy, x, block_axis, work.num_chunks, mean, s, k, sums))
+    row_scale = WEIGHT if known.weight and not affine else 0
+    if work.newton is None:
+        programs.append(builder.program())
+    else:
+        add_inverse_sqrt_adjoint(builder, work.newton, blocks, d, cov, k, dcov, row_scale, computed_whitener)
+    matrix, mean_dy = whitener, temporary(blocks * d)  # the whitener is symmetric, up to rounding
+    if row_scale:
+        matrix = temporary(blocks * d * d)
+        builder.launch(scale_whitener, ScaleWhitenerArgs(blocks, d, whitener, WEIGHT, k, matrix, DWEIGHT))
+    num_samples = x.layout.outer * x.layout.inner
+    builder.launch(gradient_terms, GradientTermsArgs(blocks, d, num_samples, dcov, s, mean_dy))
+    terms = [TermArgs(dy.address, matrix, mean_dy, dy.layout), TermArgs(x.address, dcov, mean, x.layout)]
+    add_affine_map(builder, terms, dx, block_axis, affine=affine or NO_AFFINE)
+    programs.append(builder.program())
+    return tuple(programs)

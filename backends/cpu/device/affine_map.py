@@ -1,161 +1,177 @@
-"""Sums of matrices times blocks."""
+"""Affine maps of blocks: sums of one or two matrices times a block."""
+
+from typing import Any, NamedTuple
 
 from numba import njit
 
-from polywhiten.cpu.device.gemm import chunks_of_a_tile, list_lines, multiply_add, multiply_listed
-from polywhiten.cpu.device.packing import (
-    APART,
-    COLUMNS,
-    Channels,
-    Place,
-    clear,
-    layout_at,
-    load_columns,
-    load_rows,
-    padded,
-    panels_memory,
-    part,
-    scale_channels,
-    store_columns,
-    store_rows,
-    transposed,
-    width,
-)
-from polywhiten.cpu.device.simd import UNIT, at, fence, get, integers, is_null, pointer, put
+from polywhiten.cpu.arguments import AffineMapArgs, unpack
+from polywhiten.cpu.device.channels import scale_channels
+from polywhiten.cpu.device.gemm import Sizes, intervals_per_tile, multiply_add, multiply_add_listed
+from polywhiten.cpu.device.gemm_microkernel import Matrix, StridedMatrix
+from polywhiten.cpu.device.packing import pack_columns, pack_rows, transpose, unpack_columns, unpack_rows
+from polywhiten.cpu.device.panels import Panel, padded, panel_width, panel_workspace_size, subpanel
+from polywhiten.cpu.device.pointers import as_int64, at, clear, fence, get, is_null, put
+from polywhiten.cpu.device.prefetch import Prefetch, PrefetchList, list_lines
+from polywhiten.cpu.tuning import LD_PADDING, PANEL_WIDTH, TILE
 
-# among the numbers: where the terms begin, how many each takes, the layout of y, and the weight
-_TERMS, _TERM, _Y, _WEIGHT = 12, 11, 34, 42
+
+class _Memory(NamedTuple):
+    """What is where in a part's workspace."""
+
+    inputs: Any  # a panel of every term
+    result: Any
+    zeros: Any
+    shift: Any  # a block's
+    tile: Any
+    prefetch_list: Any
+
+
+def pack_matrices(packed, workspace, part, num_parts):
+    """Pack the matrices of a part of the blocks, padded to tiles, in the layout that the product with a panel reads.
+
+    A block's matrices lie side by side; for rows, transposed and below each other. The rows of the first one are
+    multiplied by `row_scale` on the way, if there is one.
+    """
+    args = unpack(AffineMapArgs, packed, workspace)
+    blocks, d, dp = args.y_layout.blocks, args.y_layout.d, padded(args.y_layout.d)
+    depth = args.num_terms * dp
+    clear(workspace, 0, 1, dp)
+    for block in range(part * blocks // num_parts, (part + 1) * blocks // num_parts):
+        target = at(args.packed_matrices, block * depth * dp)
+        clear(target, 0, 1, depth * dp)
+        _pack_matrix(target, args, 0, at(args.first.matrix, block * d * d), workspace)
+        if args.num_terms == 2:
+            _pack_matrix(target, args, 1, at(args.second.matrix, block * d * d), workspace)
+        if not is_null(args.row_scale):
+            for i in range(d):
+                row = at(target, i * (dp if args.as_rows else depth))
+                for j in range(d):
+                    put(row, j, get(row, j) * get(args.row_scale, block * d + (j if args.as_rows else i)))
 
 
 @njit
-def _term_at(numbers, k, scratch):
-    """A term matrix (array - centre): its layout, and pointers to array, matrix and centre."""
-    i = _TERMS + _TERM * k
-    array, matrix, centre = numbers[i], numbers[i + 1], numbers[i + 2]
-    return layout_at(numbers, i + 3), pointer(array, scratch), pointer(matrix, scratch), pointer(centre, scratch)
+def _pack_matrix(target, args, term, matrix, zeros):
+    d, dp = args.y_layout.d, padded(args.y_layout.d)
+    if args.as_rows and d == dp:
+        transpose(at(target, term * d * d), d, matrix, d, d, d, zeros)
+        return
+    for i in range(d):
+        for j in range(d):
+            place = (term * dp + j) * dp + i if args.as_rows else i * args.num_terms * dp + term * dp + j
+            put(target, place, get(matrix, i * d + j))
 
 
-def arrange(numbers, scratch, share):
-    """A share of the blocks' matrices, padded, as panels are multiplied with them: side by side, or stacked.
+def affine_map(packed, workspace, part, num_parts):
+    """Compute a part of the panels of y: the sum of the terms, plus the shift of each block.
 
-    The first ones' rows are multiplied with the weight (blocks, d), if there is one. Numbers: as of `affine_map`.
+    Channels along the samples may have a weight and a bias, applied to the first term's array or to the result. There
+    are none where panels are rows.
     """
-    shares, terms, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, _Y)
-    arranged, weight = pointer(numbers[3], scratch), pointer(numbers[_WEIGHT], scratch)
-    clear(scratch, 0, 1, padded(layout.d))
-    d, dp = layout.d, padded(layout.d)
-    depth = terms * dp
-    for block in range(share * layout.blocks // shares, (share + 1) * layout.blocks // shares):
-        own = at(arranged, block * depth * dp)
-        clear(own, 0, 1, depth * dp)
-        for term in range(terms):
-            _, _, matrices, _ = _term_at(numbers, term, scratch)
-            matrix = at(matrices, block * d * d)
-            if as_rows and d == dp:
-                transposed(at(own, term * d * d), d, matrix, d, d, d, scratch)
-            else:
-                for i in range(d):
-                    for j in range(d):
-                        place = (term * dp + j) * dp + i if as_rows else i * depth + term * dp + j
-                        put(own, place, get(matrix, i * d + j))
-        if not is_null(weight):
-            for i in range(d):
-                row = at(own, i * (dp if as_rows else depth))
-                for j in range(d):
-                    put(row, j, get(row, j) * get(weight, block * d + (j if as_rows else i)))
-
-
-def affine_map(numbers, scratch, share):
-    """A share of the panels of Y, the sum of one or two terms, plus shift (blocks, d) in the end.
-
-    Values of the channels that samples are of, 0 for none: the first term's array is multiplied with `before`, or the
-    result with `after`, and `bias` is added to it; panels must not be rows where there are any. Numbers: shares, terms,
-    whether panels are rows, the addresses of the arranged matrices, of y, of shift or 0, of these three, how many
-    positions a channel has, whether panels are counted before blocks, and whether rows go past the caches; for two
-    terms the addresses of array, matrix and centre, and the array's layout; the layout of y; the address of a weight or
-    0, which `arrange` alone asks for.
-    """
-    shares, terms, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, _Y)
-    arranged, target, shift = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)
-    before, after, bias = pointer(numbers[6], scratch), pointer(numbers[7], scratch), pointer(numbers[8], scratch)
-    channels, two = Channels(0, numbers[9]), terms == 2
-    x_layout, x, _, centres = _term_at(numbers, 0, scratch)
-    other_layout, other, _, other_centres = _term_at(numbers, 1, scratch)
-    blocks, d, count, step = layout.blocks, layout.d, layout.outer * layout.inner, width(layout)
-    dp, panels = padded(d), (count + step - 1) // step
-    depth = terms * dp
-    ldc = COLUMNS + APART
-    panel, result = scratch, at(scratch, max(COLUMNS * (depth + APART), depth * ldc))
-    zeros = at(result, dp * ldc)
-    line = at(zeros, max(dp, COLUMNS))
-    own, lines = at(line, dp), integers(at(scratch, panels_memory(d)))
-    clear(zeros, 0, 1, max(dp, COLUMNS) + dp)
-    items, panels_first, past = blocks * panels, numbers[10] != 0, numbers[11] != 0
-    for item in range(share * items // shares, (share + 1) * items // shares):
-        block, start = _item(item, blocks, panels, step, panels_first)
-        next_block, next_start = _item(item + 1, blocks, panels, step, panels_first)
-        n, left = min(step, count - start), min(step, count - next_start) if item + 1 < items else 0
-        here, there = Place(x, x_layout, block, start, n), Place(other, other_layout, block, start, n)
-        place = Place(target, layout, block, start, n)
-        ahead = (
-            Place(x, x_layout, next_block, next_start, left),
-            Place(other, other_layout, next_block, next_start, left if two else 0),
-            place,
+    args = unpack(AffineMapArgs, packed, workspace)
+    layout = args.y_layout
+    blocks, d, step = layout.blocks, layout.d, panel_width(layout)
+    panels = (layout.outer * layout.inner + step - 1) // step
+    memory = _divide_workspace(workspace, d, args.num_terms)
+    clear(memory.zeros, 0, 1, max(padded(d), PANEL_WIDTH) + padded(d))
+    items = blocks * panels
+    for item in range(part * items // num_parts, (part + 1) * items // num_parts):
+        block, start, n = _panel(layout, item, panels, step, args.panels_first)
+        next_block, next_start, next_n = _panel(layout, item + 1, panels, step, args.panels_first)
+        y = Panel(args.y, layout, block, start, n)
+        first = Panel(args.first.array, args.first.layout, block, start, n)
+        second = Panel(args.second.array, args.second.layout, block, start, n)
+        prefetched = (
+            Panel(args.first.array, args.first.layout, next_block, next_start, next_n),
+            Panel(args.second.array, args.second.layout, next_block, next_start, next_n if args.num_terms == 2 else 0),
+            y,
         )
-        matrix, centre = at(arranged, block * depth * dp), at(centres, block * d)
         for c in range(d):
-            put(line, c, 0.0 if is_null(shift) else get(shift, block * d + c))
-        if as_rows:
-            two_centres = centre, at(other_centres, block * d)
-            _map_rows(place, here, there, terms, two_centres, matrix, line, panel, result, ahead, lines, past)
-            continue
-        if is_null(before):
-            load_columns(panel, ldc, here, centre, own)
+            put(memory.shift, c, 0.0 if is_null(args.shift) else get(args.shift, block * d + c))
+        if args.as_rows:
+            _map_rows(args, memory, y, first, second, prefetched)
         else:
-            load_columns(panel, ldc, here, zeros, own)
-            scale_channels(panel, ldc, here, channels, before, bias, centre)
-        if two:
-            load_columns(at(panel, dp * ldc), ldc, there, at(other_centres, block * d), own)
-        multiply_add(result, ldc, zeros, 0, matrix, depth, 1, panel, ldc, dp, padded(n), depth, False, ahead, 3, lines)
-        if not is_null(after):
-            scale_channels(result, ldc, here, channels, after, bias, zeros)
-        store_columns(place, result, ldc, line, own)
-    if past:
+            _map_columns(args, memory, y, first, second, prefetched)
+    if args.nontemporal:
         fence()
 
 
-@njit
-def _map_rows(place, x, other, terms, centres, matrix, line, panel, result, ahead, lines, past):
-    """Of a panel, few rows after another: they are read while the products of those before are computed."""
-    layout, n, d = place.layout, place.samples, place.layout.d
-    dp = padded(d)
-    depth, several = terms * dp, UNIT * max(1, 8 * UNIT // dp)
-    ld, tiles = depth + APART, padded(n) // UNIT * (dp // UNIT)
-    begin, (end, each) = 0, list_lines(lines, tiles * chunks_of_a_tile(line, depth), ahead, 2)
-    are_direct = d == dp and layout.outer == 1 and layout.d_stride == 1
-    for first in range(0, n, several):
-        some = min(several, n - first)
-        load_rows(panel, ld, part(x, first, some), centres[0], result)  # sums that nobody asks for
-        if terms == 2:
-            load_rows(at(panel, dp), ld, part(other, first, some), centres[1], result)
-        for i in range(0, some, UNIT):
-            goal, lead, is_direct = result, dp, are_direct and i + UNIT <= some
-            if is_direct:
-                lead = layout.inner_stride
-                goal = at(place.array, place.block * layout.block_stride + (place.start + first + i) * lead)
-            rows, is_past = at(panel, i * ld), past and is_direct
-            begin = multiply_listed(
-                goal, lead, line, 0, rows, ld, 1, matrix, dp, UNIT, dp, depth, False, is_past, lines, begin, end, each
-            )
-            if not is_direct:
-                store_rows(part(place, first + i, min(UNIT, some - i)), result, dp)
+@njit(inline="always")
+def _divide_workspace(workspace, d, terms):
+    dp, ld = padded(d), PANEL_WIDTH + LD_PADDING
+    result = at(workspace, max(PANEL_WIDTH * (terms * dp + LD_PADDING), terms * dp * ld))
+    zeros = at(result, dp * ld)
+    shift = at(zeros, max(dp, PANEL_WIDTH))
+    return _Memory(workspace, result, zeros, shift, at(shift, dp), as_int64(at(workspace, panel_workspace_size(d))))
 
 
 @njit
-def _item(item, blocks, panels, step, panels_first):
-    """Block and first sample of the panel that comes in that place."""
+def _panel(layout, item, panels, step, panels_first):
+    """Return the block, first sample and number of samples of a panel in the order of work; none after the last."""
     if panels_first:
-        panel, block = divmod(item, blocks)
+        panel, block = divmod(item, layout.blocks)
     else:
         block, panel = divmod(item, panels)
-    return block, panel * step
+    start = panel * step
+    return block, start, min(step, layout.outer * layout.inner - start) if item < layout.blocks * panels else 0
+
+
+@njit(inline="always")
+def _map_columns(args, memory, y, first, second, prefetched):
+    d, dp, n, ld = y.layout.d, padded(y.layout.d), y.samples, PANEL_WIDTH + LD_PADDING
+    depth = args.num_terms * dp
+    matrix, centre = at(args.packed_matrices, y.block * depth * dp), at(args.first.centre, y.block * d)
+    if is_null(args.input_weight):
+        pack_columns(memory.inputs, ld, first, centre, memory.tile)
+    else:
+        pack_columns(memory.inputs, ld, first, memory.zeros, memory.tile)
+        scale_channels(memory.inputs, ld, first, args.channels, args.input_weight, args.channel_bias, centre)
+    if args.num_terms == 2:
+        pack_columns(at(memory.inputs, dp * ld), ld, second, at(args.second.centre, y.block * d), memory.tile)
+    multiply_add(
+        c=Matrix(memory.result, ld),
+        base=Matrix(memory.zeros, 0),
+        a=StridedMatrix(matrix, depth, 1),
+        b=Matrix(memory.inputs, ld),
+        sizes=Sizes(m=dp, n=padded(n), k=depth),
+        upper=False,
+        prefetch=Prefetch(prefetched, 3, memory.prefetch_list),
+    )
+    if not is_null(args.output_weight):
+        weight = args.output_weight
+        scale_channels(memory.result, ld, first, args.channels, weight, args.channel_bias, memory.zeros)
+    unpack_columns(y, memory.result, ld, memory.shift, memory.tile)
+
+
+@njit
+def _map_rows(args, memory, y, first, second, prefetched):
+    """Map a few rows at a time: the next ones are read while the products of those before are computed."""
+    layout, n, d, dp = y.layout, y.samples, y.layout.d, padded(y.layout.d)
+    depth, several = args.num_terms * dp, TILE * max(1, 8 * TILE // dp)
+    ld, tiles, ignored_sums = depth + LD_PADDING, padded(n) // TILE * (dp // TILE), memory.result
+    matrix = at(args.packed_matrices, y.block * depth * dp)
+    centre, second_centre = at(args.first.centre, y.block * d), at(args.second.centre, y.block * d)
+    intervals = tiles * intervals_per_tile(memory.shift, depth)
+    begin, prefetch_list = 0, list_lines(Prefetch(prefetched, 2, memory.prefetch_list), intervals)
+    are_direct = d == dp and layout.outer == 1 and layout.d_stride == 1
+    for done in range(0, n, several):
+        some = min(several, n - done)
+        pack_rows(memory.inputs, ld, subpanel(first, done, some), centre, ignored_sums)
+        if args.num_terms == 2:
+            pack_rows(at(memory.inputs, dp), ld, subpanel(second, done, some), second_centre, ignored_sums)
+        for i in range(0, some, TILE):
+            target, ldt, is_direct = memory.result, dp, are_direct and i + TILE <= some
+            if is_direct:
+                ldt = layout.inner_stride
+                target = at(y.array, y.block * layout.block_stride + (y.start + done + i) * ldt)
+            begin = multiply_add_listed(
+                c=Matrix(target, ldt),
+                base=Matrix(memory.shift, 0),
+                a=StridedMatrix(at(memory.inputs, i * ld), ld, 1),
+                b=Matrix(matrix, dp),
+                sizes=Sizes(m=TILE, n=dp, k=depth),
+                upper=False,
+                nontemporal=args.nontemporal and is_direct,
+                prefetch_list=PrefetchList(memory.prefetch_list, begin, prefetch_list.end, prefetch_list.per_interval),
+            )
+            if not is_direct:
+                unpack_rows(subpanel(y, done + i, min(TILE, some - i)), memory.result, dp)

@@ -1,65 +1,57 @@
-"""Running averages."""
+"""Running averages of a layer."""
 
 import numpy as np
 from numba import njit
 
-from polywhiten.cpu.device.simd import get, integers, number, pointer, put
-from polywhiten.cpu.runtime.parallel import real
+from polywhiten.cpu.arguments import UpdateAveragesArgs, unpack
+from polywhiten.cpu.device.pointers import cast, get, put
 
 
-def average(numbers, scratch, share):
-    """A step of running averages, with a batch's statistics, and of their count.
+def update_averages(packed, workspace, part, num_parts):
+    """Update a layer's running averages with the statistics of a batch, and count the batch.
 
-    None where other statistics aren't finite, or an average wouldn't be any more.
-
-    Numbers: shares, which is 1, the momentum, or less than 0 for the plain average of all batches, the address of the
-    count, how many other arrays are to be finite, and how many are averaged; of each of the former its size and
-    address, of the latter the size and the addresses of average and statistics.
+    Nothing changes if a statistic that is checked is not finite, or an average would no longer be finite. There is one
+    part.
     """
-    momentum, count, judged, averaged = real(numbers, 1), integers(pointer(numbers[2], scratch)), numbers[3], numbers[4]
-    for i in range(judged):
-        k = 5 + 2 * i
-        if not _are_finite(pointer(numbers[k + 1], scratch), numbers[k]):
-            return
-    factor = 1.0 / (get(count, 0) + 1) if momentum < 0.0 else momentum
-    for write in range(2):  # all averages are looked at before any is changed
-        for i in range(averaged):
-            k = 5 + 2 * judged + 3 * i
-            running, batch = pointer(numbers[k + 1], scratch), pointer(numbers[k + 2], scratch)
-            if write == 1:
-                _approach(running, batch, numbers[k], factor)
-            elif not _stay_finite(running, batch, numbers[k], factor):
-                return
-    put(count, 0, get(count, 0) + 1)
+    args = unpack(UpdateAveragesArgs, packed, workspace)
+    if not _are_finite(args.checked.values, args.checked.size):
+        return
+    count = get(args.count, 0)
+    factor = 1.0 / (count + 1) if args.momentum < 0.0 else args.momentum
+    if _stays_finite(args.mean, factor) and _stays_finite(args.matrices, factor):
+        _update(args.mean, factor)
+        _update(args.matrices, factor)
+        put(args.count, 0, count + 1)
 
 
 @njit
-def _are_finite(values, count):
+def _are_finite(values, size):
     others = 0
-    for i in range(count):
-        if not abs(get(values, i)) < number(values, np.inf):
+    for i in range(size):
+        if not abs(get(values, i)) < cast(values, np.inf):
             others += 1
     return others == 0
 
 
 @njit
-def _stay_finite(averages, values, count, factor):
-    own, rest = number(averages, factor), number(averages, 1.0 - factor)
+def _stays_finite(average, factor):
+    new, old = cast(average.running, factor), cast(average.running, 1.0 - factor)
     others = 0
-    for i in range(count):
-        if not abs(_between(get(averages, i), get(values, i), factor, own, rest)) < number(averages, np.inf):
+    for i in range(average.size):
+        value = _between(get(average.running, i), get(average.batch, i), factor, new, old)
+        if not abs(value) < cast(average.running, np.inf):
             others += 1
     return others == 0
 
 
 @njit
-def _approach(averages, values, count, factor):
-    own, rest = number(averages, factor), number(averages, 1.0 - factor)
-    for i in range(count):
-        put(averages, i, _between(get(averages, i), get(values, i), factor, own, rest))
+def _update(average, factor):
+    new, old = cast(average.running, factor), cast(average.running, 1.0 - factor)
+    for i in range(average.size):
+        put(average.running, i, _between(get(average.running, i), get(average.batch, i), factor, new, old))
 
 
 @njit
-def _between(before, value, factor, own, rest):
-    """From the nearer end, so that a factor of 1 gives the value."""
-    return before + own * (value - before) if factor < 0.5 else value - rest * (value - before)
+def _between(running, batch, factor, new, old):
+    """Return the weighted mean, computed from the nearer value so that a factor of 1 gives the batch's exactly."""
+    return running + new * (batch - running) if factor < 0.5 else batch - old * (batch - running)

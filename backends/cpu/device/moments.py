@@ -1,83 +1,88 @@
-"""Mean and covariance of blocks, and the cross moments that their gradient needs, in one pass over the arrays."""
+"""Mean and covariance of blocks, in one pass over the array."""
 
-import numpy as np
+from typing import Any, NamedTuple
+
 from numba import njit
 
-from polywhiten.cpu.device.gemm import multiply_add
-from polywhiten.cpu.device.packing import (
-    APART,
-    COLUMNS,
-    OWN,
-    Channels,
-    Place,
-    channel_run,
-    clear,
-    gather_channels,
-    has_runs,
-    is_run,
-    layout_at,
-    load_columns,
-    load_first,
-    load_rows,
-    padded,
-    panels_memory,
-    run_of,
-    sum_columns,
-    total_about,
-    total_of,
-    transposed,
-    transposed_run,
-    width_of_runs,
-)
-from polywhiten.cpu.device.simd import UNIT, at, centred_rows, doubles, get, integers, number, pointer, put
-
-_ROWS = 1 << 12  # numbers of dY, and as many of X, that the first cache has room for beside their products
+from polywhiten.cpu.arguments import FinishMomentsArgs, MomentsArgs, unpack
+from polywhiten.cpu.device.gemm import Sizes, multiply_add
+from polywhiten.cpu.device.gemm_microkernel import Matrix, StridedMatrix
+from polywhiten.cpu.device.packing import load_shift, pack_columns, pack_rows, pack_run_as_rows, transpose
+from polywhiten.cpu.device.panels import Panel, is_run, padded, panel_width_for_runs, panel_workspace_size, start_of_run
+from polywhiten.cpu.device.pointers import as_int64, at, cast, clear, get, put
+from polywhiten.cpu.device.prefetch import Prefetch
+from polywhiten.cpu.device.simd import centre_rows
+from polywhiten.cpu.device.sums import add_row_sums, sum_of_differences
+from polywhiten.cpu.tuning import LD_PADDING, PANEL_WIDTH, TILE
 
 
-def moments(numbers, scratch, share):
-    """A share of the products of panels about their own means, and these means less a block's first sample.
+class _Memory(NamedTuple):
+    """What is where in a part's workspace."""
 
-    Numbers: shares, chunks of a block, whether panels are rows, the addresses of x, of the sums of products (blocks,
-    chunks, d, d) with d padded, and of the means (blocks, panels, d) with d padded; the layout of x.
+    rows: Any  # of a panel
+    columns: Any
+    first: Any  # a block's first sample
+    tile: Any
+    prefetch_list: Any
+
+
+def moments(packed, workspace, part, num_parts):
+    """Sum the products of panels about their own means, for a part of the chunks.
+
+    The means are stored too, less the block's first sample: that loses nothing where they are large.
     """
-    shares, chunks, as_rows, layout = numbers[0], numbers[1], numbers[2] != 0, layout_at(numbers, 6)
-    x, sums, means = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)
-    d, count, step = layout.d, layout.outer * layout.inner, width_of_runs(layout)
-    dp, panels, tasks = padded(d), (count + step - 1) // step, layout.blocks * chunks
-    ld, ldc = dp + APART, COLUMNS + APART
-    rows, columns = scratch, at(scratch, COLUMNS * ld)
-    first = at(columns, dp * ldc)
-    own, lines = at(first, dp), integers(at(scratch, panels_memory(d)))
-    for task in range(share * tasks // shares, (share + 1) * tasks // shares):
-        block, chunk = divmod(task, chunks)
-        products = at(sums, task * dp * dp)
+    args = unpack(MomentsArgs, packed, workspace)
+    layout = args.layout
+    dp, count, step = padded(layout.d), layout.outer * layout.inner, panel_width_for_runs(layout)
+    panels, tasks = (count + step - 1) // step, layout.blocks * args.num_chunks
+    columns = at(workspace, PANEL_WIDTH * (dp + LD_PADDING))
+    first = at(columns, dp * (PANEL_WIDTH + LD_PADDING))
+    memory = _Memory(workspace, columns, first, at(first, dp), as_int64(at(workspace, panel_workspace_size(layout.d))))
+    for task in range(part * tasks // num_parts, (part + 1) * tasks // num_parts):
+        block, chunk = divmod(task, args.num_chunks)
+        products = at(args.products, task * dp * dp)
         clear(products, dp, dp, dp)
-        load_first(first, x, layout, block)  # sums of what is left lose nothing to a large mean
-        for panel in range(chunk * panels // chunks, (chunk + 1) * panels // chunks):
+        load_shift(first, args.x, layout, block)
+        for panel in range(chunk * panels // args.num_chunks, (chunk + 1) * panels // args.num_chunks):
             start = panel * step
             n = min(step, count - start)
-            here = Place(x, layout, block, start, n)
-            ahead = Place(x, layout, block, start + n, min(step, count - start - n))
-            off = at(means, (block * panels + panel) * dp)
-            clear(off, 0, 1, dp)
-            if as_rows:
-                load_rows(rows, ld, here, first, off)
-                _divide(off, d, n)
-                for c in range(0, dp, UNIT):  # sums that nobody asks for go where columns would be
-                    centred_rows(at(rows, c), ld, at(rows, c), ld, n, at(off, c), columns)
-            elif is_run(here):
-                run = run_of(here)
-                for c in range(d):
-                    put(off, c, total_about(at(run, c * layout.d_stride), n, get(first, c)) / n)
-                transposed_run(rows, ld, here, first, off, own)
-            else:
-                load_columns(columns, ldc, here, first, own)
-                sum_columns(off, columns, ldc, d, n)
-                _divide(off, d, n)
-                transposed(rows, ld, columns, ldc, dp, padded(n), off)
-            multiply_add(
-                products, dp, products, dp, rows, 1, ld, rows, ld, dp, dp, n, True, (ahead, ahead, ahead), 1, lines
-            )
+            x = Panel(args.x, layout, block, start, n)
+            following = Panel(args.x, layout, block, start + n, min(step, count - start - n))
+            mean = at(args.panel_means, (block * panels + panel) * dp)
+            _add_panel(memory, products, mean, x, following, args.as_rows)
+
+
+@njit(inline="always")
+def _add_panel(memory, products, mean, x, following, as_rows):
+    """Add the products of a panel, and store its mean."""
+    d, dp, n = x.layout.d, padded(x.layout.d), x.samples
+    rows, ld, columns, ldc = memory.rows, dp + LD_PADDING, memory.columns, PANEL_WIDTH + LD_PADDING
+    clear(mean, 0, 1, dp)
+    if as_rows:
+        pack_rows(rows, ld, x, memory.first, mean)
+        _divide(mean, d, n)
+        ignored_sums = columns
+        for c in range(0, dp, TILE):
+            centre_rows(at(rows, c), ld, at(rows, c), ld, n, at(mean, c), ignored_sums)
+    elif is_run(x):
+        run = start_of_run(x)
+        for c in range(d):
+            put(mean, c, sum_of_differences(at(run, c * x.layout.d_stride), n, get(memory.first, c)) / n)
+        pack_run_as_rows(rows, ld, x, memory.first, mean, memory.tile)
+    else:
+        pack_columns(columns, ldc, x, memory.first, memory.tile)
+        add_row_sums(mean, columns, ldc, d, n)
+        _divide(mean, d, n)
+        transpose(rows, ld, columns, ldc, dp, padded(n), mean)
+    multiply_add(
+        c=Matrix(products, dp),
+        base=Matrix(products, dp),
+        a=StridedMatrix(rows, 1, ld),
+        b=Matrix(rows, ld),
+        sizes=Sizes(m=dp, n=dp, k=n),
+        upper=True,
+        prefetch=Prefetch((following, following, following), 1, memory.prefetch_list),
+    )
 
 
 @njit
@@ -86,201 +91,44 @@ def _divide(values, count, divisor):
         put(values, i, get(values, i) / divisor)
 
 
-def whole_moments(numbers, scratch, share):
-    """A share of the blocks' means (blocks, d) and covariances (blocks, d, d).
+def finish_moments(packed, workspace, part, num_parts):
+    """Compute the mean and the covariance of a part of the blocks from the sums of `moments`.
 
-    What panels are off the mean of all is added to their products: a stable sum for any order of samples. Numbers: as
-    of `moments`, and after them the addresses of mean and covariance.
+    The products of the panels' means about the block's are added: this sum is stable for any order of the samples.
     """
-    shares, chunks, layout = numbers[0], numbers[1], layout_at(numbers, 6)
-    sums, means = pointer(numbers[4], scratch), pointer(numbers[5], scratch)
-    mean, cov = pointer(numbers[14], scratch), pointer(numbers[15], scratch)
-    x, first = pointer(numbers[3], scratch), scratch
-    d, count, step = layout.d, layout.outer * layout.inner, width_of_runs(layout)
-    dp, panels = padded(d), (count + step - 1) // step
-    for block in range(share * layout.blocks // shares, (share + 1) * layout.blocks // shares):
-        products = _sum_of_chunks(sums, block, chunks, dp * dp)
-        centres, whole = at(means, block * panels * dp), at(scratch, dp)
-        load_first(first, x, layout, block)
+    args = unpack(FinishMomentsArgs, packed, workspace)
+    sums, layout = args.parts, args.parts.layout
+    d, dp, count, step = layout.d, padded(layout.d), layout.outer * layout.inner, panel_width_for_runs(layout)
+    panels = (count + step - 1) // step
+    for block in range(part * layout.blocks // num_parts, (part + 1) * layout.blocks // num_parts):
+        products = sum_of_chunks(sums.products, block, sums.num_chunks, dp * dp)
+        panel_means, first, mean = at(sums.panel_means, block * panels * dp), workspace, at(workspace, dp)
+        load_shift(first, sums.x, layout, block)
         for c in range(d):
             off = 0.0
             for panel in range(panels):
-                off += min(step, count - panel * step) * (get(centres, panel * dp + c) - get(centres, c))
-            put(whole, c, get(centres, c) + off / count)
-            put(mean, block * d + c, get(first, c) + get(whole, c))
+                off += min(step, count - panel * step) * (get(panel_means, panel * dp + c) - get(panel_means, c))
+            put(mean, c, get(panel_means, c) + off / count)
+            put(args.mean, block * d + c, get(first, c) + get(mean, c))
         for panel in range(panels):
-            difference, n = at(centres, panel * dp), min(step, count - panel * step)
+            difference, n = at(panel_means, panel * dp), min(step, count - panel * step)
             for c in range(d):
-                put(difference, c, get(difference, c) - get(whole, c))
+                put(difference, c, get(difference, c) - get(mean, c))
             for i in range(d):
-                row, share = at(products, i * dp), number(difference, n * get(difference, i))
+                row, factor = at(products, i * dp), cast(difference, n * get(difference, i))
                 for j in range(i, d):
-                    put(row, j, get(row, j) + share * get(difference, j))
-        result = at(cov, block * d * d)
+                    put(row, j, get(row, j) + factor * get(difference, j))
+        cov = at(args.cov, block * d * d)
         for i in range(d):
             for j in range(i, d):
                 value = get(products, i * dp + j) / count
-                put(result, i * d + j, value)
-                put(result, j * d + i, value)
-
-
-def cross_moments(numbers, scratch, share):
-    """A share of the sums of dY (X - mean)' and dY 1.
-
-    Where there is a whitener, dY is multiplied by the weight of its samples' channels first, and the
-    gradients of weight and bias are added to (2, channels) of float64; panels must not be rows then. Numbers: shares,
-    chunks of a block, whether panels are rows, the addresses of dy, x, mean, the sums (blocks, chunks, d (d + 1)) with
-    d padded, whitener or 0 and weight, where these gradients are in scratch, the number of channels and how many
-    positions each has; the layouts of dy and x.
-    """
-    shares, chunks, as_rows, affine = numbers[0], numbers[1], numbers[2] != 0, numbers[7] != 0
-    dy, x, mean = pointer(numbers[3], scratch), pointer(numbers[4], scratch), pointer(numbers[5], scratch)
-    sums, whitener = pointer(numbers[6], scratch), pointer(numbers[7], scratch)
-    weight, channels = pointer(numbers[8], scratch), Channels(numbers[10], numbers[11])
-    gradients = doubles(at(scratch, numbers[9]))
-    dy_layout, layout = layout_at(numbers, 12), layout_at(numbers, 20)
-    d, count, step = layout.d, layout.outer * layout.inner, width_of_runs(layout)
-    together = 1
-    if as_rows and d <= 4 * UNIT:
-        step = min(step, _ROWS // padded(d) // UNIT * UNIT)
-        together = COLUMNS // step
-    dp, panels, tasks = padded(d), (count + step - 1) // step, layout.blocks * chunks
-    ld, ldc, size = dp + APART, COLUMNS + APART, dp * (dp + 1)
-    rows, columns = scratch, at(scratch, COLUMNS * ld)
-    gradient = at(columns, dp * ldc)
-    zeros = at(gradient, max(dp * ldc, COLUMNS * ld))
-    centre = at(zeros, max(dp, COLUMNS))
-    panel_sums, lost, own = at(centre, dp), at(centre, 2 * dp), at(centre, 3 * dp)
-    matrix = at(own, OWN)
-    white, lines = at(matrix, dp * dp), integers(at(scratch, panels_memory(d)))
-    clear(zeros, 0, 1, max(dp, COLUMNS) + dp)
-    for task in range(share * tasks // shares, (share + 1) * tasks // shares):
-        block, chunk = divmod(task, chunks)
-        products = at(sums, task * size)
-        total = at(products, dp * dp)
-        clear(products, 0, 1, size)
-        clear(lost, 0, 1, dp)
-        for c in range(d):
-            put(centre, c, get(mean, block * d + c))
-        if affine:
-            clear(matrix, dp, dp, dp)
-            for i in range(d):
-                for j in range(d):
-                    put(matrix, i * dp + j, get(whitener, (block * d + i) * d + j))
-        first, end = chunk * panels // chunks, (chunk + 1) * panels // chunks
-        for panel in range(first, end):
-            start = panel * step
-            n = min(step, count - start)
-            left = min(step, count - start - n)
-            here, there = Place(x, layout, block, start, n), Place(dy, dy_layout, block, start, n)
-            next_x, next_dy = Place(x, layout, block, start + n, left), Place(dy, dy_layout, block, start + n, left)
-            ahead, factors, row, column = (next_x, next_dy, next_dy), gradient, ldc, 1
-            if as_rows:
-                load_rows(rows, ld, here, centre, columns)  # sums that nobody asks for
-                clear(panel_sums, 0, 1, dp)
-                load_rows(gradient, ld, there, zeros, panel_sums)
-                _add_exactly(total, lost, panel_sums, d)
-                row, column = 1, ld
-            else:
-                if is_run(here) and is_run(there) and (not affine or has_runs(layout, channels)):
-                    transposed_run(rows, ld, here, centre, zeros, own)
-                    factors, row = run_of(there), dy_layout.d_stride
-                else:
-                    load_columns(columns, ldc, here, centre, own)
-                    transposed(rows, ld, columns, ldc, dp, padded(n), zeros)
-                    load_columns(gradient, ldc, there, zeros, own)
-                if affine and has_runs(layout, channels):
-                    given = products, total, white, zeros, matrix, factors, row, rows, ld, here
-                    _add_runs(*given, channels, weight, gradients, ahead, lines)
-                    continue
-                if affine:
-                    multiply_add(
-                        white, ldc, zeros, 0, matrix, dp, 1, columns, ldc, dp, padded(n), dp, False, ahead, 0, lines
-                    )
-                    gather_channels(gradient, white, ldc, here, channels, weight, total, gradients, own)
-                else:
-                    sum_columns(total, factors, row, d, n)
-            target, base, ld_base, turn = products, products, dp, (panel - first) % together
-            if together > 1:  # sums of as many samples as larger panels have
-                target, base, ld_base = (matrix, zeros, 0) if turn == 0 else (matrix, matrix, dp)
-            multiply_add(target, dp, base, ld_base, factors, row, column, rows, ld, dp, dp, n, False, ahead, 2, lines)
-            if together > 1 and (turn == together - 1 or panel == end - 1):
-                for i in range(dp * dp):
-                    put(products, i, get(products, i) + get(matrix, i))
+                put(cov, i * d + j, value)
+                put(cov, j * d + i, value)
 
 
 @njit
-def _add_exactly(totals, lost, values, count):
-    """Kahan's sum: what a total is too large by is taken off with the next value."""
-    for c in range(count):
-        value, before = get(values, c) - get(lost, c), get(totals, c)
-        put(totals, c, before + value)
-        more = (get(totals, c) - before) - value
-        put(lost, c, more if abs(more) < number(lost, np.inf) else number(lost, 0.0))
-
-
-@njit(fastmath={"reassoc"})
-def _add_runs(
-    products, sums, own, zeros, whitener, gradient, ldc, rows, ld, place, channels, weight, parameters, ahead, lines
-):
-    """What a panel of dY gives where each of its runs is of one channel in every row: products of its own.
-
-    A row of them, times that of the whitener, is what the weight's gradient gains: the whitened samples aren't needed.
-    """
-    layout, done, j, places = place.layout, 0, place.start % place.layout.inner, 2
-    dp = padded(layout.d)
-    while done < place.samples:
-        n, following = channel_run(place, channels, done, j)
-        k = j // channels.positions
-        multiply_add(
-            own,
-            dp,
-            zeros,
-            0,
-            at(gradient, done),
-            ldc,
-            1,
-            at(rows, done * ld),
-            ld,
-            dp,
-            dp,
-            n,
-            False,
-            ahead,
-            places,
-            lines,
-        )
-        for i in range(layout.d):
-            channel = i * (layout.inner // channels.positions) + k
-            factor, total = get(weight, channel), total_of(at(gradient, i * ldc + done), n)
-            row, target, other, product = at(own, i * dp), at(products, i * dp), at(whitener, i * dp), number(own, 0.0)
-            for c in range(layout.d):
-                product += get(row, c) * get(other, c)
-                put(target, c, get(target, c) + factor * get(row, c))
-            put(sums, i, get(sums, i) + factor * total)
-            put(parameters, channel, get(parameters, channel) + product)
-            put(parameters, channels.number + channel, get(parameters, channels.number + channel) + total)
-        done, j, places = done + n, following, 0
-
-
-def whole_cross_moments(numbers, scratch, share):
-    """A share of s (blocks, d) and K (blocks, d, d).
-
-    Numbers: shares, chunks of a block, blocks, d, the addresses of the sums, s and K.
-    """
-    shares, chunks, blocks, d = numbers[0], numbers[1], numbers[2], numbers[3]
-    sums, s, k = pointer(numbers[4], scratch), pointer(numbers[5], scratch), pointer(numbers[6], scratch)
-    dp = padded(d)
-    for block in range(share * blocks // shares, (share + 1) * blocks // shares):
-        products = _sum_of_chunks(sums, block, chunks, dp * (dp + 1))
-        for i in range(d):
-            put(s, block * d + i, get(products, dp * dp + i))
-            for j in range(d):
-                put(k, (block * d + i) * d + j, get(products, i * dp + j))
-
-
-@njit
-def _sum_of_chunks(sums, block, chunks, size):
+def sum_of_chunks(sums, block, chunks, size):
+    """Add a block's chunks to the first one, and return that."""
     result = at(sums, block * chunks * size)
     for chunk in range(1, chunks):
         other = at(result, chunk * size)

@@ -1,185 +1,175 @@
 """Newton's iteration on r = R / 3 and its derivative, see `polywhiten.solvers.newton`, in phases.
 
-What is symmetric is computed above its diagonal, and copied. A phase needs all of the phases before it, and each of its
-columns of tiles nothing of the others: several workers can share a matrix, if they begin every phase together.
+Symmetric results are computed above their diagonals and copied. A phase needs all phases before it, but a column of
+tiles in it needs no other column: several workers can share a matrix if they begin every phase together.
 """
 
 import numpy as np
 from numba import njit
 
-from polywhiten.cpu.device.packing import APART, clear, padded
-from polywhiten.cpu.device.simd import (
-    UNIT,
-    WIDE,
-    at,
-    get,
-    integers,
-    is_null,
-    number,
-    pointer,
-    put,
-    tile,
-    transposed_tile,
-)
-from polywhiten.cpu.runtime.parallel import real
+from polywhiten.cpu.arguments import InverseSqrtArgs, unpack
+from polywhiten.cpu.device.gemm_microkernel import TILE_PAIR, Matrix, StridedMatrix, gemm_microkernel
+from polywhiten.cpu.device.panels import padded
+from polywhiten.cpu.device.pointers import as_int64, at, cast, clear, get, is_null, put
+from polywhiten.cpu.device.prefetch import PrefetchList
+from polywhiten.cpu.device.simd import transpose_tile
+from polywhiten.cpu.tuning import LD_PADDING, TILE
 
-_MATRICES = 5, 12  # that an iteration works on, and one with its derivative
-_STEPS = 3, 5  # phases of either
+_MATRICES = 5, 12  # that the iteration works on, alone and with its derivative
+_PHASES = 3, 5  # of a step, likewise
 
 
-def inverse_sqrt(numbers, scratch, share):
-    """A share of W (blocks, d, d), or of one phase of it.
-
-    Numbers: shares, the phase or -1 for all, blocks, d, iterations, the address of memory for the matrices of all
-    blocks or 0, eps, the smallest normal number, the addresses of covariances and of W.
-    """
-    shares, phase, blocks, d, iterations = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
-    if phase >= 0:
+def inverse_sqrt(packed, workspace, part, num_parts):
+    """Compute W = (cov + eps I)^(-1/2) for a part of the blocks, or a part of one phase for all blocks."""
+    args = unpack(InverseSqrtArgs, packed, workspace)
+    blocks, size = args.blocks, workspace_size(args.d, False)
+    if args.phase >= 0:
         for block in range(blocks):
-            _value(numbers, at(pointer(numbers[5], scratch), block * memory(d, False)), phase, block, share, shares)
+            _iterate(args, at(args.matrices, block * size), args.phase, block, part, num_parts)
         return
-    for block in range(share * blocks // shares, (share + 1) * blocks // shares):
-        for each in range(phases(iterations, False)):
-            _value(numbers, scratch, each, block, 0, 1)
+    for block in range(part * blocks // num_parts, (part + 1) * blocks // num_parts):
+        for phase in range(num_phases(args.steps, False)):
+            _iterate(args, workspace, phase, block, 0, 1)
 
 
-def inverse_sqrt_adjoint(numbers, scratch, share):
-    """A share of the gradients (blocks, d, d) with respect to covariances, or of one phase of them.
-
-    Numbers: as of `inverse_sqrt`, the last addresses being those of covariances, gradients and results, of what rows of
-    the gradients are multiplied with or 0, and of W, which is written too, or 0.
-    """
-    shares, phase, blocks, d, iterations = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
-    if phase >= 0:
+def inverse_sqrt_adjoint(packed, workspace, part, num_parts):
+    """Compute the gradient with respect to cov for a part of the blocks, or a part of one phase for all blocks."""
+    args = unpack(InverseSqrtArgs, packed, workspace)
+    blocks, size = args.blocks, workspace_size(args.d, True)
+    if args.phase >= 0:
         for block in range(blocks):
-            own = at(pointer(numbers[5], scratch), block * memory(d, True))
-            _derivative(numbers, own, phase, block, share, shares)
+            _iterate_derivative(args, at(args.matrices, block * size), args.phase, block, part, num_parts)
         return
-    for block in range(share * blocks // shares, (share + 1) * blocks // shares):
-        for each in range(phases(iterations, True)):
-            _derivative(numbers, scratch, each, block, 0, 1)
+    for block in range(part * blocks // num_parts, (part + 1) * blocks // num_parts):
+        for phase in range(num_phases(args.steps, True)):
+            _iterate_derivative(args, workspace, phase, block, 0, 1)
 
 
 @njit
-def phases(iterations, derivative):
-    """How many there are: one before the iterations, and one after them."""
-    return 2 + _STEPS[1 if derivative else 0] * (iterations - 1)
+def num_phases(steps, derivative):
+    """Return the number of phases: those of the steps, one before them, and one after them."""
+    return 2 + _PHASES[1 if derivative else 0] * (steps - 1)
 
 
 @njit
-def memory(d, derivative):
-    """Numbers that a block's matrices take."""
-    return _MATRICES[1 if derivative else 0] * padded(d) * (padded(d) + APART) + 2 * UNIT
+def workspace_size(d, derivative):
+    """Return how many elements a block's matrices take."""
+    return _MATRICES[1 if derivative else 0] * padded(d) * (padded(d) + LD_PADDING) + 2 * TILE
 
 
 @njit
-def _matrix(own, k, dp):
-    """The first numbers are zeros, and then the trace."""
-    return at(own, 2 * UNIT + k * dp * (dp + APART))
+def _matrix(memory, k, dp):
+    """Return a pointer to a matrix; before the first one are zeros and the trace."""
+    return at(memory, 2 * TILE + k * dp * (dp + LD_PADDING))
 
 
 @njit
-def _value(numbers, own, phase, block, share, shares):
-    d, iterations, eps, tiny = numbers[3], numbers[4], real(numbers, 6), real(numbers, 7)
-    cov, w = at(pointer(numbers[8], own), block * d * d), at(pointer(numbers[9], own), block * d * d)
-    dp, last = padded(d), phases(iterations, False) - 1
-    ld = dp + APART
-    iteration, step = divmod(phase - 1, _STEPS[0])
-    r, z = _matrix(own, iteration % 2, dp), _matrix(own, 2 + iteration % 2, dp)
-    next_r, next_z = _matrix(own, 1 - iteration % 2, dp), _matrix(own, 3 - iteration % 2, dp)
-    q = _matrix(own, 4, dp)
+def _iterate(args, memory, phase, block, part, num_parts):
+    """Compute a part of a phase for one block."""
+    d, cov, whitener = args.d, at(args.cov, block * args.d * args.d), at(args.whitener, block * args.d * args.d)
+    dp, last = padded(d), num_phases(args.steps, False) - 1
+    ld = dp + LD_PADDING
+    step, phase_of_step = divmod(phase - 1, _PHASES[0])
+    r, z = _matrix(memory, step % 2, dp), _matrix(memory, 2 + step % 2, dp)
+    next_r, next_z = _matrix(memory, 1 - step % 2, dp), _matrix(memory, 3 - step % 2, dp)
+    q = _matrix(memory, 4, dp)
     if phase == 0:
-        _start(own, _matrix(own, 0, dp), _matrix(own, 2, dp), cov, dp, ld, d, eps, tiny, share, shares)
+        _start(args, memory, cov, part, num_parts)
     elif phase == last:
-        _put_whitener(w, own, z, ld, d, share, shares)
-    elif step == 0:
-        _product(q, 1.0, r, -1.0, r, r, dp, ld, True, own, share, shares)
-    elif step == 1:
-        _product(next_r, 2.25, q, -2.25, q, r, dp, ld, True, own, share, shares)
+        _store_whitener(whitener, memory, z, ld, d, part, num_parts)
+    elif phase_of_step == 0:
+        _product(q, 1.0, r, -1.0, r, r, dp, ld, True, memory, part, num_parts)
+    elif phase_of_step == 1:
+        _product(next_r, 2.25, q, -2.25, q, r, dp, ld, True, memory, part, num_parts)
     else:
-        _product(next_z, 1.5, z, -1.5, z, next_r, dp, ld, True, own, share, shares)
+        _product(next_z, 1.5, z, -1.5, z, next_r, dp, ld, True, memory, part, num_parts)
 
 
 @njit
-def _derivative(numbers, own, phase, block, share, shares):
-    d, iterations, eps, tiny = numbers[3], numbers[4], real(numbers, 6), real(numbers, 7)
-    cov, grad = at(pointer(numbers[8], own), block * d * d), at(pointer(numbers[9], own), block * d * d)
-    weight = at(pointer(numbers[11], own), block * d if numbers[11] != 0 else 0)
-    dp, last = padded(d), phases(iterations, True) - 1
-    ld = dp + APART
-    iteration, step = divmod(phase - 1, _STEPS[1])
-    now, then = iteration % 2, 1 - iteration % 2
-    r, z, dr, dz = (
-        _matrix(own, now, dp),
-        _matrix(own, 2 + now, dp),
-        _matrix(own, 4 + now, dp),
-        _matrix(own, 6 + now, dp),
-    )
-    next_r, next_z = _matrix(own, then, dp), _matrix(own, 2 + then, dp)
-    next_dr, next_dz = _matrix(own, 4 + then, dp), _matrix(own, 6 + then, dp)
-    p, q, more, half = _matrix(own, 8, dp), _matrix(own, 9, dp), _matrix(own, 10, dp), _matrix(own, 11, dp)
+def _iterate_derivative(args, memory, phase, block, part, num_parts):
+    """Compute a part of a phase for one block, with the derivative along the gradient's symmetric part."""
+    dp, last = padded(args.d), num_phases(args.steps, True) - 1
+    ld = dp + LD_PADDING
+    step, phase_of_step = divmod(phase - 1, _PHASES[1])
+    now, then = step % 2, 1 - step % 2
+    r, z = _matrix(memory, now, dp), _matrix(memory, 2 + now, dp)
+    dr, dz = _matrix(memory, 4 + now, dp), _matrix(memory, 6 + now, dp)
+    next_r, next_z = _matrix(memory, then, dp), _matrix(memory, 2 + then, dp)
+    next_dr, next_dz = _matrix(memory, 4 + then, dp), _matrix(memory, 6 + then, dp)
+    p, q, more, half = _matrix(memory, 8, dp), _matrix(memory, 9, dp), _matrix(memory, 10, dp), _matrix(memory, 11, dp)
     if phase == 0:
-        _start(own, _matrix(own, 0, dp), _matrix(own, 2, dp), cov, dp, ld, d, eps, tiny, share, shares)
-        _start_derivative(_matrix(own, 4, dp), _matrix(own, 6, dp), grad, weight, dp, ld, d, share, shares)
+        _start(args, memory, at(args.cov, block * args.d * args.d), part, num_parts)
+        _start_derivative(args, memory, block, part, num_parts)
     elif phase == last:
-        scale = get(own, UNIT)
-        along = eps * _diagonal(dz, ld, d) / scale
-        for i in range(d):
-            row, z_row = at(dz, i * ld), at(z, i * ld)
-            along += _inner(row, at(cov, i * d), d) / scale
-            along += 0.5 * _factor(weight, i) * _inner(z_row, at(grad, i * d), d)
-        result, divisor = at(pointer(numbers[10], own), block * d * d), number(z, scale)
-        root = number(z, scale**0.5)
-        for i in range(share, d, shares):
-            row, target = at(dz, i * ld), at(result, i * d)
-            for j in range(d):
-                put(target, j, get(row, j) / divisor / root)  # their product may be too small for its dtype
-            put(target, i, (get(row, i) - along) / scale / root)
-        if numbers[12] != 0:
-            _put_whitener(at(pointer(numbers[12], own), block * d * d), own, z, ld, d, share, shares)
-    elif step == 0:
-        _product(p, 1 / 3, dr, -1.0, dr, r, dp, ld, False, own, share, shares)
-        _product(q, 1.0, r, -1.0, r, r, dp, ld, True, own, share, shares)
-    elif step == 1:
-        _add_transposed(more, p, 0.5, dp, ld, own, share, shares)  # (dr - 2 dr r - r dr) / 2
-        _product(next_r, 2.25, q, -2.25, q, r, dp, ld, True, own, share, shares)
-    elif step == 2:
-        _product(half, 2.25, more, -2.25, more, r, dp, ld, False, own, share, shares)
-        _product(p, 1.5, dz, -1.5, dz, next_r, dp, ld, True, own, share, shares)
-        _product(next_z, 1.5, z, -1.5, z, next_r, dp, ld, True, own, share, shares)
-    elif step == 3:
-        _add_transposed(next_dr, half, 1.0, dp, ld, own, share, shares)
+        _store_gradient(args, memory, z, dz, block, part, num_parts)
+    elif phase_of_step == 0:
+        _product(p, 1 / 3, dr, -1.0, dr, r, dp, ld, False, memory, part, num_parts)
+        _product(q, 1.0, r, -1.0, r, r, dp, ld, True, memory, part, num_parts)
+    elif phase_of_step == 1:
+        _add_transposed(more, p, 0.5, dp, ld, memory, part, num_parts)  # (dr - 2 dr r - r dr) / 2
+        _product(next_r, 2.25, q, -2.25, q, r, dp, ld, True, memory, part, num_parts)
+    elif phase_of_step == 2:
+        _product(half, 2.25, more, -2.25, more, r, dp, ld, False, memory, part, num_parts)
+        _product(p, 1.5, dz, -1.5, dz, next_r, dp, ld, True, memory, part, num_parts)
+        _product(next_z, 1.5, z, -1.5, z, next_r, dp, ld, True, memory, part, num_parts)
+    elif phase_of_step == 3:
+        _add_transposed(next_dr, half, 1.0, dp, ld, memory, part, num_parts)
     else:
-        _product(next_dz, 1.0, p, -1.5, z, next_dr, dp, ld, True, own, share, shares)
+        _product(next_dz, 1.0, p, -1.5, z, next_dr, dp, ld, True, memory, part, num_parts)
 
 
 @njit
-def _put_whitener(w, own, z, ld, d, share, shares):
-    """W = Z / sqrt(trace)."""
-    root = number(z, get(own, UNIT) ** 0.5)
-    for i in range(share, d, shares):
+def _store_gradient(args, memory, z, dz, block, part, num_parts):
+    """Store the gradient with respect to cov, less what the trace has of it, and the whitener if it is asked for."""
+    d, ld = args.d, padded(args.d) + LD_PADDING
+    cov, grad = at(args.cov, block * d * d), at(args.grad, block * d * d)
+    row_scale = _block_values(args.row_scale, block * d)
+    trace = get(memory, TILE)
+    along = args.eps * _diagonal(dz, ld, d) / trace
+    for i in range(d):
+        along += _inner(at(dz, i * ld), at(cov, i * d), d) / trace
+        along += 0.5 * _value_or_one(row_scale, i) * _inner(at(z, i * ld), at(grad, i * d), d)
+    dcov, divisor, root = at(args.dcov, block * d * d), cast(z, trace), cast(z, trace**0.5)
+    for i in range(part, d, num_parts):
+        row, target = at(dz, i * ld), at(dcov, i * d)
         for j in range(d):
-            put(w, i * d + j, get(z, i * ld + j) / root)
+            put(target, j, get(row, j) / divisor / root)  # the product of both may be too small for the dtype
+        put(target, i, (get(row, i) - along) / trace / root)
+    if not is_null(args.whitener):
+        _store_whitener(at(args.whitener, block * d * d), memory, z, ld, d, part, num_parts)
 
 
 @njit
-def _factor(weight, i):
-    return number(weight, 1.0) if is_null(weight) else get(weight, i)
+def _store_whitener(whitener, memory, z, ld, d, part, num_parts):
+    """Store W = Z / sqrt(trace)."""
+    root = cast(z, get(memory, TILE) ** 0.5)
+    for i in range(part, d, num_parts):
+        for j in range(d):
+            put(whitener, i * d + j, get(z, i * ld + j) / root)
+
+
+@njit
+def _block_values(values, begin):
+    return at(values, 0 if is_null(values) else begin)
+
+
+@njit
+def _value_or_one(values, i):
+    return cast(values, 1.0) if is_null(values) else get(values, i)
 
 
 @njit(fastmath={"reassoc"})
 def _inner(a, b, n):
+    """Return the inner product, in float64: products may be too large or too small for the values' dtype."""
     total = 0.0
     for i in range(n):
-        total += np.float64(get(a, i)) * get(
-            b, i
-        )  # numbers whose product may be too large for their dtype, or too small
+        total += np.float64(get(a, i)) * get(b, i)
     return total
 
 
 @njit
 def _diagonal(m, ld, d):
-    """Its sum."""
+    """Return the sum of the diagonal."""
     total = 0.0
     for i in range(d):
         total += get(m, i * ld + i)
@@ -187,71 +177,85 @@ def _diagonal(m, ld, d):
 
 
 @njit
-def _start(own, r, z, cov, dp, ld, d, eps, tiny, share, shares):
-    """r = (cov + eps I) / trace / 3 and Z = 3/2 (I - r)."""
-    scale = _diagonal(cov, d, d) + d * eps
-    if scale < tiny:  # eps = 0 and constant channels: S is 0, and so is R
-        scale = tiny
-    if share == 0:
-        clear(own, 0, 1, UNIT)
-        put(own, UNIT, scale)
-    divisor = number(r, scale)
-    for i in range(share, dp, shares):
-        row, z_row, given = at(r, i * ld), at(z, i * ld), at(cov, i * d)
+def _start(args, memory, cov, part, num_parts):
+    """Store r = (cov + eps I) / trace / 3 and Z = 3/2 (I - r)."""
+    d, dp, eps, trace = args.d, padded(args.d), args.eps, _diagonal(cov, args.d, args.d) + args.d * args.eps
+    if trace < args.smallest_normal:  # without eps, the covariance of constant channels is 0
+        trace = args.smallest_normal
+    if part == 0:
+        clear(memory, 0, 1, TILE)
+        put(memory, TILE, trace)
+    r, z, ld, divisor = _matrix(memory, 0, dp), _matrix(memory, 2, dp), dp + LD_PADDING, cast(cov, trace)
+    for i in range(part, dp, num_parts):
+        row, z_row, cov_row = at(r, i * ld), at(z, i * ld), at(cov, i * d)
         clear(row, 0, 1, dp)
         clear(z_row, 0, 1, dp)
         if i < d:
             for j in range(d):
-                value = get(given, j) / divisor / number(r, 3.0)
+                value = get(cov_row, j) / divisor / cast(r, 3.0)
                 put(row, j, value)
-                put(z_row, j, number(r, -1.5) * value)
-            diagonal = (get(given, i) + eps) / scale / 3
+                put(z_row, j, cast(r, -1.5) * value)
+            diagonal = (get(cov_row, i) + eps) / trace / 3
             put(row, i, diagonal)
             put(z_row, i, 1.5 - 1.5 * diagonal)
 
 
 @njit
-def _start_derivative(dr, dz, grad, weight, dp, ld, d, share, shares):
-    """Those of r and Z along the symmetric part of a gradient, its rows times the weight."""
-    for i in range(share, dp, shares):
+def _start_derivative(args, memory, block, part, num_parts):
+    """Store the derivatives of r and Z along the symmetric part of the gradient, whose rows are scaled first."""
+    d, dp, grad = args.d, padded(args.d), at(args.grad, block * args.d * args.d)
+    dr, dz, ld = _matrix(memory, 4, dp), _matrix(memory, 6, dp), dp + LD_PADDING
+    row_scale = _block_values(args.row_scale, block * d)
+    for i in range(part, dp, num_parts):
         row, z_row = at(dr, i * ld), at(dz, i * ld)
         clear(row, 0, 1, dp)
         clear(z_row, 0, 1, dp)
         if i < d:
-            factor = _factor(weight, i)
+            factor = _value_or_one(row_scale, i)
             for j in range(d):
-                both = factor * get(grad, i * d + j) + _factor(weight, j) * get(grad, j * d + i)
-                put(row, j, both / number(dr, 6.0))
-                put(z_row, j, number(dr, -0.25) * both)
+                both = factor * get(grad, i * d + j) + _value_or_one(row_scale, j) * get(grad, j * d + i)
+                put(row, j, both / cast(dr, 6.0))
+                put(z_row, j, cast(dr, -0.25) * both)
 
 
 @njit
-def _product(target, beta, base, alpha, a, b, n, ld, symmetric, zeros, share, shares):
-    """Target = beta base + alpha A B, which is none of them."""
-    step = WIDE if n >= 2 * WIDE * shares else UNIT
+def _product(target, beta, base, alpha, a, b, n, ld, symmetric, zeros, part, num_parts):
+    """Compute target = beta base + alpha A B; the target is none of the other matrices."""
+    step = TILE_PAIR if n >= 2 * TILE_PAIR * num_parts else TILE
     strips = (n + step - 1) // step
-    for turn in range((strips + shares - 1) // shares):
-        place = turn * shares + (share if turn % 2 == 0 else shares - 1 - share)
-        left = step * (strips - 1 - place)  # the longest first: what is left over in the end is short
+    for turn in range((strips + num_parts - 1) // num_parts):
+        place = turn * num_parts + (part if turn % 2 == 0 else num_parts - 1 - part)
+        # the longest strips come first, so that those that some workers wait for in the end are short
+        left = step * (strips - 1 - place)
         rows = 0 if left < 0 else min(n, left + step) if symmetric else n
-        for i in range(0, rows, UNIT):
-            j = left + UNIT if symmetric and i > left else left
-            columns, own = min(n, left + step) - j, at(target, i * ld + j)
-            start, first, second = at(base, i * ld + j), at(a, i * ld), at(b, j)
-            tile(own, ld, beta, start, ld, alpha, first, ld, 1, second, ld, n, False, columns, integers(zeros), 0, 0, 0)
-            for k in range(j, j + columns, UNIT):
+        for i in range(0, rows, TILE):
+            j = left + TILE if symmetric and i > left else left
+            columns = min(n, left + step) - j
+            gemm_microkernel(
+                Matrix(at(target, i * ld + j), ld),
+                beta,
+                Matrix(at(base, i * ld + j), ld),
+                alpha,
+                StridedMatrix(at(a, i * ld), ld, 1),
+                Matrix(at(b, j), ld),
+                n,
+                columns,
+                False,
+                PrefetchList(as_int64(zeros), 0, 0, 0),
+            )
+            for k in range(j, j + columns, TILE):
                 if symmetric and i < k:
-                    transposed_tile(at(target, k * ld + i), ld, at(target, i * ld + k), ld, (zeros,))
+                    transpose_tile(at(target, k * ld + i), ld, at(target, i * ld + k), ld, (zeros,))
 
 
 @njit
-def _add_transposed(target, m, factor, n, ld, zeros, share, shares):
-    """Target = M + factor M'."""
-    for j in range(share * UNIT, n, shares * UNIT):
-        for i in range(0, n, UNIT):
+def _add_transposed(target, m, factor, n, ld, zeros, part, num_parts):
+    """Compute target = M + factor M'."""
+    for j in range(part * TILE, n, num_parts * TILE):
+        for i in range(0, n, TILE):
             own, given = at(target, i * ld + j), at(m, i * ld + j)
-            transposed_tile(own, ld, at(m, j * ld + i), ld, (zeros,))
-            for k in range(UNIT):
+            transpose_tile(own, ld, at(m, j * ld + i), ld, (zeros,))
+            for k in range(TILE):
                 row, other = at(own, k * ld), at(given, k * ld)
-                for l in range(UNIT):
-                    put(row, l, get(other, l) + number(row, factor) * get(row, l))
+                for l in range(TILE):
+                    put(row, l, get(other, l) + cast(row, factor) * get(row, l))

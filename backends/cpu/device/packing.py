@@ -1,166 +1,30 @@
-"""Parts of a block that stay in the cache: read from any strides, and written to them.
-
-A panel has up to COLUMNS samples. As *rows* it is (samples, d), as *columns* (d, samples); both sizes are padded to
-multiples of a tile, and lines are APART numbers longer than that, so that they don't share places in the cache.
-"""
-
-from __future__ import annotations
-
-from typing import Any, NamedTuple
+"""Packing: copies of panels between arrays of any strides and memory that stays in the cache."""
 
 from numba import njit
 
-from polywhiten.cpu.device.simd import (
-    UNIT,
-    at,
-    centred_rows,
-    gathered,
-    get,
-    number,
-    put,
-    scaled,
-    transposed_tile,
-)
-
-COLUMNS = 256
-APART = UNIT
-NEAR = 4 * UNIT  # rows that are gone through column by column: the pages of more aren't all at hand
-OWN = max(3 * UNIT * UNIT, 2 * COLUMNS)  # numbers that what loads and stores columns and `gather_channels` work in
-
-
-class Layout(NamedTuple):
-    """Where the numbers of blocks are: (blocks, outer, d, inner) and the strides of these, in numbers.
-
-    A block's samples are counted by (outer, inner). Where inner is small and the d variables are adjacent to it, panels
-    of columns are *interleaved*: their samples are counted by (inner, outer), a transposition of what is in memory.
-    """
-
-    blocks: int
-    outer: int
-    d: int
-    inner: int
-    block_stride: int
-    outer_stride: int
-    d_stride: int
-    inner_stride: int
+from polywhiten.cpu.device.panels import is_interleaved, padded, start_of_run
+from polywhiten.cpu.device.pointers import at, cast, clear, get, put
+from polywhiten.cpu.device.simd import centre_rows, scale_and_shift, transpose_tile
+from polywhiten.cpu.tuning import MAX_VECTORIZED_RUN, NEARBY_ROWS, TILE
 
 
 @njit
-def layout_at(numbers, i):
-    """Of a kernel's numbers."""
-    sizes, strides = i, i + 4
-    return Layout(
-        numbers[sizes],
-        numbers[sizes + 1],
-        numbers[sizes + 2],
-        numbers[sizes + 3],
-        numbers[strides],
-        numbers[strides + 1],
-        numbers[strides + 2],
-        numbers[strides + 3],
-    )
-
-
-class Place(NamedTuple):
-    """Where a panel is: in an array of that layout, so many samples of a block."""
-
-    array: Any  # pointer to its first number
-    layout: Layout
-    block: int
-    start: int
-    samples: int
+def load_shift(target, array, layout, block):
+    """Load a block's first sample, which is subtracted from all of them before they are summed."""
+    sample = at(array, block * layout.block_stride)
+    for c in range(layout.d):
+        put(target, c, get(sample, c * layout.d_stride))
 
 
 @njit
-def part(place, first, samples):
-    """Of a panel: so many samples from that one on."""
-    return Place(place.array, place.layout, place.block, place.start + first, samples)
-
-
-class Channels(NamedTuple):
-    """How channels lie along samples: each has so many adjacent positions of (inner)."""
-
-    number: int
-    positions: int
-
-
-@njit
-def padded(n):
-    return (n + UNIT - 1) // UNIT * UNIT
-
-
-@njit
-def panels_memory(d):
-    """Numbers that the largest kernel's panels take, and what else it works in; what products take comes after."""
-    dp = padded(d)
-    panel = COLUMNS * (dp + APART) + dp * (COLUMNS + APART)
-    return 3 * panel + 2 * dp * dp + 4 * COLUMNS + 4 * dp + OWN
-
-
-@njit
-def is_interleaved(layout):
-    return layout.inner < UNIT and layout.d_stride == layout.inner and (layout.inner_stride == 1 or layout.inner == 1)
-
-
-@njit
-def width(layout):
-    """Samples of a panel: whole runs of (inner), where these are shorter; else nearly the same for all."""
-    inner = layout.inner
+def pack_columns(target, ld, panel, centre, workspace):
+    """Pack a panel less its centre as columns. The workspace is TILE_WORKSPACE, as in the functions below."""
+    layout, count = panel.layout, panel.samples
+    block = at(panel.array, panel.block * layout.block_stride)
+    outer, j = divmod(panel.start, layout.inner)
     if is_interleaved(layout):
-        return COLUMNS // inner // UNIT * UNIT * inner
-    if 2 * inner <= COLUMNS:
-        return COLUMNS // inner * inner
-    count = layout.outer * inner
-    panels = (count + COLUMNS - 1) // COLUMNS
-    return padded((count + panels - 1) // panels)
-
-
-@njit
-def width_of_runs(layout):
-    """As `width`, such that each panel is a run where (inner) has a divisor from half of COLUMNS to COLUMNS."""
-    if layout.inner_stride == 1 and layout.d % UNIT == 0 and not is_interleaved(layout):
-        for n in range(min(COLUMNS, layout.inner), COLUMNS // 2 - 1, -1):
-            if layout.inner % n == 0:
-                return n
-    return width(layout)
-
-
-@njit
-def is_run(place):
-    """Whether a panel's samples are adjacent, of d rows that need no padding."""
-    layout = place.layout
-    whole = place.start % layout.inner + place.samples <= layout.inner
-    return whole and layout.inner_stride == 1 and layout.d_stride != 1 and layout.d % UNIT == 0
-
-
-@njit
-def run_of(place):
-    """Its first number."""
-    layout = place.layout
-    outer, j = divmod(place.start, layout.inner)
-    return at(place.array, place.block * layout.block_stride + outer * layout.outer_stride + j)
-
-
-@njit
-def shift_run(target, source, count, offset):
-    """Adjacent numbers plus an offset."""
-    whole = count // UNIT * UNIT if count < 4 * UNIT else 0  # for more, LLVM's own loop is the faster one
-    for t in range(0, whole, UNIT):
-        scaled(at(target, t), at(source, t), 1.0, offset)
-    for t in range(whole, count):
-        put(target, t, get(source, t) + offset)
-
-
-@njit
-def load_columns(target, ld, place, centre, own):
-    """A panel less its centre, as columns; `own` is memory for a tile."""
-    layout, count = place.layout, place.samples
-    block = at(place.array, place.block * layout.block_stride)
-    outer, j = divmod(place.start, layout.inner)
-    if is_interleaved(layout):
-        _load_interleaved(
-            target, ld, layout, at(block, outer * layout.outer_stride), count // layout.inner, centre, own
-        )
+        source, n = at(block, outer * layout.outer_stride), count // layout.inner
+        _pack_interleaved(target, ld, layout, source, n, centre, workspace)
     else:
         done = 0
         while done < count:
@@ -169,7 +33,7 @@ def load_columns(target, ld, place, centre, own):
                 run = at(block, c * layout.d_stride + outer * layout.outer_stride + j * layout.inner_stride)
                 row, middle = at(target, c * ld + done), get(centre, c)
                 if layout.inner_stride == 1:
-                    shift_run(row, run, n, -middle)
+                    _copy_shifted(row, run, n, -middle)
                 else:
                     for t in range(n):
                         put(row, t, get(run, t * layout.inner_stride) - middle)
@@ -179,25 +43,26 @@ def load_columns(target, ld, place, centre, own):
 
 
 @njit
-def _load_interleaved(target, ld, layout, source, n, centre, own):
-    size, lines, zeros = layout.d * layout.inner, layout.outer_stride, at(own, 2 * UNIT * UNIT)
-    clear(own, UNIT, 2 * UNIT + 1, UNIT)
-    for o in range(0, n, UNIT):
-        for k in range(0, size, UNIT):
-            rows, columns = min(UNIT, n - o), min(UNIT, size - k)
-            given, ld_given = at(source, o * lines + k), lines
-            if rows < UNIT or columns < UNIT:
+def _pack_interleaved(target, ld, layout, source, n, centre, workspace):
+    """Pack n positions along the outer axis, each with (d, inner) adjacent elements."""
+    size, lds, zeros = layout.d * layout.inner, layout.outer_stride, at(workspace, 2 * TILE * TILE)
+    clear(workspace, TILE, 2 * TILE + 1, TILE)
+    for o in range(0, n, TILE):
+        for k in range(0, size, TILE):
+            rows, columns = min(TILE, n - o), min(TILE, size - k)
+            tile, ld_tile = at(source, o * lds + k), lds
+            if rows < TILE or columns < TILE:
                 for i in range(rows):
                     for j in range(columns):
-                        put(own, i * UNIT + j, get(given, i * lines + j))
-                given, ld_given = own, UNIT
-            turned = at(own, UNIT * UNIT)
-            transposed_tile(turned, UNIT, given, ld_given, (zeros,))
+                        put(workspace, i * TILE + j, get(tile, i * lds + j))
+                tile, ld_tile = workspace, TILE
+            transposed = at(workspace, TILE * TILE)
+            transpose_tile(transposed, TILE, tile, ld_tile, (zeros,))
             c, j = divmod(k, layout.inner)
             for i in range(columns):
-                row, line, middle = at(target, c * ld + j * n + o), at(turned, i * UNIT), get(centre, c)
-                if rows == UNIT:
-                    scaled(row, line, 1.0, -middle)
+                row, line, middle = at(target, c * ld + j * n + o), at(transposed, i * TILE), get(centre, c)
+                if rows == TILE:
+                    scale_and_shift(row, line, 1.0, -middle)
                 else:
                     for t in range(rows):
                         put(row, t, get(line, t) - middle)
@@ -207,81 +72,83 @@ def _load_interleaved(target, ld, layout, source, n, centre, own):
 
 
 @njit
-def store_columns(place, columns, ld, shift, own):
-    """A panel of columns plus a shift of each row, to its place."""
-    layout, count = place.layout, place.samples
-    block = at(place.array, place.block * layout.block_stride)
-    outer, j = divmod(place.start, layout.inner)
+def unpack_columns(panel, columns, ld, shift, workspace):
+    """Write columns plus a shift of each row to a panel."""
+    layout, count = panel.layout, panel.samples
+    block = at(panel.array, panel.block * layout.block_stride)
+    outer, j = divmod(panel.start, layout.inner)
     if is_interleaved(layout):
-        _store_interleaved(
-            at(block, outer * layout.outer_stride), layout, count // layout.inner, columns, ld, shift, own
-        )
+        target, n = at(block, outer * layout.outer_stride), count // layout.inner
+        _unpack_interleaved(target, layout, n, columns, ld, shift, workspace)
         return
     done = 0
     while done < count:
         n = min(layout.inner - j, count - done)
         for c in range(layout.d):
             run = at(block, c * layout.d_stride + outer * layout.outer_stride + j * layout.inner_stride)
-            row, value = at(columns, c * ld + done), get(shift, c)
+            row, offset = at(columns, c * ld + done), get(shift, c)
             if layout.inner_stride == 1:
-                shift_run(run, row, n, value)
+                _copy_shifted(run, row, n, offset)
             else:
                 for t in range(n):
-                    put(run, t * layout.inner_stride, get(row, t) + value)
+                    put(run, t * layout.inner_stride, get(row, t) + offset)
         done, outer, j = done + n, outer + 1, 0
 
 
 @njit
-def _store_interleaved(target, layout, n, columns, ld, shift, own):
-    size, lines, zeros = layout.d * layout.inner, layout.outer_stride, at(own, 2 * UNIT * UNIT)
-    clear(own, UNIT, 2 * UNIT + 1, UNIT)
-    for o in range(0, n, UNIT):
-        for k in range(0, size, UNIT):
-            rows, numbers = min(UNIT, n - o), min(UNIT, size - k)
+def _unpack_interleaved(target, layout, n, columns, ld, shift, workspace):
+    """Write n positions along the outer axis, each with (d, inner) adjacent elements."""
+    size, ldt, zeros = layout.d * layout.inner, layout.outer_stride, at(workspace, 2 * TILE * TILE)
+    clear(workspace, TILE, 2 * TILE + 1, TILE)
+    for o in range(0, n, TILE):
+        for k in range(0, size, TILE):
+            rows, used = min(TILE, n - o), min(TILE, size - k)
             c, j = divmod(k, layout.inner)
-            for i in range(numbers):
-                row, line, value = at(columns, c * ld + j * n + o), at(own, i * UNIT), get(shift, c)
-                if rows == UNIT:
-                    scaled(line, row, 1.0, value)
+            for i in range(used):
+                row, line, offset = at(columns, c * ld + j * n + o), at(workspace, i * TILE), get(shift, c)
+                if rows == TILE:
+                    scale_and_shift(line, row, 1.0, offset)
                 else:
                     for t in range(rows):
-                        put(line, t, get(row, t) + value)
+                        put(line, t, get(row, t) + offset)
                 j += 1
                 if j == layout.inner:
                     c, j = c + 1, 0
-            place = at(target, o * lines + k)
-            if rows == UNIT and numbers == UNIT:
-                transposed_tile(place, lines, own, UNIT, (zeros,))
+            tile = at(target, o * ldt + k)
+            if rows == TILE and used == TILE:
+                transpose_tile(tile, ldt, workspace, TILE, (zeros,))
             else:
-                turned = at(own, UNIT * UNIT)
-                transposed_tile(turned, UNIT, own, UNIT, (zeros,))
+                transposed = at(workspace, TILE * TILE)
+                transpose_tile(transposed, TILE, workspace, TILE, (zeros,))
                 for i in range(rows):
-                    for j in range(numbers):
-                        put(place, i * lines + j, get(turned, i * UNIT + j))
+                    for j in range(used):
+                        put(tile, i * ldt + j, get(transposed, i * TILE + j))
 
 
 @njit
-def load_first(target, array, layout, block):
-    """A block's first sample."""
-    sample = at(array, block * layout.block_stride)
-    for c in range(layout.d):
-        put(target, c, get(sample, c * layout.d_stride))
+def _copy_shifted(target, source, count, offset):
+    """Copy adjacent elements plus an offset."""
+    in_tiles = count // TILE * TILE if count < MAX_VECTORIZED_RUN else 0
+    for t in range(0, in_tiles, TILE):
+        scale_and_shift(at(target, t), at(source, t), 1.0, offset)
+    for t in range(in_tiles, count):
+        put(target, t, get(source, t) + offset)
 
 
 @njit
-def load_rows(target, ld, place, centre, sums):
-    """A panel less its centre, as rows; what they add up to is added to `sums`. Channels are adjacent."""
-    layout, count, d = place.layout, place.samples, place.layout.d
-    block, done, whole = at(place.array, place.block * layout.block_stride), 0, d // UNIT * UNIT
-    outer, j = divmod(place.start, layout.inner)
+def pack_rows(target, ld, panel, centre, sums):
+    """Pack a panel less its centre as rows, and add the differences up in `sums`. Its d variables are adjacent."""
+    layout, count, d = panel.layout, panel.samples, panel.layout.d
+    block, done, in_tiles = at(panel.array, panel.block * layout.block_stride), 0, d // TILE * TILE
+    outer, j = divmod(panel.start, layout.inner)
     while done < count:
-        n = min(layout.inner - j, count - done, NEAR)
+        n = min(layout.inner - j, count - done, NEARBY_ROWS)
         source = at(block, outer * layout.outer_stride + j * layout.inner_stride)
         rows = at(target, done * ld)
-        for c in range(0, whole, UNIT):
-            centred_rows(at(rows, c), ld, at(source, c), layout.inner_stride, n, at(centre, c), at(sums, c))
-        for c in range(whole, d):
-            total = number(target, 0.0)
+        for c in range(0, in_tiles, TILE):
+            centre_rows(at(rows, c), ld, at(source, c), layout.inner_stride, n, at(centre, c), at(sums, c))
+        for c in range(in_tiles, d):
+            total = cast(target, 0.0)
             for t in range(n):
                 value = get(source, t * layout.inner_stride + c) - get(centre, c)
                 put(rows, t * ld + c, value)
@@ -295,12 +162,12 @@ def load_rows(target, ld, place, centre, sums):
 
 
 @njit
-def store_rows(place, rows, ld):
-    """A panel of rows to its place."""
-    layout = place.layout
-    block = at(place.array, place.block * layout.block_stride)
-    outer, j = divmod(place.start, layout.inner)
-    for t in range(place.samples):
+def unpack_rows(panel, rows, ld):
+    """Write rows to a panel."""
+    layout = panel.layout
+    block = at(panel.array, panel.block * layout.block_stride)
+    outer, j = divmod(panel.start, layout.inner)
+    for t in range(panel.samples):
         target = at(block, outer * layout.outer_stride + j * layout.inner_stride)
         row = at(rows, t * ld)
         if layout.d_stride == 1:
@@ -314,135 +181,24 @@ def store_rows(place, rows, ld):
             outer, j = outer + 1, 0
 
 
-@njit(fastmath={"reassoc"})
-def total_of(numbers, count):
-    value = get(numbers, 0)
-    for t in range(1, count):
-        value += get(numbers, t)
-    return value
-
-
-@njit(fastmath={"reassoc"})
-def total_about(numbers, count, offset):
-    """Of numbers less an offset."""
-    value = get(numbers, 0) - offset
-    for t in range(1, count):
-        value += get(numbers, t) - offset
-    return value
+@njit
+def transpose(target, ldt, source, lds, m, n, centre):
+    """Write (m, n) elements, less a centre of each row, as (n, m). Both sizes are padded."""
+    for i in range(0, m, TILE):
+        for j in range(0, n, TILE):
+            transpose_tile(at(target, j * ldt + i), ldt, at(source, i * lds + j), lds, (at(centre, i),))
 
 
 @njit
-def sum_columns(sums, columns, ld, d, count):
-    """Add those of each of d rows."""
-    for c in range(d):
-        put(sums, c, get(sums, c) + total_of(at(columns, c * ld), count))
-
-
-@njit
-def clear(target, ld, m, n):
-    for i in range(m):
-        row = at(target, i * ld)
-        for j in range(n):
-            put(row, j, 0.0)
-
-
-@njit
-def transposed(target, ldt, source, lds, m, n, centre):
-    """Rows (m, n) less their centres as columns (n, m), of padded sizes."""
-    for i in range(0, m, UNIT):
-        for j in range(0, n, UNIT):
-            transposed_tile(at(target, j * ldt + i), ldt, at(source, i * lds + j), lds, (at(centre, i),))
-
-
-@njit
-def transposed_run(target, ldt, place, centre, second, own):
-    """A panel that is a run, less its centre and the second one, as rows; `own` is memory for a tile."""
-    source, lds, n = run_of(place), place.layout.d_stride, place.samples
-    for i in range(0, place.layout.d, UNIT):
-        for j in range(0, n, UNIT):
-            given, ld_given = at(source, i * lds + j), lds
-            if n - j < UNIT:  # what comes after a run may be nobody's memory
-                for k in range(UNIT):
+def pack_run_as_rows(target, ldt, panel, first_centre, second_centre, workspace):
+    """Pack a panel that is a run as rows, less two centres one after another."""
+    source, lds, n = start_of_run(panel), panel.layout.d_stride, panel.samples
+    for i in range(0, panel.layout.d, TILE):
+        for j in range(0, n, TILE):
+            tile, ld_tile = at(source, i * lds + j), lds
+            if n - j < TILE:  # the memory after a run may not belong to the array
+                for k in range(TILE):
                     for t in range(n - j):
-                        put(own, k * UNIT + t, get(given, k * lds + t))
-                given, ld_given = own, UNIT
-            transposed_tile(at(target, j * ldt + i), ldt, given, ld_given, (at(centre, i), at(second, i)))
-
-
-@njit
-def has_runs(layout, channels):
-    """Whether adjacent samples of a panel are of one channel."""
-    return is_interleaved(layout) or channels.positions > 1
-
-
-@njit(fastmath={"reassoc"})
-def gather_channels(gradient, white, ld, place, channels, weight, sums, parameters, own):
-    """What a panel of dY gives to its channels and rows, where adjacent samples are of different channels.
-
-    Added are: to each channel's two `parameters` (2, channels) the sums of dY times the whitened samples, and of dY; to
-    `sums` those of the rows of dY times the weight, which dY itself is multiplied by. `own` has 2 COLUMNS numbers.
-    """
-    inner, products, totals = place.layout.inner, own, at(own, COLUMNS)
-    dweight, dbias = parameters, at(parameters, channels.number)
-    start, j = 0, place.start % inner
-    while start < place.samples:
-        n, repeats = min(inner - j, place.samples - start), 1
-        if j == 0 and n == inner:
-            repeats = (place.samples - start) // inner  # whole runs
-        whole = n // UNIT * UNIT
-        for c in range(place.layout.d):
-            k = c * inner + j
-            clear(products, 0, 1, n)
-            clear(totals, 0, 1, n)
-            for repeat in range(repeats):
-                row, other = at(gradient, c * ld + start + repeat * n), at(white, c * ld + start + repeat * n)
-                for t in range(0, whole, UNIT):
-                    gathered(at(products, t), at(totals, t), at(row, t), at(other, t))
-                    scaled(at(row, t), at(row, t), at(weight, k + t), 0.0)
-                for t in range(whole, n):
-                    value = get(row, t)
-                    put(products, t, get(products, t) + value * get(other, t))
-                    put(totals, t, get(totals, t) + value)
-                    put(row, t, value * get(weight, k + t))
-            row_sum = number(sums, 0.0)
-            for t in range(n):
-                put(dweight, k + t, get(dweight, k + t) + get(products, t))
-                put(dbias, k + t, get(dbias, k + t) + get(totals, t))
-                row_sum += get(totals, t) * get(weight, k + t)
-            put(sums, c, get(sums, c) + row_sum)
-        start, j = start + repeats * n, (j + n) % inner
-
-
-@njit
-def scale_channels(columns, ld, place, channels, weight, bias, centre):
-    """A panel of columns times its channels' weight, plus their bias, less centres of rows."""
-    layout, done, j = place.layout, 0, place.start % place.layout.inner
-    runs, of_row = has_runs(layout, channels), layout.inner // channels.positions
-    while done < place.samples:
-        n, following = channel_run(place, channels, done, j)
-        first, whole = j // channels.positions, n // UNIT * UNIT
-        for c in range(layout.d):
-            row, k, middle = at(columns, c * ld + done), c * of_row + first, get(centre, c)
-            if runs:
-                factor, offset = get(weight, k), get(bias, k) - middle
-                for t in range(n):
-                    put(row, t, get(row, t) * factor + offset)
-            else:
-                for t in range(0, whole, UNIT):
-                    scaled(at(row, t), at(row, t), at(weight, k + t), at(bias, k + t))
-                    scaled(at(row, t), at(row, t), 1.0, -middle)
-                for t in range(whole, n):
-                    put(row, t, get(row, t) * get(weight, k + t) + (get(bias, k + t) - middle))
-        done, j = done + n, following
-
-
-@njit
-def channel_run(place, channels, done, j):
-    """From position j of (inner) on: adjacent samples of one channel, or of one after another; the position after."""
-    inner, left = place.layout.inner, place.samples - done
-    if is_interleaved(place.layout):
-        n, j = place.samples // inner, j + 1
-    else:
-        n = min(channels.positions - j % channels.positions if channels.positions > 1 else inner - j, left)
-        j += n
-    return n, 0 if j == inner else j
+                        put(workspace, k * TILE + t, get(tile, k * lds + t))
+                tile, ld_tile = workspace, TILE
+            transpose_tile(at(target, j * ldt + i), ldt, tile, ld_tile, (at(first_centre, i), at(second_centre, i)))

@@ -1,1 +1,1 @@
-"""How compiled kernels are run: in parallel, from a cache of compiled code, in large pages of memory."""
+"""How compiled kernels run: in parallel, from a cache of compiled code, writing to large pages of memory."""

@@ -1,17 +1,20 @@
-"""Memory in large pages, of which a new result needs few: the first touch of a small one costs more than writing it."""
+"""Large pages for new results: the first touch of a small page costs more than writing the page."""
 
 import ctypes
 import mmap
 from functools import cache
 from typing import Any
 
-_FROM = 1 << 23  # bytes; less comes from a heap that is often there already
+from polywhiten.cpu.tuning import MIN_LARGE_PAGES_BYTES
 
 
 def ask_for_large_pages(address: int, nbytes: int) -> None:
-    """For memory that nothing was written to yet; where the system has none, nothing happens."""
+    """Ask the system to back memory that was never written to with large pages.
+
+    Nothing happens for small amounts, and where the system has no such request.
+    """
     madvise = _madvise()
-    if madvise is not None and nbytes >= _FROM:
+    if madvise is not None and nbytes >= MIN_LARGE_PAGES_BYTES:
         start, stop = -(-address // mmap.PAGESIZE), (address + nbytes) // mmap.PAGESIZE
         madvise(start * mmap.PAGESIZE, (stop - start) * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
 

@@ -1,0 +1,29 @@
+"""Sums of adjacent elements."""
+
+from numba import njit
+
+from polywhiten.cpu.device.pointers import at, get, put
+
+
+@njit(fastmath={"reassoc"})
+def sum_of(values, count):
+    total = get(values, 0)
+    for t in range(1, count):
+        total += get(values, t)
+    return total
+
+
+@njit(fastmath={"reassoc"})
+def sum_of_differences(values, count, offset):
+    """Return the sum of the values less an offset."""
+    total = get(values, 0) - offset
+    for t in range(1, count):
+        total += get(values, t) - offset
+    return total
+
+
+@njit
+def add_row_sums(sums, rows, ld, d, count):
+    """Add the sum of each of d rows."""
+    for c in range(d):
+        put(sums, c, get(sums, c) + sum_of(at(rows, c * ld), count))
