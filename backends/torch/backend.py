@@ -43,7 +43,7 @@ class TorchBackend(Backend):
     def whiten(self, spec: WhiteningSpec, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Whiten an array, by joined launches if they support it."""
         y = self.whiten_and_average(spec, x, weight, bias, None)
-        return super().whiten(spec, x, weight, bias) if y is None else y
+        return self._whiten_parts(spec, x, weight, bias)[0] if y is None else y
 
     def whiten_and_average(
         self,
@@ -94,7 +94,7 @@ class TorchBackend(Backend):
     ) -> tuple[Tensor, Statistics]:
         """Whiten an array of equal blocks, on its device and without autocast."""
         with on_device_of(x):
-            return super().forward(spec, x, weight, bias)
+            return self.implementation(spec, x, weight, bias).forward(spec, x, weight, bias)
 
     @full_precision
     def backward(
@@ -109,7 +109,8 @@ class TorchBackend(Backend):
     ) -> Gradients:
         """Return the gradients of `forward`, on the device of x and without autocast."""
         with on_device_of(x):
-            return super().backward(spec, x, weight, bias, stats, dy, dstats)
+            implementation = self.implementation(spec, x, weight, bias, dy, *stats, *dstats)
+            return implementation.backward(spec, x, weight, bias, stats, dy, dstats)
 
     def apply_frozen(
         self, axis: int, x: Tensor, mean: Tensor, whitener: Tensor, weight: Tensor | None, bias: Tensor | None
