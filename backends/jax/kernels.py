@@ -114,8 +114,8 @@ def _adjoint_forward(solver: Solver, cov: Array, grad: Array) -> tuple[Array, tu
 
 
 @full_precision
-def _adjoint_backward(solver: Solver, given: tuple[Array, Array], direction: Array) -> tuple[Array, Array]:
-    cov, grad = given
+def _adjoint_backward(solver: Solver, residuals: tuple[Array, Array], direction: Array) -> tuple[Array, Array]:
+    cov, grad = residuals
     if solver.adjoint_vjp is not None:
         return solver.adjoint_vjp(xp, cov, grad, direction)
     with _with_float64(solver, cov):

@@ -328,11 +328,11 @@ class IterNorm(_WhiteningLayer):
 
     def _check_mask(self, mask: Tensor, x: Tensor, axis: int) -> None:
         shape = (*x.shape[:axis], *x.shape[axis + 1 :])
-        given = tuple(mask.shape)
-        if len(given) != len(shape) or any(
-            None not in sizes and len(set(sizes)) > 1 for sizes in zip(given, shape, strict=True)
+        mask_shape = tuple(mask.shape)
+        if len(mask_shape) != len(shape) or any(
+            None not in sizes and len(set(sizes)) > 1 for sizes in zip(mask_shape, shape, strict=True)
         ):
-            raise ValueError(f"mask has shape {given}: that of inputs without the channel axis is needed, {shape}")
+            raise ValueError(f"mask has shape {mask_shape}: that of inputs without the channel axis is needed, {shape}")
 
     @property
     def _moving(self) -> tuple[Any, Any]:

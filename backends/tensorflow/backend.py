@@ -41,8 +41,8 @@ class TensorFlowBackend(Backend):
         stats: Sequence[Tensor] = ()
 
         def arrays(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-            given = iter(tensors)
-            return next(given), None if weight is None else next(given), None if bias is None else next(given)
+            rest = iter(tensors)
+            return next(rest), None if weight is None else next(rest), None if bias is None else next(rest)
 
         @tf.custom_gradient
         def run(*tensors: Tensor) -> Any:

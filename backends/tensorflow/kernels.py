@@ -98,8 +98,8 @@ class TensorFlowKernels(Kernels):
         groups = _Groups.of(x)
         sums: list[Tensor] = []
         for matrix, array, _ in terms:
-            given = zip(groups.rows(self.to_accumulation_dtype(array)), groups.each(matrix), strict=True)
-            products = [tf.matmul(rows, own, transpose_b=True) for rows, own in given]
+            pairs = zip(groups.rows(self.to_accumulation_dtype(array)), groups.each(matrix), strict=True)
+            products = [tf.matmul(rows, weights, transpose_b=True) for rows, weights in pairs]
             plus, others = (tf.add, sums) if sums else (_plus_vector, groups.each(offset))
             sums = list(map(plus, products, others))
         return tf.cast(groups.restored(sums), dtype)
@@ -110,8 +110,8 @@ class TensorFlowKernels(Kernels):
             return super().cross_moments(dy, x, mean, block_axis)
         groups = _Groups.of(x)
         gradients, samples = (groups.rows(self.to_accumulation_dtype(array)) for array in (dy, x))
-        given = zip(gradients, samples, groups.each(mean), strict=True)
-        products = [tf.matmul(rows, own - centre[..., None, :], transpose_a=True) for rows, own, centre in given]
+        triples = zip(gradients, samples, groups.each(mean), strict=True)
+        products = [tf.matmul(dy, x - centre[..., None, :], transpose_a=True) for dy, x, centre in triples]
         return groups.joined(list(map(_sums, gradients))), groups.joined(products)
 
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
@@ -202,9 +202,9 @@ def _one_by_one(solve: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
     number = shape[0] if shape.rank == 3 else None
     if number != 1 and not (for_cpus and number in range(2, MAX_SINGLE_MATRICES + 1)):
         return solve(xp, *matrices)
-    own = small_xp if for_cpus and shape[-1] in range(1, MAX_TRANSPOSED_BY_PRODUCT + 1) else xp
-    each = zip(*(tf.unstack(given, number) for given in matrices), strict=True)
-    return tf.stack([solve(own, *given) for given in each])
+    namespace = small_xp if for_cpus and shape[-1] in range(1, MAX_TRANSPOSED_BY_PRODUCT + 1) else xp
+    each = zip(*(tf.unstack(batch, number) for batch in matrices), strict=True)
+    return tf.stack([solve(namespace, *single) for single in each])
 
 
 def _is_for_cpus() -> bool:
