@@ -485,7 +485,7 @@ def test_packed_arguments_are_unpacked_by_the_kernel(cls, dtype):
         return plain(args)
 
     kinds = list(arguments.leaf_types(cls))
-    values = [kind(i % 3 > 0) if kind is bool else kind(i + 100) for i, kind in enumerate(kinds)]
+    values = [i % 3 > 0 if kind is bool else i + 100 for i, kind in enumerate(kinds)]
     values = [value + 0.5 if kind is float else value for kind, value in zip(kinds, values, strict=True)]
     packed = np.frombuffer(arguments.pack(cls, values), np.int64)
     assert len(packed) == len(values)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import cache
 from struct import Struct
-from typing import Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 from llvmlite import ir
 from numba import types
@@ -18,13 +18,10 @@ from numba.extending import intrinsic
 from polywhiten.cpu.device.channels import Channels
 from polywhiten.cpu.device.panels import Layout
 
-
-class Pointer(int):
-    """The address of an array's first element in the dtype that the kernel is compiled for; 0 where there is none."""
-
-
-class IntPointer(int):
-    """The address of an int64."""
+# the address of an array's first element, in the dtype that the kernel is compiled for; 0 if there is no array
+Pointer = Annotated[Any, "pointer"]
+# the address of an int64
+IntPointer = Annotated[Any, "int64 pointer"]
 
 
 class MomentsArgs(NamedTuple):
@@ -162,7 +159,7 @@ class UpdateAveragesArgs(NamedTuple):
     """Arguments of `update_averages`."""
 
     momentum: float  # negative for the plain average of all batches
-    count: IntPointer  # of batches
+    num_batches: IntPointer
     mean: AverageArgs
     matrices: AverageArgs
     checked: ValuesArgs  # other statistics that have to be finite
@@ -195,13 +192,21 @@ def flattened(args: Iterable[Any]) -> Iterator[Any]:
             yield value
 
 
-def leaf_types(cls: type) -> Iterator[type]:
+def leaf_types(cls: type) -> Iterator[Any]:
     """Yield the types of the fields, and of the fields of nested tuples, in the order of `flattened`."""
-    for kind in get_type_hints(cls).values():
-        if issubclass(kind, tuple):
+    for kind in _field_types(cls):
+        if _is_tuple(kind):
             yield from leaf_types(kind)
         else:
             yield kind
+
+
+def _field_types(cls: Any) -> Iterable[Any]:
+    return get_type_hints(cls, include_extras=True).values()
+
+
+def _is_tuple(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, tuple)
 
 
 @cache
@@ -221,10 +226,10 @@ def unpack(typingctx: Any, cls: Any, packed: Any, like: Any) -> Any:
     return _numba_type(cls.instance_class, like)(cls, packed, like), generate
 
 
-def _numba_type(kind: type, like: Any) -> Any:
+def _numba_type(kind: Any, like: Any) -> Any:
     """Return the type that a field has in compiled code."""
-    if issubclass(kind, tuple):
-        fields = [_numba_type(field, like) for field in get_type_hints(kind).values()]
+    if _is_tuple(kind):
+        fields = [_numba_type(field, like) for field in _field_types(kind)]
         return types.BaseTuple.from_types(fields, kind)
     return {
         int: types.int64,

@@ -43,7 +43,7 @@ def _program(dtype: str, sizes: tuple[int, ...], num_averages: int, momentum: fl
     checked = [ValuesArgs(size, Address(f"checked {i}")) for i, size in enumerate(sizes[num_averages:])]
     args = UpdateAveragesArgs(
         momentum=-1.0 if momentum is None else momentum,
-        count=Address("count"),
+        num_batches=Address("count"),
         mean=entries[0],
         matrices=entries[1] if num_averages > 1 else AverageArgs(0, 0, 0),
         checked=checked[0] if checked else ValuesArgs(0, 0),

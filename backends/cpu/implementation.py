@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from polywhiten._types import Array
 from polywhiten.cpu.kernels import CpuKernels
-from polywhiten.cpu.launches import WORKSPACE, Address, Program
+from polywhiten.cpu.launches import WORKSPACE, Program
 from polywhiten.cpu.library import Library
 from polywhiten.cpu.schedule import (
     BIAS,
@@ -57,9 +58,9 @@ class CpuImplementation(Reference):
         """Return the implementation for a library, with plain kernels for other solvers than Newton's."""
         return cls(CpuKernels(plain.xp, library, plain), library)
 
-    def supports(self, spec: WhiteningSpec | None, x: Array, *others: Array | None) -> bool:
+    def supports(self, spec: WhiteningSpec | None, *arrays: Array | None) -> bool:
         """Return whether kernels can read these arrays; weight and bias are converted first, as frozen statistics."""
-        library = self.library
+        library, (x, *others) = self.library, arrays
         if spec is None:
             return library.can_read(x) and library.can_convert(*others)
         return library.can_read(x, *others[2:]) and library.can_convert(*others[:2])
@@ -125,7 +126,7 @@ class CpuImplementation(Reference):
             dweight, dbias = library.from_numpy(sums.sum(0), x)
         return arrays[DX], as_dtype_of(self.kernels, dweight, weight), as_dtype_of(self.kernels, dbias, bias)
 
-    def _inputs(self, plan: Plan, x: Array, weight: Array | None, bias: Array | None) -> dict[Address, Array]:
+    def _inputs(self, plan: Plan, x: Array, weight: Array | None, bias: Array | None) -> dict[Any, Array]:
         """Return x, weight and bias as the programs read them."""
         library, arrays = self.library, {X: x}
         if plan.orders_x:
@@ -136,7 +137,7 @@ class CpuImplementation(Reference):
             arrays[BIAS] = library.converted(bias, bias.shape, x)
         return arrays
 
-    def _gradients(self, plan: Plan, x: Array, dy: Array, known: Known) -> dict[Address, Array]:
+    def _gradients(self, plan: Plan, x: Array, dy: Array, known: Known) -> dict[Any, Array]:
         """Return dy as the programs read it, and new arrays for the gradients that they write."""
         library, arrays = self.library, {DY: dy}
         arrays[DX] = library.empty_strided(plan.result, x)
@@ -159,7 +160,7 @@ class CpuImplementation(Reference):
             return stats._replace(whitener=self.kernels.inverse_sqrt(spec.solver, stats.covariance, spec.eps))
         return stats
 
-    def _solver_adjoint(self, spec: WhiteningSpec, plan: Plan, arrays: dict[Address, Array], scaled: bool) -> Array:
+    def _solver_adjoint(self, spec: WhiteningSpec, plan: Plan, arrays: dict[Any, Array], scaled: bool) -> Array:
         """Return the gradient with respect to the covariance by a solver that has no compiled steps."""
         grad, xp = arrays[K], self.kernels.xp
         if scaled and WEIGHT in arrays:
@@ -167,7 +168,7 @@ class CpuImplementation(Reference):
         dcov = self.kernels.inverse_sqrt_adjoint(spec.solver, arrays[COVARIANCE], grad, spec.eps)
         return self.library.converted(dcov, plan.matrices, arrays[K])
 
-    def _run(self, program: Program, arrays: dict[Address, Array], memory: Workspace) -> None:
+    def _run(self, program: Program, arrays: dict[Any, Array], memory: Workspace) -> None:
         address = self.library.address
         addresses = {name.array: address(array) for name, array in arrays.items()}
         addresses[WORKSPACE] = memory.address

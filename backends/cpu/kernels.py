@@ -104,7 +104,7 @@ class CpuKernels(Kernels):
             library, keys, block_axis, library.num_threads(), bias is not None, row_scale is not None
         )
         y = library.empty_strided(plan.result, x)
-        arrays = {Y: y}
+        arrays: dict[Any, Array] = {Y: y}
         for names, term, array, orders in zip(_TERMS, terms, inputs, (plan.orders_x, plan.orders_dy), strict=False):
             arrays[names.array] = library.copied(array, library.empty_strided(plan.result, x)) if orders else array
             arrays[names.matrix] = library.converted(term.matrix, plan.matrices, x)
@@ -135,7 +135,7 @@ class CpuKernels(Kernels):
         self._run(plan, {COVARIANCE: cov, K: grad, DCOV: dcov})
         return dcov
 
-    def _run(self, plan: _KernelPlan, arrays: dict[Address, Array]) -> None:
+    def _run(self, plan: _KernelPlan, arrays: dict[Any, Array]) -> None:
         memory = workspace(plan.workspace_bytes)
         addresses = {name.array: self.library.address(array) for name, array in arrays.items()}
         for program in plan.programs:
@@ -154,7 +154,7 @@ class _KernelPlan(NamedTuple):
     orders_dy: bool = False
 
 
-_TERMS = [TermArgs(Address(f"array {i}"), Address(f"matrix {i}"), Address(f"centre {i}"), ()) for i in range(2)]
+_TERMS = [Term(Address(f"matrix {i}"), Address(f"array {i}"), Address(f"centre {i}")) for i in range(2)]
 
 
 @lru_cache(tuning.MAX_KEPT_PLANS)
@@ -202,7 +202,7 @@ def _affine_map_plan(
     layouts = [layout_of(each, block_axis) for each in inputs]
     orders = [sample_order(layout, block_axis) != sample_order(y.layout, block_axis) for layout in layouts]
     terms = [
-        names._replace(layout=y.layout if ordered else layout)
+        TermArgs(names.array, names.matrix, names.centre, y.layout if ordered else layout)
         for names, layout, ordered in zip(_TERMS, layouts, orders, strict=False)
     ]
     workers, _ = workers_and_chunks(y.layout, num_threads, len(terms))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,12 +22,14 @@ class ArrayKey(NamedTuple):
     """What a plan depends on: an array's shape, its strides as the library has them, and its dtype."""
 
     shape: Shape
-    strides: Hashable
+    strides: tuple[int, ...]
     dtype: Any
 
 
 class Library(Protocol):
     """A library of arrays in the CPU's memory; its kernels have float32 and float64."""
+
+    def __hash__(self) -> int: ...
 
     def can_read(self, x: Array, *others: Array | None) -> bool:
         """Return whether kernels may read all of these from memory, x not empty, the others in the dtype of x."""

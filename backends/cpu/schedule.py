@@ -26,6 +26,7 @@ from polywhiten.cpu.library import ArrayKey, Library, Strided
 from polywhiten.cpu.runtime.parallel import address
 from polywhiten.cpu.steps import (
     NO_AFFINE,
+    NO_ARRAY,
     NO_CHANNELS,
     BlockArray,
     ChannelAffine,
@@ -259,7 +260,7 @@ def _backward_programs(
     """Return the programs of a backward pass; `affine` is that of channels along the samples, if they have one."""
     (x, dy, dx), programs, temporary = arrays, [], builder.temporary
     blocks, d = x.layout.blocks, x.layout.d
-    mean, cov, whitener, computed_whitener = MEAN, COVARIANCE, WHITENER, 0
+    mean, cov, whitener, computed_whitener = MEAN, COVARIANCE, WHITENER, NO_ARRAY
     if not known.moments:
         mean, cov = temporary(blocks * d), temporary(blocks * d * d)
         builder.launch(*add_moments(builder, x, block_axis, work.num_chunks, mean, cov))

@@ -32,7 +32,8 @@ from polywhiten.cpu.geometry import newton_workspace_size, num_newton_phases, nu
 from polywhiten.cpu.launches import Address, IsAligned, LaunchBuilder
 from polywhiten.cpu.layout import is_read_as_rows
 
-Pointer = Address | int  # 0 for no array
+Pointer = Address | int
+NO_ARRAY: Pointer = 0
 NO_CHANNELS = Channels(0, 1)
 
 
@@ -68,7 +69,7 @@ class WeightSums(NamedTuple):
 
     channels: Channels
     whitener: Address
-    weight: Address
+    weight: Pointer
     begin: int  # of the sums (2, channels) of float64 in each worker's workspace, in elements
 
 
@@ -133,6 +134,9 @@ def add_affine_map(
     layout, (first, *others) = y.layout, terms
     dp, as_rows = padded(layout.d), is_read_as_rows(layout, block_axis)
     by_block = builder.num_parts is not None
+    nontemporal: Any = as_rows and _may_bypass_caches(layout, builder.itemsize)
+    if nontemporal:
+        nontemporal = IsAligned(y.address.array)
     args = AffineMapArgs(
         num_terms=len(terms),
         as_rows=as_rows,
@@ -147,7 +151,7 @@ def add_affine_map(
         channel_bias=affine.bias,
         channels=affine.channels,
         panels_first=not by_block and (as_rows or layout.block_stride < layout.outer_stride),
-        nontemporal=IsAligned(y.address.array) if as_rows and _may_bypass_caches(layout, builder.itemsize) else False,
+        nontemporal=nontemporal,
         y_layout=layout,
     )
     builder.launch(pack_matrices, args)

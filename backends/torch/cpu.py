@@ -38,16 +38,16 @@ class TorchCpuImplementation(Reference):
         """Unlike the reference, this has no kernels yet."""
 
     @property
-    def kernels(self) -> Kernels:  # type: ignore[override]
+    def kernels(self) -> Kernels:
         """Return the compiled kernels."""
         return _compiled().kernels
 
-    def supports(self, spec: WhiteningSpec | None, x: Tensor, *others: Tensor | None) -> bool:
+    def supports(self, spec: WhiteningSpec | None, *tensors: Tensor | None) -> bool:
         """Return whether all tensors are in the CPU's memory, and PyTorch needn't see what is done with them."""
         # the compiler of torch.compile follows no addresses
-        if torch.compiler.is_compiling() or not x.is_cpu or not is_available():
+        if torch.compiler.is_compiling() or tensors[0] is None or not tensors[0].is_cpu or not is_available():
             return False
-        return _compiled().supports(spec, x, *others)
+        return _compiled().supports(spec, *tensors)
 
     def statistics(self, spec: WhiteningSpec, x: Tensor) -> Statistics:
         return _compiled().statistics(spec, x)
@@ -72,10 +72,12 @@ class TorchCpuImplementation(Reference):
     def apply_frozen(
         self, axis: int, x: Tensor, mean: Tensor, whitener: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        return _compiled().apply_frozen(axis, x, mean, whitener, weight, bias)
+        y: Tensor = _compiled().apply_frozen(axis, x, mean, whitener, weight, bias)
+        return y
 
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
-        return _compiled().inverse_sqrt(solver, cov, eps)
+        w: Tensor = _compiled().inverse_sqrt(solver, cov, eps)
+        return w
 
 
 @cache
@@ -98,8 +100,9 @@ def update_averages(
     momentum: float | None,
 ) -> bool | None:
     """Update running averages in one call, and return whether that was done; None if the kernel can't serve them."""
-    fits = averages and count is not None and count.dtype == torch.int64
-    if not fits or torch.compiler.is_compiling() or not statistics[0].is_cpu or not is_available():
+    if not averages or count is None or count.dtype != torch.int64:
+        return None
+    if torch.compiler.is_compiling() or not statistics[0].is_cpu or not is_available():
         return None
     from polywhiten.cpu import averages as compiled
 

@@ -16,12 +16,12 @@ def update_averages(packed, workspace, part, num_parts):
     args = unpack(UpdateAveragesArgs, packed, workspace)
     if not _are_finite(args.checked.values, args.checked.size):
         return
-    count = get(args.count, 0)
+    count = get(args.num_batches, 0)
     factor = 1.0 / (count + 1) if args.momentum < 0.0 else args.momentum
     if _stays_finite(args.mean, factor) and _stays_finite(args.matrices, factor):
         _update(args.mean, factor)
         _update(args.matrices, factor)
-        put(args.count, 0, count + 1)
+        put(args.num_batches, 0, count + 1)
 
 
 @njit

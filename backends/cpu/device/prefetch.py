@@ -41,7 +41,7 @@ def prefetch_list_size(d):
 @njit
 def list_lines(prefetch, num_intervals):
     """Return the list of all panels' lines, which lasts for that number of intervals."""
-    count = np.int64(0)  # a literal has a type of its own, and Numba would compile `_append_panel` for both types
+    count: Any = np.int64(0)  # a literal has a type of its own, and Numba would compile `_append_panel` for both types
     for i in range(prefetch.num_panels):
         panel = prefetch.panels[i]
         count = _append_panel(prefetch.addresses, count, (i + 1) * _max_lines(panel.layout.d), panel)
