@@ -465,9 +465,10 @@ def test_launches_are_repeated_without_triton_if_its_version_is_known(known, not
         ways = {"again" if how == "again" else "by Triton" for *_, how in noted}
     assert ways == {"again" if known else "by Triton"}
     if known:
-        for (kernel, _, by_name), (_, by_position, _) in zip(*launched, strict=True):
-            for name, argument in zip(kernel.arg_names, by_position, strict=True):
-                expected = by_name[name]
+        for (kernel, pointers, others), (_, arguments, _) in zip(*launched, strict=True):
+            given = dict(zip(kernel.arg_names, pointers, strict=False)) | others
+            for name, argument in zip(kernel.arg_names, arguments, strict=True):
+                expected = given[name]
                 if isinstance(expected, torch.Tensor):
                     assert argument == x.data_ptr() if name == "x" else argument % 16 == 0
                 else:
@@ -485,19 +486,19 @@ def test_a_thread_that_launches_while_another_prepares_gives_all_arguments():
         is_asked = False
 
         def __getitem__(self, grid):
-            return lambda **arguments: given.append(len(arguments)) or Compiled()
+            return lambda *arguments, **constants: given.append(len(arguments) + len(constants)) or Compiled()
 
         @property
         def arg_names(self):
             if not self.is_asked:
                 self.is_asked = True
-                launch(0, x=x)  # as another thread does at this moment
+                launch(0, x)  # as another thread does at this moment
             return ["x", "number", "CONSTANT"]
 
     x = torch.empty(16)
     launch = prepared_launch.PreparedLaunch(Kernel(), (1, 1, 1), {"number": 7}, {"CONSTANT": 8})
     for _ in range(2):
-        launch(0, x=x)
+        launch(0, x)
     assert given == [3, 3, 3]
 
 

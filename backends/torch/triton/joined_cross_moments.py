@@ -11,9 +11,9 @@ from polywhiten.torch.triton.partial_cross_moments import sum_cross_moments
 
 @triton.jit(do_not_specialize=["total_rows", "cluster_size", "counters_per_block", "iterations"])
 def joined_cross_moments(
-    dy, dy_stride_block, dy_stride_outer, dy_stride_row, dy_stride_inner,
-    x, x_stride_block, x_stride_outer, x_stride_row, x_stride_inner,
-    mean, cov, whitener, weight, workspace, counters, dweight, dbias,
+    dy, x, mean, cov, whitener, weight, workspace, counters, dweight, dbias,
+    dy_stride_block, dy_stride_outer, dy_stride_row, dy_stride_inner,
+    x_stride_block, x_stride_outer, x_stride_row, x_stride_inner,
     inner, samples, total_rows, d, part_size, cluster_size, workspace_per_block, counters_per_block, eps, iterations,
     LEVELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
     SMALLEST: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, MATRIX_PRECISION: tl.constexpr,

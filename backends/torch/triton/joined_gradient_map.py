@@ -28,10 +28,10 @@ def _sum_rows(matrix, num_rows, num_columns, result):
 
 @triton.jit(do_not_specialize=["total_rows", "num_parameter_parts", "total_channels"])
 def joined_gradient_map(
-    dx, dx_stride_block, dx_stride_outer, dx_stride_row, dx_stride_inner,
-    dy, dy_stride_block, dy_stride_outer, dy_stride_row, dy_stride_inner,
-    x, x_stride_block, x_stride_outer, x_stride_row, x_stride_inner,
-    mean, workspace, weight, dweight_parts, dbias_parts, dweight, dbias,
+    dx, dy, x, mean, workspace, weight, dweight_parts, dbias_parts, dweight, dbias,
+    dx_stride_block, dx_stride_outer, dx_stride_row, dx_stride_inner,
+    dy_stride_block, dy_stride_outer, dy_stride_row, dy_stride_inner,
+    x_stride_block, x_stride_outer, x_stride_row, x_stride_inner,
     inner, samples, total_rows, d, part_size, workspace_per_block,
     channels, positions, num_parameter_parts, total_channels,
     HEIGHT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,

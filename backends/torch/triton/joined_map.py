@@ -10,10 +10,11 @@ from polywhiten.torch.triton.running_averages import update_averages
 
 @triton.jit(do_not_specialize=["total_rows"])
 def joined_map(
-    y, y_stride_block, y_stride_outer, y_stride_row, y_stride_inner,
-    x, x_stride_block, x_stride_outer, x_stride_row, x_stride_inner,
-    mean, whitener, averaging_factors, averaged_matrices, running_mean, running_matrices, num_batches,
-    row_scale, row_bias, weight, bias, channels, positions, inner, samples, total_rows, d, part_size,
+    x, y, mean, whitener, averaging_factors, averaged_matrices, running_mean, running_matrices, num_batches,
+    row_scale, row_bias, weight, bias,
+    x_stride_block, x_stride_outer, x_stride_row, x_stride_inner,
+    y_stride_block, y_stride_outer, y_stride_row, y_stride_inner,
+    channels, positions, inner, samples, total_rows, d, part_size,
     HEIGHT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The parameters are (row_scale, row_bias) of IterNorm, or (weight, bias) of group whitening.

@@ -14,9 +14,9 @@ from polywhiten.torch.triton.partial_sample_cross_moments import sum_sample_cros
 
 @triton.jit(do_not_specialize=["cluster_size", "counters_per_block", "iterations"])
 def joined_sample_cross_moments(
-    dy, dy_stride_block, dy_stride_row, dy_stride_channel, dy_stride_position,
-    x, x_stride_block, x_stride_row, x_stride_channel, x_stride_position,
-    mean, cov, whitener, weight, workspace, counters, dweight_parts, dbias_parts,
+    dy, x, mean, cov, whitener, weight, workspace, counters, dweight_parts, dbias_parts,
+    dy_stride_block, dy_stride_row, dy_stride_channel, dy_stride_position,
+    x_stride_block, x_stride_row, x_stride_channel, x_stride_position,
     channels, positions, d, part_channels, part_positions, cluster_size, workspace_per_block, counters_per_block,
     eps, iterations,
     LEVELS: tl.constexpr, HEIGHT: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,

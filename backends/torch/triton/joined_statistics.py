@@ -60,12 +60,12 @@ def _finish_statistics(
 
 @triton.jit(do_not_specialize=["total_rows", "cluster_size", "counters_per_block", "iterations"])
 def joined_statistics(
-    x, x_stride_block, x_stride_outer, x_stride_row, x_stride_inner,
-    y, y_stride_block, y_stride_outer, y_stride_row, y_stride_inner,
-    mean, cov, whitener, workspace, counters, averaging_factors, running_mean, running_matrices, num_batches,
-    weight, bias, channels, positions,
-    inner, samples, total_rows, d, part_size, cluster_size, workspace_per_block, counters_per_block,
-    eps, momentum, iterations,
+    x, y, mean, cov, whitener, workspace, counters,
+    averaging_factors, running_mean, running_matrices, num_batches, weight, bias,
+    x_stride_block, x_stride_outer, x_stride_row, x_stride_inner,
+    y_stride_block, y_stride_outer, y_stride_row, y_stride_inner,
+    channels, positions, inner, samples, total_rows, d, part_size,
+    cluster_size, workspace_per_block, counters_per_block, eps, momentum, iterations,
     TRACKS_COVARIANCE: tl.constexpr, MAPS_SAMPLES: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
     SHIFT_SAMPLES: tl.constexpr, PRECISION: tl.constexpr, SMALLEST: tl.constexpr, HEIGHT: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, MATRIX_PRECISION: tl.constexpr, IN_REGISTERS: tl.constexpr,

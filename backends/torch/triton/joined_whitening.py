@@ -33,7 +33,7 @@ class JoinedWhitening(NamedTuple):
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, averages: RunningAverages | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Return y and the tensors that `backward` needs again, and update the averages in place."""
-        y, of_samples = torch.empty_like(x), self.problem.of_samples
+        y = torch.empty_like(x)
         averaging = None if averages is None else (averages.momentum, averages.of_covariance)
         types = _types(x, weight, bias, *(averages or ())[:3])
         plan = cached(plan_forward)(
@@ -42,27 +42,17 @@ class JoinedWhitening(NamedTuple):
         saved = plan.saved.allocate(x, rank=0)
         cov, whitener, mean = plan.saved.pointers(saved)
         workspace, averaging_factors = plan.workspace.pointers(plan.workspace.allocate(x, rank=3))
-        pointers: dict[str, Pointer] = {
-            "x": x,
-            "y": y,
-            "mean": mean,
-            "whitener": whitener,
-            "weight": weight if of_samples else None,
-            "bias": bias if of_samples else None,
-            "averaging_factors": averaging_factors,
-            **_average_pointers(averages),
-        }
+        state = averaging_factors, *((None, None, None) if averages is None else averages[:3])
+        row_affine, channel_affine = (weight, bias), (None, None)
+        if self.problem.of_samples:
+            row_affine, channel_affine = channel_affine, row_affine
         stream = current_stream(x.device)
         counters = get_counters(x.device, stream, plan.num_counters, rank=0)
-        plan.statistics(stream, cov=cov, workspace=workspace, counters=counters, **pointers)
+        plan.statistics(stream, x, y, mean, cov, whitener, workspace, counters, *state, *channel_affine)
         if plan.map is not None:
-            plan.map(
-                stream,
-                averaged_matrices=cov if averages is not None and averages.of_covariance else whitener,
-                row_scale=None if of_samples else weight,
-                row_bias=None if of_samples else bias,
-                **pointers,
-            )
+            averaged = cov if averages is not None and averages.of_covariance else whitener
+            factors, *running = state
+            plan.map(stream, x, y, mean, whitener, factors, averaged, *running, *row_affine, *channel_affine)
         if averages is not None:
             _count_changes(averages)
         return y, saved
@@ -82,19 +72,15 @@ class JoinedWhitening(NamedTuple):
         plan = cached(plan_backward)(problem, shape, *strides, precision(x.dtype), _types(x, weight, bias, dy))
         cov, whitener, mean = plan.saved.pointers(saved)
         workspace, *parts = plan.workspace.pointers(plan.workspace.allocate(x, rank=5))
-        shared: dict[str, Pointer] = {"dy": dy, "x": x, "mean": mean, "workspace": workspace}
-        of_first: dict[str, Pointer] = {"dweight": dweight, "dbias": dbias}
-        of_map: dict[str, Pointer] = {"dweight": None, "dbias": None, "dweight_parts": None, "dbias_parts": None}
+        first_outputs: tuple[Pointer, ...] = (dweight, dbias)
+        map_parameters: tuple[Pointer, ...] = (None, None, None, None, None)
         if problem.of_samples:  # the first launch stores parts of these gradients, and the map adds them up
-            dweight_parts, dbias_parts = (
-                None if parameter is None else part for parameter, part in zip((weight, bias), parts, strict=True)
-            )
-            of_map = {**of_first, "dweight_parts": dweight_parts, "dbias_parts": dbias_parts}
-            of_first = {"dweight_parts": dweight_parts, "dbias_parts": dbias_parts}
+            first_outputs = tuple(None if p is None else part for p, part in zip((weight, bias), parts, strict=True))
+            map_parameters = (weight, *first_outputs, dweight, dbias)
         stream = current_stream(x.device)
         counters = get_counters(x.device, stream, plan.num_counters, rank=1)
-        plan.cross_moments(stream, cov=cov, whitener=whitener, weight=weight, counters=counters, **of_first, **shared)
-        plan.map(stream, dx=dx, weight=weight if problem.of_samples else None, **of_map, **shared)
+        plan.cross_moments(stream, dy, x, mean, cov, whitener, weight, workspace, counters, *first_outputs)
+        plan.map(stream, dx, dy, x, mean, workspace, *map_parameters)
         return dx, dweight, dbias
 
     def apply_frozen(
@@ -103,26 +89,9 @@ class JoinedWhitening(NamedTuple):
         """Whiten groups of channels by frozen statistics, mean (C,) and whitener (groups, d, d)."""
         y, types = torch.empty_like(x), _types(x, mean, whitener, weight, bias)
         launch = cached(plan_frozen)(self.problem, tuple(x.shape), x.stride(), y.stride(), precision(x.dtype), types)
-        launch(
-            current_stream(x.device),
-            x=x,
-            y=y,
-            mean=mean,
-            whitener=whitener,
-            averaged_matrices=None,
-            averaging_factors=None,
-            row_scale=weight,
-            row_bias=bias,
-            weight=None,
-            bias=None,
-            **_average_pointers(None),
-        )
+        no_averages = None, None, None, None, None  # factors, matrices, and the three averages
+        launch(current_stream(x.device), x, y, mean, whitener, *no_averages, weight, bias, None, None)
         return y
-
-
-def _average_pointers(averages: RunningAverages | None) -> dict[str, Pointer]:
-    mean, matrices, num_batches = (None, None, None) if averages is None else averages[:3]
-    return {"running_mean": mean, "running_matrices": matrices, "num_batches": num_batches}
 
 
 def _types(x: Tensor, *others: Tensor | None) -> Types:

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from polywhiten.torch.triton.tiles import ceil_div
+
 _MAX_PARTS_WITHOUT_CLUSTERS = 8  # one program adds up so many about as fast as two programs in succession
 _MIN_CLUSTER_SIZE = 16  # the parts that fill a large GPU make some 20 clusters
 
@@ -43,8 +45,8 @@ class Clusters(NamedTuple):
             return cls(0, 1, 0, 0)
         if num_parts <= _MAX_PARTS_WITHOUT_CLUSTERS:
             return cls(1, num_parts, num_parts, 1)
-        cluster_size = max(_MIN_CLUSTER_SIZE, triton.cdiv(num_parts, 2 * _MIN_CLUSTER_SIZE))
-        num_clusters = triton.cdiv(num_parts, cluster_size)
+        cluster_size = max(_MIN_CLUSTER_SIZE, ceil_div(num_parts, 2 * _MIN_CLUSTER_SIZE))
+        num_clusters = ceil_div(num_parts, cluster_size)
         return cls(2, cluster_size, num_parts + num_clusters, 1 + num_clusters)
 
 

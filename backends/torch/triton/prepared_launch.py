@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +19,10 @@ Pointer = Tensor | tuple[Tensor, int] | None  # the start of a tensor's memory, 
 
 
 class _CompiledLaunch(NamedTuple):
-    """What Triton has compiled for a grid, its arguments with None for every pointer, and where the pointers belong."""
+    """What Triton has compiled for a grid, and the arguments that follow the pointers."""
 
     launch: Callable[..., None]
     arguments: list[Any]
-    positions: dict[str, int]
 
 
 class PreparedLaunch:
@@ -45,44 +44,41 @@ class PreparedLaunch:
         self._fixed = {**scalars, **constants}
         self._compiled: _CompiledLaunch | None = None
 
-    def __call__(self, stream: int, **pointers: Pointer) -> None:
-        """Launch on this stream of the current device, with all of the kernel's pointers by name."""
+    def __call__(self, stream: int, *pointers: Pointer) -> None:
+        """Launch on this stream of the current device. The pointers are the first arguments of the kernel."""
         if torch.compiler.is_compiling():
             self._launch_by_triton(pointers)
             return
-        compiled = self._compiled  # read once, as another thread may set it
-        arguments = [] if compiled is None else compiled.arguments.copy()
+        addresses: list[int | None] = []
         all_bits = 0
-        for name, pointer in pointers.items():
+        for pointer in pointers:
             if pointer is None:
+                addresses.append(None)
                 continue
             if isinstance(pointer, tuple):
                 address = pointer[0].data_ptr() + pointer[0].itemsize * pointer[1]
             else:
                 address = pointer.data_ptr()
             all_bits |= address
-            if compiled is not None:
-                arguments[compiled.positions[name]] = address
+            addresses.append(address)
+        compiled = self._compiled  # read once, as another thread may set it
         if all_bits % _ALIGNMENT != 0:
             self._launch_by_triton(pointers)
         elif compiled is not None:
-            compiled.launch(*arguments, stream=stream)
+            compiled.launch(*addresses, *compiled.arguments, stream=stream)
         else:
-            self._keep(self._launch_by_triton(pointers))
+            self._keep(self._launch_by_triton(pointers), len(pointers))
 
-    def _launch_by_triton(self, pointers: Mapping[str, Pointer]) -> Any:
+    def _launch_by_triton(self, pointers: Sequence[Pointer]) -> Any:
         """Launch in the ordinary way, and return the compiled kernel."""
-        tensors = {name: _as_tensor(pointer) for name, pointer in pointers.items()}
-        return self._kernel[self._grid](**tensors, **self._fixed)
+        tensors = [_as_tensor(pointer) for pointer in pointers]
+        return self._kernel[self._grid](*tensors, **self._fixed)
 
-    def _keep(self, kernel: Any) -> None:
+    def _keep(self, kernel: Any, num_pointers: int) -> None:
         """Keep a compiled kernel for the next launches; Triton's interpreter compiles none."""
-        if kernel is None or not IS_KNOWN_VERSION:
-            return
-        names = self._kernel.arg_names
-        arguments = [self._fixed.get(name) for name in names]
-        positions = {name: position for position, name in enumerate(names) if name not in self._fixed}
-        self._compiled = _CompiledLaunch(kernel[self._grid], arguments, positions)
+        if kernel is not None and IS_KNOWN_VERSION:
+            arguments = [self._fixed[name] for name in self._kernel.arg_names[num_pointers:]]
+            self._compiled = _CompiledLaunch(kernel[self._grid], arguments)
 
 
 def _as_tensor(pointer: Pointer) -> Tensor | None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import triton
 
-from polywhiten.torch.triton.tiles import MAX_PART_SAMPLES, TARGET_PROGRAMS, tile_width
+from polywhiten.torch.triton.tiles import MAX_PART_SAMPLES, TARGET_PROGRAMS, ceil_div, tile_width
 
 MAX_GROUPS = 64  # more leave no registers for weight and bias
 MAX_SAMPLE_ELEMENTS = 2**16  # of a small sample: those of all running programs stay in the device's cache
@@ -63,15 +63,14 @@ class SampleParts(NamedTuple):
         are_adjacent = positions == 1 or strides.channel < strides.position
         tile_channels = min(triton.next_power_of_2(channels), width) if are_adjacent else 1
         tile_positions = width // tile_channels
-        num_parts = max(triton.cdiv(TARGET_PROGRAMS, num_blocks), triton.cdiv(channels * positions, MAX_PART_SAMPLES))
+        num_parts = max(ceil_div(TARGET_PROGRAMS, num_blocks), ceil_div(channels * positions, MAX_PART_SAMPLES))
         part_channels = _part_size(channels, tile_channels, num_parts)
-        num_channel_parts = triton.cdiv(channels, part_channels)
-        part_positions = _part_size(positions, tile_positions, triton.cdiv(num_parts, num_channel_parts))
-        num_position_parts = triton.cdiv(positions, part_positions)
+        num_channel_parts = ceil_div(channels, part_channels)
+        part_positions = _part_size(positions, tile_positions, ceil_div(num_parts, num_channel_parts))
+        num_position_parts = ceil_div(positions, part_positions)
         return cls(tile_channels, tile_positions, part_channels, part_positions, num_channel_parts, num_position_parts)
 
 
 def _part_size(size: int, tile_size: int, num_parts: int) -> int:
     """Return the size of about `num_parts` equal parts, as a multiple of the tile's size."""
-    tiles: int = triton.cdiv(triton.cdiv(size, tile_size), num_parts)
-    return tiles * tile_size
+    return ceil_div(ceil_div(size, tile_size), num_parts) * tile_size

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 MAX_VARIABLES = 128  # of a block; the products of larger ones are large enough for PyTorch's own operations
@@ -55,17 +54,21 @@ class Tiles(NamedTuple):
     @classmethod
     def of(cls, num_blocks: int, d: int, samples: int) -> Tiles:
         height, width = tile_height(d), tile_width(d)
-        num_parts = min(triton.cdiv(TARGET_PROGRAMS, num_blocks), triton.cdiv(samples, _MIN_TILES_PER_PART * width))
-        num_parts = min(max(num_parts, triton.cdiv(samples, MAX_PART_SAMPLES)), _MAX_PARTS)
-        part_size = triton.cdiv(triton.cdiv(samples, num_parts), width) * width
-        num_parts = triton.cdiv(samples, part_size)
+        num_parts = min(ceil_div(TARGET_PROGRAMS, num_blocks), ceil_div(samples, _MIN_TILES_PER_PART * width))
+        num_parts = min(max(num_parts, ceil_div(samples, MAX_PART_SAMPLES)), _MAX_PARTS)
+        part_size = ceil_div(ceil_div(samples, num_parts), width) * width
+        num_parts = ceil_div(samples, part_size)
         return cls(num_blocks, num_parts, part_size, height, width, num_warps=8 if height > 64 else 4)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Return a / b rounded up; `triton.cdiv` takes as long as a small tensor operation."""
+    return -(-a // b)
 
 
 def tile_height(d: int) -> int:
     """Return the power of 2 that holds d variables; tensor cores need at least 16 rows."""
-    power: int = triton.next_power_of_2(d)
-    return max(16, power)
+    return max(16, 1 << (d - 1).bit_length())
 
 
 def tile_width(d: int) -> int:
