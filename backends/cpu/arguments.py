@@ -35,8 +35,8 @@ class MomentsArgs(NamedTuple):
     layout: Layout
 
 
-class FinishMomentsArgs(NamedTuple):
-    """Arguments of `finish_moments`."""
+class CombineMomentsArgs(NamedTuple):
+    """Arguments of `combine_moments`."""
 
     parts: MomentsArgs
     mean: Pointer  # (blocks, d)
@@ -60,8 +60,8 @@ class CrossMomentsArgs(NamedTuple):
     x_layout: Layout
 
 
-class FinishCrossMomentsArgs(NamedTuple):
-    """Arguments of `finish_cross_moments`."""
+class CombineCrossMomentsArgs(NamedTuple):
+    """Arguments of `combine_cross_moments`."""
 
     num_chunks: int
     blocks: int
@@ -167,9 +167,9 @@ class UpdateAveragesArgs(NamedTuple):
 
 KERNEL_ARGS = (
     MomentsArgs,
-    FinishMomentsArgs,
+    CombineMomentsArgs,
     CrossMomentsArgs,
-    FinishCrossMomentsArgs,
+    CombineCrossMomentsArgs,
     AffineMapArgs,
     ScaleWhitenerArgs,
     GradientTermsArgs,

@@ -14,9 +14,9 @@ import numpy as np
 from polywhiten.cpu import tuning
 from polywhiten.cpu.arguments import (
     AffineMapArgs,
+    CombineCrossMomentsArgs,
+    CombineMomentsArgs,
     CrossMomentsArgs,
-    FinishCrossMomentsArgs,
-    FinishMomentsArgs,
     InverseSqrtArgs,
     MomentsArgs,
     TermArgs,
@@ -24,8 +24,8 @@ from polywhiten.cpu.arguments import (
 from polywhiten.cpu.device import newton
 from polywhiten.cpu.device.affine_map import affine_map, pack_matrices
 from polywhiten.cpu.device.channels import Channels
-from polywhiten.cpu.device.cross_moments import cross_moments, finish_cross_moments
-from polywhiten.cpu.device.moments import finish_moments, moments
+from polywhiten.cpu.device.cross_moments import combine_cross_moments, cross_moments
+from polywhiten.cpu.device.moments import combine_moments, moments
 from polywhiten.cpu.device.panels import Layout
 from polywhiten.cpu.device.simd import CACHE_LINE
 from polywhiten.cpu.geometry import newton_workspace_size, num_newton_phases, num_panels, padded
@@ -87,7 +87,7 @@ def add_moments(
         layout=layout,
     )
     builder.launch(moments, args)
-    return finish_moments, FinishMomentsArgs(args, mean, cov)
+    return combine_moments, CombineMomentsArgs(args, mean, cov)
 
 
 def add_cross_moments(
@@ -118,7 +118,7 @@ def add_cross_moments(
         x_layout=layout,
     )
     builder.launch(cross_moments, args)
-    return finish_cross_moments, FinishCrossMomentsArgs(num_chunks, layout.blocks, layout.d, args.sums, s, k)
+    return combine_cross_moments, CombineCrossMomentsArgs(num_chunks, layout.blocks, layout.d, args.sums, s, k)
 
 
 def add_affine_map(

@@ -9,7 +9,7 @@
 
 // Computes mean and covariance from the sums of x - shift and of its products, as combine_parts has left them.
 template <typename A, int D>
-__device__ void finish_moments(const A* products, const A* sums, const A* shift, int count, int d, A* mean,
+__device__ void combine_moments(const A* products, const A* sums, const A* shift, int count, int d, A* mean,
                                A* covariance) {
     __shared__ A offset[D];  // of the mean from the shift
     const int thread = threadIdx.x;
@@ -49,6 +49,6 @@ __global__ void __launch_bounds__(THREADS, sizeof(accumulator<T>) == 4 ? 2 : 1)
 
     const long long first = (long long)index * d * d;
     A* covariance = covariances + first;
-    finish_moments<A, D>(partial_sums, partial_sums + d * d, shift, count, d, means + (long long)index * d, covariance);
+    combine_moments<A, D>(partial_sums, partial_sums + d * d, shift, count, d, means + (long long)index * d, covariance);
     inverse_sqrt<A, D, THREADS>(covariance, whiteners + first, eps, steps, d, shared_memory);
 }

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from polywhiten.cpu.arguments import CrossMomentsArgs, FinishCrossMomentsArgs, unpack
+from polywhiten.cpu.arguments import CombineCrossMomentsArgs, CrossMomentsArgs, unpack
 from polywhiten.cpu.device.channels import channel_run, gather_channels, has_channel_runs
 from polywhiten.cpu.device.gemm import Sizes, multiply_add
 from polywhiten.cpu.device.gemm_microkernel import Matrix, StridedMatrix
@@ -256,9 +256,9 @@ def _add_runs(args, memory, products, x, dy, prefetched):
         done, j, num_prefetched = done + n, following, 0
 
 
-def finish_cross_moments(packed, workspace, part, num_parts):
+def combine_cross_moments(packed, workspace, part, num_parts):
     """Compute s = dY 1 and K = dY (X - mean)' of a part of the blocks from the sums of `cross_moments`."""
-    args = unpack(FinishCrossMomentsArgs, packed, workspace)
+    args = unpack(CombineCrossMomentsArgs, packed, workspace)
     blocks, d, dp = args.blocks, args.d, padded(args.d)
     for block in range(part * blocks // num_parts, (part + 1) * blocks // num_parts):
         products = sum_of_chunks(args.sums, block, args.num_chunks, dp * (dp + 1))

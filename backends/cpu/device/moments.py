@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from numba import njit
 
-from polywhiten.cpu.arguments import FinishMomentsArgs, MomentsArgs, unpack
+from polywhiten.cpu.arguments import CombineMomentsArgs, MomentsArgs, unpack
 from polywhiten.cpu.device.gemm import Sizes, multiply_add
 from polywhiten.cpu.device.gemm_microkernel import Matrix, StridedMatrix
 from polywhiten.cpu.device.packing import load_shift, pack_columns, pack_rows, pack_run_as_rows, transpose
@@ -91,12 +91,12 @@ def _divide(values, count, divisor):
         put(values, i, get(values, i) / divisor)
 
 
-def finish_moments(packed, workspace, part, num_parts):
+def combine_moments(packed, workspace, part, num_parts):
     """Compute the mean and the covariance of a part of the blocks from the sums of `moments`.
 
     The products of the panels' means about the block's are added: this sum is stable for any order of the samples.
     """
-    args = unpack(FinishMomentsArgs, packed, workspace)
+    args = unpack(CombineMomentsArgs, packed, workspace)
     sums, layout = args.parts, args.parts.layout
     d, dp, count, step = layout.d, padded(layout.d), layout.outer * layout.inner, panel_width_for_runs(layout)
     panels = (count + step - 1) // step
