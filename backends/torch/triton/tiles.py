@@ -63,7 +63,7 @@ class Tiles(NamedTuple):
 
 def ceil_div(a: int, b: int) -> int:
     """Return a / b rounded up; `triton.cdiv` takes as long as a small tensor operation."""
-    return -(-a // b)
+    return (a + b - 1) // b
 
 
 def tile_height(d: int) -> int:
