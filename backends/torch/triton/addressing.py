@@ -3,7 +3,7 @@
 The samples of a block are a tuple `(pointer, stride_outer, stride_row, stride_inner)`: each row is a variable, and
 sample m lies at index `m // inner` of the outer axis and `m % inner` of the inner axis. A matrix is a tuple
 `(pointer, stride_row, stride_column)`. These are plain tuples because torch.compile copies the source of a kernel
-without the classes that it uses.
+without the classes that it uses. They have no None in them, as Triton 3.3 can't unpack that.
 """
 
 import triton

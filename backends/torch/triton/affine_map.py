@@ -122,14 +122,13 @@ def _load_term(matrix, centre, rows, variables, d):
 
 @triton.jit
 def map_samples(
-    y, term, second_term, row_affine, channel_affine, inner, d, begin, end, first_row,
+    y, term, second_term, row_scale, row_bias, input_weight, weight, bias, channels, positions,
+    inner, d, begin, end, first_row,
     HEIGHT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Store ROWS rows of the affine map of the samples of a block from `begin` to `end`. A term is (matrix, x, centre);
-    # the second one may be None. The affines are (scale, bias) and (input weight, weight, bias, channels, positions).
+    # the second one may be None, as may row_scale and all that follows up to the bias.
     matrix, x, centre = term
-    row_scale, row_bias = row_affine
-    input_weight, weight, bias, channels, positions = channel_affine
     y, x, channels, positions = narrow_strides(y), narrow_strides(x), narrow(channels), narrow(positions)
     inner, d, begin, end = narrow(inner), narrow(d), narrow(begin), narrow(end)
     rows = first_row + tl.arange(0, ROWS)
@@ -201,11 +200,13 @@ def _affine_map(
             centre + block * d,
         ),
         second_term,
-        (
-            None if row_scale is None else row_scale + block * d,
-            None if row_bias is None else row_bias + block * d,
-        ),
-        (input_weight, weight, bias, channels, positions),
+        None if row_scale is None else row_scale + block * d,
+        None if row_bias is None else row_bias + block * d,
+        input_weight,
+        weight,
+        bias,
+        channels,
+        positions,
         inner,
         d,
         begin=part * part_size,

@@ -23,10 +23,10 @@ def joined_map(
     block_d = tl.minimum(d, total_rows - block * d).to(tl.int32)
     if running_mean is not None:  # noqa: SIM102  # known when the kernel is compiled, unlike the other condition
         if (part == 0) & (tl.program_id(2) == 0):
-            averages = (running_mean, running_matrices, num_batches)
             update_averages(
-                averages, averaging_factors, mean, averaged_matrices, block, tl.num_programs(0), d, block_d, HEIGHT
-            )
+                running_mean, running_matrices, num_batches, averaging_factors, mean, averaged_matrices,
+                block, tl.num_programs(0), d, block_d, HEIGHT,
+            )  # fmt: skip
     map_samples(
         (y + block * y_stride_block, y_stride_outer, y_stride_row, y_stride_inner),
         (
@@ -35,8 +35,13 @@ def joined_map(
             mean + block * d,
         ),
         None,
-        (None if row_scale is None else row_scale + block * d, None if row_bias is None else row_bias + block * d),
-        (None, weight, bias, channels, positions),
+        None if row_scale is None else row_scale + block * d,
+        None if row_bias is None else row_bias + block * d,
+        None,
+        weight,
+        bias,
+        channels,
+        positions,
         inner,
         block_d,
         begin=part * part_size,

@@ -18,7 +18,8 @@ from polywhiten.torch.triton.running_averages import averaging_factor
 
 @triton.jit
 def _finish_statistics(
-    shift, total, square, mean, cov, whitener, averaging_factors, averages, momentum, matrices,
+    shift, total, square, mean, cov, whitener, matrices,
+    averaging_factors, running_mean, running_matrices, num_batches, momentum,
     block, samples, d, block_d, eps, iterations,
     TRACKS_COVARIANCE: tl.constexpr, SMALLEST: tl.constexpr, HEIGHT: tl.constexpr, TILE: tl.constexpr,
     STEP: tl.constexpr, MATRIX_PRECISION: tl.constexpr, IN_REGISTERS: tl.constexpr,
@@ -42,19 +43,11 @@ def _finish_statistics(
             cov + block * d * d, d, matrices, block_d, eps, iterations, SMALLEST, HEIGHT, TILE, STEP, MATRIX_PRECISION
         )
     tl.store(whitener + block * d * d + offsets, w + identity_outside, mask=in_matrix)
-    if averages[0] is not None:
+    if running_mean is not None:
         factor = averaging_factor(
-            averages,
-            momentum,
-            centre,
-            s + identity_outside,
-            w + identity_outside,
-            block,
-            d,
-            block_d,
-            TRACKS_COVARIANCE,
-            HEIGHT,
-        )
+            running_mean, running_matrices, num_batches, momentum, centre, s + identity_outside, w + identity_outside,
+            block, d, block_d, TRACKS_COVARIANCE, HEIGHT,
+        )  # fmt: skip
         tl.store(averaging_factors + block, factor)
 
 
@@ -89,8 +82,8 @@ def joined_statistics(
     if is_last:
         _finish_statistics(
             shift, total, square, mean, cov, whitener,
-            averaging_factors, (running_mean, running_matrices, num_batches), momentum,
             workspace + workspace_per_block - MATRICES * HEIGHT * HEIGHT,
+            averaging_factors, running_mean, running_matrices, num_batches, momentum,
             block, samples, d, block_d, eps, iterations,
             TRACKS_COVARIANCE, SMALLEST, HEIGHT, TILE, STEP, MATRIX_PRECISION, IN_REGISTERS,
         )  # fmt: skip
@@ -100,7 +93,6 @@ def joined_statistics(
                 (y + block * y_stride_block, y_stride_outer, y_stride_row, y_stride_inner),
                 ((whitener + block * d * d, d, 1), block_x, mean + block * d),
                 None,
-                (None, None),
-                (None, weight, bias, channels, positions),
+                None, None, None, weight, bias, channels, positions,
                 inner, d, 0, samples, 0, HEIGHT, HEIGHT, WIDTH, PRECISION,
             )  # fmt: skip

@@ -28,10 +28,10 @@ def _count_nonfinite(values):
 
 @triton.jit
 def averaging_factor(
-    averages, momentum, mean, cov, w, block, d, block_d, TRACKS_COVARIANCE: tl.constexpr, HEIGHT: tl.constexpr
-):
+    running_mean, running_matrices, num_batches, momentum, mean, cov, w, block, d, block_d,
+    TRACKS_COVARIANCE: tl.constexpr, HEIGHT: tl.constexpr,
+):  # fmt: skip
     # Return the factor of the newest batch in the averages, or NaN if an average of this block would not be finite.
-    running_mean, running_matrices, num_batches = averages
     rows = tl.arange(0, HEIGHT)
     offsets = rows[:, None] * d + rows[None, :]
     in_matrix = (rows < d)[:, None] & (rows < d)[None, :]
@@ -52,9 +52,11 @@ def averaging_factor(
 
 
 @triton.jit
-def update_averages(averages, averaging_factors, mean, matrices, block, num_blocks, d, block_d, HEIGHT: tl.constexpr):
+def update_averages(
+    running_mean, running_matrices, num_batches, averaging_factors, mean, matrices,
+    block, num_blocks, d, block_d, HEIGHT: tl.constexpr,
+):  # fmt: skip
     # Update the averages of one block, unless the factor of any block is NaN.
-    running_mean, running_matrices, num_batches = averages
     refusals = 0
     for start in range(0, num_blocks, _BLOCKS_AT_ONCE):
         others = start + tl.arange(0, _BLOCKS_AT_ONCE)
