@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from array_api_compat import array_namespace
 
 from polywhiten import checks
 from polywhiten._types import Array, Namespace
-from polywhiten.blocks import ChannelGroups, SampleGroups, channel_parts, join_channels, take_channels
+from polywhiten.blocks import join_channels, take_channels
 from polywhiten.kernels import Kernels
 from polywhiten.reference import Gradients, Reference
 from polywhiten.solvers import Solver
@@ -43,9 +42,9 @@ class Backend:
         """Return the first implementation that supports these arrays."""
         return next(each for each in self.implementations if each.supports(spec, x, *others))
 
-    def kernels_for(self, x: Array) -> Kernels:
-        """Return the fastest kernels for an array or for covariances."""
-        return self.implementation(None, x).kernels
+    def kernels_for(self, cov: Array) -> Kernels:
+        """Return the fastest kernels for covariances (..., d, d)."""
+        return self.implementation(None, cov).kernels
 
     def whiten(self, spec: WhiteningSpec, x: Array, weight: Array | None, bias: Array | None) -> Array:
         """Whiten an array, whose last group may be smaller than the others; differentiable if the library is."""
@@ -61,7 +60,7 @@ class Backend:
     def _whiten_parts(
         self, spec: WhiteningSpec, x: Array, weight: Array | None, bias: Array | None
     ) -> tuple[Array, list[Statistics]]:
-        parts = equal_parts(spec, x)
+        parts = spec.equal_parts(x)
         if len(parts) == 1:
             y, one = self.whiten_blocks(parts[0][1], x, weight, bias)
             return y, [one]
@@ -102,7 +101,7 @@ class Backend:
     def vjp(self, spec: WhiteningSpec, x: Array, weight: Array | None, bias: Array | None) -> tuple[Array, Pullback]:
         """Whiten an array, and return the function that maps the gradient of the result to those of the arguments."""
         xp, axis, parts, outputs = self.kernels.xp, spec.blocks.axis, [], []
-        for part, equal in equal_parts(spec, x):
+        for part, equal in spec.equal_parts(x):
             inputs = take_channels(x, part, axis), take_channels(weight, part), take_channels(bias, part)
             y, stats = self.forward(equal, *inputs)
             parts.append((part, equal, inputs, stats))
@@ -128,7 +127,7 @@ class Backend:
     def statistics(self, spec: WhiteningSpec, x: Array) -> WhiteningStats:
         """Return the statistics of an array, whose last group may be smaller than the others."""
         stats = []
-        for part, equal in equal_parts(spec, x):
+        for part, equal in spec.equal_parts(x):
             channels = take_channels(x, part, spec.blocks.axis)
             stats.append(self.implementation(equal, channels).statistics(equal, channels))
         return join_statistics(self.kernels.xp, stats)
@@ -188,14 +187,3 @@ def namespace_of(x: Any) -> Namespace | None:
         return array_namespace(x)
     except TypeError:
         return None
-
-
-def equal_parts(spec: WhiteningSpec, x: Array) -> list[tuple[slice, WhiteningSpec]]:
-    """Return slices of the channels of x, in each of which all blocks are equal, with what is computed there."""
-    channels, blocks = x.shape[spec.blocks.axis], spec.blocks
-    if isinstance(blocks, SampleGroups) or channels % blocks.group_size == 0:
-        return [(slice(0, channels), spec)]
-    return [
-        (part, replace(spec, blocks=ChannelGroups(blocks.axis, size)))
-        for part, size in channel_parts(channels, blocks.group_size)
-    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from polywhiten._types import Array
-from polywhiten.backend import Backend, equal_parts
+from polywhiten.backend import Backend
 from polywhiten.blocks import channel_shape, join_channels, take_channels
 from polywhiten.reference import Reference
 from polywhiten.spec import WhiteningSpec
@@ -17,19 +17,19 @@ def whiten_masked(
 
     The mask has the shape of x without its channel axis. The gradient is the framework's own.
     """
-    _, first = equal_parts(spec, x)[0]
+    _, first = spec.equal_parts(x)[0]
     reference, axis = Reference(backend.implementation(first, x, weight, bias).kernels), spec.blocks.axis
     parts, count = masked_statistics(reference.kernels, spec, x, mask)
     outputs = [
         reference.apply(
-            blocks,
+            equal.blocks,
             take_channels(x, part, axis),
             stats.mean,
             stats.whitener,
             take_channels(weight, part),
             take_channels(bias, part),
         )
-        for part, blocks, stats in parts
+        for part, equal, stats in parts
     ]
     xp = backend.kernels.xp
     return join_channels(xp, outputs, axis), join_statistics(xp, [stats for _, _, stats in parts]), count

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from polywhiten._types import AllReduce
-from polywhiten.blocks import Blocks
+from polywhiten._types import AllReduce, Array
+from polywhiten.blocks import Blocks, ChannelGroups, SampleGroups, channel_parts
 from polywhiten.solvers import Solver
 
 
@@ -33,3 +33,14 @@ class WhiteningSpec:
     def at_axis(self, axis: int) -> WhiteningSpec:
         """Return what is computed of an array with its channels at another axis."""
         return replace(self, blocks=replace(self.blocks, axis=axis))
+
+    def equal_parts(self, x: Array) -> list[tuple[slice, WhiteningSpec]]:
+        """Return slices of the channels of x, in each of which all blocks are equal, with what is computed there."""
+        blocks = self.blocks
+        channels = x.shape[blocks.axis]
+        if isinstance(blocks, SampleGroups) or channels % blocks.group_size == 0:
+            return [(slice(0, channels), self)]
+        return [
+            (part, replace(self, blocks=ChannelGroups(blocks.axis, size)))
+            for part, size in channel_parts(channels, blocks.group_size)
+        ]

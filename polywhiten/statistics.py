@@ -83,15 +83,14 @@ def batch_statistics(kernels: Kernels, spec: WhiteningSpec, x: Array) -> Statist
 
 def masked_statistics(
     kernels: Kernels, spec: WhiteningSpec, x: Array, mask: Array
-) -> tuple[list[tuple[slice, ChannelGroups, Statistics]], Array]:
+) -> tuple[list[tuple[slice, WhiteningSpec, Statistics]], Array]:
     """Return the statistics of the positions where `mask` is true, and the number of these positions.
 
     The mask has the shape of x without its channel axis. Statistics come in one or two parts, each with its channels
-    and its equal groups.
+    and what is computed of them, in equal groups.
     """
-    xp, blocks, all_reduce = kernels.xp, spec.blocks, spec.all_reduce
-    assert isinstance(blocks, ChannelGroups)  # a mask leaves samples of a batch out
-    axis = blocks.axis
+    assert isinstance(spec.blocks, ChannelGroups)  # a mask leaves samples of a batch out
+    xp, axis, all_reduce = kernels.xp, spec.blocks.axis, spec.all_reduce
     full = kernels.to_accumulation_dtype(x)
     keep = xp.expand_dims(mask, axis=axis)
     zeros = xp.zeros_like(full)
@@ -103,12 +102,10 @@ def masked_statistics(
     mean = total / divisor
     centred = xp.where(keep, full - xp.reshape(mean, channel_shape(x.ndim, axis)), zeros)
     parts = []
-    for part, size in channel_parts(x.shape[axis], blocks.group_size):
-        groups = ChannelGroups(axis, size)
-        equal = WhiteningSpec(groups, spec.solver, spec.eps, all_reduce)
+    for part, equal in spec.equal_parts(x):
         part_mean = take_channels(mean, part)
         stats = _statistics_of_centred(kernels, equal, take_channels(centred, part, axis), part_mean, divisor)
-        parts.append((part, groups, stats))
+        parts.append((part, equal, stats))
     return parts, count
 
 

@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 
 import polywhiten as pw  # noqa: E402
+from polywhiten import analysis  # noqa: E402
 from polywhiten.blocks import ChannelGroups, SampleGroups  # noqa: E402
 from polywhiten.gpu_launches import use_gpu_launches  # noqa: E402
 from polywhiten.kernels import Kernels, Term  # noqa: E402
@@ -250,6 +251,19 @@ def test_a_mean_far_above_the_standard_deviation_costs_no_digits():
     y = KERNELS.affine_map([Term(torch.eye(16, device=DEVICE)[None], x, mean)], None, 1, torch.float32)
     assert error(cov, EXACT_KERNELS.moments(x.double(), 1)[1]) < 1e-5
     assert error(y, x.double() - x.double().mean((0, 3), keepdim=True)) < 1e-4
+
+
+@runs
+@pytest.mark.usefixtures("triton_backend")
+@pytest.mark.parametrize("channels", [20, 200], ids=["a tile", "more channels than a tile has"])
+def test_covariances_of_activations_are_those_of_float64(channels, monkeypatch):
+    sizes, moments = [], TritonKernels.moments
+    monkeypatch.setattr(
+        TritonKernels, "moments", lambda self, x, axis: sizes.append(x.shape[2]) or moments(self, x, axis)
+    )
+    x = normal(300, channels, 3)
+    assert error(analysis.covariance(x), analysis.covariance(x.double())) < 1e-5
+    assert sizes == ([channels] if channels <= tiles.MAX_VARIABLES else [])
 
 
 @runs

@@ -6,11 +6,12 @@ import math
 from dataclasses import replace
 
 from polywhiten._types import Array, Namespace
-from polywhiten.blocks import Blocks, ChannelGroups, SampleGroups, channel_parts, take_channels
+from polywhiten.blocks import Blocks, ChannelGroups, SampleGroups, take_channels
 from polywhiten.checks import check_array, check_batch, check_num_groups, check_square
 from polywhiten.dispatch import backend_of, checked_input
-from polywhiten.solvers.eigh import eigenpairs
+from polywhiten.solvers.eigh import Eigh, eigenpairs
 from polywhiten.solvers.iteration import identity_like
+from polywhiten.spec import WhiteningSpec
 
 
 def covariance(x: Array, *, axis: int = 1, num_groups: int | None = None) -> Array:
@@ -58,13 +59,13 @@ def block_covariances(x: Array, blocks: Blocks) -> list[Array]:
     The group size of `ChannelGroups` need not divide the number of channels.
     """
     backend = backend_of(x)
-    kernels = backend.kernels_for(x)
     x, axis, _ = backend.in_memory_order(x, blocks.axis)
-    parts: list[tuple[Array, Blocks]] = [(x, replace(blocks, axis=axis))]
-    if isinstance(blocks, ChannelGroups):
-        sizes = channel_parts(x.shape[axis], blocks.group_size)
-        parts = [(take_channels(x, part, axis), ChannelGroups(axis, size)) for part, size in sizes]
-    return [kernels.moments(kernels.split(blocks, part), blocks.block_axis)[1] for part, blocks in parts]
+    covariances = []
+    for part, spec in WhiteningSpec(replace(blocks, axis=axis), Eigh(), eps=0.0).equal_parts(x):  # nothing is solved
+        channels = take_channels(x, part, axis)
+        kernels = backend.implementation(spec, channels).kernels
+        covariances.append(kernels.moments(kernels.split(spec.blocks, channels), blocks.block_axis)[1])
+    return covariances
 
 
 def spectrum(cov: Array) -> Array:
