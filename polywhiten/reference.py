@@ -88,8 +88,10 @@ class Reference:
             dx, dweight, dbias = self._channels_backward(spec, x, weight, bias, stats, dy, dstats)
         else:
             dy, dweight, dbias = self._undo_channel_affine(spec.blocks, x, weight, bias, stats, dy)
-            s, k = self._cross_moments(spec.blocks, x, stats.mean, dy)
-            dx = self._input_gradient(spec, x, stats, stats.whitener, dy, s, k, dstats)
+            x4, dy4 = kernels.split(spec.blocks, x), kernels.split(spec.blocks, dy)
+            s, k = kernels.cross_moments(dy4, x4, stats.mean, spec.blocks.block_axis)
+            dx = self._input_gradient(spec, x4, stats, stats.whitener, dy4, s, k, dstats)
+        dx = kernels.xp.reshape(dx, kernels.shape(x))
         return dx, as_dtype_of(kernels, dweight, weight), as_dtype_of(kernels, dbias, bias)
 
     def apply_frozen(
@@ -144,35 +146,33 @@ class Reference:
         dy: Array,
         dstats: Statistics,
     ) -> Gradients:
-        """Return the gradients where each variable is a channel: weight and bias are part of the affine map."""
+        """Return the gradients, that of x as (p, q, d, l), where each variable is a channel.
+
+        Weight and bias are part of the affine map then.
+        """
         kernels, xp = self.kernels, self.kernels.xp
-        s, k = self._cross_moments(spec.blocks, x, stats.mean, dy)
+        x4, dy4 = kernels.split(spec.blocks, x), kernels.split(spec.blocks, dy)
+        s, k = kernels.cross_moments(dy4, x4, stats.mean, spec.blocks.block_axis)
         a, dweight = stats.whitener, None
         if weight is not None:
             dweight = xp.reshape(xp.sum(k * stats.whitener, axis=-1), (-1,))
             a, k = (m * _per_variable(kernels, weight, m)[..., None] for m in (a, k))
         dbias = None if bias is None else xp.reshape(s, (-1,))
-        return self._input_gradient(spec, x, stats, a, dy, s, k, dstats), dweight, dbias
-
-    def _cross_moments(self, blocks: Blocks, x: Array, mean: Array, dy: Array) -> tuple[Array, Array]:
-        """Return s = dY 1 and K = dY (X - mean)' of every block."""
-        kernels = self.kernels
-        return kernels.cross_moments(kernels.split(blocks, dy), kernels.split(blocks, x), mean, blocks.block_axis)
+        return self._input_gradient(spec, x4, stats, a, dy4, s, k, dstats), dweight, dbias
 
     def _input_gradient(
         self,
         spec: WhiteningSpec,
-        x: Array,
+        x4: Array,
         stats: Statistics,
         a: Array,
-        dy: Array,
+        dy4: Array,
         s: Array,
         g: Array,
         dstats: Statistics,
     ) -> Array:
-        """Return dX of the formula in `backward`, where `a` maps x to y and g is the gradient of the whitener."""
+        """Return dX of the formula in `backward` as (p, q, d, l); `a` maps x to y, g is the whitener's gradient."""
         kernels, xp, block_axis = self.kernels, self.kernels.xp, spec.blocks.block_axis
-        x4, dy4 = kernels.split(spec.blocks, x), kernels.split(spec.blocks, dy)
         if dstats.whitener is not None:
             g = g + dstats.whitener
         count, dmean, dcov = kernels.sample_count(x4, block_axis), dstats.mean, dstats.covariance
@@ -184,7 +184,7 @@ class Reference:
         b = (ds + xp.matrix_transpose(ds)) / count
         terms = [Term(xp.matrix_transpose(a), dy4, s / count), Term(b, x4, stats.mean)]
         shift = None if dmean is None else dmean / count
-        return xp.reshape(kernels.affine_map(terms, shift, block_axis, x.dtype), kernels.shape(x))
+        return kernels.affine_map(terms, shift, block_axis, x4.dtype)
 
     def _undo_channel_affine(
         self, blocks: Blocks, x: Array, weight: Array | None, bias: Array | None, stats: Statistics, dy: Array
