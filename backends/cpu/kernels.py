@@ -12,7 +12,7 @@ from polywhiten._types import Array
 from polywhiten.cpu import tuning
 from polywhiten.cpu.arguments import TermArgs
 from polywhiten.cpu.geometry import num_panels, padded, panel_workspace_size
-from polywhiten.cpu.launches import Address, LaunchBuilder, Program
+from polywhiten.cpu.launches import WORKSPACE, Address, LaunchBuilder, Program
 from polywhiten.cpu.layout import layout_of, sample_order
 from polywhiten.cpu.library import ArrayKey, Library, Strided
 from polywhiten.cpu.schedule import (
@@ -139,7 +139,7 @@ class CpuKernels(Kernels):
         memory = workspace(plan.workspace_bytes)
         addresses = {name.array: self.library.address(array) for name, array in arrays.items()}
         for program in plan.programs:
-            program.run(addresses | {"workspace": memory.address})
+            program.run(addresses | {WORKSPACE: memory.address})
 
 
 class _KernelPlan(NamedTuple):

@@ -95,7 +95,7 @@ def recomputes_cheaply(spec: WhiteningSpec, x: Tensor) -> bool:
 def update_averages(
     averages: Sequence[Tensor],
     statistics: Sequence[Tensor],
-    judged: Sequence[Tensor],
+    checked: Sequence[Tensor],
     count: Tensor | None,
     momentum: float | None,
 ) -> bool | None:
@@ -110,14 +110,14 @@ def update_averages(
         running.is_contiguous() and running.shape == batch.shape
         for running, batch in zip(averages, statistics, strict=True)
     )
-    are_few = len(averages) <= compiled.MAX_AVERAGES and len(judged) <= compiled.MAX_CHECKED
+    are_few = len(averages) <= compiled.MAX_AVERAGES and len(checked) <= compiled.MAX_CHECKED
     is_wide = statistics[0].dtype in (torch.float32, torch.float64)
-    if not (are_contiguous and are_few and is_wide and _LIBRARY.can_read(*statistics, *judged, *averages)):
+    if not (are_contiguous and are_few and is_wide and _LIBRARY.can_read(*statistics, *checked, *averages)):
         return None
     if not _LIBRARY.can_convert(count):
         return None
     before = count.item()
-    compiled.update_averages(_LIBRARY, averages, statistics, judged, count, momentum)
+    compiled.update_averages(_LIBRARY, averages, statistics, checked, count, momentum)
     for tensor in (*averages, count):  # as operations in place do, for those who need the former values
         increment_version(tensor)
     return count.item() > before
