@@ -217,15 +217,32 @@ class IterNorm(WhiteningLayer):
             raise ValueError(f"{missing} is None and {other} isn't: set both to None to whiten every batch by itself")
         return None
 
+    def evaluation_statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Return the mean, shape (C,), and the whitener, (groups, d, d), by which an evaluation whitens its input.
+
+        They are None if the layer whitens every input by its own batch. If the last group is smaller, its whitener is
+        in the upper left corner. Both may be the layer's own buffers.
+        """
+        averages = self._averages()
+        if averages is None:
+            return None
+        mean, matrices = averages
+        return mean, self._whitener(matrices)
+
     def _whiten_by_averages(self, x: Tensor, mean: Tensor, matrices: Tensor) -> Tensor:
         """Whiten x by the running averages."""
         affine = self.weight, self.bias
-        mean, whitener = (BACKEND.snapshot(state, x, *affine) for state in (mean, matrices))
-        if self.track == "covariance":
-            covariance = BACKEND.kernels.to_accumulation_dtype(whitener)
-            kernels = BACKEND.kernels_for(covariance)
-            whitener = whitener_of(kernels, covariance, self.num_features, self._solver, self._shift)
-        return BACKEND.apply_frozen(1, x, mean, whitener, *affine)
+        mean, matrices = (BACKEND.snapshot(state, x, *affine) for state in (mean, matrices))
+        return BACKEND.apply_frozen(1, x, mean, self._whitener(matrices), *affine)
+
+    def _whitener(self, matrices: Tensor) -> Tensor:
+        """Return the whitener of tracked matrices, which are whiteners already unless the covariance is tracked."""
+        if self.track == "whitener":
+            return matrices
+        covariance = BACKEND.kernels.to_accumulation_dtype(matrices)
+        kernels = BACKEND.kernels_for(covariance)
+        whitener: Tensor = whitener_of(kernels, covariance, self.num_features, self._solver, self._shift)
+        return whitener
 
     @torch.no_grad()
     def _update_averages(self, stats: WhiteningStats, averages: tuple[Tensor, Tensor] | None) -> None:

@@ -155,18 +155,22 @@ class NormAct(nn.Sequential):
         Those of `norm`. timm's networks look for them here to initialize them.
     """
 
-    norm: IterNorm | GroupWhitening
+    norm: nn.Module
+    drop: nn.Module
+    act: nn.Module
 
-    def __init__(self, norm: IterNorm | GroupWhitening, drop: nn.Module, act: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, drop: nn.Module, act: nn.Module) -> None:
         super().__init__(OrderedDict(norm=norm, drop=drop, act=act))
 
     @property
     def weight(self) -> nn.Parameter | None:
-        return self.norm.weight
+        weight: nn.Parameter | None = self.norm.weight
+        return weight
 
     @property
     def bias(self) -> nn.Parameter | None:
-        return self.norm.bias
+        bias: nn.Parameter | None = self.norm.bias
+        return bias
 
 
 def _with_activation(
