@@ -1,4 +1,4 @@
-"""The layers work as `norm_layer=` of torchvision's and timm's networks, and with torch.fx as these use it."""
+"""The layers work in torchvision's and timm's networks: as `norm_layer=`, by `convert`, and with torch.fx."""
 
 import functools
 import importlib.util
@@ -13,7 +13,7 @@ if importlib.util.find_spec("torchvision") is None or importlib.util.find_spec("
 
 from torch import nn  # noqa: E402
 
-from polywhiten.torch import GroupWhitening, IterNorm, track  # noqa: E402
+from polywhiten.torch import GroupWhitening, IterNorm, convert, track  # noqa: E402
 from polywhiten.torch.norm_layers import GroupWhiteningLayer, NormAct, group_whitening_act, iter_norm_act  # noqa: E402
 
 try:
@@ -147,6 +147,84 @@ def test_timm_rejects_a_layer_without_activation_if_the_network_would_lose_its_o
 @pytest.mark.parametrize("norm_layer", [*WITHOUT_ACTIVATION.values(), *WITH_ACTIVATION.values()])
 def test_norm_layers_can_be_pickled_with_their_networks(norm_layer):
     assert repr(pickle.loads(pickle.dumps(norm_layer))) == repr(norm_layer)
+
+
+def evaluated(network):
+    """Return the network in evaluation mode, with nontrivial parameters and running averages."""
+    for module in network.modules():
+        if isinstance(module, THEIRS):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    with torch.no_grad():
+        for _ in range(3):
+            network.train()(torch.randn(8, 3, 32, 32))
+    return network.eval()
+
+
+def frozen_resnet():
+    network = small_resnet(torchvision.ops.FrozenBatchNorm2d)
+    for module in network.modules():
+        if isinstance(module, torchvision.ops.FrozenBatchNorm2d):
+            for buffer in (module.weight, module.bias, module.running_var):
+                buffer.uniform_(0.5, 2)
+    return network
+
+
+CONVERTED = {
+    "torchvision's ResNet": lambda: small_resnet(nn.BatchNorm2d),
+    "torchvision's frozen ResNet": frozen_resnet,
+    "torchvision's MobileNet": lambda: torchvision.models.MobileNetV2(width_mult=0.25),
+    "timm's ResNet": lambda: timm.create_model("test_resnet"),
+    **{f"timm's {name}": make for name, (make, _) in FAMILIES.items()},
+}
+
+
+@pytest.mark.parametrize("make", CONVERTED.values(), ids=CONVERTED)
+def test_a_converted_network_evaluates_as_before_and_trains(make):
+    """To IterNorm and back, with the activations of timm's layers."""
+    network, x = evaluated(make()), torch.randn(4, 3, 32, 32)
+    kinds = (*THEIRS, torchvision.ops.FrozenBatchNorm2d)
+    new, expected = convert(network, "iter_norm", group_size=8), network(x)
+    assert count(new, OURS) == count(network, kinds) > 0
+    assert not count(new, kinds)
+    tolerance = {"atol": 1e-5 * expected.abs().max().item(), "rtol": 0}
+    torch.testing.assert_close(new(x), expected, **tolerance)
+    torch.testing.assert_close(convert(new, "batch_norm")(x), expected, **tolerance)
+    check_training(new.train())
+
+
+def test_timm_layers_keep_their_activations():
+    network = timm.create_model("test_efficientnet")
+    new = convert(network, "group_whitening", num_groups=4)
+    for old, norm in zip(
+        (m for m in network.modules() if isinstance(m, THEIRS)),
+        (m for m in new.modules() if isinstance(m, NormAct)),
+        strict=True,
+    ):
+        assert (type(norm.act), type(norm.drop)) == (type(old.act), type(old.drop))
+    back = convert(new, "group_norm")
+    assert count(back, NormAct) == count(network, THEIRS)
+
+
+@pytest.mark.parametrize("make", [torchvision.models.resnet50, torchvision.models.resnext50_32x4d])
+def test_places_of_the_papers(make):
+    """IterNorm's authors replace the first layer or all, those of group whitening the middle one of every block."""
+    with torch.device("meta"):
+        network = make()
+    blocks = [f"layer{i}.{j}" for i, depth in enumerate((3, 4, 6, 3), 1) for j in range(depth)]
+    everywhere = {"bn1", *(f"{block}.bn{i}" for block in blocks for i in (1, 2, 3))}
+    everywhere |= {f"layer{i}.0.downsample.1" for i in (1, 2, 3, 4)}
+    places = {"all": everywhere, "first": {"bn1"}, "middle": {f"{block}.bn2" for block in blocks}}
+    for where, names in places.items():
+        new = convert(network, "group_whitening", where=where)
+        assert {name for name, module in new.named_modules() if isinstance(module, GroupWhitening)} == names
+
+
+def test_a_network_with_nothing_to_replace_says_so():
+    with torch.device("meta"):
+        network = torchvision.models.convnext_tiny()
+    with pytest.warns(UserWarning, match=r"no layer of ConvNeXt is replaced.* 18 LayerNorm, 5 LayerNorm2d"):
+        convert(network, "iter_norm")
 
 
 def test_tracking_measures_what_is_white_and_not_what_is_activated():

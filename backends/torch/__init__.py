@@ -1,11 +1,12 @@
-"""PyTorch: layers, tracking of them, and the functions of `polywhiten` as differentiable operations."""
+"""PyTorch: layers, what whole networks need, and the functions of `polywhiten` as differentiable operations."""
 
 import polywhiten
 from polywhiten import *  # noqa: F403
 from polywhiten.torch.backend import BACKEND
 from polywhiten.torch.modules import GroupWhitening, IterNorm
+from polywhiten.torch.networks.convert import convert
 from polywhiten.torch.processes import all_reduce
 from polywhiten.torch.tracking import track
 
-__all__ = ["BACKEND", "GroupWhitening", "IterNorm", "all_reduce", "track"]
+__all__ = ["BACKEND", "GroupWhitening", "IterNorm", "all_reduce", "convert", "track"]
 __all__ += polywhiten.__all__

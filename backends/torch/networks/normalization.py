@@ -52,6 +52,10 @@ class Normalization:
         Weight of the newest batch in the running averages; None for the plain average of all.
     num_groups : int or None
         Number of groups of normalization within samples.
+    dimensions : int
+        How many axes the input has beside samples and channels, 2 where the layer doesn't tell.
+    is_synchronized : bool
+        Whether several processes share their statistics.
     activation : tuple of Module
         The modules (drop, act) that the layer calls at its end; empty for most layers.
     """
@@ -64,6 +68,8 @@ class Normalization:
     averages: Averages | None = None
     momentum: float | None = 0.1
     num_groups: int | None = None
+    dimensions: int = 2
+    is_synchronized: bool = False
     activation: tuple[nn.Module, ...] = ()
 
 
@@ -80,20 +86,25 @@ def normalization_layers(network: nn.Module, name: str = "") -> Iterator[tuple[s
             yield from normalization_layers(child, f"{name}.{child_name}" if name else child_name)
 
 
+def check_initialized(network: nn.Module) -> None:
+    """Raise a ValueError if a lazy layer of a network doesn't have its parameters yet."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise ValueError(
+                f"layer {name!r} is a {_class_name(module)} without parameters yet: call the network once first"
+            )
+
+
 def read_normalization(layer: nn.Module, name: str) -> Normalization:
     """Return what a layer computes; `name` is the layer's name in its network, for error messages.
 
     Raises
     ------
     ValueError
-        The layer's parameters don't exist yet, or are computed from others.
+        The layer's parameters are computed from others.
     """
     read = _reader(layer)
     assert read is not None, "only layers that normalization_layers yields"
-    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
-        raise ValueError(
-            f"layer {name!r} is a {_class_name(layer)} without parameters yet: call the network once first"
-        )
     if parametrize.is_parametrized(layer):
         raise ValueError(
             f"layer {name!r} has parametrizations, which another layer can't take over: remove them first, with "
@@ -137,7 +148,9 @@ def _read_batch_norm(layer: Any) -> Normalization:
         layer.weight,
         layer.bias,
         averages,
-        getattr(layer, "momentum", 0.1),
+        getattr(layer, "momentum", 0.1),  # a frozen layer has none
+        is_synchronized=isinstance(layer, nn.SyncBatchNorm),
+        dimensions={nn.BatchNorm1d: 1, nn.BatchNorm3d: 3}.get(type(layer), 2),
         activation=(layer.drop, layer.act) if hasattr(layer, "act") else (),
     )
 
