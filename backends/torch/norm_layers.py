@@ -164,13 +164,11 @@ class NormAct(nn.Sequential):
 
     @property
     def weight(self) -> nn.Parameter | None:
-        weight: nn.Parameter | None = self.norm.weight
-        return weight
+        return dict(self.norm.named_parameters(recurse=False)).get("weight")
 
     @property
     def bias(self) -> nn.Parameter | None:
-        bias: nn.Parameter | None = self.norm.bias
-        return bias
+        return dict(self.norm.named_parameters(recurse=False)).get("bias")
 
 
 def _with_activation(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils import parametrize
 
 from polywhiten.torch.modules import GroupWhitening, IterNorm
@@ -89,7 +90,8 @@ def normalization_layers(network: nn.Module, name: str = "") -> Iterator[tuple[s
 def check_initialized(network: nn.Module) -> None:
     """Raise a ValueError if a lazy layer of a network doesn't have its parameters yet."""
     for name, module in network.named_modules():
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        tensors = *module.parameters(recurse=False), *module.buffers(recurse=False)
+        if any(isinstance(tensor, UninitializedBuffer | UninitializedParameter) for tensor in tensors):
             raise ValueError(
                 f"layer {name!r} is a {_class_name(module)} without parameters yet: call the network once first"
             )
@@ -123,7 +125,7 @@ def describe(layer: nn.Module) -> str:
     return f"{_class_name(layer)}({', '.join([str(_channels(layer)), *groups])})"
 
 
-def _class_name(module: nn.Module) -> str:
+def _class_name(module: object) -> str:
     return type(module).__name__
 
 

@@ -72,7 +72,7 @@ def make_replacement(
     shapes : collection of shapes
         The inputs (N, C, ...) that the layer gets in the network, as far as they are known.
     """
-    wanted = _inherited(old, to) | arguments
+    wanted = {**_inherited(old, to), **arguments}
     values = wanted | _feasible(old.channels, to, wanted, shapes)
     if to == BATCH_NORM:
         dimensions = [max(1, len(shape) - 2) for shape in shapes]  # rows (N, C) have BatchNorm1d, as sequences do
@@ -113,7 +113,8 @@ def _feasible(channels: int, to: str, wanted: Mapping[str, Any], shapes: Collect
 
 def _new_layer(old: Normalization, to: str, values: Mapping[str, Any]) -> nn.Module:
     """Return a layer with the old one's channels, dtype and device, and with these arguments."""
-    tensors = [t for t in (old.weight, old.bias, old.averages and old.averages.mean) if t is not None]
+    mean = None if old.averages is None else old.averages.mean
+    tensors = [tensor for tensor in (old.weight, old.bias, mean) if tensor is not None]
     arguments: dict[str, Any] = {"affine": old.weight is not None or old.bias is not None, **values}
     if tensors:
         arguments |= {"device": tensors[0].device, "dtype": tensors[0].dtype}
@@ -125,8 +126,9 @@ def _new_layer(old: Normalization, to: str, values: Mapping[str, Any]) -> nn.Mod
 def _take_affine(layer: nn.Module, old: Normalization) -> None:
     """Give the new layer the old one's parameters themselves, so that optimizers and tied weights keep working."""
     for name, value in (("weight", old.weight), ("bias", old.bias)):
-        is_frozen = value is not None and not isinstance(value, nn.Parameter)
-        setattr(layer, name, nn.Parameter(value.clone(), requires_grad=False) if is_frozen else value)
+        if value is not None and not isinstance(value, nn.Parameter):  # the buffer of a frozen layer
+            value = nn.Parameter(value.clone(), requires_grad=False)
+        setattr(layer, name, value)
 
 
 @torch.no_grad()
@@ -141,11 +143,12 @@ def _take_averages(layer: Any, averages: Averages, eps: float) -> None:
         variance = (inverse @ inverse).diagonal(dim1=1, dim2=2).flatten()[:channels] - eps
         layer.running_var.copy_(variance.clamp(min=0))
         return
-    deviations = averages.whitener.flatten()  # of batch normalization, whose blocks are single channels
-    matrices = layer.running_whitener if layer.track == "whitener" else layer.running_covariance
-    diagonal = torch.ones(matrices.shape[:2], dtype=torch.float64, device=matrices.device).flatten()
-    diagonal[:channels] = deviations if layer.track == "whitener" else deviations**-2 - eps
-    matrices.copy_(torch.diag_embed(diagonal.view(matrices.shape[:2])))
+    scales = averages.whitener.flatten()  # of batch normalization, whose blocks are single channels
+    tracked = scales if layer.track == "whitener" else scales**-2 - eps
+    matrices: Tensor = getattr(layer, f"running_{layer.track}")
+    groups, d, _ = matrices.shape
+    padded = torch.cat([tracked, tracked.new_ones(groups * d - channels)])
+    matrices.copy_(torch.diag_embed(padded.view(groups, d)))
 
 
 def _losses(old: Normalization, layer: nn.Module) -> list[str]:
@@ -169,8 +172,6 @@ def _losses(old: Normalization, layer: nn.Module) -> list[str]:
 
 def _is_diagonal(matrices: Tensor) -> bool:
     """Return whether all matrices are diagonal, as far as that is known: meta tensors have no values."""
-    return (
-        matrices.shape[-1] == 1
-        or not matrices.is_meta
-        and torch.equal(matrices, torch.diag_embed(matrices.diagonal(dim1=1, dim2=2)))
-    )
+    if matrices.shape[-1] == 1:
+        return True
+    return not matrices.is_meta and torch.equal(matrices, torch.diag_embed(matrices.diagonal(dim1=1, dim2=2)))
