@@ -193,6 +193,12 @@ def test_a_converted_network_evaluates_as_before_and_trains(make):
     check_training(new.train())
 
 
+def test_frozen_layers_stay_without_gradients():
+    new, report = convert(frozen_resnet(), "iter_norm", return_report=True)
+    assert not any(p.requires_grad for module in new.modules() if isinstance(module, OURS) for p in module.parameters())
+    assert {change.note for change in report} == {"weight and bias stay without gradients"}
+
+
 def test_timm_layers_keep_their_activations():
     network = timm.create_model("test_efficientnet")
     new = convert(network, "group_whitening", num_groups=4)
