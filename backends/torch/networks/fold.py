@@ -1,0 +1,211 @@
+"""Fold the normalization layers of a network into its convolutions and linear layers, for evaluation."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Literal, overload
+
+import torch
+from torch import nn
+
+from polywhiten import checks
+from polywhiten.conversion import Change, Report
+from polywhiten.torch.networks.affine import AffineMap
+from polywhiten.torch.networks.channel_map import ChannelMap, RowsOnly
+from polywhiten.torch.networks.convert import replace_module
+from polywhiten.torch.networks.fold_plan import Foldable, FoldPlan, peculiarity
+from polywhiten.torch.networks.graph import traces
+from polywhiten.torch.networks.normalization import (
+    GROUP_NORM,
+    GROUP_WHITENING,
+    ITER_NORM,
+    Normalization,
+    check_initialized,
+    describe,
+    normalization_layers,
+    read_normalization,
+)
+from polywhiten.torch.norm_layers import NormAct
+
+
+@overload
+def fold(model: nn.Module, *, inplace: bool = False, return_report: Literal[True]) -> tuple[nn.Module, Report]: ...
+
+
+@overload
+def fold(model: nn.Module, *, inplace: bool = False, return_report: Literal[False] = False) -> nn.Module: ...
+
+
+def fold(
+    model: nn.Module, *, inplace: bool = False, return_report: bool = False
+) -> nn.Module | tuple[nn.Module, Report]:
+    """Fold the normalization layers of a network into other layers, for evaluation.
+
+    In evaluation, `IterNorm` and batch normalization are affine maps of the channels. Such a map becomes part of the
+    convolution or linear layer before it. Where this isn't possible, it becomes part of the one after it, or else
+    `IterNorm` becomes a 1 x 1 convolution of its own, and batch normalization is left as it is, which takes less time.
+    The network has the same outputs as before, up to rounding.
+
+    Parameters
+    ----------
+    model : Module
+        The network, in evaluation mode. Its layers `IterNorm`, `BatchNorm1d`, `BatchNorm2d`, `BatchNorm3d` and
+        `SyncBatchNorm`, torchvision's `FrozenBatchNorm2d` and timm's `BatchNormAct2d` are folded, if they have running
+        averages. Layers that normalize each sample by itself, such as `GroupWhitening`, are left.
+    inplace : bool
+        Whether to change the model itself, not a copy of it.
+    return_report : bool
+        Whether to return also a report of where each layer went, and why. `print(report)` shows it as a table.
+
+    Returns
+    -------
+    Module, or tuple of Module and Report
+        The model, or a copy, with other weights and with `torch.nn.Identity` in the places of folded layers. Layers
+        with an activation leave a `NormAct` with the activation. If the model is itself a normalization layer, this is
+        what replaces it.
+
+    Raises
+    ------
+    ValueError
+        A layer is in training mode, has no values yet, or has only one of its two running averages. The model is as it
+        was.
+    TypeError
+        The model isn't a module or is compiled by TorchScript.
+
+    Warns
+    -----
+    UserWarning
+        There is nothing to fold.
+
+    Notes
+    -----
+    `torch.fx` finds out which layer comes after which, but the network keeps its own class and code. If code can't be
+    traced, each part of the network that can be is traced by itself. This assumes that the code calls these parts as a
+    whole, and doesn't, for example, use only the first layers of an `nn.Sequential`.
+
+    A layer is folded only where that is exact:
+
+    - The two layers are next to each other, and nothing else uses what is between them.
+    - Each is called once, has one name in the network, and has neither hooks nor parametrizations.
+    - The other layer's class is one of PyTorch's, or a subclass that has its `forward`.
+    - A grouped convolution's groups have all channels that are whitened together. Groups of single channels, as in
+      depthwise convolutions, take diagonal maps.
+    - A convolution after the layer has no padding with zeros, unless the map has no offset.
+
+    In place of a layer that is folded into a linear layer, there is a module that accepts only inputs (N, C).
+
+    The new weights are computed in float64, are new parameters, and have the dtype, device, memory format and
+    `requires_grad` of the old ones. Layers get a bias if they have none. Folded networks aren't for further training.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from polywhiten.torch import IterNorm, fold
+    >>> network = nn.Sequential(nn.Conv2d(3, 16, 3), IterNorm(16), nn.ReLU(), IterNorm(16))
+    >>> x = torch.randn(8, 3, 32, 32)
+    >>> y = network(x)  # a training step, which updates the running averages
+    >>> folded, report = fold(network.eval(), return_report=True)
+    >>> print(report)
+    layer  before                       after              note
+    -----  ---------------------------  -----------------  --------------------------------------------
+    1      IterNorm(16, group_size=64)  folded into 0
+    3      IterNorm(16, group_size=64)  1 x 1 convolution  no convolution or linear layer is next to it
+    >>> torch.allclose(folded(x), network(x), atol=1e-5)
+    True
+    """
+    _check_model(model)
+    if not inplace:
+        model = copy.deepcopy(model)
+    layers = dict(normalization_layers(model))
+    read = {layer: _read(name, layer) for name, layer in layers.items()}
+    affine = {layer: old for layer, old in read.items() if isinstance(old, Normalization)}
+    plan = FoldPlan(model, {layer: _foldable(old) for layer, old in affine.items()})
+    for trace in traces(model, set(layers.values())):
+        plan.add(trace)
+    replaced = {layer: place for layer, old in affine.items() if (place := _place(layer, old, plan)) is not None}
+    report = Report(_change(name, layer, read[layer], replaced, plan) for name, layer in layers.items())
+    parameters = {host: weights.parameters_for(host) for host, weights in plan.weights.items()}
+    _take_notice(model, report)
+    for host, (weight, bias) in parameters.items():
+        host.weight, host.bias = weight, bias
+    for name, layer in layers.items():
+        if layer in replaced:
+            model = replace_module(model, name, replaced[layer])
+    return (model, report) if return_report else model
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise checks.wrong_type(model, "model", "a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is compiled by TorchScript, so its layers can't be folded: fold it before")
+    check_initialized(model)
+
+
+def _read(name: str, layer: nn.Module) -> Normalization | str:
+    """Return what a layer computes, or why it can't be folded."""
+    norm = layer.norm if isinstance(layer, NormAct) else layer
+    if found := peculiarity(layer) or peculiarity(norm):
+        return f"it {found}"
+    old = read_normalization(layer, name)
+    if old.kind in (GROUP_NORM, GROUP_WHITENING):
+        return "it normalizes each sample by itself"
+    if old.averages is None:
+        return "it has no running averages"
+    if norm.training:
+        raise ValueError(
+            f"layer {name!r}, {describe(layer)}, is in training mode, where it doesn't use its running averages: call "
+            "model.eval() first"
+        )
+    if old.averages.mean.is_meta:
+        raise ValueError(f"layer {name!r}, {describe(layer)}, is on the meta device, so it has no values to fold")
+    return old
+
+
+def _foldable(old: Normalization) -> Foldable:
+    assert old.averages is not None
+    return Foldable(AffineMap.of(old, old.averages), any(type(module) is not nn.Identity for module in old.activation))
+
+
+def _place(layer: nn.Module, old: Normalization, plan: FoldPlan) -> nn.Module | None:
+    """Return what takes the place of a layer, in its mode and with its activation; None if the layer stays."""
+    place: nn.Module
+    if layer in plan.hosts:
+        place = RowsOnly() if isinstance(plan.hosts[layer], nn.Linear) else nn.Identity()
+    elif old.kind == ITER_NORM:
+        assert old.averages is not None
+        affine = plan.layers[layer].map
+        place = ChannelMap(affine.grouped().to(old.averages.mean), affine.offset.to(old.averages.mean))
+        place.requires_grad_(any(parameter.requires_grad for parameter in layer.parameters()))
+    else:
+        return None
+    place.eval()
+    if old.activation:
+        place = NormAct(place, *old.activation)
+        place.training = layer.training
+    return place
+
+
+def _change(
+    name: str, layer: nn.Module, read: Normalization | str, replaced: Mapping[nn.Module, nn.Module], plan: FoldPlan
+) -> Change:
+    before = describe(layer)
+    if isinstance(read, str):
+        return Change(name, before, "", read)
+    if layer in plan.hosts:
+        return Change(name, before, f"folded into {plan.name(plan.hosts[layer])}")
+    note = plan.objections.get(layer, "torch.fx can't trace the code that calls it")
+    return Change(name, before, "1 x 1 convolution" if layer in replaced else "", note)
+
+
+def _take_notice(model: nn.Module, report: Report) -> None:
+    """Warn if nothing was folded, and say why."""
+    if report.replaced:
+        return
+    reasons = "; ".join(f"{change.name or type(model).__name__}: {change.note}" for change in report)
+    warnings.warn(
+        f"fold leaves {type(model).__name__} as it is: " + (reasons or "it has no layers that fold knows"), stacklevel=3
+    )
