@@ -13,7 +13,7 @@ from polywhiten.blocks import divisors
 from polywhiten.torch.networks.normalization import Averages, Normalization
 
 TRANSPOSED = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
-CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED
+LINEAR_LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class LinearWeights:
 
     @classmethod
     def of(cls, layer: Any) -> Self:
-        """Return the weights of `nn.Linear` or one of `CONVOLUTIONS`; no bias is a bias of 0."""
+        """Return the weights of one of `LINEAR_LAYERS`; no bias is a bias of 0."""
         groups = getattr(layer, "groups", 1)
         weight = _exact(layer.weight)
         weight = weight.unsqueeze(-1) if weight.ndim == 2 else weight.flatten(2)
@@ -139,7 +139,8 @@ class LinearWeights:
 
 def _swapped(weight: Tensor, groups: int) -> Tensor:
     """Return weights (outputs, inputs per group, positions) as (inputs, outputs per group, positions), or back."""
-    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    grouped: Tensor = weight.unflatten(0, (groups, -1))
+    return grouped.transpose(1, 2).flatten(0, 1)
 
 
 def _exact(tensor: Tensor) -> Tensor:

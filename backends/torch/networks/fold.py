@@ -197,7 +197,7 @@ def _change(
         return Change(name, before, "", read)
     if layer in plan.hosts:
         return Change(name, before, f"folded into {plan.name(plan.hosts[layer])}")
-    note = plan.objections.get(layer, "torch.fx can't trace the code that calls it")
+    note = plan.objections.get(layer, "no code that torch.fx can trace calls it" if name else "it is the whole model")
     return Change(name, before, "1 x 1 convolution" if layer in replaced else "", note)
 
 

@@ -9,10 +9,9 @@ from torch import nn
 from torch.fx import Node
 from torch.nn.utils import parametrize
 
-from polywhiten.torch.networks.affine import CONVOLUTIONS, TRANSPOSED, AffineMap, LinearWeights
+from polywhiten.torch.networks.affine import LINEAR_LAYERS, TRANSPOSED, AffineMap, LinearWeights
 from polywhiten.torch.networks.graph import Trace
 
-HOSTS = nn.Linear, *CONVOLUTIONS
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 _METHODS = "forward", "_conv_forward"
 
@@ -102,23 +101,24 @@ class FoldPlan:
         self, trace: Trace, layer: nn.Module, host: nn.Module | None, objection: str, *, is_before: bool
     ) -> str:
         """Fold a layer into a host, which may be no suitable one, and return what forbids it."""
-        if host is None or not isinstance(host, HOSTS):
+        if host is None or not isinstance(host, LINEAR_LAYERS):
             return ""
-        described = f"{self.name(host)} {'before' if is_before else 'after'} it: "
+        described = f"{self.name(host)} {'before' if is_before else 'after'} it "
         objection = objection or self._use_objection(trace, host) or _class_objection(host)
         if objection:
             return described + objection
         affine, weights = self.layers[layer].map, self.weights.get(host) or LinearWeights.of(host)
         channels = weights.outputs if is_before else weights.inputs
         if channels != affine.channels:
-            return described + f"it has {channels} channels"
-        if not affine.stays_within(channels // weights.groups):
-            return described + f"its groups have {channels // weights.groups} channels"
+            return described + f"has {channels} channels"
+        size = channels // weights.groups
+        if not affine.stays_within(size):
+            return described + f"has groups of {size} channel{'s' * (size > 1)}, of which this layer mixes several"
         if not is_before and affine.offset.any() and _adds_zeros(host):
-            return described + "its padding would have to change"
+            return described + "pads its input with zeros, which would have to change"
         weights = weights.then(affine) if is_before else weights.after(affine)
         if not weights.fits(host.weight.dtype):
-            return described + f"its weights would not be finite in {host.weight.dtype}"
+            return described + f"would get weights that are not finite in {host.weight.dtype}"
         self.hosts[layer], self.weights[host] = host, weights
         return ""
 
@@ -130,9 +130,9 @@ class FoldPlan:
 
 def _class_objection(host: nn.Module) -> str:
     """Return why a layer may compute something else than its class in `torch.nn`; "" if it doesn't."""
-    base: Any = next(cls for cls in HOSTS if isinstance(host, cls))
+    base: Any = next(cls for cls in LINEAR_LAYERS if isinstance(host, cls))
     overridden = any(getattr(type(host), method, None) is not getattr(base, method, None) for method in _METHODS)
-    return f"{type(host).__name__} has a forward of its own" if overridden else peculiarity(host)
+    return f"has a class, {type(host).__name__}, with a forward of its own" if overridden else peculiarity(host)
 
 
 def _adds_zeros(host: Any) -> bool:

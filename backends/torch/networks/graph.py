@@ -9,8 +9,13 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph, Node, Tracer
 
+from polywhiten.torch.networks.affine import LINEAR_LAYERS
+
 Neighbour = tuple[nn.Module | None, str]
-"""The module that is called before or after a node, and why they can't become one operation: often ""."""
+"""The module called before or after a node, and what keeps the two from becoming one, such as "does not follow at once".
+
+The latter is often "".
+"""
 
 
 class Trace:
@@ -43,7 +48,7 @@ class Trace:
                 return None, ""
             (node,) = node.all_input_nodes
             if len(node.users) > 1:
-                objection = "its output has other uses, too"
+                objection = "has an output that is used elsewhere, too"
             module = self.calls.get(node)
             if module is None or not passes(module):
                 return module, objection
@@ -59,9 +64,9 @@ class Trace:
                 return None, ""
             (user,) = node.users
             if user is not node.next:
-                objection = "other operations come between"
+                objection = "does not follow at once"
             if len(user.args) + len(user.kwargs) != 1:
-                objection = "it is called with more arguments"
+                objection = "is called with more arguments"
             node = user
             module = self.calls.get(node)
             if module is None or not passes(module):
@@ -103,7 +108,7 @@ def traces(root: nn.Module, layers: Collection[nn.Module]) -> Iterator[Trace]:
 
 
 class _Tracer(Tracer):
-    """Record layers, PyTorch's modules, and modules that can't be traced, as one call each."""
+    """Record layers, convolutions, PyTorch's other modules, and modules that can't be traced, as one call each."""
 
     def __init__(self, layers: Collection[nn.Module]) -> None:
         super().__init__()
@@ -111,7 +116,7 @@ class _Tracer(Tracer):
         self.untraced: list[nn.Module] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if m in self._layers:
+        if m in self._layers or isinstance(m, LINEAR_LAYERS):
             return True
         return super().is_leaf_module(m, module_qualified_name) and not _contains(m, self._layers)
 
