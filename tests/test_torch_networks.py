@@ -1,4 +1,4 @@
-"""The layers work in torchvision's and timm's networks: as `norm_layer=`, by `convert`, and with torch.fx."""
+"""The layers work in torchvision's and timm's networks: as `norm_layer=`, with `convert`, `fold` and torch.fx."""
 
 import functools
 import importlib.util
@@ -13,7 +13,7 @@ if importlib.util.find_spec("torchvision") is None or importlib.util.find_spec("
 
 from torch import nn  # noqa: E402
 
-from polywhiten.torch import GroupWhitening, IterNorm, convert, track  # noqa: E402
+from polywhiten.torch import GroupWhitening, IterNorm, convert, fold, track  # noqa: E402
 from polywhiten.torch.norm_layers import GroupWhiteningLayer, NormAct, group_whitening_act, iter_norm_act  # noqa: E402
 
 try:
@@ -152,7 +152,7 @@ def test_norm_layers_can_be_pickled_with_their_networks(norm_layer):
 def evaluated(network):
     """Return the network in evaluation mode, with nontrivial parameters and running averages."""
     for module in network.modules():
-        if isinstance(module, THEIRS):
+        if isinstance(module, (*THEIRS, *OURS)):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
     with torch.no_grad():
@@ -168,6 +168,16 @@ def frozen_resnet():
             for buffer in (module.weight, module.bias, module.running_var):
                 buffer.uniform_(0.5, 2)
     return network
+
+
+def small_resnext():
+    block = torchvision.models.resnet.Bottleneck
+    return torchvision.models.ResNet(block, [1, 1, 1, 1], 10, groups=32, width_per_group=4)
+
+
+def small_efficientnet():
+    blocks = [torchvision.models.efficientnet.MBConvConfig(4, 3, stride, 16, 16, 1) for stride in (1, 2)]
+    return torchvision.models.EfficientNet(blocks, 0.2, num_classes=10)
 
 
 CONVERTED = {
@@ -197,6 +207,38 @@ def test_frozen_layers_stay_without_gradients():
     new, report = convert(frozen_resnet(), "iter_norm", return_report=True)
     assert not any(p.requires_grad for module in new.modules() if isinstance(module, OURS) for p in module.parameters())
     assert {change.note for change in report} == {"weight and bias stay without gradients"}
+
+
+# How many layers aren't folded: of IterNorm those behind small groups, of both those behind activations or timm's
+# own convolutions.
+FOLDED = {
+    "torchvision's ResNet": (lambda: small_resnet(nn.BatchNorm2d), 0, 0),
+    "torchvision's frozen ResNet": (frozen_resnet, 0, 0),
+    "torchvision's ResNeXt": (small_resnext, 1, 0),
+    "torchvision's MobileNetV2": (lambda: torchvision.models.MobileNetV2(width_mult=0.25), 17, 0),
+    "torchvision's MobileNetV3": (lambda: torchvision.models.mobilenet_v3_small(width_mult=0.25), 11, 0),
+    "torchvision's EfficientNet": (small_efficientnet, 2, 0),
+    "torchvision's DenseNet": (lambda: torchvision.models.DenseNet(8, (2, 2), 16), 6, 6),
+    "timm's ResNet": (lambda: timm.create_model("test_resnet"), 0, 0),
+    "timm's EfficientNet": (lambda: timm.create_model("test_efficientnet"), 2, 0),
+    "timm's EfficientNet, padded by code": (lambda: timm.create_model("test_efficientnet", pad_type="same"), 5, 5),
+    "timm's DenseNet": (FAMILIES["DenseNet"][0], 6, 6),
+}
+
+
+@pytest.mark.parametrize("kind", ["iter_norm", "batch_norm"])
+@pytest.mark.parametrize(("make", "whitening", "normalizing"), FOLDED.values(), ids=FOLDED)
+def test_a_folded_network_evaluates_as_before(make, whitening, normalizing, kind):
+    network, x = make(), torch.randn(4, 3, 64, 64)
+    network = evaluated(convert(network, kind, group_size=8) if kind == "iter_norm" else network)
+    expected = network(x)
+    folded, report = fold(network, return_report=True)
+    torch.testing.assert_close(folded(x), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    others = [change for change in report if not change.after.startswith("folded into")]
+    assert len(others) == (whitening if kind == "iter_norm" else normalizing)
+    assert all(change.note for change in others)
+    assert count(folded, OURS) == 0
+    assert count(folded, THEIRS) == (0 if kind == "iter_norm" else normalizing)
 
 
 def test_timm_layers_keep_their_activations():

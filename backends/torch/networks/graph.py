@@ -12,10 +12,7 @@ from torch.fx import Graph, Node, Tracer
 from polywhiten.torch.networks.affine import LINEAR_LAYERS
 
 Neighbour = tuple[nn.Module | None, str]
-"""The module called before or after a node, and what keeps the two from becoming one, such as "does not follow at once".
-
-The latter is often "".
-"""
+"""The module called before or after a node, and what keeps the two from becoming one, often nothing ("")."""
 
 
 class Trace:
