@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import TRACKED, WhiteningStats, whitener_of
 from polywhiten.torch.averages import RunningAverages, update_averages
 from polywhiten.torch.backend import BACKEND
+from polywhiten.torch.checkpoints import AveragesWanted, convert_averages
 from polywhiten.torch.whitening_layer import WhiteningLayer
 
 ON_NONFINITE = ("skip", "raise")
@@ -95,6 +98,13 @@ class IterNorm(WhiteningLayer):
     Each process computes its own statistics; `polywhiten.iter_norm` shares them between processes with
     `all_reduce=polywhiten.torch.all_reduce()`. Tools that detect batch normalization by its class, such as
     `torch.optim.swa_utils.update_bn`, do not recognize this layer.
+
+    `load_state_dict` also accepts checkpoints of other layers, for a whole network or for one layer. Those of batch
+    normalization become averages with which the output in evaluation is that of batch normalization if `eps` is the
+    same; with `track="covariance"`, this needs `method="eigh"`. From those of the authors' PyTorch layers for
+    IterNorm and decorrelated batch normalization, it takes the averages if `group_size` is the same. Their files don't
+    tell whether whiteners or covariances were averaged: use `track="covariance"` for those of their classes `DBN2` and
+    `IterNormSigma`. The number of batches becomes 0 if the checkpoint has none.
 
     ONNX has no eigendecomposition, so `torch.onnx.export` replaces "eigh" by Newton's iteration with enough steps to be
     as exact. It can't do so for a module that `torch.export` has already converted.
@@ -217,6 +227,13 @@ class IterNorm(WhiteningLayer):
             raise ValueError(f"{missing} is None and {other} isn't: set both to None to whiten every batch by itself")
         return None
 
+    def _from_checkpoint(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        own = super()._from_checkpoint(entries)
+        if self.running_mean is None or getattr(self, self._matrices) is None:
+            return own
+        arguments = self.num_features, self.group_size, self.track, self.method, self.eps, self.relative_eps
+        return convert_averages(own, AveragesWanted(*arguments))
+
     def evaluation_statistics(self) -> tuple[Tensor, Tensor] | None:
         """Return the mean, shape (C,), and the whitener, (groups, d, d), by which an evaluation whitens its input.
 
@@ -316,7 +333,8 @@ class GroupWhitening(WhiteningLayer):
     Notes
     -----
     For half precision, statistics are computed in float32, also under autocast; the output has the dtype and memory
-    format of the input. "eigh" is exported to ONNX as with `IterNorm`.
+    format of the input. "eigh" is exported to ONNX as with `IterNorm`. `load_state_dict` accepts checkpoints of group
+    normalization and of the authors' group whitening, which adds no `eps` in its iterative version.
 
     References
     ----------

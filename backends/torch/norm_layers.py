@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from torch import nn
@@ -153,6 +153,11 @@ class NormAct(nn.Sequential):
     ----------
     weight, bias : Parameter or None
         Those of `norm`. timm's networks look for them here to initialize them.
+
+    Notes
+    -----
+    `load_state_dict` also accepts checkpoints of layers that are both normalization and activation, as timm's
+    `BatchNormAct2d` is: what they have becomes that of `norm`.
     """
 
     norm: nn.Module
@@ -169,6 +174,14 @@ class NormAct(nn.Sequential):
     @property
     def bias(self) -> nn.Parameter | None:
         return dict(self.norm.named_parameters(recurse=False)).get("bias")
+
+    def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any) -> None:
+        """Move entries of this layer in the state_dict, which PyTorch has copied, to `norm`, which loads them next."""
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            name = key.removeprefix(prefix)
+            if name.split(".")[0] not in self._modules and f"{prefix}norm.{name}" not in state_dict:
+                state_dict[f"{prefix}norm.{name}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _with_activation(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from polywhiten.layer_entry import whiten_nothing
 from polywhiten.notices import Framework, Notice
 from polywhiten.solvers import regularized_solver
 from polywhiten.torch.backend import BACKEND
+from polywhiten.torch.checkpoints import flatten_affine
 from polywhiten.torch.leaf import LeafModule
 
 
@@ -66,6 +67,31 @@ class WhiteningLayer(LeafModule):
             nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: MutableMapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load the layer's entries of a checkpoint, or of one by another layer that computes the same in evaluation."""
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        try:
+            converted = {prefix + name: value for name, value in self._from_checkpoint(own).items()}
+        except ValueError as error:
+            error_msgs.append(f"layer {prefix[:-1]!r}: {error}" if prefix else str(error))
+            return
+        super()._load_from_state_dict(
+            converted, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _from_checkpoint(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a checkpoint's entries for this layer, by their names in it, as the layer's own state."""
+        return flatten_affine(entries)
 
     def _check_input(self, x: Tensor) -> None:
         """Raise an error if x is no floating-point tensor with this layer's number of channels."""
