@@ -90,6 +90,14 @@ class TorchKernels(Kernels):
     moments = full_precision(Kernels.moments)
     cross_moments = full_precision(Kernels.cross_moments)
 
+    def is_wide(self, x: Tensor) -> bool:
+        """Return whether one product for each of (p, q) is efficient; an exported graph has it for all sizes.
+
+        Otherwise `torch.export` would fix the answer for the example's sizes, and reject inputs with another answer.
+        """
+        is_symbol = torch.compiler.is_exporting() and type(x.shape[3]) is not int
+        return is_symbol or super().is_wide(x)
+
     @full_precision
     def affine_map(
         self,
