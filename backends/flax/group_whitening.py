@@ -175,8 +175,10 @@ class GroupWhitening(WhiteningLayer):
         self._check_input(x, x.ndim - 1)
         keep = None if mask is None else _as_samples(kept_positions(mask, x, x.ndim - 1), batch_axes)
         samples = _as_samples(x, batch_axes)
+        y: Array
         if 0 in x.shape:
-            return whiten_nothing(BACKEND, x, scale, bias, x.ndim - 1)
+            y = whiten_nothing(BACKEND, x, scale, bias, x.ndim - 1)
+            return y
         positions = samples.shape[1:-1]
         count = self._joined(math.prod(positions))
         checks.check_sample_count([count, self.group_size], x.shape, "values a group", "use fewer groups")
@@ -214,7 +216,7 @@ class GroupWhitening(WhiteningLayer):
         """
         groups = ChannelGroups(1, self.num_groups)
         spec = WhiteningSpec(groups, *self._solver(), self._all_reduce)
-        full = BACKEND.kernels.to_accumulation_dtype(x)
+        full: Array = BACKEND.kernels.to_accumulation_dtype(x)
         split = full.reshape(x.shape[0], -1, self.num_groups, self.group_size)
         kept = jnp.broadcast_to(keep.reshape(x.shape[0], -1, 1), (*split.shape[:2], self.group_size))
         whiten = partial(whiten_masked, BACKEND, spec, weight=None, bias=None)
@@ -225,13 +227,13 @@ class GroupWhitening(WhiteningLayer):
 
 
 def _number_of_groups(num_features: int, num_groups: int | None, group_size: int | None) -> int:
-    if (num_groups is None) == (group_size is None):
-        raise ValueError(
-            f"num_groups={num_groups} and group_size={group_size}: one of them is needed, and None for the other"
-        )
-    if num_groups is not None:
+    if num_groups is not None and group_size is None:
         return checks.check_num_groups(num_groups, num_features)
-    return num_features // checks.check_num_groups(group_size, num_features, "group_size")
+    if group_size is not None and num_groups is None:
+        return num_features // checks.check_num_groups(group_size, num_features, "group_size")
+    raise ValueError(
+        f"num_groups={num_groups} and group_size={group_size}: one of them is needed, and None for the other"
+    )
 
 
 def _as_samples(x: Array, batch_axes: tuple[int, ...]) -> Array:

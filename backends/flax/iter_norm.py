@@ -220,8 +220,10 @@ class IterNorm(WhiteningLayer):
         keep = None if mask is None else kept_positions(mask, x, axis).squeeze(axis)
         if use_running_average:
             return self._frozen(axis, x, mean, matrices, scale, bias)
-        if 0 in x.shape and self.axis_name is None:  # else this device still takes part in the exchange
-            return whiten_nothing(BACKEND, x, scale, bias, axis)
+        y: Array
+        if 0 in x.shape:
+            y = whiten_nothing(BACKEND, x, scale, bias, axis)
+            return y
         spec = WhiteningSpec(ChannelGroups(axis, self.group_size), *self._solver(), self._all_reduce)
         if keep is None:
             y, stats = BACKEND.whiten_with_statistics(spec, x, scale, bias)

@@ -79,7 +79,8 @@ class WhiteningLayer(nnx.Module):  # type: ignore[misc]  # type checkers skip Fl
         return regularized_solver(self.method, self.iterations, self.epsilon, self.relative_epsilon)
 
     def _affine(self) -> tuple[Array | None, Array | None]:
-        return tuple(None if parameter is None else parameter[...] for parameter in (self.scale, self.bias))
+        scale, bias = (None if parameter is None else parameter[...] for parameter in (self.scale, self.bias))
+        return scale, bias
 
     def _check_input(self, x: Array, axis: int) -> None:
         checks.check_array(BACKEND.kernels.xp, x)
