@@ -216,11 +216,10 @@ class GroupWhitening(WhiteningLayer):
         """
         groups = ChannelGroups(1, self.num_groups)
         spec = WhiteningSpec(groups, *self._solver(), self._all_reduce)
-        full: Array = BACKEND.kernels.to_accumulation_dtype(x)
-        split = full.reshape(x.shape[0], -1, self.num_groups, self.group_size)
+        split = BACKEND.kernels.to_accumulation_dtype(x).reshape(x.shape[0], -1, self.num_groups, self.group_size)
         kept = jnp.broadcast_to(keep.reshape(x.shape[0], -1, 1), (*split.shape[:2], self.group_size))
         whiten = partial(whiten_masked, BACKEND, spec, weight=None, bias=None)
-        y = jax.vmap(lambda sample, mask: whiten(sample, mask)[0])(split, kept).reshape(x.shape)
+        y: Array = jax.vmap(lambda sample, mask: whiten(sample, mask)[0])(split, kept).reshape(x.shape)
         y = y if scale is None else y * scale.astype(y.dtype)
         y = y if bias is None else y + bias.astype(y.dtype)
         return y.astype(x.dtype)
