@@ -56,8 +56,7 @@ class WhiteningLayer(nnx.Module):  # type: ignore[misc]  # type checkers skip Fl
         self.axis_name = axis_name
         if axis_index_groups is not None and axis_name is None:
             raise ValueError(f"axis_index_groups={axis_index_groups!r} needs axis_name, the axis that has the indices")
-        groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))
-        self.axis_index_groups = groups  # hashable, as JAX compares the attributes of a module
+        self.axis_index_groups = axis_index_groups
         self.promote_dtype = promote_dtype
         self.method = method
         self.iterations = iterations
