@@ -12,7 +12,7 @@ LIBRARIES = {
     "numpy": ("[numba]", [["numpy", "strict"]]),
     "torch": ("[demo,keras,torch]", [["torch"], ["keras-torch"]]),
     "tensorflow": ("[demo,keras,tensorflow]", [["tensorflow"], ["keras-tensorflow"]]),
-    "jax": ("[demo,keras,jax]", [["jax"], ["keras-jax"]]),
+    "jax": ("[demo,flax,keras,jax]", [["jax", "flax"], ["keras-jax"]]),
     "dask": ("[dask,jax]", [["dask"]]),  # tests combine arrays of JAX and Dask
     "cupy": ("[cupy13]", [["cupy"]]),
 }
@@ -72,7 +72,7 @@ def tests(session: nox.Session, library: str) -> None:
             env=one_core | {"TRITON_INTERPRET": "1"},
         )
     doctests = "--doctest-modules", "--doctest-ignore-import-errors", "--pyargs", "polywhiten"
-    session.run("pytest", *doctests, env={"KERAS_BACKEND": library} if "[demo,keras" in extras else {})
+    session.run("pytest", *doctests, env={"KERAS_BACKEND": library} if "keras" in extras else {})
 
 
 @nox.session

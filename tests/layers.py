@@ -135,5 +135,71 @@ class KerasLayers:
         return np.asarray(keras.ops.convert_to_numpy(tensor))
 
 
+class FlaxLayers:
+    """The layers of `polywhiten.flax`."""
+
+    def iter_norm(
+        self, channels: int, dtype: str = "float64", momentum: float = 0.1, affine: bool = True, **arguments: Any
+    ) -> Any:
+        from polywhiten.flax import IterNorm
+
+        options = {"axis": 1, "momentum": 1 - momentum, "use_bias": affine, "use_scale": affine}
+        return self._made(IterNorm, dtype, channels, **options, **_by_keras_names(arguments))
+
+    def group_whitening(self, num_groups: int, channels: int, dtype: str = "float64", **arguments: Any) -> Any:
+        from polywhiten.flax import GroupWhitening
+
+        return self._made(GroupWhitening, dtype, channels, num_groups, **_by_keras_names(arguments))
+
+    def train(self, layer: Any, x: np.ndarray) -> np.ndarray:
+        layer.train()
+        return self._compiled(layer, x)
+
+    def evaluate(self, layer: Any, x: np.ndarray) -> np.ndarray:
+        layer.eval()
+        return self._compiled(layer, x)
+
+    def gradients(self, layer: Any, x: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, Gradients]:
+        """Return the output of a training step, and the gradients of x, scale and bias."""
+        import jax
+        from flax import nnx
+
+        layer.train()
+        graph, parameters, averages = nnx.split(layer, nnx.Param, ...)
+
+        @jax.jit
+        def step(parameters: Any, averages: Any, x: Any, dy: Any) -> Any:
+            call = lambda parameters, x: self._called(nnx.merge(graph, parameters, averages, copy=True), x)
+            y, pullback = jax.vjp(call, parameters, x)
+            return y, *pullback(dy)
+
+        y, given, dx = step(parameters, averages, x, dy)
+        return np.asarray(y), tuple(np.asarray(g) for g in (dx, given["scale"][...], given["bias"][...]))
+
+    def running(self, layer: Any) -> dict[str, np.ndarray]:
+        from flax import nnx
+
+        return {name: np.array(average[...]) for name, average in nnx.state(layer, nnx.BatchStat).items()}
+
+    def _made(self, kind: Any, dtype: str, *sizes: int, **arguments: Any) -> Any:
+        import jax
+        from flax import nnx
+
+        jax.config.update("jax_enable_x64", True)
+        return kind(*sizes, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0), **arguments)
+
+    def _compiled(self, layer: Any, x: np.ndarray) -> np.ndarray:
+        from flax import nnx
+
+        return np.asarray(nnx.jit(self._called)(layer, x))
+
+    def _called(self, layer: Any, x: Any) -> Any:
+        """Call a layer; group whitening has the channels at the last axis, as all of Flax."""
+        if hasattr(layer, "axis"):
+            return layer(x)
+        return layer(x.swapaxes(1, -1)).swapaxes(1, -1)
+
+
 def _by_keras_names(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments by the names that Keras gives them, and we in Flax."""
     return {name.replace("eps", "epsilon"): value for name, value in arguments.items()}

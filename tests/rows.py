@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any
 
 import numpy as np
-from layers import KerasLayers, TorchLayers
+from layers import FlaxLayers, KerasLayers, TorchLayers
 
 import polywhiten as pw
 
@@ -144,7 +144,7 @@ class Row:
     gradients: Callable[[str, dict[str, Any], Any], tuple[Any, Gradients]] = _by_pullback
     numpy: Callable[[Any], np.ndarray] = np.asarray
     dtypes: tuple[str, ...] = ("float16", "float32", "float64")
-    layers: TorchLayers | KerasLayers | None = None
+    layers: TorchLayers | KerasLayers | FlaxLayers | None = None
     keras_backend: str | None = None  # the backend that Keras has to use
     takes_numpy: bool = False  # whether the library's own functions convert NumPy's arrays
     given_to_numpy: bool = False  # whether NumPy's functions convert the library's arrays
@@ -211,6 +211,7 @@ class Library(Enum):
         given_to_numpy=True,
         no_device=_no_jax_device,
     )
+    FLAX = Row("flax", layers=FlaxLayers())
     KERAS_TENSORFLOW = Row("keras", layers=KerasLayers(), keras_backend="tensorflow")
     KERAS_JAX = Row("keras", layers=KerasLayers(), keras_backend="jax")
     KERAS_TORCH = Row("keras", layers=KerasLayers(), keras_backend="torch")

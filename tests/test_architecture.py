@@ -7,11 +7,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CORE, BACKENDS = ROOT / "polywhiten", ROOT / "backends"
 BACKEND_NAMES = {folder.name for folder in BACKENDS.iterdir() if (folder / "__init__.py").is_file()}
-FRAMEWORKS = {"cupy", "dask", "jax", "keras", "numba", "tensorflow", "torch"}
+FRAMEWORKS = {"cupy", "dask", "flax", "jax", "keras", "numba", "tensorflow", "torch"}
 
-# What a backend may import of others: compiled kernels for CPUs, and Keras the frameworks that it runs on.
+# What a backend may import of others: compiled kernels for CPUs, and layers the frameworks that they run on.
 SHARED_BACKENDS = {"cpu"}
-USED_BY = {"keras": {"jax", "tensorflow", "torch"}}
+USED_BY = {"flax": {"jax"}, "keras": {"jax", "tensorflow", "torch"}}
 
 MAX_CORE_LINES = 4660  # more than a quarter of them docstrings
 MAX_FUNCTION_LINES = 60  # without its docstring

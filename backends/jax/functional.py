@@ -16,7 +16,7 @@ True
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar
@@ -38,7 +38,7 @@ axis_name : hashable or tuple of hashables, optional
     has the name."""
 
 
-def psum(axis_name: AxisName) -> AllReduce:
+def psum(axis_name: AxisName, axis_index_groups: Sequence[Sequence[int]] | None = None) -> AllReduce:
     """Return a function that sums an array over mapped axes.
 
     It is meant for `all_reduce=` of `polywhiten.iter_norm` and the other functions that share statistics. Functions of
@@ -48,6 +48,9 @@ def psum(axis_name: AxisName) -> AllReduce:
     ----------
     axis_name : hashable or tuple of hashables
         Names of mapped axes of `jax.shard_map`, `jax.pmap` or `jax.vmap`.
+    axis_index_groups : sequence of sequences of int, optional
+        Indices along the axis, in groups of equal size that are summed separately, where `jax.lax.psum` supports it.
+        None sums over all of them.
 
     Returns
     -------
@@ -67,15 +70,17 @@ def psum(axis_name: AxisName) -> AllReduce:
     >>> stats.mean.shape, stats.whitener.shape
     ((8,), (1, 8, 8))
     """
-    return _SumOverAxes(axis_name)
+    groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))
+    return _SumOverAxes(axis_name, groups)
 
 
 @dataclass(frozen=True)
 class _SumOverAxes:
     axis_name: AxisName
+    axis_index_groups: tuple[tuple[int, ...], ...] | None
 
     def __call__(self, x: Array) -> Array:
-        return _psum(x, self.axis_name)
+        return _psum(x, self.axis_name, axis_index_groups=self.axis_index_groups)
 
 
 def _with_axis_name(function: Callable[..., R]) -> Callable[..., R]:

@@ -8,8 +8,8 @@ from typing import Any, Protocol, cast
 
 from polywhiten.dispatch import BACKENDS
 
-# The folders of backends; Keras has no arrays of its own, so `dispatch` doesn't name it.
-FOLDERS = tuple(dict.fromkeys([*(module.split(".")[1] for module in BACKENDS.values()), "keras"]))
+# The folders of backends; Keras and Flax have no arrays of their own, so `dispatch` doesn't name them.
+FOLDERS = tuple(dict.fromkeys([*(module.split(".")[1] for module in BACKENDS.values()), "keras", "flax"]))
 
 
 class About(Protocol):
