@@ -69,11 +69,9 @@ class SumOverProcesses:
             return cls(None)
         if isinstance(process_group, str):
             raise ValueError(f"process_group={process_group!r} is unknown: pass a ProcessGroup, or {WORLD!r} for all")
-        if process_group == dist.GroupMember.NON_GROUP_MEMBER or (
-            isinstance(process_group, dist.ProcessGroup) and dist.get_rank(process_group) < 0
-        ):
+        if dist.is_available() and process_group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("this process is not in process_group: pass it only in the group's processes")
-        if not isinstance(process_group, dist.ProcessGroup):
+        if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
             raise checks.wrong_type(process_group, "process_group", f"a torch.distributed.ProcessGroup, or {WORLD!r}")
         return cls(None if process_group is dist.group.WORLD else process_group)
 
