@@ -78,20 +78,16 @@ class SumOverProcesses:
     @property
     def number(self) -> int:
         """Number of the group's processes; 1 if `torch.distributed` isn't initialized."""
-        is_initialized = dist.is_available() and dist.is_initialized()
-        return dist.get_world_size(self.process_group) if is_initialized else 1
+        return dist.get_world_size(self.process_group) if _is_initialized() else 1
 
     @property
     def index(self) -> int:
         """Number of this process within the group, from 0."""
+        _check_initialized()
         return dist.get_rank(self.process_group)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not (dist.is_available() and dist.is_initialized()):
-            raise ValueError(
-                "torch.distributed has no process group, so all_reduce has no processes to sum over: "
-                "call torch.distributed.init_process_group first"
-            )
+        _check_initialized()
         total: Tensor = _SumOverProcesses.apply(x, self.process_group)
         return total
 
@@ -128,3 +124,15 @@ class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, process_group: Any) -> tuple[Tensor, int]:
         return _SumOverProcesses.apply(x, process_group), in_dims[0]
+
+
+def _is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _check_initialized() -> None:
+    if not _is_initialized():
+        raise ValueError(
+            "torch.distributed has no process group, so all_reduce has no processes to sum over: "
+            "call torch.distributed.init_process_group first"
+        )
