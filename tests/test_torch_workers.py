@@ -146,7 +146,7 @@ for batch in (0, 1):
 assert_close(gradients(model), after_two)
 
 model = copy.deepcopy(network)
-exchanges.clear()
+dist.all_reduce = sum_over_processes  # which the compiler knows
 compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
 for batch in (0, 1):
     (loss(compiled, batch, part) / number).backward()
