@@ -2,10 +2,14 @@
 
 import copy
 import pickle
+import re
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
-from processes import run_processes
+from processes import TIMEOUT, run_processes
 
 torch = pytest.importorskip("torch")
 
@@ -13,6 +17,7 @@ from polywhiten.analysis import InfeasibleWarning  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm, convert_sync  # noqa: E402
 from polywhiten.torch.norm_layers import iter_norm_act  # noqa: E402
 
+ROOT = Path(__file__).parent.parent
 needs_processes = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch is built without processes")
 
 # What all scripts begin with: a network, its copy for one process, and how often processes exchange.
@@ -303,3 +308,20 @@ def test_a_warning_without_processes_counts_the_own_samples():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         IterNorm(6, process_group="world").eval()(torch.randn(2, 6))
+
+
+@needs_processes
+def test_the_page_s_commands_print_the_same_numbers():
+    pytest.importorskip("sklearn")
+    page = (ROOT / "docs" / "many-workers.md").read_text(encoding="utf-8")
+    block = re.search(r"```sh\n(.*?)```", page, re.S)[1]
+    modules = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}
+    outputs = []
+    for line in block.splitlines():
+        program, *arguments = line.split()
+        full = [sys.executable, *modules[program], *arguments, "--epochs", "1"]
+        done = subprocess.run(full, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]
+    assert re.fullmatch(r"epoch 1  training loss [\d.]+  test loss [\d.]+  test accuracy [\d.]+\n", outputs[0])
