@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 from polywhiten.analysis import InfeasibleWarning  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm, convert_sync  # noqa: E402
-from polywhiten.torch.norm_layers import iter_norm_act  # noqa: E402
+from polywhiten.torch.norm_layers import NormAct  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 needs_processes = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch is built without processes")
@@ -240,18 +240,15 @@ os._exit(0)
 
 
 @needs_processes
-@pytest.mark.parametrize("sizes", ["6,3", "5,0,3,1"])
-def test_processes_that_share_a_batch_are_one_process_on_it(sizes, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "sizes"),
+    [(SHARES, "5,0,3,1"), (SHARES + LAYERS + DEATH, "6,3"), (WRAPPERS, "6,6")],
+    ids=["four processes", "two processes", "two processes with wrappers"],
+)
+def test_processes_that_share_a_batch_are_one_process_on_it(script, sizes, tmp_path):
     number = len(sizes.split(","))
-    statuses, errors = run_processes(COMMON + SHARES, number, tmp_path / "store", sizes)
+    statuses, errors = run_processes(COMMON + script, number, tmp_path / "store", sizes)
     assert statuses == [0] * number, errors
-
-
-@needs_processes
-@pytest.mark.parametrize("script", [WRAPPERS, LAYERS, DEATH], ids=["wrappers", "layers", "death"])
-def test_in_two_processes(script, tmp_path):
-    statuses, errors = run_processes(COMMON + script, 2, tmp_path / "store")
-    assert statuses == [0, 0], errors
 
 
 def test_without_processes_a_layer_whitens_its_own_batch():
@@ -289,7 +286,11 @@ def test_wrong_groups(process_group, error, message):
 
 def test_convert_sync_changes_iter_norm_alone():
     network = torch.nn.Sequential(
-        IterNorm(6), iter_norm_act(6), torch.nn.BatchNorm2d(6), GroupWhitening(3, 6), torch.nn.ReLU()
+        IterNorm(6),
+        NormAct(IterNorm(6), torch.nn.Identity(), torch.nn.ReLU()),
+        torch.nn.BatchNorm2d(6),
+        GroupWhitening(3, 6),
+        torch.nn.ReLU(),
     )
     layers = [*network.modules()]
     assert convert_sync(network) is network

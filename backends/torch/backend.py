@@ -24,7 +24,6 @@ from polywhiten.torch.autograd import Whiten, WhitenJoined
 from polywhiten.torch.averages import RunningAverages
 from polywhiten.torch.cpu import TorchCpuImplementation
 from polywhiten.torch.kernels import TorchKernels, full_precision, is_tracing, on_device_of
-from polywhiten.torch.processes import SumOverProcesses
 
 
 class TorchBackend(Backend):
@@ -74,7 +73,7 @@ class TorchBackend(Backend):
         ordered, axis, restore = self.in_memory_order(x, spec.blocks.axis)
         if ordered is not x:
             spec = spec.at_axis(axis)
-        if _is_shared(spec):
+        if shared_whitening.is_shared(spec):
             y, shared = self.whiten_blocks(spec, ordered, weight, bias)
             return restore(y), [shared]
         y, stats = super()._whiten_parts(spec, ordered, weight, bias)
@@ -99,7 +98,7 @@ class TorchBackend(Backend):
     ) -> tuple[Tensor, Statistics]:
         """Whiten an array of equal blocks, on its device and without autocast."""
         with on_device_of(x):
-            if _is_shared(spec):
+            if shared_whitening.is_shared(spec):
                 return shared_whitening.forward(self, spec, x, weight, bias)
             return self.implementation(spec, x, weight, bias).forward(spec, x, weight, bias)
 
@@ -116,14 +115,18 @@ class TorchBackend(Backend):
     ) -> Gradients:
         """Return the gradients of `forward`, on the device of x and without autocast."""
         with on_device_of(x):
-            if _is_shared(spec):
+            if shared_whitening.is_shared(spec):
                 return shared_whitening.backward(self, spec, x, weight, bias, stats, dy, dstats)
             implementation = self.implementation(spec, x, weight, bias, dy, *stats, *dstats)
             return implementation.backward(spec, x, weight, bias, stats, dy, dstats)
 
     def statistics(self, spec: WhiteningSpec, x: Tensor) -> WhiteningStats:
         """Return the statistics of an array, or of the batch that it is a part of."""
-        return shared_whitening.statistics(self, spec, x) if _is_shared(spec) else super().statistics(spec, x)
+        return (
+            shared_whitening.statistics(self, spec, x)
+            if shared_whitening.is_shared(spec)
+            else super().statistics(spec, x)
+        )
 
     def apply_frozen(
         self, axis: int, x: Tensor, mean: Tensor, whitener: Tensor, weight: Tensor | None, bias: Tensor | None
@@ -163,11 +166,6 @@ class TorchBackend(Backend):
         if values.device != x.device:
             raise ValueError(f"{name} is on {values.device} and x on {x.device}: move it, as {name}.to(x.device)")
         return values
-
-
-def _is_shared(spec: WhiteningSpec) -> bool:
-    """Return whether processes share the batch, so all of its groups, which may be unequal, are whitened together."""
-    return isinstance(spec.all_reduce, SumOverProcesses)
 
 
 def _backend() -> TorchBackend:

@@ -187,7 +187,7 @@ class IterNorm(WhiteningLayer):
     def process_group(self) -> ProcessGroup | str | None:
         """The processes that share statistics in training; None if each takes those of its own batch."""
         total_of = self._sum_over_processes
-        return total_of and (total_of.process_group or WORLD)
+        return None if total_of is None else total_of.process_group or WORLD
 
     @process_group.setter
     def process_group(self, group: ProcessGroup | str | None) -> None:

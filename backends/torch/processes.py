@@ -63,8 +63,12 @@ class SumOverProcesses:
     process_group: dist.ProcessGroup | None
 
     @classmethod
-    def of(cls, process_group: dist.ProcessGroup | str | None) -> SumOverProcesses:
-        """Return the sum over a group; None and "world" are the default group."""
+    def of(cls, process_group: Any) -> SumOverProcesses:
+        """Return the sum over a group; None and "world" are the default group.
+
+        A ValueError says that this process isn't in the group, or that it is another string; a TypeError that it is
+        something else.
+        """
         if process_group is None or (isinstance(process_group, str) and process_group == WORLD):
             return cls(None)
         if isinstance(process_group, str):

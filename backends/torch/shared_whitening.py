@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,23 +40,39 @@ class _Part:
 
     def statistics(self, stats: Statistics | WhiteningStats) -> Statistics:
         """Return the statistics of these channels, or their gradients, of which some may be None."""
+        mean: Any
         mean, *matrices = stats
-        *_, size, _ = self.spec.blocks.split(self.x.shape)
-        mean = None if mean is None else take_channels(mean, self.channels).reshape(-1, size)
+        size = self.spec.blocks.split(self.x.shape)[2]
+        if mean is not None:
+            mean = mean[self.channels].reshape(-1, size)
         return Statistics(mean, *(m if m is None else take_groups(m, self.channels, size) for m in matrices))
+
+
+class _OwnGradient(NamedTuple):
+    """What a part's gradient needs beside the sums over all processes: see `Reference.channel_sums`."""
+
+    x4: Tensor
+    stats: Statistics
+    a: Tensor
+    dy4: Tensor
+
+
+def is_shared(spec: WhiteningSpec) -> bool:
+    """Return whether processes share the batch, so that the functions of this module serve the spec."""
+    return isinstance(spec.all_reduce, SumOverProcesses)
 
 
 def forward(
     backend: Backend, spec: WhiteningSpec, x: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, WhiteningStats]:
-    """Return y and the joined batch's statistics; the last group may be smaller than the others."""
+) -> tuple[Tensor, Statistics]:
+    """Return y and the joined batch's statistics, in the form of `WhiteningStats`, as groups may be unequal."""
     parts = _parts(backend, spec, x, weight, bias)
     stats = _statistics(spec, parts)
     outputs = [
         part.implementation.apply(part.spec.blocks, part.x, of_part.mean, of_part.whitener, part.weight, part.bias)
         for part, of_part in zip(parts, stats, strict=True)
     ]
-    return join_channels(xp, outputs, spec.blocks.axis), join_statistics(xp, stats)
+    return join_channels(xp, outputs, spec.blocks.axis), Statistics(*join_statistics(xp, stats))
 
 
 def statistics(backend: Backend, spec: WhiteningSpec, x: Tensor) -> WhiteningStats:
@@ -76,38 +93,47 @@ def backward(
     """Return the gradient of x for the sum of all processes' losses, and those of weight and bias for the own one."""
     parts = _parts(backend, spec, x, weight, bias, dy)
     axis, kernels = spec.blocks.axis, parts[0].implementation.kernels
-    inputs, sums, dweights, dbiases = [], [], [], []
+    own, counts, sums, dweights, dbiases = [], [], [], [], []
     for part in parts:
-        of_part, dy4 = part.statistics(stats), part.split(take_channels(dy, part.channels, axis))
-        arguments = part.split(part.x), part.weight, part.bias, of_part, dy4, part.statistics(dstats)
-        a, part_sums, dweight, dbias = part.implementation.channel_sums(part.spec, *arguments)
-        inputs.append((part, arguments[0], of_part, a, dy4))
-        sums.append(part_sums)
+        x4, dy4, of_part = (
+            part.split(part.x),
+            part.split(take_channels(dy, part.channels, axis)),
+            part.statistics(stats),
+        )
+        a, (count, *part_sums), dweight, dbias = part.implementation.channel_sums(
+            part.spec, x4, part.weight, part.bias, of_part, dy4, part.statistics(dstats)
+        )
+        own.append(_OwnGradient(x4, of_part, a, dy4))
+        counts.append(count)  # all parts have the same samples
+        sums += part_sums
         dweights.append(dweight)
         dbiases.append(dbias)
-    count, *totals = sum_over_workers(
-        kernels, spec.all_reduce, sums[0][0], *(each for part in sums for each in part[1:])
-    )
-    dxs = []
-    for i, (part, *arrays) in enumerate(inputs):
-        each = len(totals) // len(parts)
-        dx = part.implementation.input_gradient(part.spec, *arrays, (count, *totals[i * each : (i + 1) * each]))
-        dxs.append(dx.reshape(part.x.shape))
-    dweight, dbias = (None if of[0] is None else join_channels(xp, of) for of in (dweights, dbiases))
+    total_count, *totals = sum_over_workers(kernels, _exchange(spec), counts[0], *sums)
+    dxs, each = [], len(totals) // len(parts)
+    for i, (part, of_own) in enumerate(zip(parts, own, strict=True)):
+        part_totals = total_count, *totals[i * each : (i + 1) * each]
+        dxs.append(part.implementation.input_gradient(part.spec, *of_own, part_totals).reshape(part.x.shape))
+    dweight = None if weight is None else join_channels(xp, dweights)
+    dbias = None if bias is None else join_channels(xp, dbiases)
     return join_channels(xp, dxs, axis), as_dtype_of(kernels, dweight, weight), as_dtype_of(kernels, dbias, bias)
+
+
+def _exchange(spec: WhiteningSpec) -> SumOverProcesses:
+    assert isinstance(spec.all_reduce, SumOverProcesses), "as is_shared says"
+    return spec.all_reduce
 
 
 def _parts(
     backend: Backend, spec: WhiteningSpec, x: Tensor, weight: Tensor | None, bias: Tensor | None, *others: Tensor
 ) -> list[_Part]:
-    """Return one part, or two if the last group is smaller."""
+    """Return one part, or two if the last group is smaller, for an implementation that supports the others, too."""
     axis, parts = spec.blocks.axis, []
     for channels, equal in replace(spec, all_reduce=None).equal_parts(x):
-        arrays = take_channels(x, channels, axis), take_channels(weight, channels), take_channels(bias, channels)
-        implementation = backend.implementation(
-            equal, *arrays, *(take_channels(each, channels, axis) for each in others)
-        )
-        parts.append(_Part(channels, equal, implementation, *arrays))
+        of_x: Any
+        of_x, *of_others = (take_channels(each, channels, axis) for each in (x, *others))
+        affine = take_channels(weight, channels), take_channels(bias, channels)
+        implementation = backend.implementation(equal, of_x, *affine, *of_others)
+        parts.append(_Part(channels, equal, implementation, of_x, *affine))
     return parts
 
 
@@ -117,7 +143,7 @@ def _statistics(spec: WhiteningSpec, parts: Sequence[_Part]) -> list[Statistics]
     x4 = [part.split(part.x) for part in parts]
     count = parts[0].implementation.kernels.sample_count(x4[0], block_axis)
     own = [part.implementation.kernels.moments(x, block_axis) for part, x in zip(parts, x4, strict=True)]
-    joined = _joined_moments(spec.all_reduce, count, own)
+    joined = _joined_moments(_exchange(spec), count, own)
     return [
         Statistics(mean, cov, part.implementation.kernels.inverse_sqrt(spec.solver, cov, spec.eps))
         for part, (mean, cov) in zip(parts, joined, strict=True)
