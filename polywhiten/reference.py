@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from polywhiten._types import Array
 from polywhiten.blocks import (
@@ -21,6 +23,8 @@ from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import NO_STATISTICS, Statistics, batch_statistics, sum_over_workers
 
 Gradients = tuple[Array, Array | None, Array | None]  # of x, weight and bias
+# What backward sums over samples: their number, s, and the gradients of whitener, mean and covariance.
+Sums = Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class Reference:
             dy, dweight, dbias = self._undo_channel_affine(spec.blocks, x, weight, bias, stats, dy)
             x4, dy4 = kernels.split(spec.blocks, x), kernels.split(spec.blocks, dy)
             s, k = kernels.cross_moments(dy4, x4, stats.mean, spec.blocks.block_axis)
-            dx = self._input_gradient(spec, x4, stats, stats.whitener, dy4, s, k, dstats)
+            dx = self.input_gradient(spec, x4, stats, stats.whitener, dy4, self._sums(spec, x4, s, k, dstats))
         dx = kernels.xp.reshape(dx, kernels.shape(x))
         return dx, as_dtype_of(kernels, dweight, weight), as_dtype_of(kernels, dbias, bias)
 
@@ -146,45 +150,52 @@ class Reference:
         dy: Array,
         dstats: Statistics,
     ) -> Gradients:
-        """Return the gradients, that of x as (p, q, d, l), where each variable is a channel.
+        """Return the gradients, that of x as (p, q, d, l), where each variable is a channel."""
+        x4, dy4 = self.kernels.split(spec.blocks, x), self.kernels.split(spec.blocks, dy)
+        a, sums, dweight, dbias = self.channel_sums(spec, x4, weight, bias, stats, dy4, dstats)
+        return self.input_gradient(spec, x4, stats, a, dy4, sums), dweight, dbias
 
-        Weight and bias are part of the affine map then.
+    def channel_sums(
+        self,
+        spec: WhiteningSpec,
+        x4: Array,
+        weight: Array | None,
+        bias: Array | None,
+        stats: Statistics,
+        dy4: Array,
+        dstats: Statistics,
+    ) -> tuple[Array, Sums, Array | None, Array | None]:
+        """Return A of the formula in `backward`, the worker's sums, and the gradients of weight and bias.
+
+        Each variable is a channel, so weight and bias are part of the affine map. x and dy are (p, q, d, l).
         """
         kernels, xp = self.kernels, self.kernels.xp
-        x4, dy4 = kernels.split(spec.blocks, x), kernels.split(spec.blocks, dy)
         s, k = kernels.cross_moments(dy4, x4, stats.mean, spec.blocks.block_axis)
         a, dweight = stats.whitener, None
         if weight is not None:
             dweight = xp.reshape(xp.sum(k * stats.whitener, axis=-1), (-1,))
             a, k = (m * _per_variable(kernels, weight, m)[..., None] for m in (a, k))
-        dbias = None if bias is None else xp.reshape(s, (-1,))
-        return self._input_gradient(spec, x4, stats, a, dy4, s, k, dstats), dweight, dbias
+        return a, self._sums(spec, x4, s, k, dstats), dweight, None if bias is None else xp.reshape(s, (-1,))
 
-    def _input_gradient(
-        self,
-        spec: WhiteningSpec,
-        x4: Array,
-        stats: Statistics,
-        a: Array,
-        dy4: Array,
-        s: Array,
-        g: Array,
-        dstats: Statistics,
+    def _sums(self, spec: WhiteningSpec, x4: Array, s: Array, g: Array, dstats: Statistics) -> Sums:
+        g = g if dstats.whitener is None else g + dstats.whitener
+        return self.kernels.sample_count(x4, spec.blocks.block_axis), s, g, dstats.mean, dstats.covariance
+
+    def input_gradient(
+        self, spec: WhiteningSpec, x4: Array, stats: Statistics, a: Array, dy4: Array, sums: Sums
     ) -> Array:
-        """Return dX of the formula in `backward` as (p, q, d, l); `a` maps x to y, g is the whitener's gradient."""
-        kernels, xp, block_axis = self.kernels, self.kernels.xp, spec.blocks.block_axis
-        if dstats.whitener is not None:
-            g = g + dstats.whitener
-        count, dmean, dcov = kernels.sample_count(x4, block_axis), dstats.mean, dstats.covariance
+        """Return dX of the formula in `backward` as (p, q, d, l), after summing over the workers; `a` maps x to y."""
+        kernels, xp = self.kernels, self.kernels.xp
         if spec.all_reduce is not None:
-            count, s, g, dmean, dcov = sum_over_workers(kernels, spec.all_reduce, count, s, g, dmean, dcov)
+            sums = sum_over_workers(kernels, spec.all_reduce, *sums)
+        count, s, g, dmean, dcov = sums
         ds = kernels.inverse_sqrt_adjoint(spec.solver, stats.covariance, g, spec.eps)
         if dcov is not None:
             ds = ds + dcov
         b = (ds + xp.matrix_transpose(ds)) / count
         terms = [Term(xp.matrix_transpose(a), dy4, s / count), Term(b, x4, stats.mean)]
         shift = None if dmean is None else dmean / count
-        return kernels.affine_map(terms, shift, block_axis, x4.dtype)
+        return kernels.affine_map(terms, shift, spec.blocks.block_axis, x4.dtype)
 
     def _undo_channel_affine(
         self, blocks: Blocks, x: Array, weight: Array | None, bias: Array | None, stats: Statistics, dy: Array

@@ -272,8 +272,12 @@ def test_layers_of_the_wanted_kind_are_left_and_reported():
     ]
 
 
-def test_synchronized_layers_are_reported_as_no_longer_so():
-    _, report = convert(nn.SyncBatchNorm(8), "iter_norm", return_report=True)
+def test_synchronized_layers_stay_synchronized():
+    new, report = convert(nn.Sequential(nn.SyncBatchNorm(8), nn.BatchNorm2d(8)), "iter_norm", return_report=True)
+    assert [layer.process_group for layer in new] == ["world", None]
+    assert report[0].note == ""
+    assert convert(nn.SyncBatchNorm(8), "iter_norm", process_group=None).process_group is None
+    _, report = convert(IterNorm(8, process_group="world"), "batch_norm", return_report=True)
     assert report[0].note == "each process takes statistics of its own batch"
 
 

@@ -1,9 +1,7 @@
 """Statistics over the processes of torch.distributed: two processes compute what one does of the joined batch."""
 
-import subprocess
-import sys
-
 import pytest
+from processes import run_processes
 
 torch = pytest.importorskip("torch")
 
@@ -18,8 +16,8 @@ import torch
 from torch.testing import assert_close
 from polywhiten.torch import all_reduce, iter_norm, whitening_stats
 
-file, rank, first = sys.argv[1], *map(int, sys.argv[2:])
-torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+file, rank, number, first = sys.argv[1], *map(int, sys.argv[2:])
+torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=number)
 part = slice(0, first) if rank == 0 else slice(first, 7)
 torch.manual_seed(0)
 x, dy, direction = torch.randn(3, 7, 6, 4, dtype=torch.float64) + 1
@@ -69,16 +67,8 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.parametrize("first", [3, 7], ids=["unequal parts", "an empty part"])
 def test_two_processes_are_one_batch(first, tmp_path):
-    command = [sys.executable, "-P", "-c", PROCESS, str(tmp_path / "store")]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(first)], stderr=subprocess.PIPE, text=True) for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)[-3000:]
+    statuses, errors = run_processes(PROCESS, 2, tmp_path / "store", first)
+    assert statuses == [0, 0], errors
 
 
 @pytest.mark.parametrize("function", [iter_norm, whitening_stats])

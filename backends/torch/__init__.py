@@ -5,9 +5,10 @@ from polywhiten import *  # noqa: F403
 from polywhiten.torch.backend import BACKEND
 from polywhiten.torch.modules import GroupWhitening, IterNorm
 from polywhiten.torch.networks.convert import convert
+from polywhiten.torch.networks.convert_sync import convert_sync
 from polywhiten.torch.networks.fold import fold
 from polywhiten.torch.processes import all_reduce
 from polywhiten.torch.tracking import track
 
-__all__ = ["BACKEND", "GroupWhitening", "IterNorm", "all_reduce", "convert", "fold", "track"]
+__all__ = ["BACKEND", "GroupWhitening", "IterNorm", "all_reduce", "convert", "convert_sync", "fold", "track"]
 __all__ += polywhiten.__all__

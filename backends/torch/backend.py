@@ -17,7 +17,8 @@ from polywhiten.gpu_launches import gpu_launches
 from polywhiten.reference import Gradients
 from polywhiten.solvers.minimax import minimax_steps, widest_interval
 from polywhiten.spec import WhiteningSpec
-from polywhiten.statistics import NO_STATISTICS, Statistics
+from polywhiten.statistics import NO_STATISTICS, Statistics, WhiteningStats
+from polywhiten.torch import shared_whitening
 from polywhiten.torch._internals import as_non_view, can_bypass_autograd
 from polywhiten.torch.autograd import Whiten, WhitenJoined
 from polywhiten.torch.averages import RunningAverages
@@ -72,6 +73,9 @@ class TorchBackend(Backend):
         ordered, axis, restore = self.in_memory_order(x, spec.blocks.axis)
         if ordered is not x:
             spec = spec.at_axis(axis)
+        if shared_whitening.is_shared(spec):
+            y, shared = self.whiten_blocks(spec, ordered, weight, bias)
+            return restore(y), [shared]
         y, stats = super()._whiten_parts(spec, ordered, weight, bias)
         return restore(y), stats
 
@@ -94,6 +98,8 @@ class TorchBackend(Backend):
     ) -> tuple[Tensor, Statistics]:
         """Whiten an array of equal blocks, on its device and without autocast."""
         with on_device_of(x):
+            if shared_whitening.is_shared(spec):
+                return shared_whitening.forward(self, spec, x, weight, bias)
             return self.implementation(spec, x, weight, bias).forward(spec, x, weight, bias)
 
     @full_precision
@@ -109,8 +115,18 @@ class TorchBackend(Backend):
     ) -> Gradients:
         """Return the gradients of `forward`, on the device of x and without autocast."""
         with on_device_of(x):
+            if shared_whitening.is_shared(spec):
+                return shared_whitening.backward(self, spec, x, weight, bias, stats, dy, dstats)
             implementation = self.implementation(spec, x, weight, bias, dy, *stats, *dstats)
             return implementation.backward(spec, x, weight, bias, stats, dy, dstats)
+
+    def statistics(self, spec: WhiteningSpec, x: Tensor) -> WhiteningStats:
+        """Return the statistics of an array, or of the batch that it is a part of."""
+        return (
+            shared_whitening.statistics(self, spec, x)
+            if shared_whitening.is_shared(spec)
+            else super().statistics(spec, x)
+        )
 
     def apply_frozen(
         self, axis: int, x: Tensor, mean: Tensor, whitener: Tensor, weight: Tensor | None, bias: Tensor | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,11 @@ from polywhiten.statistics import TRACKED, WhiteningStats, whitener_of
 from polywhiten.torch.averages import RunningAverages, update_averages
 from polywhiten.torch.backend import BACKEND
 from polywhiten.torch.checkpoints import AveragesWanted, convert_averages
+from polywhiten.torch.processes import WORLD, SumOverProcesses
 from polywhiten.torch.whitening_layer import WhiteningLayer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ON_NONFINITE = ("skip", "raise")
 
@@ -62,6 +66,10 @@ class IterNorm(WhiteningLayer):
         a batch never changes the running averages. "skip" ignores it silently; if its statistics aren't finite, its
         output is NaN. "raise" raises a ValueError, which takes a synchronization with the device in every step, and a
         graph break in `torch.compile`.
+    process_group : ProcessGroup or "world", optional
+        Processes of `torch.distributed` that share a batch in training, as with `torch.nn.SyncBatchNorm`: statistics
+        are those of their joined batch. "world" is the default group at the time of the call. By default, and where
+        `torch.distributed` isn't initialized, each process takes statistics of its own batch.
     device, dtype
         Of the parameters and running averages.
 
@@ -74,11 +82,14 @@ class IterNorm(WhiteningLayer):
         batch normalization, you may set both averages to None; then every input is whitened by its own batch.
     num_batches_tracked : Tensor, shape (), or None
         If it is None, `momentum=None` averages nothing.
+    process_group : ProcessGroup, "world" or None
+        May be set at any time, in all processes alike.
 
     Raises
     ------
     ValueError
-        An argument or an input is invalid, or a training batch has one sample per channel.
+        An argument or an input is invalid, this process isn't in `process_group`, or a training batch has one sample
+        per channel. The latter isn't checked if several processes share the batch.
     TypeError
         The input isn't a floating-point tensor.
 
@@ -126,6 +137,7 @@ class IterNorm(WhiteningLayer):
 
     running_mean: Tensor | None
     num_batches_tracked: Tensor | None
+    _sum_over_processes: SumOverProcesses | None
 
     def __init__(
         self,
@@ -142,6 +154,7 @@ class IterNorm(WhiteningLayer):
         relative_eps: bool = False,
         track: str = "whitener",
         on_nonfinite: str = "skip",
+        process_group: ProcessGroup | str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -165,6 +178,7 @@ class IterNorm(WhiteningLayer):
         self.track_running_stats = track_running_stats
         self.track = checks.check_choice("track", track, TRACKED)
         self.on_nonfinite = checks.check_choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
+        self.process_group = process_group
         d = min(self.group_size, num_features)
         for name, shape in (("running_mean", (num_features,)), (self._matrices, (-(-num_features // d), d, d))):
             averages = torch.empty(shape, device=device, dtype=dtype) if track_running_stats else None
@@ -177,6 +191,16 @@ class IterNorm(WhiteningLayer):
     def _matrices(self) -> str:
         """Name of the buffer with the running average of the tracked matrix."""
         return f"running_{self.track}"
+
+    @property
+    def process_group(self) -> ProcessGroup | str | None:
+        """The processes that share statistics in training; None if each takes those of its own batch."""
+        total_of = self._sum_over_processes
+        return None if total_of is None else total_of.process_group or WORLD
+
+    @process_group.setter
+    def process_group(self, group: ProcessGroup | str | None) -> None:
+        self._sum_over_processes = None if group is None else SumOverProcesses.of(group)
 
     def reset_running_stats(self) -> None:
         """Reset the running mean to 0, the running matrices to the identity, and the number of batches to 0."""
@@ -200,11 +224,15 @@ class IterNorm(WhiteningLayer):
         averages = self._averages()
         if averages is not None and not self.training:
             return self._whiten_by_averages(x, *averages)
-        if x.numel() == 0:
-            return self._whiten_nothing(x)
-        checks.check_batch(x, 1)
-        self._take_notice(batch_objection, self.group_size, self.num_features, x.numel() // self.num_features)
-        spec = WhiteningSpec(ChannelGroups(1, self.group_size), self._solver, self._shift)
+        all_reduce = self._sum_over_processes if self.training else None
+        number = 1 if all_reduce is None else all_reduce.number
+        if number == 1:
+            if x.numel() == 0:
+                return self._whiten_nothing(x)
+            checks.check_batch(x, 1)
+            all_reduce = None
+        self._take_notice(batch_objection, self.group_size, self.num_features, number * x.numel() // self.num_features)
+        spec = WhiteningSpec(ChannelGroups(1, self.group_size), self._solver, self._shift, all_reduce)
         if not (self.training and self.track_running_stats):
             return BACKEND.whiten(spec, x, self.weight, self.bias)
         y = None
@@ -271,15 +299,17 @@ class IterNorm(WhiteningLayer):
         else:
             finite = update_averages(averages, newest, checked, self.num_batches_tracked, self.momentum)
         if self.on_nonfinite == "raise" and not finite:
+            others = ", here or in another process" if self._sum_over_processes is not None else ""
             raise ValueError(
-                "x has NaN or infinity, or values too large for its dtype or for that of the running averages "
+                f"x has NaN or infinity{others}, or values too large for its dtype or for that of the running averages "
                 "(on_nonfinite='raise')"
             )
 
     def extra_repr(self) -> str:
         """Return the arguments, as `repr` shows them."""
         names = "eps momentum affine bias track_running_stats group_size method iterations relative_eps track"
-        return self._described(self.num_features, names=names.split())
+        shared = ["process_group"] if self._sum_over_processes is not None else []
+        return self._described(self.num_features, names=names.split() + shared)
 
 
 class GroupWhitening(WhiteningLayer):

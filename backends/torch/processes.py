@@ -1,4 +1,4 @@
-"""Statistics over the processes of `torch.distributed`."""
+"""Sums over the processes of `torch.distributed`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from polywhiten import checks
 from polywhiten._types import AllReduce
+
+WORLD = "world"
 
 
 def all_reduce(process_group: dist.ProcessGroup | None = None) -> AllReduce:
@@ -50,28 +53,59 @@ def all_reduce(process_group: dist.ProcessGroup | None = None) -> AllReduce:
         torch.distributed.init_process_group()
         y = polywhiten.torch.iter_norm(x, all_reduce=polywhiten.torch.all_reduce())
     """
-    if process_group is not None:
-        if dist.get_rank(process_group) < 0:
-            raise ValueError("this process is not in process_group: call all_reduce only in the group's processes")
-        if process_group is dist.group.WORLD:
-            process_group = None
-    return _Sum(process_group)
+    return SumOverProcesses.of(process_group)
 
 
 @dataclass(frozen=True)
-class _Sum:
-    """The sum over the processes of a group, or of the default group."""
+class SumOverProcesses:
+    """The sum over the processes of a group, or of the default group at the time of the sum."""
 
     process_group: dist.ProcessGroup | None
 
+    @classmethod
+    def of(cls, process_group: Any) -> SumOverProcesses:
+        """Return the sum over a group; None and "world" are the default group.
+
+        A ValueError says that this process isn't in the group, or that it is another string; a TypeError that it is
+        something else.
+        """
+        if process_group is None or (isinstance(process_group, str) and process_group == WORLD):
+            return cls(None)
+        if isinstance(process_group, str):
+            raise ValueError(f"process_group={process_group!r} is unknown: pass a ProcessGroup, or {WORLD!r} for all")
+        if dist.is_available() and process_group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("this process is not in process_group: pass it only in the group's processes")
+        if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+            raise checks.wrong_type(process_group, "process_group", f"a torch.distributed.ProcessGroup, or {WORLD!r}")
+        return cls(None if process_group is dist.group.WORLD else process_group)
+
+    @property
+    def number(self) -> int:
+        """Number of the group's processes; 1 if `torch.distributed` isn't initialized."""
+        return dist.get_world_size(self.process_group) if _is_initialized() else 1
+
+    @property
+    def index(self) -> int:
+        """Number of this process within the group, from 0."""
+        _check_initialized()
+        return dist.get_rank(self.process_group)
+
     def __call__(self, x: Tensor) -> Tensor:
-        if not (dist.is_available() and dist.is_initialized()):
-            raise ValueError(
-                "torch.distributed has no process group, so all_reduce has no processes to sum over: "
-                "call torch.distributed.init_process_group first"
-            )
+        _check_initialized()
         total: Tensor = _SumOverProcesses.apply(x, self.process_group)
         return total
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SumOverProcesses:
+        """Return the same sum: copies of a layer share their group."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.process_group is not None:
+            raise TypeError(
+                "a ProcessGroup can't be pickled: save the model's state_dict, or set process_group of its layers to "
+                f"{WORLD!r} or None before"
+            )
+        return SumOverProcesses, (None,)
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -94,3 +128,15 @@ class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, process_group: Any) -> tuple[Tensor, int]:
         return _SumOverProcesses.apply(x, process_group), in_dims[0]
+
+
+def _is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _check_initialized() -> None:
+    if not _is_initialized():
+        raise ValueError(
+            "torch.distributed has no process group, so all_reduce has no processes to sum over: "
+            "call torch.distributed.init_process_group first"
+        )

@@ -77,9 +77,9 @@ def convert(
         Whether to return also a report of what was replaced. `print(report)` shows it as a table.
     **arguments
         Arguments of the new layers: `group_size`, `method` and others of `IterNorm`, `num_groups` and others of
-        `GroupWhitening`, and so on. `eps`, `momentum`, `track_running_stats` and `num_groups` are those of the old
-        layer by default, if it has them. "batch_norm" also accepts `dimensions=1`, 2 or 3, for `BatchNorm1d` and so on;
-        by default they are those of the example inputs, or else 2.
+        `GroupWhitening`, and so on. `eps`, `momentum`, `track_running_stats`, `process_group` and `num_groups` are
+        those of the old layer by default, if it has them. "batch_norm" also accepts `dimensions=1`, 2 or 3, for
+        `BatchNorm1d` and so on; by default they are those of the example inputs, or else 2.
 
     Returns
     -------
@@ -129,7 +129,8 @@ def convert(
     """
     _check_arguments(model, to, arguments)
     if not inplace:
-        model = copy.deepcopy(model)
+        groups = [module.process_group for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+        model = copy.deepcopy(model, {id(group): group for group in groups})  # a ProcessGroup can't be copied
     layers = dict(normalization_layers(model))
     chosen = {name: layers[name] for name in select(where, layers, placements(model, layers))}
     shapes = {} if example_inputs is None else _input_shapes(model, chosen, example_inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
@@ -12,6 +12,10 @@ from torch.nn.utils import parametrize
 
 from polywhiten.torch.modules import GroupWhitening, IterNorm
 from polywhiten.torch.norm_layers import NormAct
+from polywhiten.torch.processes import WORLD
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 BATCH_NORM, GROUP_NORM, ITER_NORM, GROUP_WHITENING = "batch_norm", "group_norm", "iter_norm", "group_whitening"
 
@@ -55,8 +59,8 @@ class Normalization:
         Number of groups of normalization within samples.
     dimensions : int
         How many axes the input has beside samples and channels, 2 where the layer doesn't tell.
-    is_synchronized : bool
-        Whether several processes share their statistics.
+    process_group : ProcessGroup, "world" or None
+        The processes that share statistics in training; None if each takes those of its own batch.
     activation : tuple of Module
         The modules (drop, act) that the layer calls at its end; empty for most layers.
     """
@@ -70,7 +74,7 @@ class Normalization:
     momentum: float | None = 0.1
     num_groups: int | None = None
     dimensions: int = 2
-    is_synchronized: bool = False
+    process_group: ProcessGroup | str | None = None
     activation: tuple[nn.Module, ...] = ()
 
 
@@ -151,7 +155,7 @@ def _read_batch_norm(layer: Any) -> Normalization:
         layer.bias,
         averages,
         getattr(layer, "momentum", 0.1),  # a frozen layer has none
-        is_synchronized=isinstance(layer, nn.SyncBatchNorm),
+        process_group=(layer.process_group or WORLD) if isinstance(layer, nn.SyncBatchNorm) else None,
         dimensions={nn.BatchNorm1d: 1, nn.BatchNorm3d: 3}.get(type(layer), 2),
         activation=(layer.drop, layer.act) if hasattr(layer, "act") else (),
     )
@@ -179,6 +183,7 @@ def _read_iter_norm(layer: IterNorm) -> Normalization:
         layer.bias,
         None if statistics is None else Averages(*statistics, layer.num_batches_tracked),
         layer.momentum,
+        process_group=layer.process_group,
     )
 
 

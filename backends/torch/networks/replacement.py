@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polywhiten.conversion import feasible_group_size, feasible_num_groups
+from polywhiten.torch._internals import BatchNorm
 from polywhiten.torch.modules import GroupWhitening, IterNorm
 from polywhiten.torch.networks.normalization import (
     BATCH_NORM,
@@ -91,8 +92,9 @@ def _inherited(old: Normalization, to: str) -> dict[str, Any]:
     """Return the arguments of the new layer that the old one or the layer's defaults determine."""
     if to in WITHIN_SAMPLES:
         return {"eps": old.eps, "num_groups": old.num_groups or DEFAULT_NUM_GROUPS}
-    inherited = {"eps": old.eps, "momentum": old.momentum}
+    inherited: dict[str, Any] = {"eps": old.eps, "momentum": old.momentum}
     if to == ITER_NORM:
+        inherited["process_group"] = old.process_group
         inherited["group_size"] = inspect.signature(IterNorm).parameters["group_size"].default
     if old.kind not in WITHIN_SAMPLES:
         inherited["track_running_stats"] = old.averages is not None
@@ -163,7 +165,7 @@ def _losses(old: Normalization, layer: nn.Module) -> list[str]:
         losses.append("" if exact else "whitens the old variances in another way: outputs in evaluation change")
     elif not _is_diagonal(old.averages.whitener):
         losses.append("has the variances alone, without correlations: outputs in evaluation change")
-    if old.is_synchronized and not isinstance(layer, nn.GroupNorm | GroupWhitening):
+    if old.process_group is not None and isinstance(layer, BatchNorm):
         losses.append("each process takes statistics of its own batch")
     if old.weight is not None and not isinstance(old.weight, nn.Parameter):
         losses.append("weight and bias stay without gradients")
