@@ -125,10 +125,16 @@ class TorchBackend(Backend):
             return restore(super().apply_frozen(axis, x, mean, whitener, weight, bias))
 
     def in_memory_order(self, x: Tensor, axis: int) -> tuple[Tensor, int, Callable[[Tensor], Tensor]]:
-        """Return a channels-last tensor (N, C, ...) as (N, ..., C), its channel axis, and what restores a result."""
-        if axis == 1 and x.ndim > 2 and x.stride(1) == 1 != x.stride(-1):
-            last = x.ndim - 1
-            return x.permute(0, *range(2, x.ndim), 1), last, lambda y: y.permute(0, last, *range(1, last))
+        """Return a channels-last tensor (N, C, ...) as (N, ..., C), its channel axis, and what restores a result.
+
+        Likewise, a tensor (N, ..., C) that is a permuted view of a contiguous one (N, C, ...) is returned as the latter.
+        """
+        last = x.ndim - 1
+        to_last, to_first = (0, *range(2, x.ndim), 1), (0, last, *range(1, last))
+        if axis == 1 and last > 1 and x.stride(1) == 1 != x.stride(last):
+            return x.permute(to_last), last, lambda y: y.permute(to_first)
+        if axis == last > 1 and x.stride(last) != 1 == x.stride(last - 1):
+            return x.permute(to_first), 1, lambda y: y.permute(to_last)
         return x, axis, lambda y: y
 
     def snapshot(self, state: Tensor, *inputs: Tensor | None) -> Tensor:

@@ -31,7 +31,7 @@ class IterNorm(WhiteningLayer):
     Parameters
     ----------
     num_features : int
-        C, the number of channels of the input (N, C, ...).
+        C, the number of channels of the input, (N, C, ...) by default.
     eps : float
         Added to the diagonal of the covariance, so it has the units of the squared input.
     momentum : float or None
@@ -51,6 +51,9 @@ class IterNorm(WhiteningLayer):
         Steps of "newton" and "minimax", 5 by default; "eigh" has none.
     relative_eps : bool
         Whether eps is a fraction of each group's mean variance instead, as for `polywhiten.iter_norm`.
+    axis : int
+        Axis of the channels, -1 for inputs (N, ..., C) such as sequences (N, L, C). An axis below 0 counts from the
+        last one.
     track : {"whitener", "covariance"}
         Which matrix is averaged: the whitener, as in the paper, or the covariance, from which every evaluation computes
         the whitener. The covariance is the better estimate, above all with "eigh".
@@ -130,6 +133,7 @@ class IterNorm(WhiteningLayer):
         method: str = "newton",
         iterations: int | None = None,
         relative_eps: bool = False,
+        axis: int = 1,
         track: str = "whitener",
         on_nonfinite: str = "skip",
         device: torch.device | str | None = None,
@@ -144,6 +148,7 @@ class IterNorm(WhiteningLayer):
             method=method,
             iterations=iterations,
             relative_eps=relative_eps,
+            axis=axis,
             device=device,
             dtype=dtype,
         )
@@ -185,16 +190,16 @@ class IterNorm(WhiteningLayer):
         super().reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Whiten x, shape (N, num_features, ...): by its batch in training, else by the running averages."""
-        self._check_input(x)
+        """Whiten x, which has its channels at `axis`: by its batch in training, else by the running averages."""
+        axis = self._check_input(x)
         averages = self._averages()
         if averages is not None and not self.training:
-            return self._whiten_by_averages(x, *averages)
+            return self._whiten_by_averages(x, axis, *averages)
         if x.numel() == 0:
-            return self._whiten_nothing(x)
-        checks.check_batch(x, 1)
+            return self._whiten_nothing(x, axis)
+        checks.check_batch(x, axis)
         self._take_notice(batch_objection, self.group_size, self.num_features, x.numel() // self.num_features)
-        spec = WhiteningSpec(ChannelGroups(1, self.group_size), self._solver, self._shift)
+        spec = WhiteningSpec(ChannelGroups(axis, self.group_size), self._solver, self._shift)
         if not (self.training and self.track_running_stats):
             return BACKEND.whiten(spec, x, self.weight, self.bias)
         y = None
@@ -229,11 +234,11 @@ class IterNorm(WhiteningLayer):
         mean, matrices = averages
         return mean, self._whitener(matrices)
 
-    def _whiten_by_averages(self, x: Tensor, mean: Tensor, matrices: Tensor) -> Tensor:
+    def _whiten_by_averages(self, x: Tensor, axis: int, mean: Tensor, matrices: Tensor) -> Tensor:
         """Whiten x by the running averages."""
         affine = self.weight, self.bias
         mean, matrices = (BACKEND.snapshot(state, x, *affine) for state in (mean, matrices))
-        return BACKEND.apply_frozen(1, x, mean, self._whitener(matrices), *affine)
+        return BACKEND.apply_frozen(axis, x, mean, self._whitener(matrices), *affine)
 
     def _whitener(self, matrices: Tensor) -> Tensor:
         """Return the whitener of tracked matrices, which are whiteners already unless the covariance is tracked."""
@@ -261,7 +266,7 @@ class IterNorm(WhiteningLayer):
 
     def extra_repr(self) -> str:
         """Return the arguments, as `repr` shows them."""
-        names = "eps momentum affine bias track_running_stats group_size method iterations relative_eps track"
+        names = "eps momentum affine bias track_running_stats group_size method iterations relative_eps axis track"
         return self._described(self.num_features, names=names.split())
 
 
@@ -280,7 +285,7 @@ class GroupWhitening(WhiteningLayer):
     num_groups : int
         g, the size of the covariance matrix; divides num_channels.
     num_channels : int
-        C, the number of channels of the input (N, C, ...).
+        C, the number of channels of the input, (N, C, ...) by default.
     eps : float
         Added to the diagonal of the covariance, so it has the units of the squared input.
     affine : bool
@@ -293,6 +298,8 @@ class GroupWhitening(WhiteningLayer):
         Steps of "newton" and "minimax", 5 by default; "eigh" has none.
     relative_eps : bool
         Whether eps is a fraction of each sample's mean variance instead, as for `polywhiten.iter_norm`.
+    axis : int
+        Axis of the channels, as for `IterNorm`, but not 0, which holds the samples.
     device, dtype
         Of the parameters.
 
@@ -332,6 +339,7 @@ class GroupWhitening(WhiteningLayer):
     """
 
     channels_argument = "num_channels"
+    first_axis = 1
 
     def __init__(
         self,
@@ -344,6 +352,7 @@ class GroupWhitening(WhiteningLayer):
         method: str = "newton",
         iterations: int | None = None,
         relative_eps: bool = False,
+        axis: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -357,6 +366,7 @@ class GroupWhitening(WhiteningLayer):
             method=method,
             iterations=iterations,
             relative_eps=relative_eps,
+            axis=axis,
             device=device,
             dtype=dtype,
         )
@@ -365,17 +375,17 @@ class GroupWhitening(WhiteningLayer):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Whiten every sample of x, shape (N, num_channels, ...)."""
-        self._check_input(x)
+        """Whiten every sample of x, which has its channels at `axis`."""
+        axis = self._check_input(x)
         if x.numel() == 0:
-            return self._whiten_nothing(x)
-        num_groups = checks.check_sample_groups(x, self.num_groups, 1)
-        spec = WhiteningSpec(SampleGroups(1, num_groups), self._solver, self._shift)
+            return self._whiten_nothing(x, axis)
+        num_groups = checks.check_sample_groups(x, self.num_groups, axis)
+        spec = WhiteningSpec(SampleGroups(axis, num_groups), self._solver, self._shift)
         y = BACKEND.whiten(spec, x, self.weight, self.bias)
         self._take_notice(sample_objection, self.num_groups, self.num_channels, math.prod(x.shape[1:]))
         return y
 
     def extra_repr(self) -> str:
         """Return the arguments, as `repr` shows them."""
-        names = "eps affine bias method iterations relative_eps"
+        names = "eps affine bias method iterations relative_eps axis"
         return self._described(self.num_groups, self.num_channels, names=names.split())

@@ -19,12 +19,13 @@ from polywhiten.blocks import Blocks, ChannelGroups, SampleGroups
 from polywhiten.torch._internals import BatchNorm
 from polywhiten.torch.modules import GroupWhitening, IterNorm
 
-# How each kind of layer cuts its input into blocks; the first kind that a layer is an instance of counts.
-_BLOCKS: dict[type[nn.Module], Callable[[Any], Blocks]] = {
-    IterNorm: lambda layer: ChannelGroups(1, layer.group_size),
-    GroupWhitening: lambda layer: SampleGroups(1, layer.num_groups),
-    BatchNorm: lambda layer: ChannelGroups(1, BATCH_NORM_BLOCK),
-    nn.GroupNorm: lambda layer: SampleGroups(1, layer.num_groups),
+# How each kind of layer cuts an input, with so many dimensions, into blocks; the first kind that a layer is an instance
+# of counts.
+_BLOCKS: dict[type[nn.Module], Callable[[Any, int], Blocks]] = {
+    IterNorm: lambda layer, ndim: ChannelGroups(layer.axis % ndim, layer.group_size),
+    GroupWhitening: lambda layer, ndim: SampleGroups(layer.axis % ndim, layer.num_groups),
+    BatchNorm: lambda layer, ndim: ChannelGroups(1, BATCH_NORM_BLOCK),
+    nn.GroupNorm: lambda layer, ndim: SampleGroups(1, layer.num_groups),
 }
 _KINDS: Any = tuple(_BLOCKS)
 
@@ -98,12 +99,11 @@ class Tracking(Record):
         return hook
 
     def _layer_done(self, name: str, layer: nn.Module) -> Callable[..., None]:
-        blocks = _blocks_of(layer)
-
         @_never_compiled
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if self._measuring:
                 x = args[0] if args else next(iter(kwargs.values()))
+                blocks = _blocks_of(layer, x.ndim)
                 covariances = (_covariances(values, blocks) for values in (x, output))
                 self._add(self._step, name, type(layer).__name__, *covariances)
 
@@ -176,9 +176,9 @@ def track(
     return Tracking(model, every, checks.check_layers(layers, found), evaluation)
 
 
-def _blocks_of(layer: nn.Module) -> Blocks:
-    """Return the blocks in which a normalization layer's input and output are measured."""
-    return next(blocks(layer) for kind, blocks in _BLOCKS.items() if isinstance(layer, kind))
+def _blocks_of(layer: nn.Module, ndim: int) -> Blocks:
+    """Return the blocks in which a normalization layer's input and output, of `ndim` dimensions, are measured."""
+    return next(blocks(layer, ndim) for kind, blocks in _BLOCKS.items() if isinstance(layer, kind))
 
 
 @torch.no_grad()

@@ -18,15 +18,18 @@ from polywhiten.torch.leaf import LeafModule
 
 
 class WhiteningLayer(LeafModule):
-    """A layer that whitens tensors (N, channels, ...) and applies a learned affine map to every channel.
+    """A layer that whitens tensors, (N, channels, ...) by default, and applies a learned affine map to every channel.
 
     Attributes
     ----------
     channels_argument : str
         Name of the subclass' argument, and attribute, with the number of channels.
+    first_axis : int
+        The first axis of an input that may hold channels.
     """
 
     channels_argument: ClassVar[str]
+    first_axis: ClassVar[int] = 0
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -41,6 +44,7 @@ class WhiteningLayer(LeafModule):
         method: str,
         iterations: int | None,
         relative_eps: bool,
+        axis: int,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -49,6 +53,7 @@ class WhiteningLayer(LeafModule):
         self.eps = checks.check_eps(eps)
         self.relative_eps = relative_eps
         self.affine = affine
+        self.axis = checks.check_integer("axis", axis)
         self.method = method
         self._solver, self._shift = regularized_solver(method, iterations, self.eps, relative_eps)
         for name, wanted in (("weight", affine), ("bias", affine and bias)):
@@ -67,8 +72,11 @@ class WhiteningLayer(LeafModule):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def _check_input(self, x: Tensor) -> None:
-        """Raise an error if x is no floating-point tensor with this layer's number of channels."""
+    def _check_input(self, x: Tensor) -> int:
+        """Return the channel axis of x, counted from the front.
+
+        Raise an error if x is no floating-point tensor with this layer's number of channels.
+        """
         if not isinstance(x, Tensor):
             if isinstance(x, Proxy):
                 raise TypeError(
@@ -76,12 +84,14 @@ class WhiteningLayer(LeafModule):
                     "trace that module, or torch.nn.Sequential(layer)"
                 )
             raise checks.wrong_type(x, "x", "a tensor, as torch.as_tensor(x)")
-        checks.check_channels(x, getattr(self, self.channels_argument), self.channels_argument)
+        channels = getattr(self, self.channels_argument)
+        axis = checks.check_channels(x, channels, self.channels_argument, self.axis, self.first_axis)
         checks.check_array(BACKEND.kernels.xp, x)
+        return axis
 
-    def _whiten_nothing(self, x: Tensor) -> Tensor:
+    def _whiten_nothing(self, x: Tensor, axis: int) -> Tensor:
         """Return a tensor without elements as it is, with gradients of 0 for weight and bias."""
-        y: Tensor = whiten_nothing(BACKEND, x, self.weight, self.bias, 1)
+        y: Tensor = whiten_nothing(BACKEND, x, self.weight, self.bias, axis)
         return y
 
     def _take_notice(self, objection: Callable[..., str | None], *sizes: Any) -> None:

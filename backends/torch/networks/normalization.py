@@ -55,6 +55,8 @@ class Normalization:
         Number of groups of normalization within samples.
     dimensions : int
         How many axes the input has beside samples and channels, 2 where the layer doesn't tell.
+    axis : int
+        Axis of the channels. Only polywhiten's layers can have another one than 1.
     is_synchronized : bool
         Whether several processes share their statistics.
     activation : tuple of Module
@@ -70,6 +72,7 @@ class Normalization:
     momentum: float | None = 0.1
     num_groups: int | None = None
     dimensions: int = 2
+    axis: int = 1
     is_synchronized: bool = False
     activation: tuple[nn.Module, ...] = ()
 
@@ -165,6 +168,7 @@ def _read_group_norm(layer: Any) -> Normalization:
         layer.weight,
         layer.bias,
         num_groups=layer.num_groups,
+        axis=getattr(layer, "axis", 1),
         activation=(layer.drop, layer.act) if hasattr(layer, "act") else (),
     )
 
@@ -179,6 +183,7 @@ def _read_iter_norm(layer: IterNorm) -> Normalization:
         layer.bias,
         None if statistics is None else Averages(*statistics, layer.num_batches_tracked),
         layer.momentum,
+        axis=layer.axis,
     )
 
 
