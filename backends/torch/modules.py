@@ -14,6 +14,7 @@ from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import TRACKED, WhiteningStats, whitener_of
 from polywhiten.torch.averages import RunningAverages, update_averages
 from polywhiten.torch.backend import BACKEND
+from polywhiten.torch.masks import check_mask
 from polywhiten.torch.whitening_layer import WhiteningLayer
 
 ON_NONFINITE = ("skip", "raise")
@@ -95,6 +96,11 @@ class IterNorm(WhiteningLayer):
     format of the input. An empty batch, which one of several processes may get, is returned as it is and changes no
     average.
 
+    `layer(x, mask)` leaves padded positions out of the statistics. Everywhere else, output, gradients and running
+    averages are those of a batch without them. If the mask is true at one position or none, the batch changes no
+    average. Evaluation by running averages doesn't depend on the mask. With a mask, PyTorch records the operations one
+    by one, so a training step takes longer and backward keeps several arrays of the size of the input.
+
     Each process computes its own statistics; `polywhiten.iter_norm` shares them between processes with
     `all_reduce=polywhiten.torch.all_reduce()`. Tools that detect batch normalization by its class, such as
     `torch.optim.swa_utils.update_bn`, do not recognize this layer.
@@ -113,6 +119,14 @@ class IterNorm(WhiteningLayer):
     >>> layer = IterNorm(16, group_size=8)
     >>> layer(torch.randn(4, 16, 5, 5)).shape
     torch.Size([4, 16, 5, 5])
+
+    Sequences of different lengths, padded to the longest one:
+
+    >>> lengths = torch.tensor([7, 3, 5, 6])
+    >>> mask = torch.arange(7) < lengths[:, None]  # true at the positions that count
+    >>> layer = IterNorm(16, group_size=8, axis=-1)
+    >>> layer(torch.randn(4, 7, 16), mask).shape
+    torch.Size([4, 7, 16])
     """
 
     channels_argument = "num_features"
@@ -189,17 +203,37 @@ class IterNorm(WhiteningLayer):
         self.reset_running_stats()
         super().reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Whiten x, which has its channels at `axis`: by its batch in training, else by the running averages."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Whiten x: by the statistics of its batch in training, else by the running averages.
+
+        Parameters
+        ----------
+        x : Tensor
+            A batch with its channels at `axis`.
+        mask : Tensor of booleans, optional
+            False at padded positions, which the statistics leave out. Its shape is that of x without the channel axis,
+            for example (N, L) for sequences (N, L, C).
+
+        Returns
+        -------
+        Tensor
+            All positions of x, the padded ones too, whitened by the same mean and matrix.
+        """
         axis = self._check_input(x)
+        if mask is not None:
+            check_mask(mask, x, axis)
         averages = self._averages()
         if averages is not None and not self.training:
             return self._whiten_by_averages(x, axis, *averages)
         if x.numel() == 0:
             return self._whiten_nothing(x, axis)
-        checks.check_batch(x, axis)
-        self._take_notice(batch_objection, self.group_size, self.num_features, x.numel() // self.num_features)
+        if mask is None:
+            checks.check_batch(x, axis)
+        num_samples = x.numel() // self.num_features if mask is None else None
+        self._take_notice(batch_objection, self.group_size, self.num_features, num_samples)
         spec = WhiteningSpec(ChannelGroups(axis, self.group_size), self._solver, self._shift)
+        if mask is not None:
+            return self._whiten_masked(spec, x, mask, averages)
         if not (self.training and self.track_running_stats):
             return BACKEND.whiten(spec, x, self.weight, self.bias)
         y = None
@@ -249,16 +283,33 @@ class IterNorm(WhiteningLayer):
         whitener: Tensor = whitener_of(kernels, covariance, self.num_features, self._solver, self._shift)
         return whitener
 
+    def _whiten_masked(
+        self, spec: WhiteningSpec, x: Tensor, mask: Tensor, averages: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Whiten x by the statistics of the positions where the mask is true."""
+        y, stats, count = BACKEND.whiten_masked(spec, x, mask, self.weight, self.bias)
+        if self.training and self.track_running_stats:
+            self._update_averages(stats, averages, count)
+        return y
+
     @torch.no_grad()
-    def _update_averages(self, stats: WhiteningStats, averages: tuple[Tensor, Tensor] | None) -> None:
-        """Update the running averages and the number of batches, unless one of them would not be finite."""
+    def _update_averages(
+        self, stats: WhiteningStats, averages: tuple[Tensor, Tensor] | None, count: Tensor | None = None
+    ) -> None:
+        """Update the running averages and the number of batches, unless one of them would not be finite.
+
+        `count` is the number of samples where only the device knows it. One sample, which has no covariance, changes
+        nothing, and neither does none.
+        """
         newest = stats.mean, getattr(stats, self.track)
-        checked = () if self.track == "whitener" else (stats.whitener,)
+        checked: tuple[Tensor, ...] = () if self.track == "whitener" else (stats.whitener,)
+        if count is not None:
+            checked = *checked, torch.where(count > 1, count, math.inf)
         if averages is None:  # only the number of batches changes
             finite = update_averages((), (), newest + checked, self.num_batches_tracked, self.momentum)
         else:
             finite = update_averages(averages, newest, checked, self.num_batches_tracked, self.momentum)
-        if self.on_nonfinite == "raise" and not finite:
+        if self.on_nonfinite == "raise" and not finite and (count is None or count > 1):
             raise ValueError(
                 "x has NaN or infinity, or values too large for its dtype or for that of the running averages "
                 "(on_nonfinite='raise')"

@@ -97,10 +97,13 @@ class WhiteningLayer(LeafModule):
     def _take_notice(self, objection: Callable[..., str | None], *sizes: Any) -> None:
         """Note a training pass, and what makes whitening infeasible in it: the objection to inputs of these sizes.
 
-        Compiled code can't warn, and neither can tracers whose sizes are symbols.
+        Compiled code can't warn, and neither can tracers whose sizes are symbols. A size is None if only the device
+        knows it; then nothing is infeasible.
         """
-        if self.training and not torch.compiler.is_compiling() and type(sizes[-1]) is int:
-            self._notice.run(_FRAMEWORK, self, objection(*sizes))
+        if not self.training or torch.compiler.is_compiling():
+            return
+        if sizes[-1] is None or type(sizes[-1]) is int:
+            self._notice.run(_FRAMEWORK, self, None if sizes[-1] is None else objection(*sizes))
 
     def _described(self, *sizes: int, names: Sequence[str]) -> str:
         """Return the sizes and the arguments of these names, as `repr` shows them."""
