@@ -14,7 +14,9 @@ from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import TRACKED, WhiteningStats, whitener_of
 from polywhiten.torch.averages import RunningAverages, update_averages
 from polywhiten.torch.backend import BACKEND
+from polywhiten.torch.coloring import color, colored_whitener
 from polywhiten.torch.masks import check_mask
+from polywhiten.torch.shuffling import statistics_in_order, whiten_shuffled
 from polywhiten.torch.whitening_layer import WhiteningLayer
 
 ON_NONFINITE = ("skip", "raise")
@@ -37,8 +39,9 @@ class IterNorm(WhiteningLayer):
         Added to the diagonal of the covariance, so it has the units of the squared input.
     momentum : float or None
         Weight of the newest batch in the running averages. None takes the plain average of all batches.
-    affine : bool
-        Whether to learn a weight and a bias for every channel.
+    affine : bool or "coloring"
+        Whether to learn a weight and a bias for every channel. "coloring" learns a matrix for every group in place of
+        the weights, which mixes the whitened channels as in whitening and coloring (Siarohin et al.).
     track_running_stats : bool
         Whether to keep running averages for evaluation mode. Without them, every input is whitened by its own batch.
     bias : bool
@@ -52,6 +55,9 @@ class IterNorm(WhiteningLayer):
         Steps of "newton" and "minimax", 5 by default; "eigh" has none.
     relative_eps : bool
         Whether eps is a fraction of each group's mean variance instead, as for `polywhiten.iter_norm`.
+    shuffle : bool
+        Whether each training step whitens other groups, of channels drawn at random, as shuffled decorrelated batch
+        normalization does in self-supervised learning (Hua et al.). In evaluation, groups are adjacent channels.
     axis : int
         Axis of the channels, -1 for inputs (N, ..., C) such as sequences (N, L, C). An axis below 0 counts from the
         last one.
@@ -69,6 +75,8 @@ class IterNorm(WhiteningLayer):
     Attributes
     ----------
     weight, bias : Parameter, shape (C,), or None
+        With `affine="coloring"`, the weight has the shape (groups, d, d) of the running matrices and begins as the
+        identity. If the last group is smaller, the upper left corner of its matrix counts.
     running_mean : Tensor, shape (C,), or None
     running_whitener or running_covariance : Tensor, shape (groups, d, d), or None
         If the last group is smaller, its matrix is in the upper left corner and the identity fills the rest. As with
@@ -101,6 +109,16 @@ class IterNorm(WhiteningLayer):
     average. Evaluation by running averages doesn't depend on the mask. With a mask, PyTorch records the operations one
     by one, so a training step takes longer and backward keeps several arrays of the size of the input.
 
+    With `affine="coloring"`, the output is C W (x - mean) + bias for a group's whitener W and its learned matrix C. In
+    evaluation C W is one matrix. In training, the product with C is another pass, and backward keeps the whitened input
+    beside the input.
+
+    With `shuffle=True`, the order of the channels is drawn in each training step from PyTorch's default generator for
+    the input's device, as by `torch.nn.Dropout`, so `torch.manual_seed` makes it reproducible and checkpointed blocks
+    draw the same order again. Every channel keeps its place, its weight and its bias. The running averages are those of
+    groups of adjacent channels, as without `shuffle`: averages of groups that change would belong to no group. They
+    take another pass over the batch, which `track_running_stats=False` saves.
+
     Each process computes its own statistics; `polywhiten.iter_norm` shares them between processes with
     `all_reduce=polywhiten.torch.all_reduce()`. Tools that detect batch normalization by its class, such as
     `torch.optim.swa_utils.update_bn`, do not recognize this layer.
@@ -111,6 +129,10 @@ class IterNorm(WhiteningLayer):
     References
     ----------
     Huang et al., Iterative Normalization, CVPR 2019, arXiv:1904.03441.
+
+    Siarohin et al., Whitening and Coloring Batch Transform for GANs, ICLR 2019, arXiv:1806.00420.
+
+    Hua et al., On Feature Decorrelation in Self-Supervised Learning, ICCV 2021, arXiv:2105.00470.
 
     Examples
     --------
@@ -139,7 +161,7 @@ class IterNorm(WhiteningLayer):
         num_features: int,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
-        affine: bool = True,
+        affine: bool | str = True,
         track_running_stats: bool = True,
         *,
         bias: bool = True,
@@ -147,6 +169,7 @@ class IterNorm(WhiteningLayer):
         method: str = "newton",
         iterations: int | None = None,
         relative_eps: bool = False,
+        shuffle: bool = False,
         axis: int = 1,
         track: str = "whitener",
         on_nonfinite: str = "skip",
@@ -154,6 +177,11 @@ class IterNorm(WhiteningLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         num_features = checks.check_positive("num_features", num_features)
+        group_size = checks.check_positive("group_size", group_size)
+        if isinstance(affine, str):
+            checks.check_choice("affine", affine, ("coloring",))
+        d = min(group_size, num_features)
+        matrices_shape = (-(-num_features // d), d, d)
         super().__init__(
             num_features,
             eps=eps,
@@ -165,17 +193,18 @@ class IterNorm(WhiteningLayer):
             axis=axis,
             device=device,
             dtype=dtype,
+            weight_shape=matrices_shape if affine == "coloring" else (num_features,),
         )
         self.num_features = num_features
-        self.group_size = checks.check_positive("group_size", group_size)
+        self.group_size = group_size
+        self.shuffle = shuffle
         if momentum is not None:
             momentum = checks.check_momentum(momentum, ", or None for the plain average")
         self.momentum = momentum
         self.track_running_stats = track_running_stats
         self.track = checks.check_choice("track", track, TRACKED)
         self.on_nonfinite = checks.check_choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
-        d = min(self.group_size, num_features)
-        for name, shape in (("running_mean", (num_features,)), (self._matrices, (-(-num_features // d), d, d))):
+        for name, shape in (("running_mean", (num_features,)), (self._matrices, matrices_shape)):
             averages = torch.empty(shape, device=device, dtype=dtype) if track_running_stats else None
             self.register_buffer(name, averages)
         count = torch.empty((), dtype=torch.long, device=device) if track_running_stats else None
@@ -199,7 +228,7 @@ class IterNorm(WhiteningLayer):
                 self.num_batches_tracked.zero_()
 
     def reset_parameters(self) -> None:
-        """Set the weight to 1 and the bias to 0, and reset the running averages."""
+        """Set the weight to 1, or its matrices to the identity, the bias to 0, and reset the running averages."""
         self.reset_running_stats()
         super().reset_parameters()
 
@@ -232,18 +261,64 @@ class IterNorm(WhiteningLayer):
         num_samples = x.numel() // self.num_features if mask is None else None
         self._take_notice(batch_objection, self.group_size, self.num_features, num_samples)
         spec = WhiteningSpec(ChannelGroups(axis, self.group_size), self._solver, self._shift)
+        coloring = self._coloring
+        affine = (self.weight, self.bias) if coloring is None else (None, None)
+        if self.training and self.shuffle and 1 < self.group_size < self.num_features:
+            y = self._whiten_shuffled(spec, x, mask, averages, *affine)
+        else:
+            y = self._whiten_in_order(spec, x, mask, averages, *affine)
+        return y if coloring is None else color(y, coloring, self.bias, axis)
+
+    @property
+    def _coloring(self) -> Tensor | None:
+        """The matrices that multiply the whitened channels, or None if each channel has a weight or none."""
+        return self.weight if self.weight is not None and self.weight.ndim == 3 else None
+
+    def _whiten_in_order(
+        self,
+        spec: WhiteningSpec,
+        x: Tensor,
+        mask: Tensor | None,
+        averages: tuple[Tensor, Tensor] | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Whiten groups of adjacent channels by their own statistics, and average these."""
+        tracks = self.training and self.track_running_stats
         if mask is not None:
-            return self._whiten_masked(spec, x, mask, averages)
-        if not (self.training and self.track_running_stats):
-            return BACKEND.whiten(spec, x, self.weight, self.bias)
-        y = None
+            y, stats, count = BACKEND.whiten_masked(spec, x, mask, weight, bias)
+            if tracks:
+                self._update_averages(stats, averages, count)
+            return y
+        if not tracks:
+            return BACKEND.whiten(spec, x, weight, bias)
         if averages is not None and self.on_nonfinite == "skip":  # such kernels don't tell the host of a bad batch
             matrix_is_covariance = self.track == "covariance"
             running = RunningAverages(*averages, self.num_batches_tracked, self.momentum, matrix_is_covariance)
-            y = BACKEND.whiten_and_average(spec, x, self.weight, self.bias, running)
-        if y is None:
-            y, stats = BACKEND.whiten_with_statistics(spec, x, self.weight, self.bias)
-            self._update_averages(stats, averages)
+            joined = BACKEND.whiten_and_average(spec, x, weight, bias, running)
+            if joined is not None:
+                return joined
+        y, stats = BACKEND.whiten_with_statistics(spec, x, weight, bias)
+        self._update_averages(stats, averages)
+        return y
+
+    def _whiten_shuffled(
+        self,
+        spec: WhiteningSpec,
+        x: Tensor,
+        mask: Tensor | None,
+        averages: tuple[Tensor, Tensor] | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Whiten groups of channels drawn at random, and average the statistics of groups of adjacent channels.
+
+        The latter are another pass over x, because averages over groups that change would mean nothing.
+        """
+        y = whiten_shuffled(spec, x, mask, weight, bias)
+        if self.track_running_stats:
+            stats, count = statistics_in_order(spec, x, mask)
+            self._update_averages(stats, averages, count)
         return y
 
     def _averages(self) -> tuple[Tensor, Tensor] | None:
@@ -272,7 +347,11 @@ class IterNorm(WhiteningLayer):
         """Whiten x by the running averages."""
         affine = self.weight, self.bias
         mean, matrices = (BACKEND.snapshot(state, x, *affine) for state in (mean, matrices))
-        return BACKEND.apply_frozen(axis, x, mean, self._whitener(matrices), *affine)
+        whitener, coloring = self._whitener(matrices), self._coloring
+        if coloring is not None:
+            affine = None, self.bias
+            whitener = colored_whitener(coloring, whitener, BACKEND.kernels.accumulation_dtype(x.dtype))
+        return BACKEND.apply_frozen(axis, x, mean, whitener, *affine)
 
     def _whitener(self, matrices: Tensor) -> Tensor:
         """Return the whitener of tracked matrices, which are whiteners already unless the covariance is tracked."""
@@ -282,15 +361,6 @@ class IterNorm(WhiteningLayer):
         kernels = BACKEND.kernels_for(covariance)
         whitener: Tensor = whitener_of(kernels, covariance, self.num_features, self._solver, self._shift)
         return whitener
-
-    def _whiten_masked(
-        self, spec: WhiteningSpec, x: Tensor, mask: Tensor, averages: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        """Whiten x by the statistics of the positions where the mask is true."""
-        y, stats, count = BACKEND.whiten_masked(spec, x, mask, self.weight, self.bias)
-        if self.training and self.track_running_stats:
-            self._update_averages(stats, averages, count)
-        return y
 
     @torch.no_grad()
     def _update_averages(
@@ -317,7 +387,9 @@ class IterNorm(WhiteningLayer):
 
     def extra_repr(self) -> str:
         """Return the arguments, as `repr` shows them."""
-        names = "eps momentum affine bias track_running_stats group_size method iterations relative_eps axis track"
+        names = (
+            "eps momentum affine bias track_running_stats group_size method iterations relative_eps shuffle axis track"
+        )
         return self._described(self.num_features, names=names.split())
 
 
@@ -409,6 +481,11 @@ class GroupWhitening(WhiteningLayer):
     ) -> None:
         num_channels = checks.check_positive("num_channels", num_channels)
         num_groups = checks.check_num_groups(num_groups, num_channels)
+        if isinstance(affine, str):
+            raise ValueError(
+                f"affine={affine!r}: group whitening has one weight for each channel or none, so use True or False; "
+                "IterNorm has affine='coloring', whose matrices mix the channels of a group"
+            )
         super().__init__(
             num_channels,
             eps=eps,

@@ -39,7 +39,7 @@ class WhiteningLayer(LeafModule):
         channels: int,
         *,
         eps: float,
-        affine: bool,
+        affine: bool | str,
         bias: bool,
         method: str,
         iterations: int | None,
@@ -47,6 +47,7 @@ class WhiteningLayer(LeafModule):
         axis: int,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        weight_shape: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         self._notice = Notice()  # whether the layer is infeasible
@@ -56,8 +57,9 @@ class WhiteningLayer(LeafModule):
         self.axis = checks.check_integer("axis", axis)
         self.method = method
         self._solver, self._shift = regularized_solver(method, iterations, self.eps, relative_eps)
-        for name, wanted in (("weight", affine), ("bias", affine and bias)):
-            values = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if wanted else None
+        for name, shape in (("weight", weight_shape or (channels,)), ("bias", (channels,))):
+            wanted = affine and (bias or name == "weight")
+            values = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
             self.register_parameter(name, values)
 
     @property
@@ -66,9 +68,12 @@ class WhiteningLayer(LeafModule):
         return getattr(self._solver, "iterations", None)
 
     def reset_parameters(self) -> None:
-        """Set the weight to 1 and the bias to 0."""
+        """Set the weight to 1, or its matrices to the identity, and the bias to 0."""
         if self.weight is not None:
             nn.init.ones_(self.weight)
+            if self.weight.ndim == 3:
+                with torch.no_grad():
+                    self.weight.copy_(torch.eye(self.weight.shape[-1], device=self.weight.device))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -91,8 +96,9 @@ class WhiteningLayer(LeafModule):
 
     def _whiten_nothing(self, x: Tensor, axis: int) -> Tensor:
         """Return a tensor without elements as it is, with gradients of 0 for weight and bias."""
-        y: Tensor = whiten_nothing(BACKEND, x, self.weight, self.bias, axis)
-        return y
+        has_matrices = self.weight is not None and self.weight.ndim == 3
+        y: Tensor = whiten_nothing(BACKEND, x, None if has_matrices else self.weight, self.bias, axis)
+        return y + self.weight.sum().to(y.dtype) if has_matrices else y
 
     def _take_notice(self, objection: Callable[..., str | None], *sizes: Any) -> None:
         """Note a training pass, and what makes whitening infeasible in it: the objection to inputs of these sizes.

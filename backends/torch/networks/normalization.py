@@ -46,7 +46,8 @@ class Normalization:
     channels : int
     eps : float
     weight, bias : Tensor, shape (C,), or None
-        Parameters, or buffers where the layer is frozen.
+        Parameters, or buffers where the layer is frozen. With `affine="coloring"`, the weight has the shape of the
+        whiteners, (blocks, d, d), and multiplies them.
     averages : Averages or None
         None for normalization within samples, and where every batch is normalized by itself.
     momentum : float or None

@@ -64,6 +64,10 @@ def check_replaceable(old: Normalization, name: str, to: str) -> None:
             f"layer {name!r} has its channels at axis={old.axis}, and PyTorch's own layers have them at axis 1: "
             "leave it out with where="
         )
+    if old.weight is not None and old.weight.ndim > 1:
+        raise ValueError(
+            f"layer {name!r} has affine='coloring', matrices that no other kind of layer has: leave it out with where="
+        )
 
 
 def make_replacement(
