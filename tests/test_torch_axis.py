@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 import reference  # noqa: E402
 from test_torch_export import OLDER, in_onnxruntime, older_exporter  # noqa: E402
 
-from polywhiten.torch import GroupWhitening, IterNorm, convert, track  # noqa: E402
+from polywhiten.torch import GroupWhitening, IterNorm, convert, fold, track  # noqa: E402
 
 AXES = {"sequences": ((7, 9, 6), -1), "middle": ((7, 9, 6, 2), 2), "last of four": ((7, 3, 2, 6), 3)}
 LAYERS = {
@@ -173,6 +173,14 @@ def test_conversion_keeps_the_axis_and_refuses_layers_without_one():
             convert(network, kind)
     with pytest.raises(TypeError, match="axis=-1 is no argument"):
         convert(torch.nn.Sequential(torch.nn.BatchNorm2d(6)), "iter_norm", axis=-1)
+
+
+def test_folding_leaves_layers_with_another_axis():
+    network = torch.nn.Sequential(torch.nn.Linear(6, 6), IterNorm(6, axis=-1), IterNorm(6, axis=1)).eval()
+    folded, report = fold(network, return_report=True)
+    assert next(change.note for change in report) == "it has its channels at axis=-1"
+    x = torch.randn(4, 6, 6)
+    torch.testing.assert_close(folded(x), network(x))
 
 
 WRONG = {

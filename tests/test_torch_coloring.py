@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 import reference  # noqa: E402
 from test_torch_export import OLDER, in_onnxruntime, older_exporter  # noqa: E402
 
-from polywhiten.torch import GroupWhitening, IterNorm, convert  # noqa: E402
+from polywhiten.torch import GroupWhitening, IterNorm, convert, fold  # noqa: E402
 
 CHANNELS, SIZE = 7, 3  # the last group has one channel
 in_both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -197,6 +197,15 @@ def test_conversion_says_that_no_other_layer_has_matrices():
         with pytest.raises(ValueError, match=r"layer '1' has affine='coloring'"):
             convert(network, kind, inplace=True)
     assert isinstance(network[0], torch.nn.BatchNorm1d)
+
+
+@pytest.mark.parametrize("place", ["before", "after", "alone"])
+def test_folded_networks_evaluate_as_before(place):
+    hosts = [torch.nn.Conv2d(CHANNELS, CHANNELS, 1, dtype=torch.float64)] * (place != "alone")
+    network = torch.nn.Sequential(*hosts, trained()) if place == "before" else torch.nn.Sequential(trained(), *hosts)
+    folded, x = fold(network.eval()), torch.randn(4, CHANNELS, 3, 2, dtype=torch.float64)
+    assert not any(isinstance(module, IterNorm) for module in folded)
+    torch.testing.assert_close(folded(x), network(x))
 
 
 def test_wrong_use():

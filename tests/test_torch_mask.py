@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 
 import reference  # noqa: E402
 
-from polywhiten.torch import IterNorm, track  # noqa: E402
+from polywhiten.torch import IterNorm, fold, track  # noqa: E402
 from polywhiten.torch.backend import BACKEND  # noqa: E402
 
 CHANNELS = 5
@@ -223,6 +223,22 @@ def test_fx_records_a_mask_by_keyword():
     (node,) = [node for node in graph.graph.nodes if node.op == "call_module"]
     assert [*node.kwargs] == ["mask"]
     torch.testing.assert_close(graph(x, mask), network(x, mask))
+
+
+def test_folded_networks_are_called_with_a_mask_as_before():
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before = torch.nn.Conv1d(CHANNELS, CHANNELS, 1, dtype=torch.float64)
+            self.norm = trained()
+            self.after = torch.nn.Conv1d(CHANNELS, CHANNELS, 1, dtype=torch.float64)
+
+        def forward(self, x, mask):
+            return self.after(self.norm(self.before(x), mask))
+
+    network, (x, mask) = Network().eval(), padded(6, 7)
+    folded = fold(network)
+    torch.testing.assert_close(folded(x.transpose(1, 2), mask), network(x.transpose(1, 2), mask))
 
 
 @pytest.mark.parametrize("by_name", [False, True])

@@ -284,6 +284,7 @@ class IterNorm(WhiteningLayer):
         bias: Tensor | None,
     ) -> Tensor:
         """Whiten groups of adjacent channels by their own statistics, and average these."""
+        y: Tensor
         tracks = self.training and self.track_running_stats
         if mask is not None:
             y, stats, count = BACKEND.whiten_masked(spec, x, mask, weight, bias)

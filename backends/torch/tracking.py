@@ -104,7 +104,7 @@ class Tracking(Record):
         @_never_compiled
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if self._measuring:
-                x = args[0] if args else kwargs.get("x", kwargs.get("input"))
+                x = args[0] if args else kwargs.get("x", kwargs.get("input"))  # PyTorch's layers name it `input`
                 mask = args[1] if len(args) > 1 else kwargs.get("mask")
                 covariances = (_covariances(layer, values, mask) for values in (x, output))
                 self._add(self._step, name, type(layer).__name__, *covariances)
@@ -179,7 +179,7 @@ def track(
 
 
 @torch.no_grad()
-def _covariances(layer: nn.Module, x: Tensor, mask: Tensor | None) -> list[NDArray[np.floating]]:
+def _covariances(layer: nn.Module, x: Any, mask: Tensor | None) -> list[NDArray[np.floating]]:
     """Return the covariances of the blocks that a layer normalizes, as NumPy's arrays.
 
     `x` is the layer's input or output, and `mask` the one that it was called with.

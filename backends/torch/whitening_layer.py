@@ -96,9 +96,11 @@ class WhiteningLayer(LeafModule):
 
     def _whiten_nothing(self, x: Tensor, axis: int) -> Tensor:
         """Return a tensor without elements as it is, with gradients of 0 for weight and bias."""
-        has_matrices = self.weight is not None and self.weight.ndim == 3
-        y: Tensor = whiten_nothing(BACKEND, x, None if has_matrices else self.weight, self.bias, axis)
-        return y + self.weight.sum().to(y.dtype) if has_matrices else y
+        weight: Tensor | None = self.weight
+        if weight is not None and weight.ndim == 3:  # matrices, whose gradient is 0 as well
+            weight = weight.sum().expand(x.shape[axis])
+        y: Tensor = whiten_nothing(BACKEND, x, weight, self.bias, axis)
+        return y
 
     def _take_notice(self, objection: Callable[..., str | None], *sizes: Any) -> None:
         """Note a training pass, and what makes whitening infeasible in it: the objection to inputs of these sizes.
