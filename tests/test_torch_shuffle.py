@@ -90,6 +90,7 @@ def test_gradients_are_those_of_finite_differences(options):
 
     arguments = torch.randn(5, CHANNELS, 2, dtype=torch.float64, requires_grad=True), *layer.parameters()
     assert torch.autograd.gradcheck(run, arguments)
+    assert torch.autograd.gradgradcheck(run, arguments, fast_mode=True)
 
 
 def test_a_mask_leaves_positions_out_and_any_axis_has_the_same_groups():
@@ -103,6 +104,22 @@ def test_a_mask_leaves_positions_out_and_any_axis_has_the_same_groups():
             torch.manual_seed(2)
             results.append(run())
         torch.testing.assert_close(*results)
+
+
+def test_function_transforms():
+    layer, xs = layers(track_running_stats=False)[0], torch.randn(3, 8, CHANNELS, dtype=torch.float64)
+
+    def loss(x):
+        return layer(x).pow(3).sum()
+
+    gradient = torch.func.grad(loss)
+    torch.manual_seed(3)
+    batched = torch.vmap(gradient, randomness="same")(xs)
+    expected = []
+    for x in xs:
+        torch.manual_seed(3)
+        expected.append(gradient(x))
+    torch.testing.assert_close(batched, torch.stack(expected))
 
 
 def test_memory_format():
