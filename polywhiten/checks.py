@@ -32,10 +32,14 @@ def check_array(xp: Namespace, x: Array, name: str = "x") -> None:
         raise ValueError(f"{name} has an unknown number of dimensions: it has to be known while a graph is traced")
 
 
-def check_channels(x: Array, channels: int, name: str) -> None:
-    """Check that the input of a layer has the layer's number of channels, at axis 1."""
-    if x.ndim < 2 or x.shape[1] != channels:
+def check_channels(x: Array, channels: int, name: str, axis: int = 1, first: int = 0) -> int:
+    """Check that the input of a layer has the layer's number of channels; return their axis, counted from the front."""
+    if axis == 1 and (x.ndim < 2 or x.shape[1] != channels):
         raise ValueError(f"x has shape {tuple(x.shape)}: (N, {channels}, ...) is needed for {name}={channels}")
+    normalized = check_channel_axis(x, axis, first)
+    if x.shape[normalized] != channels:
+        raise ValueError(f"x has shape {tuple(x.shape)}: {name}={channels} channels are needed at axis={axis}")
+    return normalized
 
 
 def check_channel_axis(x: Array, axis: int, first: int = 0) -> int:

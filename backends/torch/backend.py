@@ -14,6 +14,7 @@ from polywhiten import checks
 from polywhiten.backend import Backend, Implementation
 from polywhiten.dispatch import framework_module
 from polywhiten.gpu_launches import gpu_launches
+from polywhiten.layer_entry import whiten_masked
 from polywhiten.reference import Gradients
 from polywhiten.solvers.minimax import minimax_steps, widest_interval
 from polywhiten.spec import WhiteningSpec
@@ -79,6 +80,19 @@ class TorchBackend(Backend):
         y, stats = super()._whiten_parts(spec, ordered, weight, bias)
         return restore(y), stats
 
+    @full_precision
+    def whiten_masked(
+        self, spec: WhiteningSpec, x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, WhiteningStats, Tensor]:
+        """Whiten all positions by the statistics of those where `mask` is true; return these and their number too.
+
+        The mask has the shape of x without its channel axis. Autograd records the operations one by one.
+        """
+        x, axis, restore = self.in_memory_order(x, spec.blocks.axis)
+        with on_device_of(x):
+            y, stats, count = whiten_masked(self, spec.at_axis(axis), x, mask, weight, bias)
+        return restore(y if torch.is_grad_enabled() or is_tracing() else as_non_view(y)), stats, count
+
     def whiten_blocks(
         self, spec: WhiteningSpec, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Statistics]:
@@ -141,10 +155,16 @@ class TorchBackend(Backend):
             return restore(super().apply_frozen(axis, x, mean, whitener, weight, bias))
 
     def in_memory_order(self, x: Tensor, axis: int) -> tuple[Tensor, int, Callable[[Tensor], Tensor]]:
-        """Return a channels-last tensor (N, C, ...) as (N, ..., C), its channel axis, and what restores a result."""
-        if axis == 1 and x.ndim > 2 and x.stride(1) == 1 != x.stride(-1):
-            last = x.ndim - 1
-            return x.permute(0, *range(2, x.ndim), 1), last, lambda y: y.permute(0, last, *range(1, last))
+        """Return a channels-last tensor (N, C, ...) as (N, ..., C), its channel axis, and what restores a result.
+
+        Likewise, a tensor (N, ..., C) that is a permuted view of a contiguous one (N, C, ...) is returned as that one.
+        """
+        last = x.ndim - 1
+        to_last, to_first = (0, *range(2, x.ndim), 1), (0, last, *range(1, last))
+        if axis == 1 and last > 1 and x.stride(1) == 1 != x.stride(last):
+            return x.permute(to_last), last, lambda y: y.permute(to_first)
+        if axis == last > 1 and x.stride(last) != 1 == x.stride(last - 1):
+            return x.permute(to_first), 1, lambda y: y.permute(to_last)
         return x, axis, lambda y: y
 
     def snapshot(self, state: Tensor, *inputs: Tensor | None) -> Tensor:

@@ -17,7 +17,10 @@ from polywhiten.statistics import TRACKED, WhiteningStats, whitener_of
 from polywhiten.torch.averages import RunningAverages, update_averages
 from polywhiten.torch.backend import BACKEND
 from polywhiten.torch.checkpoints import AveragesWanted, convert_averages
+from polywhiten.torch.coloring import color, colored_whitener
+from polywhiten.torch.masks import check_mask
 from polywhiten.torch.processes import WORLD, SumOverProcesses
+from polywhiten.torch.shuffling import statistics_in_order, whiten_shuffled
 from polywhiten.torch.whitening_layer import WhiteningLayer
 
 if TYPE_CHECKING:
@@ -38,13 +41,14 @@ class IterNorm(WhiteningLayer):
     Parameters
     ----------
     num_features : int
-        C, the number of channels of the input (N, C, ...).
+        C, the number of channels of the input, (N, C, ...) by default.
     eps : float
         Added to the diagonal of the covariance, so it has the units of the squared input.
     momentum : float or None
         Weight of the newest batch in the running averages. None takes the plain average of all batches.
-    affine : bool
-        Whether to learn a weight and a bias for every channel.
+    affine : bool or "coloring"
+        Whether to learn a weight and a bias for every channel. "coloring" learns a matrix for every group in place of
+        the weights, which mixes the whitened channels as in whitening and coloring (Siarohin et al.).
     track_running_stats : bool
         Whether to keep running averages for evaluation mode. Without them, every input is whitened by its own batch.
     bias : bool
@@ -58,6 +62,12 @@ class IterNorm(WhiteningLayer):
         Steps of "newton" and "minimax", 5 by default; "eigh" has none.
     relative_eps : bool
         Whether eps is a fraction of each group's mean variance instead, as for `polywhiten.iter_norm`.
+    shuffle : bool
+        Whether each training step whitens other groups, of channels drawn at random, as shuffled decorrelated batch
+        normalization does in self-supervised learning (Hua et al.). In evaluation, groups are adjacent channels.
+    axis : int
+        Axis of the channels, -1 for inputs (N, ..., C) such as sequences (N, L, C). An axis below 0 counts from the
+        last one.
     track : {"whitener", "covariance"}
         Which matrix is averaged: the whitener, as in the paper, or the covariance, from which every evaluation computes
         the whitener. The covariance is the better estimate, above all with "eigh".
@@ -76,6 +86,8 @@ class IterNorm(WhiteningLayer):
     Attributes
     ----------
     weight, bias : Parameter, shape (C,), or None
+        With `affine="coloring"`, the weight has the shape (groups, d, d) of the running matrices and begins as the
+        identity. If the last group is smaller, the upper left corner of its matrix counts.
     running_mean : Tensor, shape (C,), or None
     running_whitener or running_covariance : Tensor, shape (groups, d, d), or None
         If the last group is smaller, its matrix is in the upper left corner and the identity fills the rest. As with
@@ -106,6 +118,21 @@ class IterNorm(WhiteningLayer):
     format of the input. An empty batch, which one of several processes may get, is returned as it is and changes no
     average.
 
+    `layer(x, mask)` leaves padded positions out of the statistics. Everywhere else, output, gradients and running
+    averages are those of a batch without them. If the mask is true at one position or none, the batch changes no
+    average. Evaluation by running averages doesn't depend on the mask. With a mask, PyTorch records the operations one
+    by one, so a training step takes longer and backward keeps several arrays of the size of the input.
+
+    With `affine="coloring"`, the output is C W (x - mean) + bias for a group's whitener W and its learned matrix C. In
+    evaluation C W is one matrix. In training, the product with C is another pass, and backward keeps the whitened input
+    beside the input.
+
+    With `shuffle=True`, the order of the channels is drawn in each training step from PyTorch's default generator for
+    the input's device, as by `torch.nn.Dropout`, so `torch.manual_seed` makes it reproducible and checkpointed blocks
+    draw the same order again. Every channel keeps its place, its weight and its bias. The running averages are those of
+    groups of adjacent channels, as without `shuffle`: averages of groups that change would belong to no group. They
+    take another pass over the batch, which `track_running_stats=False` saves.
+
     Each process computes its own statistics; `polywhiten.iter_norm` shares them between processes with
     `all_reduce=polywhiten.torch.all_reduce()`. Tools that detect batch normalization by its class, such as
     `torch.optim.swa_utils.update_bn`, do not recognize this layer.
@@ -124,6 +151,10 @@ class IterNorm(WhiteningLayer):
     ----------
     Huang et al., Iterative Normalization, CVPR 2019, arXiv:1904.03441.
 
+    Siarohin et al., Whitening and Coloring Batch Transform for GANs, ICLR 2019, arXiv:1806.00420.
+
+    Hua et al., On Feature Decorrelation in Self-Supervised Learning, ICCV 2021, arXiv:2105.00470.
+
     Examples
     --------
     >>> import torch
@@ -131,6 +162,14 @@ class IterNorm(WhiteningLayer):
     >>> layer = IterNorm(16, group_size=8)
     >>> layer(torch.randn(4, 16, 5, 5)).shape
     torch.Size([4, 16, 5, 5])
+
+    Sequences of different lengths, padded to the longest one:
+
+    >>> lengths = torch.tensor([7, 3, 5, 6])
+    >>> mask = torch.arange(7) < lengths[:, None]  # true at the positions that count
+    >>> layer = IterNorm(16, group_size=8, axis=-1)
+    >>> layer(torch.randn(4, 7, 16), mask).shape
+    torch.Size([4, 7, 16])
     """
 
     channels_argument = "num_features"
@@ -144,7 +183,7 @@ class IterNorm(WhiteningLayer):
         num_features: int,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
-        affine: bool = True,
+        affine: bool | str = True,
         track_running_stats: bool = True,
         *,
         bias: bool = True,
@@ -152,6 +191,8 @@ class IterNorm(WhiteningLayer):
         method: str = "newton",
         iterations: int | None = None,
         relative_eps: bool = False,
+        shuffle: bool = False,
+        axis: int = 1,
         track: str = "whitener",
         on_nonfinite: str = "skip",
         process_group: ProcessGroup | str | None = None,
@@ -159,6 +200,11 @@ class IterNorm(WhiteningLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         num_features = checks.check_positive("num_features", num_features)
+        group_size = checks.check_positive("group_size", group_size)
+        if isinstance(affine, str):
+            checks.check_choice("affine", affine, ("coloring",))
+        d = min(group_size, num_features)
+        matrices_shape = (-(-num_features // d), d, d)
         super().__init__(
             num_features,
             eps=eps,
@@ -167,11 +213,14 @@ class IterNorm(WhiteningLayer):
             method=method,
             iterations=iterations,
             relative_eps=relative_eps,
+            axis=axis,
             device=device,
             dtype=dtype,
+            weight_shape=matrices_shape if affine == "coloring" else (num_features,),
         )
         self.num_features = num_features
-        self.group_size = checks.check_positive("group_size", group_size)
+        self.group_size = group_size
+        self.shuffle = shuffle
         if momentum is not None:
             momentum = checks.check_momentum(momentum, ", or None for the plain average")
         self.momentum = momentum
@@ -179,8 +228,7 @@ class IterNorm(WhiteningLayer):
         self.track = checks.check_choice("track", track, TRACKED)
         self.on_nonfinite = checks.check_choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
         self.process_group = process_group
-        d = min(self.group_size, num_features)
-        for name, shape in (("running_mean", (num_features,)), (self._matrices, (-(-num_features // d), d, d))):
+        for name, shape in (("running_mean", (num_features,)), (self._matrices, matrices_shape)):
             averages = torch.empty(shape, device=device, dtype=dtype) if track_running_stats else None
             self.register_buffer(name, averages)
         count = torch.empty((), dtype=torch.long, device=device) if track_running_stats else None
@@ -214,35 +262,102 @@ class IterNorm(WhiteningLayer):
                 self.num_batches_tracked.zero_()
 
     def reset_parameters(self) -> None:
-        """Set the weight to 1 and the bias to 0, and reset the running averages."""
+        """Set the weight to 1, or its matrices to the identity, the bias to 0, and reset the running averages."""
         self.reset_running_stats()
         super().reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Whiten x, shape (N, num_features, ...): by its batch in training, else by the running averages."""
-        self._check_input(x)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Whiten x: by the statistics of its batch in training, else by the running averages.
+
+        Parameters
+        ----------
+        x : Tensor
+            A batch with its channels at `axis`.
+        mask : Tensor of booleans, optional
+            False at padded positions, which the statistics leave out. Its shape is that of x without the channel axis,
+            for example (N, L) for sequences (N, L, C).
+
+        Returns
+        -------
+        Tensor
+            All positions of x, the padded ones too, whitened by the same mean and matrix.
+        """
+        axis = self._check_input(x)
+        if mask is not None:
+            check_mask(mask, x, axis)
         averages = self._averages()
         if averages is not None and not self.training:
-            return self._whiten_by_averages(x, *averages)
+            return self._whiten_by_averages(x, axis, *averages)
         all_reduce = self._sum_over_processes if self.training else None
         number = 1 if all_reduce is None else all_reduce.number
         if number == 1:
             if x.numel() == 0:
-                return self._whiten_nothing(x)
-            checks.check_batch(x, 1)
+                return self._whiten_nothing(x, axis)
+            if mask is None:
+                checks.check_batch(x, axis)
             all_reduce = None
-        self._take_notice(batch_objection, self.group_size, self.num_features, number * x.numel() // self.num_features)
-        spec = WhiteningSpec(ChannelGroups(1, self.group_size), self._solver, self._shift, all_reduce)
-        if not (self.training and self.track_running_stats):
-            return BACKEND.whiten(spec, x, self.weight, self.bias)
-        y = None
+        num_samples = number * x.numel() // self.num_features if mask is None else None
+        self._take_notice(batch_objection, self.group_size, self.num_features, num_samples)
+        spec = WhiteningSpec(ChannelGroups(axis, self.group_size), self._solver, self._shift, all_reduce)
+        coloring = self._coloring
+        affine = (self.weight, self.bias) if coloring is None else (None, None)
+        if self.training and self.shuffle and 1 < self.group_size < self.num_features:
+            y = self._whiten_shuffled(spec, x, mask, averages, *affine)
+        else:
+            y = self._whiten_in_order(spec, x, mask, averages, *affine)
+        return y if coloring is None else color(y, coloring, self.bias, axis)
+
+    @property
+    def _coloring(self) -> Tensor | None:
+        """The matrices that multiply the whitened channels, or None if each channel has a weight or none."""
+        return self.weight if self.weight is not None and self.weight.ndim == 3 else None
+
+    def _whiten_in_order(
+        self,
+        spec: WhiteningSpec,
+        x: Tensor,
+        mask: Tensor | None,
+        averages: tuple[Tensor, Tensor] | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Whiten groups of adjacent channels by their own statistics, and average these."""
+        y: Tensor
+        tracks = self.training and self.track_running_stats
+        if mask is not None:
+            y, stats, count = BACKEND.whiten_masked(spec, x, mask, weight, bias)
+            if tracks:
+                self._update_averages(stats, averages, count)
+            return y
+        if not tracks:
+            return BACKEND.whiten(spec, x, weight, bias)
         if averages is not None and self.on_nonfinite == "skip":  # such kernels don't tell the host of a bad batch
             matrix_is_covariance = self.track == "covariance"
             running = RunningAverages(*averages, self.num_batches_tracked, self.momentum, matrix_is_covariance)
-            y = BACKEND.whiten_and_average(spec, x, self.weight, self.bias, running)
-        if y is None:
-            y, stats = BACKEND.whiten_with_statistics(spec, x, self.weight, self.bias)
-            self._update_averages(stats, averages)
+            joined = BACKEND.whiten_and_average(spec, x, weight, bias, running)
+            if joined is not None:
+                return joined
+        y, stats = BACKEND.whiten_with_statistics(spec, x, weight, bias)
+        self._update_averages(stats, averages)
+        return y
+
+    def _whiten_shuffled(
+        self,
+        spec: WhiteningSpec,
+        x: Tensor,
+        mask: Tensor | None,
+        averages: tuple[Tensor, Tensor] | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Whiten groups of channels drawn at random, and average the statistics of groups of adjacent channels.
+
+        The latter are another pass over x, because averages over groups that change would mean nothing.
+        """
+        y = whiten_shuffled(spec, x, mask, weight, bias)
+        if self.track_running_stats:
+            stats, count = statistics_in_order(spec, x, mask)
+            self._update_averages(stats, averages, count)
         return y
 
     def _averages(self) -> tuple[Tensor, Tensor] | None:
@@ -274,11 +389,15 @@ class IterNorm(WhiteningLayer):
         mean, matrices = averages
         return mean, self._whitener(matrices)
 
-    def _whiten_by_averages(self, x: Tensor, mean: Tensor, matrices: Tensor) -> Tensor:
+    def _whiten_by_averages(self, x: Tensor, axis: int, mean: Tensor, matrices: Tensor) -> Tensor:
         """Whiten x by the running averages."""
         affine = self.weight, self.bias
         mean, matrices = (BACKEND.snapshot(state, x, *affine) for state in (mean, matrices))
-        return BACKEND.apply_frozen(1, x, mean, self._whitener(matrices), *affine)
+        whitener, coloring = self._whitener(matrices), self._coloring
+        if coloring is not None:
+            affine = None, self.bias
+            whitener = colored_whitener(coloring, whitener, BACKEND.kernels.accumulation_dtype(x.dtype))
+        return BACKEND.apply_frozen(axis, x, mean, whitener, *affine)
 
     def _whitener(self, matrices: Tensor) -> Tensor:
         """Return the whitener of tracked matrices, which are whiteners already unless the covariance is tracked."""
@@ -290,15 +409,23 @@ class IterNorm(WhiteningLayer):
         return whitener
 
     @torch.no_grad()
-    def _update_averages(self, stats: WhiteningStats, averages: tuple[Tensor, Tensor] | None) -> None:
-        """Update the running averages and the number of batches, unless one of them would not be finite."""
+    def _update_averages(
+        self, stats: WhiteningStats, averages: tuple[Tensor, Tensor] | None, count: Tensor | None = None
+    ) -> None:
+        """Update the running averages and the number of batches, unless one of them would not be finite.
+
+        `count` is the number of samples where only the device knows it. One sample, which has no covariance, changes
+        nothing, and neither does none.
+        """
         newest = stats.mean, getattr(stats, self.track)
-        checked = () if self.track == "whitener" else (stats.whitener,)
+        checked: tuple[Tensor, ...] = () if self.track == "whitener" else (stats.whitener,)
+        if count is not None:
+            checked = *checked, torch.where(count > 1, count, math.inf)
         if averages is None:  # only the number of batches changes
             finite = update_averages((), (), newest + checked, self.num_batches_tracked, self.momentum)
         else:
             finite = update_averages(averages, newest, checked, self.num_batches_tracked, self.momentum)
-        if self.on_nonfinite == "raise" and not finite:
+        if self.on_nonfinite == "raise" and not finite and (count is None or count > 1):
             others = ", here or in another process" if self._sum_over_processes is not None else ""
             raise ValueError(
                 f"x has NaN or infinity{others}, or values too large for its dtype or for that of the running averages "
@@ -307,7 +434,9 @@ class IterNorm(WhiteningLayer):
 
     def extra_repr(self) -> str:
         """Return the arguments, as `repr` shows them."""
-        names = "eps momentum affine bias track_running_stats group_size method iterations relative_eps track"
+        names = (
+            "eps momentum affine bias track_running_stats group_size method iterations relative_eps shuffle axis track"
+        )
         shared = ["process_group"] if self._sum_over_processes is not None else []
         return self._described(self.num_features, names=names.split() + shared)
 
@@ -327,7 +456,7 @@ class GroupWhitening(WhiteningLayer):
     num_groups : int
         g, the size of the covariance matrix; divides num_channels.
     num_channels : int
-        C, the number of channels of the input (N, C, ...).
+        C, the number of channels of the input, (N, C, ...) by default.
     eps : float
         Added to the diagonal of the covariance, so it has the units of the squared input.
     affine : bool
@@ -340,6 +469,8 @@ class GroupWhitening(WhiteningLayer):
         Steps of "newton" and "minimax", 5 by default; "eigh" has none.
     relative_eps : bool
         Whether eps is a fraction of each sample's mean variance instead, as for `polywhiten.iter_norm`.
+    axis : int
+        Axis of the channels, as for `IterNorm`, but not 0, which holds the samples.
     device, dtype
         Of the parameters.
 
@@ -380,6 +511,7 @@ class GroupWhitening(WhiteningLayer):
     """
 
     channels_argument = "num_channels"
+    first_axis = 1
 
     def __init__(
         self,
@@ -392,11 +524,17 @@ class GroupWhitening(WhiteningLayer):
         method: str = "newton",
         iterations: int | None = None,
         relative_eps: bool = False,
+        axis: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         num_channels = checks.check_positive("num_channels", num_channels)
         num_groups = checks.check_num_groups(num_groups, num_channels)
+        if isinstance(affine, str):
+            raise ValueError(
+                f"affine={affine!r}: group whitening has one weight for each channel or none, so use True or False; "
+                "IterNorm has affine='coloring', whose matrices mix the channels of a group"
+            )
         super().__init__(
             num_channels,
             eps=eps,
@@ -405,6 +543,7 @@ class GroupWhitening(WhiteningLayer):
             method=method,
             iterations=iterations,
             relative_eps=relative_eps,
+            axis=axis,
             device=device,
             dtype=dtype,
         )
@@ -413,17 +552,17 @@ class GroupWhitening(WhiteningLayer):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Whiten every sample of x, shape (N, num_channels, ...)."""
-        self._check_input(x)
+        """Whiten every sample of x, which has its channels at `axis`."""
+        axis = self._check_input(x)
         if x.numel() == 0:
-            return self._whiten_nothing(x)
-        num_groups = checks.check_sample_groups(x, self.num_groups, 1)
-        spec = WhiteningSpec(SampleGroups(1, num_groups), self._solver, self._shift)
+            return self._whiten_nothing(x, axis)
+        num_groups = checks.check_sample_groups(x, self.num_groups, axis)
+        spec = WhiteningSpec(SampleGroups(axis, num_groups), self._solver, self._shift)
         y = BACKEND.whiten(spec, x, self.weight, self.bias)
         self._take_notice(sample_objection, self.num_groups, self.num_channels, math.prod(x.shape[1:]))
         return y
 
     def extra_repr(self) -> str:
         """Return the arguments, as `repr` shows them."""
-        names = "eps affine bias method iterations relative_eps"
+        names = "eps affine bias method iterations relative_eps axis"
         return self._described(self.num_groups, self.num_channels, names=names.split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -17,14 +18,16 @@ from polywhiten.analysis.conditioning import block_covariances
 from polywhiten.analysis.tracking import BATCH_NORM_BLOCK, Record
 from polywhiten.blocks import Blocks, ChannelGroups, SampleGroups
 from polywhiten.torch._internals import BatchNorm
+from polywhiten.torch.masks import unmasked
 from polywhiten.torch.modules import GroupWhitening, IterNorm
 
-# How each kind of layer cuts its input into blocks; the first kind that a layer is an instance of counts.
-_BLOCKS: dict[type[nn.Module], Callable[[Any], Blocks]] = {
-    IterNorm: lambda layer: ChannelGroups(1, layer.group_size),
-    GroupWhitening: lambda layer: SampleGroups(1, layer.num_groups),
-    BatchNorm: lambda layer: ChannelGroups(1, BATCH_NORM_BLOCK),
-    nn.GroupNorm: lambda layer: SampleGroups(1, layer.num_groups),
+# How each kind of layer cuts an input, with so many dimensions, into blocks; the first kind that a layer is an instance
+# of counts.
+_BLOCKS: dict[type[nn.Module], Callable[[Any, int], Blocks]] = {
+    IterNorm: lambda layer, ndim: ChannelGroups(layer.axis % ndim, layer.group_size),
+    GroupWhitening: lambda layer, ndim: SampleGroups(layer.axis % ndim, layer.num_groups),
+    BatchNorm: lambda layer, ndim: ChannelGroups(1, BATCH_NORM_BLOCK),
+    nn.GroupNorm: lambda layer, ndim: SampleGroups(1, layer.num_groups),
 }
 _KINDS: Any = tuple(_BLOCKS)
 
@@ -98,13 +101,12 @@ class Tracking(Record):
         return hook
 
     def _layer_done(self, name: str, layer: nn.Module) -> Callable[..., None]:
-        blocks = _blocks_of(layer)
-
         @_never_compiled
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if self._measuring:
-                x = args[0] if args else next(iter(kwargs.values()))
-                covariances = (_covariances(values, blocks) for values in (x, output))
+                x = args[0] if args else kwargs.get("x", kwargs.get("input"))  # PyTorch's layers name it `input`
+                mask = args[1] if len(args) > 1 else kwargs.get("mask")
+                covariances = (_covariances(layer, values, mask) for values in (x, output))
                 self._add(self._step, name, type(layer).__name__, *covariances)
 
         return hook
@@ -176,12 +178,13 @@ def track(
     return Tracking(model, every, checks.check_layers(layers, found), evaluation)
 
 
-def _blocks_of(layer: nn.Module) -> Blocks:
-    """Return the blocks in which a normalization layer's input and output are measured."""
-    return next(blocks(layer) for kind, blocks in _BLOCKS.items() if isinstance(layer, kind))
-
-
 @torch.no_grad()
-def _covariances(x: Tensor, blocks: Blocks) -> list[NDArray[np.floating]]:
-    """Return the covariances of an activation's blocks as NumPy's arrays."""
+def _covariances(layer: nn.Module, x: Any, mask: Tensor | None) -> list[NDArray[np.floating]]:
+    """Return the covariances of the blocks that a layer normalizes, as NumPy's arrays.
+
+    `x` is the layer's input or output, and `mask` the one that it was called with.
+    """
+    blocks = next(blocks(layer, x.ndim) for kind, blocks in _BLOCKS.items() if isinstance(layer, kind))
+    if mask is not None:
+        x, blocks = unmasked(x, mask, blocks.axis), replace(blocks, axis=1)
     return [cov.cpu().numpy() for cov in block_covariances(x, blocks)]

@@ -19,15 +19,18 @@ from polywhiten.torch.leaf import LeafModule
 
 
 class WhiteningLayer(LeafModule):
-    """A layer that whitens tensors (N, channels, ...) and applies a learned affine map to every channel.
+    """A layer that whitens tensors, (N, channels, ...) by default, and applies a learned affine map to every channel.
 
     Attributes
     ----------
     channels_argument : str
         Name of the subclass' argument, and attribute, with the number of channels.
+    first_axis : int
+        The first axis of an input that may hold channels.
     """
 
     channels_argument: ClassVar[str]
+    first_axis: ClassVar[int] = 0
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -37,23 +40,27 @@ class WhiteningLayer(LeafModule):
         channels: int,
         *,
         eps: float,
-        affine: bool,
+        affine: bool | str,
         bias: bool,
         method: str,
         iterations: int | None,
         relative_eps: bool,
+        axis: int,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        weight_shape: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         self._notice = Notice()  # whether the layer is infeasible
         self.eps = checks.check_eps(eps)
         self.relative_eps = relative_eps
         self.affine = affine
+        self.axis = checks.check_integer("axis", axis)
         self.method = method
         self._solver, self._shift = regularized_solver(method, iterations, self.eps, relative_eps)
-        for name, wanted in (("weight", affine), ("bias", affine and bias)):
-            values = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if wanted else None
+        for name, shape in (("weight", weight_shape or (channels,)), ("bias", (channels,))):
+            wanted = affine and (bias or name == "weight")
+            values = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
             self.register_parameter(name, values)
 
     @property
@@ -62,9 +69,12 @@ class WhiteningLayer(LeafModule):
         return getattr(self._solver, "iterations", None)
 
     def reset_parameters(self) -> None:
-        """Set the weight to 1 and the bias to 0."""
+        """Set the weight to 1, or its matrices to the identity, and the bias to 0."""
         if self.weight is not None:
             nn.init.ones_(self.weight)
+            if self.weight.ndim == 3:
+                with torch.no_grad():
+                    self.weight.copy_(torch.eye(self.weight.shape[-1], device=self.weight.device))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -93,8 +103,11 @@ class WhiteningLayer(LeafModule):
         """Return a checkpoint's entries for this layer, by their names in it, as the layer's own state."""
         return flatten_affine(entries)
 
-    def _check_input(self, x: Tensor) -> None:
-        """Raise an error if x is no floating-point tensor with this layer's number of channels."""
+    def _check_input(self, x: Tensor) -> int:
+        """Return the channel axis of x, counted from the front.
+
+        Raise an error if x is no floating-point tensor with this layer's number of channels.
+        """
         if not isinstance(x, Tensor):
             if isinstance(x, Proxy):
                 raise TypeError(
@@ -102,21 +115,29 @@ class WhiteningLayer(LeafModule):
                     "trace that module, or torch.nn.Sequential(layer)"
                 )
             raise checks.wrong_type(x, "x", "a tensor, as torch.as_tensor(x)")
-        checks.check_channels(x, getattr(self, self.channels_argument), self.channels_argument)
+        channels = getattr(self, self.channels_argument)
+        axis = checks.check_channels(x, channels, self.channels_argument, self.axis, self.first_axis)
         checks.check_array(BACKEND.kernels.xp, x)
+        return axis
 
-    def _whiten_nothing(self, x: Tensor) -> Tensor:
+    def _whiten_nothing(self, x: Tensor, axis: int) -> Tensor:
         """Return a tensor without elements as it is, with gradients of 0 for weight and bias."""
-        y: Tensor = whiten_nothing(BACKEND, x, self.weight, self.bias, 1)
+        weight: Tensor | None = self.weight
+        if weight is not None and weight.ndim == 3:  # matrices, whose gradient is 0 as well
+            weight = weight.sum().expand(x.shape[axis])
+        y: Tensor = whiten_nothing(BACKEND, x, weight, self.bias, axis)
         return y
 
     def _take_notice(self, objection: Callable[..., str | None], *sizes: Any) -> None:
         """Note a training pass, and what makes whitening infeasible in it: the objection to inputs of these sizes.
 
-        Compiled code can't warn, and neither can tracers whose sizes are symbols.
+        Compiled code can't warn, and neither can tracers whose sizes are symbols. A size is None if only the device
+        knows it; then nothing is infeasible.
         """
-        if self.training and not torch.compiler.is_compiling() and type(sizes[-1]) is int:
-            self._notice.run(_FRAMEWORK, self, objection(*sizes))
+        if not self.training or torch.compiler.is_compiling():
+            return
+        if sizes[-1] is None or type(sizes[-1]) is int:
+            self._notice.run(_FRAMEWORK, self, None if sizes[-1] is None else objection(*sizes))
 
     def _described(self, *sizes: int, names: Sequence[str]) -> str:
         """Return the sizes and the arguments of these names, as `repr` shows them."""

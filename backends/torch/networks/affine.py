@@ -36,7 +36,9 @@ class AffineMap:
         """Return y = weight W (x - mean) + bias, for the whitener W."""
         whitener, mean = _exact(averages.whitener), _exact(averages.mean)
         linear = cls(whitener, torch.zeros(layer.channels, dtype=torch.float64))
-        if layer.weight is not None:
+        if layer.weight is not None and layer.weight.ndim == 3:
+            linear = cls(_exact(layer.weight) @ whitener, linear.offset)
+        elif layer.weight is not None:
             scale = linear.in_blocks(_exact(layer.weight))
             linear = cls(scale.unsqueeze(-1) * whitener, linear.offset)
         offset = -linear.apply(mean.unsqueeze(-1)).squeeze(-1)

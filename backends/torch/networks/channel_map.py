@@ -43,8 +43,8 @@ class ChannelMap(LeafModule):
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map the channels of x, shape (N, C, ...)."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map the channels of x, shape (N, C, ...). The result doesn't depend on a mask, as that of `IterNorm` here."""
         channels, size = self.weight.shape
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         ones = (1,) * (x.ndim - 2)

@@ -26,6 +26,7 @@ from polywhiten.torch.networks.replacement import (
     TARGETS,
     Replacement,
     accepted_arguments,
+    check_replaceable,
     make_replacement,
 )
 
@@ -141,6 +142,7 @@ def convert(
         if old.kind == to:
             report.append(Change(name, describe(layer), "", "is of this kind already"))
             continue
+        check_replaceable(old, name, to)
         if layer not in made:  # else the network has this layer under another name, too
             made[layer] = make_replacement(old, to, arguments, shapes.get(layer, ()))
             made[layer].layer.train(layer.training)

@@ -53,7 +53,8 @@ def fold(
     model : Module
         The network, in evaluation mode. Its layers `IterNorm`, `BatchNorm1d`, `BatchNorm2d`, `BatchNorm3d` and
         `SyncBatchNorm`, torchvision's `FrozenBatchNorm2d` and timm's `BatchNormAct2d` are folded, if they have running
-        averages. Layers that normalize each sample by itself, such as `GroupWhitening`, are left.
+        averages. Layers that normalize each sample by itself, such as `GroupWhitening`, are left, and so are layers
+        whose channels are at another axis than 1.
     inplace : bool
         Whether to change the model itself, not a copy of it.
     return_report : bool
@@ -155,6 +156,8 @@ def _read(name: str, layer: nn.Module) -> Normalization | str:
         return "it normalizes each sample by itself"
     if old.averages is None:
         return "it has no running averages"
+    if old.axis != 1:
+        return f"it has its channels at axis={old.axis}"
     if norm.training:
         raise ValueError(
             f"layer {name!r}, {describe(layer)}, is in training mode, where it doesn't use its running averages: call "

@@ -84,6 +84,8 @@ class FoldPlan:
         """Fold a layer into the one before it or else the one after it, and return what forbids it."""
         if objection := self._use_objection(trace, layer):
             return [f"it {objection}"]
+        if len(node.args) + len(node.kwargs) > 1:  # the identity in its place would take no mask
+            return ["it is called with a mask"]
 
         def passes(module: nn.Module) -> bool:
             if module in self.hosts:

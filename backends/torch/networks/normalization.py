@@ -50,7 +50,8 @@ class Normalization:
     channels : int
     eps : float
     weight, bias : Tensor, shape (C,), or None
-        Parameters, or buffers where the layer is frozen.
+        Parameters, or buffers where the layer is frozen. With `affine="coloring"`, the weight has the shape of the
+        whiteners, (blocks, d, d), and multiplies them.
     averages : Averages or None
         None for normalization within samples, and where every batch is normalized by itself.
     momentum : float or None
@@ -59,6 +60,8 @@ class Normalization:
         Number of groups of normalization within samples.
     dimensions : int
         How many axes the input has beside samples and channels, 2 where the layer doesn't tell.
+    axis : int
+        Axis of the channels. Only polywhiten's layers can have another one than 1.
     process_group : ProcessGroup, "world" or None
         The processes that share statistics in training; None if each takes those of its own batch.
     activation : tuple of Module
@@ -74,6 +77,7 @@ class Normalization:
     momentum: float | None = 0.1
     num_groups: int | None = None
     dimensions: int = 2
+    axis: int = 1
     process_group: ProcessGroup | str | None = None
     activation: tuple[nn.Module, ...] = ()
 
@@ -169,6 +173,7 @@ def _read_group_norm(layer: Any) -> Normalization:
         layer.weight,
         layer.bias,
         num_groups=layer.num_groups,
+        axis=getattr(layer, "axis", 1),
         activation=(layer.drop, layer.act) if hasattr(layer, "act") else (),
     )
 
@@ -183,6 +188,7 @@ def _read_iter_norm(layer: IterNorm) -> Normalization:
         layer.bias,
         None if statistics is None else Averages(*statistics, layer.num_batches_tracked),
         layer.momentum,
+        axis=layer.axis,
         process_group=layer.process_group,
     )
 

@@ -32,7 +32,7 @@ TARGETS: dict[str, type[nn.Module]] = {
     BATCH_NORM: nn.BatchNorm2d,
     GROUP_NORM: nn.GroupNorm,
 }
-_TAKEN_FROM_LAYER = {"num_features", "num_channels", "affine", "bias", "device", "dtype"}
+_TAKEN_FROM_LAYER = {"num_features", "num_channels", "affine", "bias", "axis", "device", "dtype"}
 
 
 class Replacement(NamedTuple):
@@ -56,6 +56,19 @@ def accepted_arguments(to: str) -> list[str]:
     """Return the names of the arguments that a user may choose for new layers of a kind."""
     names = [name for name in inspect.signature(TARGETS[to]).parameters if name not in _TAKEN_FROM_LAYER]
     return [*names, "dimensions"] if to == BATCH_NORM else names
+
+
+def check_replaceable(old: Normalization, name: str, to: str) -> None:
+    """Raise a ValueError with the layer's name if no layer of the kind `to` can do what it does."""
+    if old.axis != 1 and to in (BATCH_NORM, GROUP_NORM):
+        raise ValueError(
+            f"layer {name!r} has its channels at axis={old.axis}, and PyTorch's own layers have them at axis 1: "
+            "leave it out with where="
+        )
+    if old.weight is not None and old.weight.ndim > 1:
+        raise ValueError(
+            f"layer {name!r} has affine='coloring', matrices that no other kind of layer has: leave it out with where="
+        )
 
 
 def make_replacement(
@@ -118,6 +131,8 @@ def _new_layer(old: Normalization, to: str, values: Mapping[str, Any]) -> nn.Mod
     mean = None if old.averages is None else old.averages.mean
     tensors = [tensor for tensor in (old.weight, old.bias, mean) if tensor is not None]
     arguments: dict[str, Any] = {"affine": old.weight is not None or old.bias is not None, **values}
+    if to in (ITER_NORM, GROUP_WHITENING):
+        arguments["axis"] = old.axis
     if tensors:
         arguments |= {"device": tensors[0].device, "dtype": tensors[0].dtype}
     if to == BATCH_NORM:
