@@ -181,6 +181,8 @@ def test_activations_stay(norm):
     assert [type(module) for module in folded[1]] == [nn.Identity, nn.Dropout, nn.ReLU]
     before = nn.Sequential(conv(), nn.BatchNorm2d(8), nn.ReLU(), NormAct(norm(8), nn.Identity(), nn.ReLU()), conv())
     check(warmed(before, IMAGES), IMAGES, "folded into 0", "1 x 1 convolution" if norm is IterNorm else "")
+    behind = nn.Sequential(conv(), NormAct(norm(8), nn.Identity(), nn.ReLU()), IterNorm(8), nn.ReLU())
+    check(warmed(behind, IMAGES), IMAGES, "folded into 0", "1 x 1 convolution")
     without = nn.Sequential(NormAct(norm(8), nn.Identity(), nn.Identity()), conv())
     check(warmed(without, IMAGES), IMAGES, "folded into 1")
 
@@ -329,46 +331,73 @@ def test_weights_that_the_dtype_cannot_represent():
 
 
 class Branches(nn.Module):
-    """A network that torch.fx can't trace: its parts can be, but for its own call of `norm` and a nested one."""
+    """A network that torch.fx can't trace: its `part` can be."""
 
-    def __init__(self, nested=None):
+    def __init__(self):
         super().__init__()
         self.part = Uses(plain)
         self.conv, self.norm = conv(padding=1), IterNorm(8)
-        self.nested = nested or nn.Identity()
 
     def forward(self, x):
         self.last = x.detach()
         if x.sum() > 0:
             x = x * 2
-        return self.nested(self.norm(self.conv(self.part(x))))
+        return self.norm(self.conv(self.part(x)))
 
 
 def test_networks_that_cannot_be_traced():
-    folded = check(warmed(Branches(), IMAGES), IMAGES, "folded into part.conv", "1 x 1 convolution")
-    assert isinstance(folded.last, torch.Tensor)
-    _, report = fold(warmed(Branches(), IMAGES), return_report=True)
+    network = warmed(Branches(), IMAGES)
+    check(network, IMAGES, "folded into part.conv", "1 x 1 convolution")
+    folded, report = fold(network, return_report=True)
+    assert isinstance(folded.last, torch.Tensor)  # as before, and nothing that tracing has left
     assert report[1].note == "no code that torch.fx can trace calls it"
 
 
 def test_a_part_that_cannot_be_traced_is_one_call_of_the_whole():
     network = nn.Sequential(conv(padding=1), IterNorm(8), Branches(), conv(), IterNorm(8))
     expected = "folded into 0", "folded into 2.part.conv", "1 x 1 convolution", "folded into 3"
-    folded = check(warmed(network, IMAGES), IMAGES, *expected)
-    assert isinstance(folded[2].last, torch.Tensor)
+    check(warmed(network, IMAGES), IMAGES, *expected)
 
 
-class InPyTorchsContainer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.TransformerEncoder(Uses(plain), 1, enable_nested_tensor=False)
+class Undecided(Uses):
+    """A network that can be traced only up to the question how often the output of `conv` is used."""
 
     def forward(self, x):
-        return self.layers.layers[0](x)
+        y = self.conv(x)
+        z = self.norm(y)
+        return z + y if z.sum() > -1e9 else z
+
+
+def test_what_is_traced_before_tracing_fails_counts_for_nothing():
+    network = nn.Sequential(nn.ReLU(), Undecided(None), nn.ReLU())
+    check(warmed(network, IMAGES), IMAGES, "1 x 1 convolution", note="no code that torch.fx can trace calls it")
+
+
+class Scaled(Uses):
+    """A network whose part can't be traced, and reads a parameter that the network reads afterwards."""
+
+    def __init__(self, part=None):
+        super().__init__(None)
+        self.part, self.scale = part, nn.Parameter(torch.ones(())) if part is None else part.scale
+
+    def forward(self, x):
+        if self.part is not None:
+            return self.norm(self.conv(self.part(x))) * self.scale
+        y = x * self.scale
+        return y + 1 if y.sum() > 0 else y
+
+
+def test_parameters_that_are_read_before_tracing_fails_and_afterwards():
+    check(warmed(Scaled(Scaled()), IMAGES), IMAGES, "folded into conv", "1 x 1 convolution")
+
+
+class Wrapper(Uses):
+    __module__ = "torch.nn.parallel"  # where nn.DataParallel is, whose calls torch.fx doesn't trace into
 
 
 def test_containers_of_pytorch_are_looked_into():
-    check(warmed(InPyTorchsContainer(), IMAGES), IMAGES, "folded into layers.layers.0.conv")
+    network = nn.Sequential(Wrapper(plain), nn.ReLU())
+    check(warmed(network, IMAGES), IMAGES, "folded into 0.conv")
 
 
 def test_what_new_parameters_keep():

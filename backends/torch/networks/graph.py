@@ -62,8 +62,6 @@ class Trace:
             (user,) = node.users
             if user is not node.next:
                 objection = "does not follow at once"
-            if len(user.args) + len(user.kwargs) != 1:
-                objection = "is called with more arguments"
             node = user
             module = self.calls.get(node)
             if module is None or not passes(module):
