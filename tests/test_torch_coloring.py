@@ -182,6 +182,21 @@ def test_copies_and_saved_layers_are_the_same():
         torch.testing.assert_close(twin(x), layer(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("channels", [1, CHANNELS])
+def test_checkpoints_of_layers_with_weights_become_diagonal_matrices(channels):
+    norm, x = torch.nn.BatchNorm1d(channels), torch.randn(8, channels) + 1
+    torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    norm(x)
+    plain, layer, twin = (
+        IterNorm(channels, group_size=SIZE, affine=affine).eval() for affine in (True, "coloring", "coloring")
+    )
+    for each in (plain, layer):
+        each.load_state_dict(norm.state_dict())
+    twin.load_state_dict(layer.state_dict())
+    for each in (plain, layer, twin):
+        torch.testing.assert_close(each(x), norm.eval()(x), atol=1e-5, rtol=1e-5)
+
+
 @older_exporter
 def test_onnx():
     layer, x = trained(dtype=torch.float32).eval(), torch.randn(8, CHANNELS, 4)

@@ -38,6 +38,13 @@ def colored_whitener(matrices: Tensor, whitener: Tensor, dtype: torch.dtype) -> 
     return matrices.to(dtype) @ whitener.to(dtype)
 
 
+def diagonal_matrices(weight: Tensor, like: Tensor) -> Tensor:
+    """Return the coloring matrices, of the shape of `like`, that multiply channels by weights (C,)."""
+    groups, d, _ = like.shape
+    filling = weight.new_ones(groups * d - len(weight))
+    return torch.diag_embed(torch.cat([weight, filling]).reshape(groups, d))
+
+
 class _Color(torch.autograd.Function):
     """The map and its gradients by the fastest kernels for the tensors; the input is saved for backward."""
 

@@ -17,7 +17,7 @@ from polywhiten.statistics import TRACKED, WhiteningStats, whitener_of
 from polywhiten.torch.averages import RunningAverages, update_averages
 from polywhiten.torch.backend import BACKEND
 from polywhiten.torch.checkpoints import AveragesWanted, convert_averages
-from polywhiten.torch.coloring import color, colored_whitener
+from polywhiten.torch.coloring import color, colored_whitener, diagonal_matrices
 from polywhiten.torch.masks import check_mask
 from polywhiten.torch.processes import WORLD, SumOverProcesses
 from polywhiten.torch.shuffling import statistics_in_order, whiten_shuffled
@@ -372,6 +372,9 @@ class IterNorm(WhiteningLayer):
 
     def _from_checkpoint(self, entries: Mapping[str, Any]) -> dict[str, Any]:
         own = super()._from_checkpoint(entries)
+        weight, coloring = own.get("weight"), self._coloring
+        if coloring is not None and isinstance(weight, Tensor) and weight.shape == (self.num_features,):
+            own["weight"] = diagonal_matrices(weight.detach(), coloring)
         if self.running_mean is None or getattr(self, self._matrices) is None:
             return own
         arguments = self.num_features, self.group_size, self.track, self.method, self.eps, self.relative_eps
