@@ -191,6 +191,11 @@ assert "here or in another process" in raises(ValueError, layer(on_nonfinite="ra
 raising = layer(on_nonfinite="raise")
 assert_close(raising(rows[rank]), skipping(rows[rank]))
 
+# evaluation exchanges nothing, without averages either
+before = len(exchanges)
+assert_close(layer(track_running_stats=False).eval()(rows[rank]), IterNorm(4, group_size=2)(rows[rank]))
+assert len(exchanges) == before
+
 # if nobody has a sample, nothing changes
 assert skipping(rows[rank, :0]).shape == (0, 4)
 assert skipping.num_batches_tracked == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -95,11 +95,8 @@ def backward(
     axis, kernels = spec.blocks.axis, parts[0].implementation.kernels
     own, counts, sums, dweights, dbiases = [], [], [], [], []
     for part in parts:
-        x4, dy4, of_part = (
-            part.split(part.x),
-            part.split(take_channels(dy, part.channels, axis)),
-            part.statistics(stats),
-        )
+        x4, of_part = part.split(part.x), part.statistics(stats)
+        dy4 = part.split(cast(Tensor, take_channels(dy, part.channels, axis)))
         a, (count, *part_sums), dweight, dbias = part.implementation.channel_sums(
             part.spec, x4, part.weight, part.bias, of_part, dy4, part.statistics(dstats)
         )
