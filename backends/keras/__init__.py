@@ -2,6 +2,7 @@
 
 from polywhiten.keras.layers import GroupWhitening, IterNorm
 from polywhiten.keras.networks.convert import convert
+from polywhiten.keras.networks.fold import fold
 from polywhiten.keras.tracking import WhiteningTracker
 
-__all__ = ["GroupWhitening", "IterNorm", "WhiteningTracker", "convert"]
+__all__ = ["GroupWhitening", "IterNorm", "WhiteningTracker", "convert", "fold"]

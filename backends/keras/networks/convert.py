@@ -13,7 +13,7 @@ from polywhiten import checks
 from polywhiten.conversion import Change, Report, Where, select
 from polywhiten.feasibility import InfeasibleWarning
 from polywhiten.keras.networks.cloning import clone_with
-from polywhiten.keras.networks.graph import Place, check_model, places
+from polywhiten.keras.networks.graph import Place, check_model, normalizes_by_batch, places
 from polywhiten.keras.networks.normalization import CLASSES, OVER_BATCHES, describe, kind_of
 from polywhiten.keras.networks.replacement import Replacement, accepted_arguments, make_replacement, take_weights
 
@@ -171,7 +171,7 @@ def _change(place: Place, replacement: Replacement | None, reason: str) -> Chang
     if replacement is None:
         return Change(place.name, describe(place.layer), "", reason)
     new, notes = replacement.layer, [replacement.adjustment, *replacement.losses]
-    if kind_of(new) in OVER_BATCHES and any(call.arguments.kwargs.get("training") for call in place.calls):
+    if kind_of(new) in OVER_BATCHES and any(map(normalizes_by_batch, place.calls)):
         notes.append("is called with training=True: outputs in inference change")
     return Change(place.name, describe(place.layer), describe(new), "; ".join(note for note in notes if note))
 

@@ -116,3 +116,14 @@ def _all_places(model: Layer, prefix: str = "") -> Iterator[Place]:
         else:
             for part in layer._flatten_layers(include_self=False):
                 yield Place(f"{name}/{part.name}", part, graph, name)
+
+
+def normalizes_by_batch(call: Node) -> bool:
+    """Return whether this call of a normalization layer has the fixed argument `training=True`."""
+    arguments = call.arguments
+    return bool(arguments.kwargs.get("training")) or any(each is True for each in arguments.args[1:])
+
+
+def has_mask(tensor: Any) -> bool:
+    """Return whether a mask goes along with a tensor in its model."""
+    return getattr(tensor, "_keras_mask", None) is not None
