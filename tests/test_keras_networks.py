@@ -341,7 +341,7 @@ FOLDED = {
     "volumes": ((6, 6, 6, 3), [layers.Conv3D(6, 3), white(4)], ["before"]),
     "channels first": (
         (3, 8, 8),
-        [Conv(8, 3, **FIRST), white(4, 1), layers.ReLU(), white(4, 1), Conv(4, 3, **FIRST)],
+        [Conv(8, 3, **FIRST), white(4, 1), layers.ReLU(), white(4, 1), Conv(5, 3, **FIRST)],
         ["before", "after"],
     ),
     "channels first, alone": ((8, 6, 6), [layers.ReLU(), white(4, 1), layers.ReLU()], [OWN]),
@@ -363,6 +363,16 @@ def test_fold(shape, body, expected):
     assert sum(isinstance(layer, IterNorm) for layer in folded.layers) == 0
     assert len(folded.layers) == len(model.layers) - sum(each in ("before", "after") for each in expected)
     assert_same_outputs(model, folded, normal(5, *shape))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="only there Keras confuses the axes")
+def test_no_bias_is_added_where_keras_adds_it_along_the_width():
+    body = Conv(8, 1, use_bias=False, **FIRST), white(4, 1), layers.ReLU(), white(4, 1)
+    model = sequential((3, 8, 8), *body)
+    with pytest.warns(UserWarning, match="no layer of"):
+        folded, report = fold(model, return_report=True)
+    assert "along the width" in report[0].note
+    assert_same_outputs(model, folded, normal(5, 3, 8, 8))
 
 
 def test_fold_keeps_what_others_use():

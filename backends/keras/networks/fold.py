@@ -14,6 +14,7 @@ from polywhiten.keras.networks.linear_layers import (
     has_no_activation,
     has_plain_weights,
     is_linear,
+    misplaces_bias,
     read_linear,
 )
 from polywhiten.keras.networks.normalization import (
@@ -129,7 +130,7 @@ class _Folding:
         affine, objections = affine_map(place.layer), []
         for is_before in (True, False):
             neighbour = self._neighbour(place, is_before)
-            objection = self._objection(neighbour, place.layer, affine, is_before)
+            objection = self._objection(neighbour, place, affine, is_before)
             if not objection:
                 linear = self._linear.setdefault(id(neighbour), read_linear(neighbour))
                 (linear.map_outputs if is_before else linear.map_inputs)(affine)
@@ -170,11 +171,11 @@ class _Folding:
             operation = step(place.graph.calls(operation)[0])
         return operation
 
-    def _objection(self, neighbour: Any, norm: Layer, affine: AffineMap, is_before: bool) -> str:
+    def _objection(self, neighbour: Any, place: Place, affine: AffineMap, is_before: bool) -> str:
         """Return why a layer before or after a normalization layer can't do its work; "" if it can."""
         if not is_linear(neighbour):
             return NO_NEIGHBOUR
-        linear = self._linear.get(id(neighbour)) or read_linear(neighbour)
+        norm, linear = place.layer, self._linear.get(id(neighbour)) or read_linear(neighbour)
         if not self._is_called_once(neighbour):
             return f"{neighbour.name} is called several times"
         if is_before and not has_no_activation(neighbour):
@@ -183,6 +184,8 @@ class _Folding:
             return f"{neighbour.name} has another dtype, quantized weights, or LoRA weights"
         if linear.channel_axis % norm.input_spec.ndim != channel_axis(norm):
             return f"{neighbour.name} has its channels at another axis"
+        if misplaces_bias(place.graph.calls(neighbour)[0].outputs[0].shape, linear.channel_axis):
+            return f"Keras would add the bias of {neighbour.name} along the width, which is as large as its channels"
         return linear.objection_to_outputs(affine) if is_before else linear.objection_to_inputs(affine)
 
     def _replace(self, place: Place, affine: AffineMap, reason: str) -> Change:
@@ -196,8 +199,9 @@ class _Folding:
             if not losses:
                 self._others[id(norm)] = layer, lambda layer: take_weights(layer, norm)
                 return Change(place.name, before, f"BatchNormalization({channels_of(norm)})", reason)
+        shape = place.calls[0].outputs[0].shape
         pointwise = pointwise_layer(norm, has_mask(place.calls[0].input_tensors[0]))
-        if pointwise is None:
+        if pointwise is None or misplaces_bias(shape, channel_axis(norm)):
             return Change(place.name, before, "", reason)
         self._others[id(norm)] = pointwise, lambda layer: set_pointwise(layer, affine)
         return Change(place.name, before, describe_pointwise(pointwise), reason)

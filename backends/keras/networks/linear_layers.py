@@ -35,7 +35,7 @@ class LinearLayer:
 
     @property
     def _num_outputs(self) -> int:
-        return self._kernel.shape[-1]
+        return int(self._kernel.shape[-1])
 
     @property
     def channel_axis(self) -> int:
@@ -116,7 +116,7 @@ class _SeparableLayer(LinearLayer):
 
     @property
     def _num_outputs(self) -> int:
-        return self._pointwise.shape[-1]
+        return int(self._pointwise.shape[-1])
 
     def objection_to_outputs(self, affine: AffineMap) -> str:
         """Return "": the pointwise kernel takes any map."""
@@ -166,6 +166,14 @@ def has_plain_weights(layer: Layer) -> bool:
     return not (getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None))
 
 
+def misplaces_bias(shape: tuple[int | None, ...], channel_axis: int) -> bool:
+    """Return whether Keras adds a bias along the wrong axis of outputs of this shape.
+
+    Its TensorFlow backend looks for the axis of this length, and finds the last one before that of the channels.
+    """
+    return keras.backend.backend() == "tensorflow" and len(shape) > 2 and channel_axis == 1 and shape[1] == shape[-1]
+
+
 def _as_grouped(kernel: Values) -> tuple[Values, int]:
     """Return a depthwise kernel (*positions, inputs, multiplier) as that of a grouped convolution, and the groups."""
     return kernel.reshape(*kernel.shape[:-2], 1, -1), kernel.shape[-2]
@@ -207,4 +215,5 @@ def _map_inputs(kernel: Values, matrix: Values, groups: int) -> Values:
 def _constant_response(kernel: Values, inputs: Values, groups: int) -> Values:
     """Return the outputs (channels,) of a convolution whose input is the same at all positions."""
     summed = _by_groups(kernel, groups).sum(axis=0)
-    return (inputs.reshape(groups, 1, -1) @ summed).reshape(-1)
+    outputs: Values = inputs.reshape(groups, 1, -1) @ summed
+    return outputs.reshape(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,15 +115,20 @@ def _feasible(
     """Return the size or number of groups that a layer's channels and inputs allow, as near as possible to `wanted`."""
     channels, axis = channels_of(old), channel_axis(old)
     if to in WITHIN_SAMPLES:
-        values = min((math.prod(sizes) for shape in shapes if None not in (sizes := shape[1:])), default=None)
+        values = _smallest_product(shape[1:] for shape in shapes)
         return {"groups": feasible_num_groups(to, wanted["groups"], channels, values)}
     if to == ITER_NORM:
-        counted = [(batch_size, *shape[1:axis], *shape[axis + 1 :]) for shape in shapes]
-        samples = min((math.prod(sizes) for sizes in counted if None not in sizes), default=None)
+        samples = _smallest_product((batch_size, *shape[1:axis], *shape[axis + 1 :]) for shape in shapes)
         size = min(wanted["group_size"], channels)  # a layer with fewer channels has groups of all of them
         feasible = feasible_group_size(size, samples)
         return {"group_size": feasible if feasible < size else wanted["group_size"]}
     return {}
+
+
+def _smallest_product(shapes: Iterable[Shape]) -> int | None:
+    """Return the smallest number of elements of shapes, or None if there is none of known size."""
+    known = ([size for size in shape if size is not None] for shape in shapes if None not in shape)
+    return min(map(math.prod, known), default=None)
 
 
 def _variances(averages: Averages) -> Values:
