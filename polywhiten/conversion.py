@@ -96,6 +96,7 @@ def select(where: Where, layers: Mapping[str, Any], placements: Mapping[str, Cal
             raise ValueError(
                 f"where={pattern!r} matches none of the network's {len(layers)} normalization layers"
                 + (f", which are {', '.join(layers)}" if layers else "")
+                + f", and is none of the placements {', '.join(placements)}"
             )
     return [name for name in layers if any(fnmatchcase(name, pattern) for pattern in patterns)]
 

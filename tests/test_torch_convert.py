@@ -118,14 +118,15 @@ def test_modes_dtypes_and_devices_are_kept():
 
 
 def test_batch_norm_without_running_averages():
-    new = convert(nn.BatchNorm2d(6, track_running_stats=False), "iter_norm")
+    new, report = convert(nn.BatchNorm2d(6, track_running_stats=False), "iter_norm", return_report=True)
+    assert report[0].note == "normalizes every input by itself: outputs change"
     assert not new.track_running_stats
     assert new.running_mean is None
     new, report = convert(
         nn.BatchNorm2d(6, track_running_stats=False), "iter_norm", track_running_stats=True, return_report=True
     )
     assert new.running_mean is not None
-    assert report[0].note == "has no statistics yet"
+    assert report[0].note == "has no statistics yet: outputs change"
 
 
 def test_group_norm_and_group_whitening():
@@ -141,7 +142,7 @@ def test_group_norm_and_group_whitening():
 def test_normalization_within_samples_has_no_statistics_to_keep(to):
     new, report = convert(nn.GroupNorm(3, 6), to, return_report=True)
     assert new.running_mean.abs().sum() == 0
-    assert report[0].note == "has no statistics yet"
+    assert report[0].note == "has no statistics yet: outputs change"
 
 
 def test_dimensions_are_those_of_the_example():
@@ -177,7 +178,7 @@ def test_where_that_chooses_nothing_says_what_there_is():
         convert(network, "iter_norm", where="middle")
     with pytest.raises(TypeError, match="where=3 is neither"):
         convert(network, "iter_norm", where=3)
-    with pytest.warns(UserWarning, match="no layer of Sequential is replaced. Its normalization layers: 2 BatchNorm2d"):
+    with pytest.warns(UserWarning, match=r"replaces no layer of Sequential. Its normalization layers: 2 BatchNorm2d"):
         convert(network, "iter_norm", where=lambda *_: False)
 
 
@@ -206,7 +207,7 @@ def test_a_failed_conversion_leaves_the_model_as_it_was(strict):
     before = snapshot(network)
     with warnings.catch_warnings():
         warnings.simplefilter("error", InfeasibleWarning)
-        with pytest.raises(ValueError if strict else InfeasibleWarning, match=r"1: num_groups=3 instead of 4"):
+        with pytest.raises(ValueError if strict else InfeasibleWarning, match=r"num_groups=3 instead of 4 in 1$"):
             convert(network, "group_whitening", num_groups=4, inplace=True, strict=strict)
     assert snapshot(network) == before
     with pytest.raises(RuntimeError):
@@ -218,12 +219,12 @@ def test_a_failed_conversion_leaves_the_model_as_it_was(strict):
 def test_infeasible_groups_get_the_nearest_feasible_value():
     network = nn.Sequential(nn.BatchNorm2d(64), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(64)).train()
     x = torch.randn(16, 64, 8, 8)
-    with pytest.warns(InfeasibleWarning, match=r"1 layers .* nearest: 2: group_size=29 instead of 64$") as caught:
+    with pytest.warns(InfeasibleWarning, match=r"the nearest: group_size=29 instead of 64 in 2$") as caught:
         new = convert(network, "iter_norm", example_inputs=x)
     assert caught[0].message.layers == {"2": "group_size=29 instead of 64"}
     assert (new[0].group_size, new[2].group_size) == (64, 29)
     with pytest.warns(
-        InfeasibleWarning, match=r"2: num_groups=8 instead of 32$"
+        InfeasibleWarning, match=r"num_groups=8 instead of 32 in 2$"
     ):  # 16 groups have more than 64 equations
         new = convert(network, "group_whitening", example_inputs=x)
     assert (new[0].num_groups, new[2].num_groups) == (32, 8)
@@ -270,6 +271,49 @@ def test_layers_of_the_wanted_kind_are_left_and_reported():
         "0      IterNorm(8, group_size=2)  (left)                     is of this kind already",
         "1      BatchNorm2d(8)             IterNorm(8, group_size=4)",
     ]
+
+
+def test_a_layer_in_a_plain_list_is_refused():
+    """The network's code could go on calling it there."""
+    network = nn.Sequential(nn.BatchNorm2d(8))
+    network.order = [network[0]]
+    with pytest.raises(ValueError, match=r"layer '0' is also in the attribute 'order'.* torch.nn.ModuleList"):
+        convert(network, "iter_norm", inplace=True)
+    assert type(network[0]) is nn.BatchNorm2d
+
+
+def test_copies_of_recorded_graphs_stay_in_evaluation():
+    """`copy.deepcopy` of a `torch.fx.GraphModule` is in training mode."""
+    network = torch.fx.symbolic_trace(trained(nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6))))
+    x = torch.randn(4, 3, 5, 5)
+    network.train()(x)
+    new = convert(network.eval(), "iter_norm")
+    assert not any(module.training for module in new.modules())
+    torch.testing.assert_close(new(x), network(x))
+
+
+def test_an_example_runs_on_a_copy():
+    """A module that changes itself in evaluation mode, as some merge weights, is left as it was."""
+
+    class Merging(nn.BatchNorm2d):
+        merged = False
+
+        def train(self, mode=True):
+            self.merged = self.merged or not mode
+            return super().train(mode)
+
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.main, self.auxiliary = Merging(8), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return self.main(x) + (self.auxiliary(x) if self.training else 0)
+
+    network = Auxiliary()
+    _, report = convert(network, "iter_norm", example_inputs=torch.randn(4, 8, 5, 5), return_report=True)
+    assert not network.main.merged
+    assert [change.note for change in report] == ["", "the example doesn't reach it"]
 
 
 def test_synchronized_layers_stay_synchronized():

@@ -350,7 +350,7 @@ def test_networks_that_cannot_be_traced():
     check(network, IMAGES, "folded into part.conv", "1 x 1 convolution")
     folded, report = fold(network, return_report=True)
     assert isinstance(folded.last, torch.Tensor)  # as before, and nothing that tracing has left
-    assert report[1].note == "no code that torch.fx can trace calls it"
+    assert report[1].note == "the code that torch.fx can trace doesn't call it"
 
 
 def test_a_part_that_cannot_be_traced_is_one_call_of_the_whole():
@@ -370,7 +370,7 @@ class Undecided(Uses):
 
 def test_what_is_traced_before_tracing_fails_counts_for_nothing():
     network = nn.Sequential(nn.ReLU(), Undecided(None), nn.ReLU())
-    check(warmed(network, IMAGES), IMAGES, "1 x 1 convolution", note="no code that torch.fx can trace calls it")
+    check(warmed(network, IMAGES), IMAGES, "1 x 1 convolution", note="the code that torch.fx can trace doesn't call it")
 
 
 class Scaled(Uses):
@@ -479,3 +479,65 @@ def test_batch_normalization_stays_where_no_layer_takes_it():
     network = warmed(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), conv(), nn.BatchNorm2d(8)), IMAGES)
     folded = check(network, IMAGES, "", "folded into 2", note="no convolution or linear layer is next to it")
     assert type(folded[0]) is nn.BatchNorm2d
+
+
+class Branching(nn.Module):
+    """A network whose code may do something else than `torch.fx` sees, and stores its inputs."""
+
+    def __init__(self, branch):
+        super().__init__()
+        self.conv, self.norm, self.branch = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), branch
+        self.inputs = []
+
+    def forward(self, x, skip=None):
+        self.inputs.append(x)
+        y = self.conv(x)
+        if self.branch == "on a default" and skip is None:
+            y = y.relu()
+        if self.branch == "on a type" and isinstance(x, torch.Tensor):
+            y = y.relu()
+        return self.norm(y)
+
+
+def branching(branch):
+    network = warmed(Branching(branch), (8, 3, 5, 5))
+    network.inputs.clear()
+    return network, torch.randn(8, 3, 5, 5, dtype=torch.float64)
+
+
+def test_code_is_traced_with_the_defaults_of_its_arguments():
+    network, x = branching("on a default")
+    with pytest.warns(UserWarning, match="fold leaves Branching as it is"):
+        torch.testing.assert_close(fold(network)(x), network(x))
+
+
+def test_an_example_shows_what_tracing_cannot_see():
+    network, x = branching("on a type")
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(ValueError, match="outputs of Branching for example_inputs would change by"):
+        fold(network, example_inputs=x, inplace=True)
+    assert type(network.norm) is nn.BatchNorm2d
+    torch.testing.assert_close(network.state_dict(), before)
+    network, x = branching("never")
+    torch.testing.assert_close(fold(network, example_inputs=(x,))(x), network(x))
+
+
+def test_tracing_leaves_nothing_in_the_network():
+    """Neither in what its code stores, nor in what hooks store."""
+    part, _ = branching("never")
+    network, outputs = nn.Sequential(part), []
+    part.register_forward_hook(lambda module, args, y: outputs.append(y))
+    fold(network, inplace=True)
+    assert type(part.norm) is nn.Identity
+    assert not part.inputs
+    assert not outputs
+
+
+def test_layers_in_plain_lists_are_left():
+    network = warmed(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)), (8, 3, 5, 5))
+    network.order = [network[1]]
+    with pytest.warns(UserWarning, match="it is also in the attribute order"):
+        fold(network)
+    network.order = [network[0]]
+    with pytest.warns(UserWarning, match="0 before it is also in the attribute order"):
+        fold(network)

@@ -35,7 +35,7 @@ class AffineMap:
     def of(cls, layer: Normalization, averages: Averages) -> Self:
         """Return y = weight W (x - mean) + bias, for the whitener W."""
         whitener, mean = _exact(averages.whitener), _exact(averages.mean)
-        linear = cls(whitener, torch.zeros(layer.channels, dtype=torch.float64))
+        linear = cls(whitener, whitener.new_zeros(layer.channels))
         if layer.weight is not None and layer.weight.ndim == 3:
             linear = cls(_exact(layer.weight) @ whitener, linear.offset)
         elif layer.weight is not None:
@@ -74,7 +74,8 @@ class AffineMap:
         """
         d = self.blocks.shape[-1]
         size = next((n for n in divisors(self.channels) if n <= d and self.stays_within(n)), d)
-        identities = torch.eye(size, dtype=torch.float64).repeat(math.ceil(self.channels / size), 1)
+        identity = torch.eye(size, dtype=torch.float64, device=self.blocks.device)
+        identities = identity.repeat(math.ceil(self.channels / size), 1)
         return self.apply(identities[: self.channels])
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, overload
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from polywhiten import checks
 from polywhiten.conversion import Change, Report, Where, select
 from polywhiten.feasibility import InfeasibleWarning
+from polywhiten.torch.networks.copies import copy_network, evaluate, modules_in_containers
 from polywhiten.torch.networks.normalization import (
     check_initialized,
     describe,
@@ -68,8 +68,8 @@ def convert(
         the network's first normalization layer; "middle", the second of the three layers of every block, as ResNet-50
         and ResNeXt-50 have them. A sequence has several patterns.
     example_inputs : Tensor or tuple, optional
-        A batch as in training, or the tuple of all arguments of `model`. The network runs on it once, in evaluation
-        mode, to find out how many samples every layer gets, and so which groups are feasible.
+        A batch as in training, or the tuple of all arguments of `model`. A copy of the network runs on it
+        once, in evaluation mode, to find out how many samples every layer gets, and so which groups are feasible.
     inplace : bool
         Whether to change the model itself, not a copy of it.
     strict : bool
@@ -110,6 +110,9 @@ def convert(
     output in evaluation: its whiteners are diagonal matrices of 1 / sqrt(var + eps) until training changes them. With
     `track="covariance"`, this needs `method="eigh"`. Where outputs in evaluation change, the report says so.
 
+    Layers of timm that include an activation become a `NormAct`, which has normalization and activation as children
+    `norm`, `drop` and `act`, also after a conversion back.
+
     The new layers don't have the hooks of the old ones. Subclasses with a `forward` of their own may compute something
     else, so they are left as they are.
 
@@ -130,11 +133,11 @@ def convert(
     """
     _check_arguments(model, to, arguments)
     if not inplace:
-        groups = [module.process_group for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
-        model = copy.deepcopy(model, {id(group): group for group in groups})  # a ProcessGroup can't be copied
+        model = copy_network(model)
     layers = dict(normalization_layers(model))
     chosen = {name: layers[name] for name in select(where, layers, placements(model, layers))}
-    shapes = {} if example_inputs is None else _input_shapes(model, chosen, example_inputs)
+    shapes = None if example_inputs is None else _input_shapes(model, chosen, example_inputs)
+    in_containers = modules_in_containers(model)
     made: dict[nn.Module, Replacement] = {}
     report = []
     for name, layer in chosen.items():
@@ -143,10 +146,17 @@ def convert(
             report.append(Change(name, describe(layer), "", "is of this kind already"))
             continue
         check_replaceable(old, name, to)
+        if layer in in_containers:
+            raise ValueError(
+                f"layer {name!r} is also in the attribute {in_containers[layer]!r}, where it can't be replaced: make "
+                "that a torch.nn.ModuleList or ModuleDict, or leave the layer out with where="
+            )
         if layer not in made:  # else the network has this layer under another name, too
-            made[layer] = make_replacement(old, to, arguments, shapes.get(layer, ()))
+            made[layer] = make_replacement(old, to, arguments, () if shapes is None else shapes.get(name, ()))
             made[layer].layer.train(layer.training)
         new, notes = made[layer].layer, [made[layer].adjustment, *made[layer].losses]
+        if shapes is not None and name not in shapes:
+            notes.append("the example doesn't reach it")
         report.append(Change(name, describe(layer), describe(new), "; ".join(note for note in notes if note)))
     _take_notice(model, to, {name: made[layer].adjustment for name, layer in chosen.items() if layer in made}, strict)
     for name, layer in chosen.items():
@@ -178,29 +188,21 @@ def _check_arguments(model: nn.Module, to: str, arguments: Mapping[str, Any]) ->
     for name in ("group_size", "num_groups"):
         if name in arguments:
             checks.check_positive(name, arguments[name])
-    if arguments.get("dimensions", 2) not in BATCH_NORMS:
+    if arguments.get("dimensions", 2) not in [*BATCH_NORMS]:
         raise ValueError(f"dimensions={arguments['dimensions']!r} is not one of 1, 2, 3")
 
 
-def _input_shapes(
-    model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Any
-) -> dict[nn.Module, set[Shape]]:
-    """Return the shapes of the inputs that layers get when the network runs on an example in evaluation mode."""
-    shapes: dict[nn.Module, set[Shape]] = {}
+def _input_shapes(model: nn.Module, names: Iterable[str], example_inputs: Any) -> dict[str, set[Shape]]:
+    """Return the shapes of the inputs that layers of these names get, from a copy that evaluates an example."""
+    shapes: dict[str, set[Shape]] = {}
+    model = copy_network(model, share_parameters=True)
+    for name in names:
 
-    def note(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        shapes.setdefault(layer, set()).add(tuple(inputs[0].shape))
+        def note(_: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
+            shapes.setdefault(name, set()).add(tuple(inputs[0].shape))
 
-    training = [module for module in model.modules() if module.training]
-    hooks = [layer.register_forward_pre_hook(note) for layer in set(layers.values())]
-    try:
-        with torch.no_grad():
-            model.eval()(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module in training:
-            module.training = True
+        model.get_submodule(name).register_forward_pre_hook(note)
+    evaluate(model, example_inputs)
     return shapes
 
 
@@ -211,13 +213,17 @@ def _take_notice(model: nn.Module, to: str, adjustments: Mapping[str, str], stri
         others = Counter(name for name in names if "Norm" in name)
         found = ", ".join(f"{count} {name}" for name, count in sorted(others.items())) or "none"
         warnings.warn(
-            f"no layer of {type(model).__name__} is replaced. Its normalization layers: {found}", stacklevel=3
+            f"convert(..., {to!r}) replaces no layer of {type(model).__name__}. Its normalization layers: {found}",
+            stacklevel=3,
         )
-    adjusted = {name: adjustment for name, adjustment in adjustments.items() if adjustment}
+    adjusted = {name or type(model).__name__: adjustment for name, adjustment in adjustments.items() if adjustment}
     if not adjusted:
         return
-    listed = "; ".join(f"{name or type(model).__name__}: {adjustment}" for name, adjustment in adjusted.items())
+    layers: dict[str, list[str]] = {}
+    for name, adjustment in adjusted.items():
+        layers.setdefault(adjustment, []).append(name)
+    listed = "; ".join(f"{adjustment} in {', '.join(names)}" for adjustment, names in layers.items())
     if strict:
-        raise ValueError(f"{len(adjusted)} layers can't have the groups that are wanted. With strict=False: {listed}")
-    message = f"{len(adjusted)} layers can't have the groups that are wanted, and get the nearest: {listed}"
+        raise ValueError(f"some layers can't have the groups that are wanted. With strict=False: {listed}")
+    message = f"some layers can't have the groups that are wanted, and get the nearest: {listed}"
     warnings.warn(InfeasibleWarning(message, adjusted), stacklevel=3)

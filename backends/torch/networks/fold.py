@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from polywhiten import checks
 from polywhiten.conversion import Change, Report
 from polywhiten.torch.networks.affine import AffineMap
 from polywhiten.torch.networks.channel_map import ChannelMap, RowsOnly
 from polywhiten.torch.networks.convert import replace_module
+from polywhiten.torch.networks.copies import copy_network, evaluate, modules_in_containers
 from polywhiten.torch.networks.fold_plan import Foldable, FoldPlan, peculiarity
 from polywhiten.torch.networks.graph import traces
 from polywhiten.torch.networks.normalization import (
@@ -31,15 +32,23 @@ from polywhiten.torch.norm_layers import NormAct
 
 
 @overload
-def fold(model: nn.Module, *, inplace: bool = False, return_report: Literal[True]) -> tuple[nn.Module, Report]: ...
+def fold(
+    model: nn.Module, *, example_inputs: Any = None, inplace: bool = False, return_report: Literal[True]
+) -> tuple[nn.Module, Report]: ...
 
 
 @overload
-def fold(model: nn.Module, *, inplace: bool = False, return_report: Literal[False] = False) -> nn.Module: ...
+def fold(
+    model: nn.Module, *, example_inputs: Any = None, inplace: bool = False, return_report: Literal[False] = False
+) -> nn.Module: ...
 
 
 def fold(
-    model: nn.Module, *, inplace: bool = False, return_report: bool = False
+    model: nn.Module,
+    *,
+    example_inputs: Tensor | tuple[Any, ...] | None = None,
+    inplace: bool = False,
+    return_report: bool = False,
 ) -> nn.Module | tuple[nn.Module, Report]:
     """Fold the normalization layers of a network into other layers, for evaluation.
 
@@ -55,6 +64,9 @@ def fold(
         `SyncBatchNorm`, torchvision's `FrozenBatchNorm2d` and timm's `BatchNormAct2d` are folded, if they have running
         averages. Layers that normalize each sample by itself, such as `GroupWhitening`, are left, and so are layers
         whose channels are at another axis than 1.
+    example_inputs : Tensor or tuple, optional
+        An input of the network, or the tuple of all arguments. The network runs on it before and after, and its outputs
+        have to be the same.
     inplace : bool
         Whether to change the model itself, not a copy of it.
     return_report : bool
@@ -70,8 +82,8 @@ def fold(
     Raises
     ------
     ValueError
-        A layer is in training mode, has no values yet, or has only one of its two running averages. The model is as it
-        was.
+        A layer is in training mode or has no values yet, or outputs for `example_inputs` would change. The model is as
+        it was.
     TypeError
         The model isn't a module or is compiled by TorchScript.
 
@@ -84,7 +96,10 @@ def fold(
     -----
     `torch.fx` finds out which layer comes after which, but the network keeps its own class and code. If code can't be
     traced, each part of the network that can be is traced by itself. This assumes that the code calls these parts as a
-    whole, and doesn't, for example, use only the first layers of an `nn.Sequential`.
+    whole, and doesn't, for example, use only the first layers of an `nn.Sequential`. Code is traced with the defaults
+    of its arguments, and `torch.fx` doesn't see everything: a branch on the type of an argument, a loop over
+    `conv.parameters()`, or what code stores in attributes. Where code does more than call one layer after another, pass
+    `example_inputs`, and an error tells if outputs would change.
 
     A layer is folded only where that is exact:
 
@@ -98,7 +113,9 @@ def fold(
     In place of a layer that is folded into a linear layer, there is a module that accepts only inputs (N, C).
 
     The new weights are computed in float64, are new parameters, and have the dtype, device, memory format and
-    `requires_grad` of the old ones. Layers get a bias if they have none. Folded networks aren't for further training.
+    `requires_grad` of the old ones. Layers get a bias if they have none. Folded networks aren't for further training,
+    and their state doesn't fit a network that was folded with other weights: save the unfolded network, or all of the
+    folded one by `torch.save` or an export.
 
     Examples
     --------
@@ -119,9 +136,14 @@ def fold(
     """
     _check_model(model)
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copy_network(model)
+    expected = None if example_inputs is None else evaluate(copy_network(model, share_parameters=True), example_inputs)
     layers = dict(normalization_layers(model))
-    read = {layer: _read(name, layer) for name, layer in layers.items()}
+    in_containers = modules_in_containers(model)
+    read = {
+        layer: f"it is also in the attribute {in_containers[layer]}" if layer in in_containers else _read(name, layer)
+        for name, layer in layers.items()
+    }
     affine = {layer: old for layer, old in read.items() if isinstance(old, Normalization)}
     plan = FoldPlan(model, {layer: _foldable(old) for layer, old in affine.items()})
     for trace in traces(model, set(layers.values())):
@@ -130,12 +152,37 @@ def fold(
     report = Report(_change(name, layer, read[layer], replaced, plan) for name, layer in layers.items())
     parameters = {host: weights.parameters_for(host) for host, weights in plan.weights.items()}
     _take_notice(model, report)
+    before = {host: (host.weight, host.bias) for host in parameters}
+    folded = _swap(model, {name: replaced[layer] for name, layer in layers.items() if layer in replaced}, parameters)
+    if example_inputs is not None and (change := _change_of_outputs(folded, example_inputs, expected)):
+        _swap(folded, {name: layer for name, layer in layers.items() if layer in replaced}, before)
+        raise ValueError(
+            f"the outputs of {type(model).__name__} for example_inputs would change by {change:.1e} of their largest "
+            "value, as its code does something with the folded layers that torch.fx doesn't see. Fold the parts of the "
+            "model that call one layer after another"
+        )
+    return (folded, report) if return_report else folded
+
+
+def _swap(model: nn.Module, modules: Mapping[str, nn.Module], parameters: Mapping[Any, tuple[Any, Any]]) -> nn.Module:
+    """Put modules at these names and parameters, weight and bias, into layers, and return the network."""
     for host, (weight, bias) in parameters.items():
         host.weight, host.bias = weight, bias
-    for name, layer in layers.items():
-        if layer in replaced:
-            model = replace_module(model, name, replaced[layer])
-    return (model, report) if return_report else model
+    for name, module in modules.items():
+        model = replace_module(model, name, module)
+    return model
+
+
+def _change_of_outputs(model: nn.Module, example_inputs: Any, expected: Any) -> float:
+    """Return by how much of their largest value outputs differ from those expected, or 0 for what rounding explains."""
+    outputs = evaluate(copy_network(model, share_parameters=True), example_inputs)
+    change = 0.0
+    for y, wanted in zip(tree_leaves(outputs), tree_leaves(expected), strict=True):
+        if isinstance(wanted, Tensor) and wanted.is_floating_point() and wanted.numel():
+            difference = (y.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1e-300)
+            limit = torch.finfo(wanted.dtype).eps ** 0.5
+            change = max(change, difference.item() if not difference <= limit else 0.0)
+    return change
 
 
 def _check_model(model: nn.Module) -> None:
@@ -158,7 +205,8 @@ def _read(name: str, layer: nn.Module) -> Normalization | str:
         return "it has no running averages"
     if old.axis != 1:
         return f"it has its channels at axis={old.axis}"
-    if norm.training:
+    is_frozen = old.weight is not None and not isinstance(old.weight, nn.Parameter)
+    if norm.training and not is_frozen:
         raise ValueError(
             f"layer {name!r}, {describe(layer)}, is in training mode, where it doesn't use its running averages: call "
             "model.eval() first"
@@ -200,7 +248,9 @@ def _change(
         return Change(name, before, "", read)
     if layer in plan.hosts:
         return Change(name, before, f"folded into {plan.name(plan.hosts[layer])}")
-    note = plan.objections.get(layer, "no code that torch.fx can trace calls it" if name else "it is the whole model")
+    note = plan.objections.get(
+        layer, "the code that torch.fx can trace doesn't call it" if name else "it is the whole model"
+    )
     return Change(name, before, "1 x 1 convolution" if layer in replaced else "", note)
 
 
@@ -208,7 +258,10 @@ def _take_notice(model: nn.Module, report: Report) -> None:
     """Warn if nothing was folded, and say why."""
     if report.replaced:
         return
-    reasons = "; ".join(f"{change.name or type(model).__name__}: {change.note}" for change in report)
+    names: dict[str, list[str]] = {}
+    for change in report:
+        names.setdefault(change.note, []).append(change.name or type(model).__name__)
+    reasons = "; ".join(f"{', '.join(layers)}: {note}" for note, layers in names.items())
     warnings.warn(
         f"fold leaves {type(model).__name__} as it is: " + (reasons or "it has no layers that fold knows"), stacklevel=3
     )

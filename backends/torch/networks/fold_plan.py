@@ -10,9 +10,9 @@ from torch.fx import Node
 from torch.nn.utils import parametrize
 
 from polywhiten.torch.networks.affine import LINEAR_LAYERS, TRANSPOSED, AffineMap, LinearWeights
-from polywhiten.torch.networks.graph import Trace
+from polywhiten.torch.networks.copies import modules_in_containers
+from polywhiten.torch.networks.graph import Trace, has_hooks
 
-_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 _METHODS = "forward", "_conv_forward"
 
 
@@ -32,7 +32,7 @@ class Foldable(NamedTuple):
 
 def peculiarity(module: nn.Module) -> str:
     """Return what a module does beside the `forward` of its class, such as "has hooks"; "" for most."""
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    if has_hooks(module):
         return "has hooks"
     if parametrize.is_parametrized(module):
         return "has parametrizations"
@@ -60,6 +60,7 @@ class FoldPlan:
 
     def __init__(self, model: nn.Module, layers: Mapping[nn.Module, Foldable]) -> None:
         self.layers = layers
+        self._in_containers = modules_in_containers(model)
         self._names: dict[nn.Module, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             self._names.setdefault(module, []).append(name)
@@ -127,6 +128,8 @@ class FoldPlan:
     def _use_objection(self, trace: Trace, module: nn.Module) -> str:
         if len(self._names[module]) > 1:
             return f"has several names, {' and '.join(self._names[module][:2])}"
+        if module in self._in_containers:
+            return f"is also in the attribute {self._in_containers[module]}"
         return "" if module in trace.called_once else "is used more than once"
 
 

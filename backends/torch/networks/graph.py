@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 from torch.fx import Graph, Node, Tracer
 
 from polywhiten.torch.networks.affine import LINEAR_LAYERS
+from polywhiten.torch.networks.copies import copy_network
 
 Neighbour = tuple[nn.Module | None, str]
 """The module called before or after a node, and what keeps the two from becoming one, often nothing ("")."""
@@ -68,38 +70,46 @@ class Trace:
                 return module, objection
 
 
-def traces(root: nn.Module, layers: Collection[nn.Module]) -> Iterator[Trace]:
+def traces(network: nn.Module, layers: Collection[nn.Module]) -> Iterator[Trace]:
     """Yield traces of a network, and of its parts where it can't be traced as a whole, that have the calls of layers.
 
     A module that can't be traced is one call in the trace of its parent, and its children are traced one by one. What
-    it calls itself is in no trace.
+    it calls itself is in no trace. A copy is traced, because code may store what isn't a tensor during a trace.
 
     Parameters
     ----------
-    root : Module
+    network : Module
     layers : collection of Module
         The layers to look for, which are recorded as one call.
     """
+    names = {module: name for name, module in network.named_modules()}
+    copied = copy_network(network, share_parameters=True)
+    copied_layers = {copied.get_submodule(names[layer]) for layer in layers}
+    for name, graph in _graphs(copied, "", copied_layers):
+        yield Trace(network.get_submodule(name), graph)
+
+
+def _graphs(root: nn.Module, name: str, layers: Collection[nn.Module]) -> Iterator[tuple[str, Graph]]:
+    """Yield the graphs of a network's module of this name, or of its parts, with the names of these."""
     if root in layers or not _contains(root, layers):
         return
     tracer = _Tracer(layers)
-    states = [(module, dict(vars(module))) for module in root.modules()]
+    parameters = inspect.signature(root.forward).parameters.values()
+    plain = type(None), bool, int, float, str
+    defaults = {each.name: each.default for each in parameters if isinstance(each.default, plain)}
     try:
-        graph = tracer.trace(root)
+        graph = tracer.trace(root, defaults)  # a proxy in place of None would take the other branch of the code
         graph.lint()  # no module has stored a node that `call_module` has erased
     except Exception:  # whatever the network's code raises if it gets no tensors
-        untraced = [root]
+        parts = [*root.children()]
     else:
-        trace = Trace(root, graph)
-        yield trace
-        untraced = [module for module in tracer.untraced if module in trace.calls.values()]
-    finally:  # forward may have stored what isn't a tensor
-        for module, state in states:
-            vars(module).clear()
-            vars(module).update(state)
-    for parent in untraced:
-        for child in parent.children():
-            yield from traces(child, layers)
+        yield name, graph
+        called = [root.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"]
+        parts = [module for module in called if has_hooks(module)]  # which a trace of themselves doesn't call
+        parts += [child for module in called if module in tracer.untraced for child in module.children()]
+    names = {module: child_name for child_name, module in root.named_modules()}
+    for part in dict.fromkeys(parts):
+        yield from _graphs(part, f"{name}.{names[part]}" if name else names[part], layers)
 
 
 class _Tracer(Tracer):
@@ -112,6 +122,8 @@ class _Tracer(Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if m in self._layers or isinstance(m, LINEAR_LAYERS):
+            return True
+        if has_hooks(m):  # which must not get proxies
             return True
         return super().is_leaf_module(m, module_qualified_name) and not _contains(m, self._layers)
 
@@ -130,6 +142,12 @@ class _Tracer(Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return super().getattr(attr, attr_val, {})  # a cache would have nodes that `call_module` has erased
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether a module calls hooks."""
+    names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return any(getattr(module, name) for name in names)
 
 
 def _contains(module: nn.Module, layers: Collection[nn.Module]) -> bool:

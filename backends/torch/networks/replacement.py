@@ -173,8 +173,10 @@ def _losses(old: Normalization, layer: nn.Module) -> list[str]:
     losses = []
     if isinstance(layer, nn.GroupNorm | GroupWhitening):
         losses.append("outputs change")
+    elif not layer.track_running_stats:
+        losses.append("normalizes every input by itself: outputs change")
     elif old.averages is None:
-        losses.append("has no statistics yet" if layer.track_running_stats else "")
+        losses.append("has no statistics yet: outputs change")
     elif isinstance(layer, IterNorm) and layer.track == "covariance":
         exact = layer.method == "eigh" and layer.eps == old.eps and not layer.relative_eps
         losses.append("" if exact else "whitens the old variances in another way: outputs in evaluation change")
@@ -183,7 +185,7 @@ def _losses(old: Normalization, layer: nn.Module) -> list[str]:
     if old.process_group is not None and isinstance(layer, BatchNorm):
         losses.append("each process takes statistics of its own batch")
     if old.weight is not None and not isinstance(old.weight, nn.Parameter):
-        losses.append("weight and bias stay without gradients")
+        losses.append("weight and bias stay without gradients, but in training the statistics are those of the batch")
     return [loss for loss in losses if loss]
 
 
