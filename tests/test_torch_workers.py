@@ -209,6 +209,27 @@ with warnings.catch_warnings(record=True) as caught:
     assert len(caught) == 1
 assert_close(layer()(rows[rank, :1]), IterNorm(4, group_size=2)(rows[:, 0])[rank : rank + 1])  # one sample in each
 
+# what a layer's other arguments compute is computed of the joined batch
+sequences, mask = torch.randn(number, 5, 7, 6), torch.rand(number, 5, 7) > 0.4
+for options, masked in (({}, True), ({"affine": "coloring"}, False)):
+    shared = IterNorm(6, group_size=4, axis=-1, process_group="world", **options)
+    alone = copy.deepcopy(shared)
+    alone.process_group = None
+    inputs, joined = sequences[rank].clone().requires_grad_(), sequences.flatten(0, 1).requires_grad_()
+    y = shared(inputs, mask[rank] if masked else None)
+    y.pow(3).sum().backward()
+    joined_y = alone(joined, mask.flatten(0, 1) if masked else None)
+    joined_y.pow(3).sum().backward()
+    assert_close(y, joined_y.unflatten(0, (number, 5))[rank])
+    assert_close(inputs.grad, joined.grad.unflatten(0, (number, 5))[rank])
+    assert_close([*shared.buffers()], [*alone.buffers()])
+
+# processes with generators in different states still draw the same groups, within which the joined batch is white
+torch.manual_seed(rank)
+y = IterNorm(6, group_size=3, axis=-1, process_group="world", shuffle=True, method="eigh")(sequences[rank]).detach()
+sum_over_processes(products := torch.einsum("nlc,nld->cd", y, y) / sequences[..., 0].numel())
+assert (products.abs() < 1e-3).sum() == 2 * 6, "each channel is uncorrelated with the two others of its group"
+
 # groups: members alone may have them, copies share them, and a group of one process exchanges nothing
 both, alone = dist.new_group([0, 1]), dist.new_group([0])
 shared = convert_sync(IterNorm(4), both)

@@ -110,13 +110,14 @@ class IterNorm(WhiteningLayer):
     polywhiten.analysis.InfeasibleWarning
         In training, if a batch has fewer samples (batch size times positions) than whitening this group size needs.
         There is one warning for a network, after its layers have run. It gives their number and the first one's name,
-        and has all of them in its attribute `layers`. Compiled code doesn't warn.
+        and has all of them in its attribute `layers`. Compiled code doesn't warn. If processes share a batch, the
+        others count as if they had as many samples as this one.
 
     Notes
     -----
     For half precision, statistics are computed in float32, also under autocast; the output has the dtype and memory
     format of the input. An empty batch, which one of several processes may get, is returned as it is and changes no
-    average.
+    average, unless the processes share it.
 
     `layer(x, mask)` leaves padded positions out of the statistics. Everywhere else, output, gradients and running
     averages are those of a batch without them. If the mask is true at one position or none, the batch changes no
@@ -133,8 +134,14 @@ class IterNorm(WhiteningLayer):
     groups of adjacent channels, as without `shuffle`: averages of groups that change would belong to no group. They
     take another pass over the batch, which `track_running_stats=False` saves.
 
-    Each process computes its own statistics; `polywhiten.iter_norm` shares them between processes with
-    `all_reduce=polywhiten.torch.all_reduce()`. Tools that detect batch normalization by its class, such as
+    If processes share a batch, a training step exchanges once forward and once backward, and evaluation never. Masks
+    and `shuffle` take further exchanges. All processes have to call the layer, forward and backward, equally often. A
+    batch that isn't finite in one process is left out by all, and with "raise" all raise the error. The gradient of the
+    input is that of the sum of the processes' losses. Each process has the gradients of weight and bias for its own
+    loss, and `DistributedDataParallel` averages them like all others: if parts are equal and the loss is a mean over
+    samples, they are those of one process. A layer with a ProcessGroup can be copied, but not pickled.
+
+    Tools that detect batch normalization by its class, such as
     `torch.optim.swa_utils.update_bn`, do not recognize this layer.
 
     `load_state_dict` also accepts checkpoints of other layers, for a whole network or for one layer. Those of batch
