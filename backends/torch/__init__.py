@@ -7,8 +7,11 @@ from polywhiten.torch.modules import GroupWhitening, IterNorm
 from polywhiten.torch.networks.convert import convert
 from polywhiten.torch.networks.convert_sync import convert_sync
 from polywhiten.torch.networks.fold import fold
+from polywhiten.torch.networks.freeze_stats import freeze_stats
+from polywhiten.torch.networks.update_stats import update_stats
 from polywhiten.torch.processes import all_reduce
 from polywhiten.torch.tracking import track
 
-__all__ = ["BACKEND", "GroupWhitening", "IterNorm", "all_reduce", "convert", "convert_sync", "fold", "track"]
+__all__ = ["BACKEND", "GroupWhitening", "IterNorm", "all_reduce", "convert", "convert_sync", "fold"]
+__all__ += ["freeze_stats", "track", "update_stats"]
 __all__ += polywhiten.__all__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -96,6 +96,8 @@ class IterNorm(WhiteningLayer):
         If it is None, `momentum=None` averages nothing.
     process_group : ProcessGroup, "world" or None
         May be set at any time, in all processes alike.
+    frozen_stats : bool
+        Whether the layer stays in evaluation mode when its network is trained. `polywhiten.torch.freeze_stats` sets it.
 
     Raises
     ------
@@ -141,8 +143,8 @@ class IterNorm(WhiteningLayer):
     loss, and `DistributedDataParallel` averages them like all others: if parts are equal and the loss is a mean over
     samples, they are those of one process. A layer with a ProcessGroup can be copied, but not pickled.
 
-    Tools that detect batch normalization by its class, such as
-    `torch.optim.swa_utils.update_bn`, do not recognize this layer.
+    Tools that detect batch normalization by its class, such as `torch.optim.swa_utils.update_bn`, do not recognize this
+    layer: use `polywhiten.torch.update_stats` in its place.
 
     `load_state_dict` also accepts checkpoints of other layers, for a whole network or for one layer. Those of batch
     normalization become averages with which the output in evaluation is that of batch normalization if `eps` is the
@@ -183,6 +185,7 @@ class IterNorm(WhiteningLayer):
 
     running_mean: Tensor | None
     num_batches_tracked: Tensor | None
+    frozen_stats: bool = False  # of the class, so that layers pickled without it have it too
     _sum_over_processes: SumOverProcesses | None
 
     def __init__(
@@ -256,6 +259,10 @@ class IterNorm(WhiteningLayer):
     @process_group.setter
     def process_group(self, group: ProcessGroup | str | None) -> None:
         self._sum_over_processes = None if group is None else SumOverProcesses.of(group)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, or evaluation mode if `mode` is False or the statistics are frozen."""
+        return super().train(mode and not self.frozen_stats)
 
     def reset_running_stats(self) -> None:
         """Reset the running mean to 0, the running matrices to the identity, and the number of batches to 0."""
@@ -448,7 +455,8 @@ class IterNorm(WhiteningLayer):
             "eps momentum affine bias track_running_stats group_size method iterations relative_eps shuffle axis track"
         )
         shared = ["process_group"] if self._sum_over_processes is not None else []
-        return self._described(self.num_features, names=names.split() + shared)
+        frozen = ["frozen_stats"] if self.frozen_stats else []
+        return self._described(self.num_features, names=names.split() + shared + frozen)
 
 
 class GroupWhitening(WhiteningLayer):
