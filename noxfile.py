@@ -18,7 +18,7 @@ LIBRARIES = {
 }
 # Packages that their tests also need, to compile GPU kernels without a GPU and to run exported models.
 COMPANIONS = {
-    "torch": ["triton", "onnx", "onnxruntime", "onnxscript", "pillow", "pyyaml"],
+    "torch": ["triton", "onnx", "onnxruntime", "onnxscript", "pillow", "pyyaml", "torchinfo"],
     "cupy": ["nvidia-cuda-nvrtc"],
 }
 # Packages of networks, which tests put the layers into; installed without dependencies, which include another PyTorch.
