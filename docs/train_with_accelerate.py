@@ -36,7 +36,7 @@ def main() -> None:
         for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test))
     )
     model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     train_loader = DataLoader(training, batch_size=32, shuffle=True, drop_last=True)
     model, optimizer, train_loader, test_loader = accelerator.prepare(
         model, optimizer, train_loader, DataLoader(test, batch_size=256)
@@ -59,7 +59,7 @@ def main() -> None:
                 correct.append(accelerator.gather_for_metrics((model(x).argmax(1) == y).float()))
         accelerator.print(f"{when:40} accuracy {torch.cat(correct).mean():.4f}")
 
-    train(3)
+    train(4)
     show_accuracy("after training")
     update_stats(model, train_loader)
     show_accuracy("after update_stats")
@@ -70,6 +70,8 @@ def main() -> None:
         accelerator.load_state(folder)
     show_accuracy("the saved state again")
     freeze_stats(model)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0003  # constant statistics no longer correct a step that is too large
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     train(1)
     show_accuracy("after fine-tuning with frozen statistics")

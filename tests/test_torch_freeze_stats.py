@@ -120,7 +120,7 @@ def test_batch_normalization_beside_them_is_pointed_out():
 
 
 def test_wrong_arguments_are_errors():
-    with pytest.raises(TypeError, match="model is a builtins.list"):
+    with pytest.raises(TypeError, match=r"model is a builtins\.list"):
         freeze_stats([])
     with pytest.raises(TypeError, match="frozen is 'no'"):
         freeze_stats(nn.Linear(2, 2), "no")

@@ -48,6 +48,8 @@ def freeze_stats(model: Model, frozen: bool = True) -> Model:
     Frozen layers show `frozen_stats=True` in their `repr`. The attribute survives `copy.deepcopy` and pickling. It is
     no part of the `state_dict`.
 
+    Use a smaller learning rate than in training: constant statistics don't scale activations back after a large step.
+
     PyTorch's batch normalization has no such attribute, and `model.train()` sets it to training mode. To freeze it too,
     replace it first: `convert(model, "iter_norm", group_size=1)` computes the same. To keep weights and biases
     constant, use their `requires_grad_(False)`.
