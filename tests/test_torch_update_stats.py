@@ -229,6 +229,24 @@ def test_a_layer_that_is_called_twice_has_the_samples_of_both_calls():
     torch.testing.assert_close(averages(model.layer), statistics(everything, model.layer))
 
 
+def test_padded_positions_do_not_count_on_any_axis():
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = IterNorm(6, group_size=4, axis=-1, shuffle=True).double()
+
+        def forward(self, x):
+            return self.layer(x, x[..., 0] != 0)
+
+    model, data = Padded(), [x.movedim(1, -1).contiguous() for x in batches(5)]
+    for x in data:
+        x[:, 3:] = 0
+    update_stats(model, [torch.zeros(3, 5, 6, dtype=torch.float64), *data])  # nothing counts in the first one
+    everything = torch.cat(data)[:, :3].reshape(-1, 6)
+    torch.testing.assert_close(averages(model.layer), statistics(everything, model.layer))
+    assert model.layer.num_batches_tracked == len(data)
+
+
 @pytest.mark.parametrize("options", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}], ids=["mean", "moving average"])
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_averages_of_weights(options, use_buffers):

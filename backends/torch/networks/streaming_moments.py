@@ -44,10 +44,10 @@ class StreamingMoments:
         """The mean of all samples, shape (C,)."""
         return self._mean.flatten()[: self._channels]
 
-    def add(self, count: int, mean: Tensor, covariance: Tensor, whitener: Tensor) -> Tensor:
+    def add(self, count: Tensor, mean: Tensor, covariance: Tensor, whitener: Tensor) -> Tensor:
         """Add a batch of `count` samples, and return whether its statistics are finite, its whitener too."""
         finite = torch.stack([torch.isfinite(values).all() for values in (mean, covariance, whitener)]).all()
-        added = torch.where(finite, count, 0).to(self.count)
+        added = torch.where(finite, count.to(self.count), 0)
         self.count += added
         weight = added / self.count.clamp(min=1)
         mean = pad(mean.to(self._mean), (0, self._mean.numel() - len(mean))).reshape(self._mean.shape)
@@ -55,6 +55,6 @@ class StreamingMoments:
         self.covariance += weight * torch.where(finite, covariance.to(self.covariance) - self.covariance, 0)
         self.covariance += (weight * (1 - weight)) * outer_square(difference)
         self._mean += weight * difference
-        self.batches += finite
+        self.batches += added > 0
         self.left_out += ~finite
         return finite

@@ -19,8 +19,10 @@ from polywhiten.statistics import whitener_of
 from polywhiten.torch._internals import BatchNorm
 from polywhiten.torch.backend import BACKEND
 from polywhiten.torch.kernels import on_device_of
+from polywhiten.torch.masks import check_mask
 from polywhiten.torch.modules import IterNorm
 from polywhiten.torch.networks.streaming_moments import StreamingMoments
+from polywhiten.torch.shuffling import statistics_in_order
 
 
 @torch.no_grad()
@@ -78,8 +80,10 @@ def update_stats(
     If the layer has `track="whitener"`, an evaluation now whitens by the whitener of the data set's covariance. With an
     iterative method this is as far from exact whitening as the iteration is.
 
-    Compiled models run without compilation here. Under `torch.distributed`, each process has the statistics of its own
-    loader.
+    Positions that a mask leaves out don't count. Layers with `shuffle=True` get the statistics of adjacent channels.
+    Compiled models run without compilation here. Under `torch.distributed`, a layer with a `process_group` gets the
+    statistics of all its processes' loaders, which have to yield equally many batches. Other layers have those of their
+    own process' loader.
 
     Examples
     --------
@@ -184,14 +188,23 @@ def _measurement(name: str, moments: StreamingMoments) -> Any:
 
     def hook(layer: IterNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else kwargs["x"]
-        layer._check_input(x)
-        if x.numel() == 0:
+        mask: Tensor | None = args[1] if len(args) > 1 else kwargs.get("mask")
+        axis = layer._check_input(x)
+        if mask is not None:
+            check_mask(mask, x, axis)
+        all_reduce = layer._sum_over_processes
+        if all_reduce is not None and all_reduce.number == 1:
+            all_reduce = None
+        if x.numel() == 0 and all_reduce is None:
             return
-        x, axis, _ = BACKEND.in_memory_order(x, 1)
-        spec = WhiteningSpec(ChannelGroups(axis, layer.group_size), layer._solver, layer._shift)
+        spec = WhiteningSpec(ChannelGroups(axis, layer.group_size), layer._solver, layer._shift, all_reduce)
         with on_device_of(x):
-            stats = BACKEND.statistics(spec, x)
-        finite = moments.add(x.numel() // layer.num_features, *stats)
+            stats, count = statistics_in_order(spec, x, mask)
+        if count is None:
+            count = x.new_full((), x.numel() // layer.num_features, dtype=moments.count.dtype)
+            if all_reduce is not None:
+                count = all_reduce(count)
+        finite = moments.add(count, *stats)
         if layer.on_nonfinite == "raise" and not finite:
             raise ValueError(
                 f"the input of layer {name!r} has NaN or infinity, or values too large for its dtype "
