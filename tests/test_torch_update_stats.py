@@ -7,6 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from processes import run_processes  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn  # noqa: E402
 
@@ -290,3 +291,27 @@ def test_progress_without_its_package_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     with pytest.raises(ModuleNotFoundError, match="progress=True needs the package rich: pip install"):
         update_stats(IterNorm(6), batches(), progress=True)
+
+
+TWO_PROCESSES = """
+import sys, torch, torch.distributed as dist
+from polywhiten.torch import IterNorm, update_stats, whitening_stats
+
+store, rank, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=number)
+torch.manual_seed(0)
+data = torch.randn(60, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 3
+shares = (data[:8], data[8:22]), (data[22:22], data[22:])  # unequal ones, one of them empty
+layer = IterNorm(6, group_size=4, process_group="world").double()
+update_stats(layer, shares[rank])
+stats = whitening_stats(data, group_size=4)
+torch.testing.assert_close((layer.running_mean, layer.running_whitener), (stats.mean, stats.whitener))
+assert layer.num_batches_tracked == 2
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch is built without processes")
+def test_processes_that_share_a_batch_get_the_statistics_of_all_their_samples(tmp_path):
+    statuses, errors = run_processes(TWO_PROCESSES, 2, tmp_path / "store")
+    assert statuses == [0, 0], errors
