@@ -41,9 +41,7 @@ def store_gradient_operands(
         if not HAS_ITERATES:
             store_iterates(cov, d, matrices, block_d, eps, iterations, SMALLEST, HEIGHT)
             tl.debug_barrier()
-        ds = adjoint_from_iterates(
-            cov, d, whitener + block * d * d, d, b, HEIGHT, matrices, block_d, eps, iterations, SMALLEST, HEIGHT
-        )
+        ds = adjoint_from_iterates(cov, d, b, matrices, block_d, eps, iterations, SMALLEST, HEIGHT)
         tl.debug_barrier()
         tl.store(b + offsets, 2.0 * ds / samples)
     else:

@@ -29,21 +29,24 @@ def joined_cross_moments(
     block_d = tl.minimum(d, total_rows - block * d).to(tl.int32)
     workspace += block * workspace_per_block
     matrices = workspace + matrices_offset
-    if HAS_ITERATES:  # noqa: SIM102  # known when the kernel is compiled, unlike the other condition
-        if part < 0:
+    total = tl.zeros((HEIGHT,), tl.float32)
+    moment = tl.zeros((HEIGHT, HEIGHT), tl.float32)
+    if part < 0:
+        if HAS_ITERATES:  # known when the kernel is compiled
             store_iterates(cov + block * d * d, d, matrices, block_d, eps, iterations, SMALLEST, HEIGHT)
-    total, moment = sum_cross_moments(  # of no samples if part < 0
-        (dy + block * dy_stride_block, dy_stride_outer, dy_stride_row, dy_stride_inner),
-        (x + block * x_stride_block, x_stride_outer, x_stride_row, x_stride_inner),
-        mean + block * d,
-        inner,
-        block_d,
-        begin=tl.maximum(part, 0) * part_size,
-        end=tl.minimum(samples, (part + 1) * part_size),
-        HEIGHT=HEIGHT,
-        WIDTH=WIDTH,
-        PRECISION=PRECISION,
-    )
+    else:
+        total, moment = sum_cross_moments(
+            (dy + block * dy_stride_block, dy_stride_outer, dy_stride_row, dy_stride_inner),
+            (x + block * x_stride_block, x_stride_outer, x_stride_row, x_stride_inner),
+            mean + block * d,
+            inner,
+            block_d,
+            begin=part * part_size,
+            end=tl.minimum(samples, (part + 1) * part_size),
+            HEIGHT=HEIGHT,
+            WIDTH=WIDTH,
+            PRECISION=PRECISION,
+        )
     _, _, _, slots = gradient_operands(workspace, HEIGHT)
     if LEVELS > 0:
         counters += block * counters_per_block

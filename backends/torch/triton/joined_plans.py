@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
-
 from polywhiten.torch.triton.affine_map import map_constants, map_grid
 from polywhiten.torch.triton.joined_cross_moments import joined_cross_moments
 from polywhiten.torch.triton.joined_gradient_map import joined_gradient_map
@@ -20,10 +18,9 @@ from polywhiten.torch.triton.newton_in_memory import ADJOINT_MATRICES, NEWTON_MA
 from polywhiten.torch.triton.newton_in_registers import num_iterates
 from polywhiten.torch.triton.partial_moments import SHIFT_SAMPLES
 from polywhiten.torch.triton.prepared_launch import PreparedLaunch
+from polywhiten.torch.triton.register_iteration import fits_registers
 from polywhiten.torch.triton.sample_parts import GroupStrides, SampleParts, is_small_sample
 from polywhiten.torch.triton.tiles import Tiles
-
-_MAX_REGISTER_VARIABLES = 64  # of matrices that a program keeps in registers
 
 Types = tuple[Any, ...]  # the dtypes of the tensors, None for those that are None, and the device last
 
@@ -261,7 +258,7 @@ def _newton_constants(d: int, types: Types) -> dict[str, Any]:
         "TILE": constants["TILE"],
         "STEP": constants["STEP"],
         "MATRIX_PRECISION": constants["PRECISION"],
-        "IN_REGISTERS": _fits_registers(constants["HEIGHT"], types[-1]),
+        "IN_REGISTERS": fits_registers(constants["HEIGHT"], types[-1]),
     }
 
 
@@ -278,14 +275,3 @@ def _slots_size(height: int, clusters: Clusters) -> int:
 def _gradient_matrices_offset(height: int, clusters: Clusters) -> int:
     """Return how many numbers A', B and s / M and the slots are; the iteration's matrices come after them."""
     return 2 * height**2 + height + _slots_size(height, clusters)
-
-
-def _fits_registers(height: int, device: torch.device) -> bool:
-    """Return whether programs iterate in registers: before 9.0, operands of 64 variables alone take most of them."""
-    return height <= 32 or (height == _MAX_REGISTER_VARIABLES and _capability(device) >= (9, 0))
-
-
-@torch.compiler.assume_constant_result
-def _capability(device: torch.device) -> tuple[int, int]:
-    """Return 9.0, as the newest, for Triton's interpreter, which has no device."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)

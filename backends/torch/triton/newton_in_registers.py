@@ -13,8 +13,8 @@ from polywhiten.torch.triton.tf32 import multiply_split, multiply_symmetric, spl
 
 
 def num_iterates(iterations: int) -> int:
-    """Return how many matrices `store_iterates` stores: r of every step, and Z of every step but the first."""
-    return 2 * iterations - 1
+    """Return how many matrices `store_iterates` stores: r and Z of every step."""
+    return 2 * iterations
 
 
 @triton.jit
@@ -62,22 +62,23 @@ def newton_in_registers(cov, d, eps, iterations, SMALLEST: tl.constexpr, HEIGHT:
 
 @triton.jit
 def store_iterates(cov, stride, iterates, d, eps, iterations, SMALLEST: tl.constexpr, HEIGHT: tl.constexpr):
-    # Store r of the first step, then Z and r of every further step, as each begins.
+    # Store r and then the new Z of every step. Registers have no room for both, so Z is loaded again.
     d, iterations = narrow(d), narrow(iterations)
     SIZE: tl.constexpr = HEIGHT * HEIGHT
     pointers = iterates + _offsets(HEIGHT)
     s, _ = _scale_by_trace(load_square(cov, stride, d, HEIGHT), d, eps, SMALLEST, HEIGHT)
     r = s / 3
-    z = 1.5 * (_identity(d, HEIGHT) - r)
     tl.store(pointers, r)
+    tl.store(pointers + SIZE, 1.5 * (_identity(d, HEIGHT) - r))
     high, low = split(r)
-    for _ in range(1, iterations):
+    for _ in tl.range(1, iterations, num_stages=1):  # prefetching takes registers and shared memory
         r = _next_r(r, high, low, HEIGHT)
-        tl.store(pointers + SIZE, z)
         tl.store(pointers + 2 * SIZE, r)
-        pointers += 2 * SIZE
         high, low = split(r)
-        z = 1.5 * (z - multiply_symmetric(z, high, low, HEIGHT))
+        tl.debug_barrier()
+        z = tl.load(pointers + SIZE)
+        tl.store(pointers + 3 * SIZE, 1.5 * (z - multiply_symmetric(z, high, low, HEIGHT)))
+        pointers += 2 * SIZE
 
 
 @triton.jit
@@ -91,33 +92,39 @@ def _step_adjoint(dr, pointers, HEIGHT: tl.constexpr):
 
 @triton.jit
 def adjoint_from_iterates(
-    cov, stride, whitener, whitener_stride, grad, grad_stride, iterates, d, eps, iterations,
-    SMALLEST: tl.constexpr, HEIGHT: tl.constexpr,
-):  # fmt: skip
-    # Return the symmetric gradient of the matrix at cov, where `grad` is that of its whitener W. `store_iterates` has
-    # stored the iterates, and a barrier has passed. dr and dz are the gradients of a step's r and Z.
+    cov, stride, grad, iterates, d, eps, iterations, SMALLEST: tl.constexpr, HEIGHT: tl.constexpr
+):
+    # Return the symmetric gradient of the matrix at cov, where `grad`, a whole tile, is that of its whitener.
+    # `store_iterates` has stored the iterates, and a barrier has passed. dr and dz are the gradients of a step's r and
+    # Z. Registers have no room for both, so dz overwrites `grad`.
     d, iterations = narrow(d), narrow(iterations)
     SIZE: tl.constexpr = HEIGHT * HEIGHT
     pointers = iterates + _offsets(HEIGHT) + 2 * (iterations - 1) * SIZE
-    dz = _load_symmetric_part(grad, grad_stride, d, HEIGHT)
+    dz_pointers = grad + _offsets(HEIGHT)
+    dz = _load_symmetric_part(grad, HEIGHT)
+    along_scale = 0.5 * tl.sum(tl.sum(dz * tl.load(pointers + SIZE), axis=1), axis=0)
+    tl.debug_barrier()  # before others overwrite what a thread loads, or load what it has stored, here and below
+    tl.store(dz_pointers, dz)
     dr = tl.zeros((HEIGHT, HEIGHT), tl.float32)
-    for _ in range(1, iterations):
+    for _ in tl.range(1, iterations, num_stages=1):
+        half_dr = _step_adjoint(dr, pointers, HEIGHT)
+        tl.debug_barrier()
+        dz = tl.load(dz_pointers)
         dz_high, dz_low = split(dz)
+        high, low = split(tl.load(pointers - SIZE))
+        half_dr -= 0.75 * multiply_split(dz_high, dz_low, high, low, HEIGHT)
+        dr = half_dr + tl.trans(half_dr)
         high, low = split(tl.load(pointers))
         p = multiply_split(dz_high, dz_low, high, low, HEIGHT)
-        high, low = split(tl.load(pointers - SIZE))
-        half_dr = -0.75 * multiply_split(dz_high, dz_low, high, low, HEIGHT)
-        dz = 1.5 * dz - 0.75 * (p + tl.trans(p))
-        tl.debug_barrier()  # r is loaded again below, instead of being kept in registers that there are not
-        half_dr += _step_adjoint(dr, pointers, HEIGHT)
-        dr = half_dr + tl.trans(half_dr)
+        tl.debug_barrier()
+        tl.store(dz_pointers, 1.5 * dz - 0.75 * (p + tl.trans(p)))
         pointers -= 2 * SIZE
-    half_dr = _step_adjoint(dr, pointers, HEIGHT) - 0.75 * dz
+    half_dr = _step_adjoint(dr, pointers, HEIGHT)
+    tl.debug_barrier()
+    half_dr -= 0.75 * tl.load(dz_pointers)
     ds = (half_dr + tl.trans(half_dr)) / 3
     s, t = _scale_by_trace(load_square(cov, stride, d, HEIGHT), d, eps, SMALLEST, HEIGHT)
-    z = load_square(whitener, whitener_stride, d, HEIGHT) * tl.sqrt_rn(t)
-    grad_z = _load_symmetric_part(grad, grad_stride, d, HEIGHT) * z
-    along_scale = tl.sum(tl.sum(ds * s + 0.5 * grad_z, axis=1), axis=0)
+    along_scale += tl.sum(tl.sum(ds * s, axis=1), axis=0)
     return (ds - along_scale * _identity(d, HEIGHT)) / t / tl.sqrt_rn(t)
 
 
@@ -129,7 +136,7 @@ def load_square(matrix, stride, d, HEIGHT: tl.constexpr):
 
 
 @triton.jit
-def _load_symmetric_part(grad, stride, d, HEIGHT: tl.constexpr):
+def _load_symmetric_part(grad, HEIGHT: tl.constexpr):
     rows = tl.arange(0, HEIGHT)
-    direct = load_matrix((grad, stride, 1), rows, rows, d)
-    return 0.5 * (direct + load_matrix((grad, 1, stride), rows, rows, d))
+    direct = tl.load(grad + rows[:, None] * HEIGHT + rows[None, :])
+    return 0.5 * (direct + tl.load(grad + rows[None, :] * HEIGHT + rows[:, None]))
