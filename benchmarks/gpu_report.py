@@ -88,8 +88,8 @@ def table(rows: Sequence[Row]) -> str:
     """Return the geometric means of the ratios over all shapes as Markdown."""
     names = [f"{dtype}, {layout.replace('_', ' ')}" for dtype, layout in COMBINATIONS]
     lines = [
-        "On a GPU: the device's time of forward and backward, divided by that of a competitor, as a geometric mean over "
-        "ResNet-50's shapes at batch 64.",
+        "On a GPU: the device's time of forward and backward, divided by that of a competitor, as a geometric mean "
+        "over ResNet-50's shapes at batch 64.",
         "",
         f"| | kernels | {' | '.join(names)} | bar |",
         "| --- | --- |" + " --- |" * (len(names) + 1),
