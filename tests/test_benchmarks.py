@@ -208,6 +208,28 @@ def test_rows_have_the_ratios_of_both_structures(gpu_script):
     assert [*table.columns[-2].cells] == ["4 !", "2 !"]
 
 
+def test_the_report_of_a_gpu_has_the_ratios_of_both_structures_and_a_figure(gpu_script, tmp_path):
+    for module in ("matplotlib", "click"):
+        pytest.importorskip(module)
+    about = {"device": "GPU", "versions": "torch 0", "what": "IterNorm", "mode": "graph", "dtype": "float32"}
+    with (tmp_path / "gpu-it.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, gpu_script("gpu_cases").FIELDS)
+        writer.writeheader()
+        for shape, ratio in (("1x2x3x4", 1), ("2x2x3x4", 4)):
+            case = about | {"shape": shape, "layout": "NCHW", "median_ms": 1, "floor_ms": 0.5}
+            ratios = {"ratio": ratio, "ratio_joined": ratio / 2}
+            writer.writerow(case | {"competitor": "polywhiten", "structure": "separate"})
+            writer.writerow(case | {"competitor": "BatchNorm2d"} | ratios)
+    (tmp_path / "README.md").write_text("<!-- gpu -->\n<!-- /gpu -->\n", encoding="utf-8")
+    arguments = ["--results", str(tmp_path), "--readme", str(tmp_path / "README.md")]
+    result = import_module("click.testing").CliRunner().invoke(gpu_script("gpu_report").main, arguments)
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| IterNorm, groups of 64 / BatchNorm2d | separate | 2, missed |" in text
+    assert "| IterNorm, groups of 64 / BatchNorm2d | joined | 1 |" in text
+    assert (tmp_path / "gpu-it.png").exists()
+
+
 def test_what_is_compiled_ahead_is_every_case_of_other_kernels_once(gpu_script):
     torch = import_module("torch")
     found = gpu_script("gpu_parts").cases(torch.device("cpu"), ["layers", "host"], pytest.fail)

@@ -314,6 +314,33 @@ def test_many_parts_of_each_block(machine, structure, layout):
     check_whitening(larger(machine), blocks, shape, "float64", ("float64", "float64"), order)
 
 
+class NotingLauncher:
+    """Launches kernels by another launcher, and notes their names."""
+
+    def __init__(self, launch):
+        self.launch, self.noted = launch, set()
+
+    def __getattr__(self, name):
+        return getattr(self.launch, name)
+
+    def __call__(self, file, name, *arguments):
+        self.noted.add(name.partition("<")[0])
+        self.launch(file, name, *arguments)
+
+
+@pytest.mark.sanitized
+def test_every_kernel_runs_in_both_memory_orders(machine):
+    """compute-sanitizer, which is slow, is given this test alone. So it has to launch every kernel."""
+    launch = NotingLauncher(machine.kernels.launch)
+    noting = replace(machine, kernels=CupyKernels(machine.kernels.xp, launch))
+    for structure in CHOICES:
+        with use_gpu_launches(structure):
+            for blocks in (ChannelGroups(1, 5), SampleGroups(1, 5)):
+                for order in (None, (0, 2, 3, 1)):
+                    check_whitening(noting, blocks, (3, 10, 4, 9), "float32", ("float32", "float32"), order)
+    assert launch.noted == {kernel for kernels in KERNELS.values() for kernel in kernels}
+
+
 @pytest.mark.parametrize("shape", [(16, 2, 8, 40), (640, 2, 8, 1)])
 def test_a_mean_far_above_the_standard_deviation_costs_no_accuracy_in_float32(machine, shape):
     x, exact = draw(machine, shape, "float32", mean=1e3)

@@ -17,14 +17,14 @@ triton = pytest.importorskip("triton")
 import polywhiten as pw  # noqa: E402
 from polywhiten import analysis  # noqa: E402
 from polywhiten.blocks import ChannelGroups, SampleGroups  # noqa: E402
-from polywhiten.gpu_launches import use_gpu_launches  # noqa: E402
+from polywhiten.gpu_launches import CHOICES, use_gpu_launches  # noqa: E402
 from polywhiten.kernels import Kernels, Term  # noqa: E402
 from polywhiten.reference import Reference  # noqa: E402
 from polywhiten.solvers import solver_for  # noqa: E402
 from polywhiten.spec import WhiteningSpec  # noqa: E402
 from polywhiten.statistics import NO_STATISTICS  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
-from polywhiten.torch.triton import sample_parts, tiles  # noqa: E402
+from polywhiten.torch.triton import plan_cache, sample_parts, tiles  # noqa: E402
 from polywhiten.torch.triton.joined import JoinedKernels  # noqa: E402
 from polywhiten.torch.triton.kernels import TritonKernels  # noqa: E402
 from polywhiten.torch.triton.separate import SeparateImplementation  # noqa: E402
@@ -284,6 +284,48 @@ def test_layers_train_as_with_the_default_kernels(memory, monkeypatch):
             results.append([y, given.grad, each.weight.grad, each.bias.grad, *each.buffers()])
         for actual, wanted in zip(*results, strict=True):
             assert error(actual, wanted.double()) < 1e-5
+
+
+def launched_kernels():
+    """Return the names of all kernels that the package launches, by its sources."""
+    sources = "".join(file.read_text() for file in Path(tiles.__file__).parent.glob("*.py"))
+    names = re.findall(r"@triton\.jit.*\ndef (\w+)", sources)
+    return {name for name in names if re.search(rf"\b{name}\[\(?|PreparedLaunch\(\s*{name}\b", sources)}
+
+
+@runs
+@pytest.mark.sanitized
+@pytest.mark.usefixtures("triton_backend")
+def test_every_kernel_runs_in_both_memory_orders(monkeypatch):
+    """compute-sanitizer, which is slow, is given this test alone. So it has to launch every kernel."""
+    noted, run = set(), triton.runtime.jit.KernelInterface.__getitem__
+    monkeypatch.setattr(
+        triton.runtime.jit.KernelInterface,
+        "__getitem__",
+        lambda self, grid: noted.add(self.__name__) or run(self, grid),
+    )
+    monkeypatch.setattr(plan_cache, "_CACHED", {})  # kernels that were launched before are launched by another way
+    factor = normal(2, 20, 40, mean=0)
+    for memory in (torch.contiguous_format, torch.channels_last):
+        for structure in CHOICES:
+            launched = structure, memory
+            with use_gpu_launches(structure):
+                for layer, size, elements in (  # of large samples, statistics are saved for backward
+                    (IterNorm(10, group_size=4, iterations=2), 4, 1),
+                    (IterNorm(70, iterations=2), 4, 1),
+                    (GroupWhitening(5, 10, iterations=2), 24, 2**16),
+                    (GroupWhitening(5, 10, iterations=2), 24, 1),
+                ):
+                    monkeypatch.setattr(sample_parts, "MAX_SAMPLE_ELEMENTS", elements)
+                    plan_cache._CACHED.clear()
+                    x = normal(2, layer.bias.numel(), size, size).contiguous(memory_format=memory).requires_grad_()
+                    (layer.to(DEVICE)(x) * x).sum().backward()
+                    assert x.grad.isfinite().all(), launched
+                    with torch.no_grad():
+                        assert layer.eval()(x).isfinite().all(), launched
+                solver, cov = solver_for("newton", 2), factor @ factor.mT
+                KERNELS.inverse_sqrt_adjoint(solver, cov, KERNELS.inverse_sqrt(solver, cov, 1.0), 1.0)
+    assert noted == launched_kernels()
 
 
 @runs

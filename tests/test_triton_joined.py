@@ -14,8 +14,10 @@ from test_triton import (  # noqa: E402  # fixtures too
     DEVICE,
     EAGER,
     EXACT,
+    EXACT_KERNELS,
     INDUCTOR,
     IS_INTERPRETED,
+    KERNELS,
     MAX_SPILL,
     POINTERS,
     SHARED_MEMORY,
@@ -42,10 +44,10 @@ from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
 from polywhiten.torch.averages import RunningAverages  # noqa: E402
 from polywhiten.torch.triton import (  # noqa: E402
     joined_gradient_map,
-    joined_plans,
     last_program,
     plan_cache,
     prepared_launch,
+    register_iteration,
     sample_parts,
     tiles,
 )
@@ -247,6 +249,21 @@ def test_memory_orders_that_results_and_gradients_cannot_have_are_read():
         assert error(y.detach(), exact.detach()) < 1e-4
         (dx,), (exact_dx,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(exact, given, dy.double())
         assert error(dx, exact_dx) < 1e-4
+
+
+@runs
+@pytest.mark.usefixtures("tensor_cores")
+@pytest.mark.parametrize(
+    ("d", "rank", "eps", "iterations"),
+    [(1, 2, 1e-2, 2), (9, 18, 1e-2, 1), (9, 4, 1e-8, 5), (16, 32, 1e-2, 2), (20, 60, 1e-2, 12), (60, 30, 1e-5, 5)],
+)
+def test_newton_in_registers_and_its_gradient_are_those_of_float64(d, rank, eps, iterations):
+    """The limit is half of what the iteration in memory is allowed, with covariances of a low rank among them."""
+    factor, grad = normal(2, d, rank, mean=0), normal(2, d, d, seed=1, mean=0)
+    cov, solver = factor @ factor.mT / rank, solver_for("newton", iterations)
+    for kernel, given in (("inverse_sqrt", (cov,)), ("inverse_sqrt_adjoint", (cov, grad))):
+        exact = getattr(EXACT_KERNELS, kernel)(solver, *in_float64(*given), eps)
+        assert error(getattr(KERNELS, kernel)(solver, *given, eps), exact) < 5e-6
 
 
 @runs
@@ -625,12 +642,26 @@ COMPILED = [  # each takes seconds to compile
 
 @compiled
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_newton_in_registers_compiles_within_the_resources_of_devices(noted, record_property):
+    cov, solver = torch.empty(32, 64, 64), solver_for("newton", 5)
+    KERNELS.inverse_sqrt(solver, cov, 1e-5)
+    KERNELS.inverse_sqrt_adjoint(solver, cov, cov, 1e-5)
+    assert names(noted) == ["_inverse_sqrt_in_registers", "_inverse_sqrt_adjoint_in_registers"]
+    for kernel, arguments, constants in noted:
+        registers, spilled, shared = compile_offline(kernel, arguments, constants, 90, EAGER)
+        record_property("resources", f"{kernel.__name__} {registers} registers, {shared} shared, {spilled} of stack")
+        assert shared <= SHARED_MEMORY[90]
+        assert spilled <= MAX_SPILL
+
+
+@compiled
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize(("case", "capability", "scalars"), COMPILED)
 def test_kernels_compile_within_the_resources_of_devices(
     case, capability, scalars, noted, monkeypatch, record_property
 ):
     """The scalars of torch.compile have 64 bits; kept so, they would take twice as many registers."""
-    monkeypatch.setattr(joined_plans, "_capability", lambda device: divmod(capability, 10))
+    monkeypatch.setattr(register_iteration, "_capability", lambda device: divmod(capability, 10))
     note_a_step(case)
     assert len(noted) >= 3
     for kernel, arguments, constants in noted:

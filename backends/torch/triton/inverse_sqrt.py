@@ -9,11 +9,14 @@ from torch import Tensor
 
 from polywhiten.torch.triton.addressing import store_matrix
 from polywhiten.torch.triton.newton_in_memory import (
+    MAX_PROGRAMS,
     NEWTON_MATRICES,
     allocate_workspace,
     newton,
     newton_constants,
 )
+from polywhiten.torch.triton.newton_in_registers import load_square, newton_in_registers
+from polywhiten.torch.triton.register_iteration import iterates_in_registers, register_constants
 
 
 def inverse_sqrt(cov: Tensor, eps: float, iterations: int) -> Tensor:
@@ -21,6 +24,8 @@ def inverse_sqrt(cov: Tensor, eps: float, iterations: int) -> Tensor:
     cov = cov.contiguous()
     d = cov.shape[-1]
     count = cov.numel() // (d * d)
+    if iterates_in_registers(d, cov.device):
+        return _launch_in_registers(cov, count, eps, iterations)
     w, workspace = torch.empty_like(cov), allocate_workspace(cov, count, d, NEWTON_MATRICES)
     _inverse_sqrt[(workspace.shape[0],)](
         cov,
@@ -34,6 +39,25 @@ def inverse_sqrt(cov: Tensor, eps: float, iterations: int) -> Tensor:
         **newton_constants(d),
     )
     return w
+
+
+def _launch_in_registers(cov: Tensor, count: int, eps: float, iterations: int) -> Tensor:
+    w = torch.empty_like(cov)
+    d = cov.shape[-1]
+    _inverse_sqrt_in_registers[(min(count, MAX_PROGRAMS),)](
+        cov, w, count=count, d=d, eps=eps, iterations=iterations, **register_constants(d)
+    )
+    return w
+
+
+@triton.jit
+def _inverse_sqrt_in_registers(cov, w, count, d, eps, iterations, SMALLEST: tl.constexpr, HEIGHT: tl.constexpr):
+    eps = tl.cast(eps, tl.float32)  # torch.compile passes a float64
+    for matrix in range(tl.program_id(0), count, tl.num_programs(0)):
+        offset = tl.cast(matrix, tl.int64) * d * d
+        s = load_square(cov + offset, d, d, HEIGHT)
+        result = newton_in_registers(s, d, eps, iterations, SMALLEST, HEIGHT)
+        store_matrix(w + offset, result, tl.arange(0, HEIGHT), d)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from polywhiten.torch.triton.addressing import load_matrix, load_vector
 from polywhiten.torch.triton.newton_in_memory import newton_adjoint
-from polywhiten.torch.triton.newton_in_registers import adjoint_in_registers
+from polywhiten.torch.triton.newton_in_registers import adjoint_from_iterates, store_iterates
 
 
 @triton.jit
@@ -19,9 +19,10 @@ def gradient_operands(workspace, HEIGHT: tl.constexpr):
 def store_gradient_operands(
     cov, whitener, row_scale, total, moment, workspace, matrices, block, samples, d, block_d, eps, iterations,
     SMALLEST: tl.constexpr, HEIGHT: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
-    MATRIX_PRECISION: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    MATRIX_PRECISION: tl.constexpr, IN_REGISTERS: tl.constexpr, HAS_ITERATES: tl.constexpr,
 ):  # fmt: skip
     # Store A' with A = diag(row_scale) W, B and s / M, from s and K of a block. Return the gradient of the row scale.
+    # HAS_ITERATES says that another program has stored the iterates of Newton's iteration in `matrices`.
     rows = tl.arange(0, HEIGHT)
     cov += block * d * d
     a = load_matrix((whitener + block * d * d, d, 1), rows, rows, block_d)
@@ -37,7 +38,10 @@ def store_gradient_operands(
     tl.store(b + offsets, moment)
     tl.debug_barrier()
     if IN_REGISTERS:
-        ds = adjoint_in_registers(cov, d, b, matrices, block_d, eps, iterations, SMALLEST, HEIGHT, MATRIX_PRECISION)
+        if not HAS_ITERATES:
+            store_iterates(cov, d, matrices, block_d, eps, iterations, SMALLEST, HEIGHT)
+            tl.debug_barrier()
+        ds = adjoint_from_iterates(cov, d, b, matrices, block_d, eps, iterations, SMALLEST, HEIGHT)
         tl.debug_barrier()
         tl.store(b + offsets, 2.0 * ds / samples)
     else:

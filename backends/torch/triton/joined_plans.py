@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
-
 from polywhiten.torch.triton.affine_map import map_constants, map_grid
 from polywhiten.torch.triton.joined_cross_moments import joined_cross_moments
 from polywhiten.torch.triton.joined_gradient_map import joined_gradient_map
@@ -17,13 +15,12 @@ from polywhiten.torch.triton.last_program import Clusters
 from polywhiten.torch.triton.layouts import Layout
 from polywhiten.torch.triton.memory_regions import MemoryRegions
 from polywhiten.torch.triton.newton_in_memory import ADJOINT_MATRICES, NEWTON_MATRICES, newton_constants
-from polywhiten.torch.triton.newton_in_registers import REGISTER_ADJOINT_MATRICES
+from polywhiten.torch.triton.newton_in_registers import num_iterates
 from polywhiten.torch.triton.partial_moments import SHIFT_SAMPLES
 from polywhiten.torch.triton.prepared_launch import PreparedLaunch
+from polywhiten.torch.triton.register_iteration import fits_registers
 from polywhiten.torch.triton.sample_parts import GroupStrides, SampleParts, is_small_sample
 from polywhiten.torch.triton.tiles import Tiles
-
-_MAX_REGISTER_VARIABLES = 64  # of matrices that a program keeps in registers
 
 Types = tuple[Any, ...]  # the dtypes of the tensors, None for those that are None, and the device last
 
@@ -65,14 +62,16 @@ def plan_forward(
     if maps_samples:
         tiles = tiles._replace(num_parts=1, part_size=layout.samples)
     clusters = Clusters.of(tiles.num_parts)
-    constants = _newton_constants(sizes.d, types, in_registers=0, in_memory=NEWTON_MATRICES)
-    workspace_per_block = _slots_size(tiles.height, clusters) + constants["MATRICES"] * tiles.height**2
+    constants = _newton_constants(sizes.d, types)
+    matrices_offset = _slots_size(tiles.height, clusters)
+    num_matrices = 0 if constants["IN_REGISTERS"] else NEWTON_MATRICES
+    workspace_per_block = matrices_offset + num_matrices * tiles.height**2
     momentum, tracks_covariance = averaging or (None, False)
     scalars = {**_sample_scalars(sizes, layout, tiles), **_channel_scalars(layout), **x.named("x"), **y.named("y")}
     statistics = PreparedLaunch(
         joined_statistics,
         (tiles.num_blocks, tiles.num_parts, 1),
-        {**scalars, **_block_scalars(problem, clusters, workspace_per_block), "momentum": momentum},
+        {**scalars, **_block_scalars(problem, clusters, workspace_per_block, matrices_offset), "momentum": momentum},
         {
             "TRACKS_COVARIANCE": tracks_covariance,
             "MAPS_SAMPLES": maps_samples,
@@ -118,14 +117,16 @@ def plan_channels_backward(
     dy, x, _ = layout.strides
     tiles = Tiles.of(sizes.num_blocks, sizes.d, layout.samples)
     clusters = Clusters.of(tiles.num_parts)
-    constants = _newton_constants(sizes.d, types, in_registers=REGISTER_ADJOINT_MATRICES, in_memory=ADJOINT_MATRICES)
-    workspace_per_block = _gradient_workspace_size(tiles.height, clusters, constants["MATRICES"])
+    constants = _newton_constants(sizes.d, types)
+    has_iterates = int(constants["IN_REGISTERS"] and clusters.levels > 0)  # by a program that has no part of the sums
+    matrices_offset = _gradient_matrices_offset(tiles.height, clusters)
+    workspace_per_block = matrices_offset + _adjoint_matrices(problem, constants) * tiles.height**2
     cross_moments = PreparedLaunch(
         joined_cross_moments,
-        (tiles.num_blocks, tiles.num_parts, 1),
+        (tiles.num_blocks, tiles.num_parts + has_iterates, 1),
         {
             **_sample_scalars(sizes, layout, tiles),
-            **_block_scalars(problem, clusters, workspace_per_block),
+            **_block_scalars(problem, clusters, workspace_per_block, matrices_offset),
             **dy.named("dy"),
             **x.named("x"),
         },
@@ -134,6 +135,7 @@ def plan_channels_backward(
             "WIDTH": tiles.width,
             "PRECISION": x_precision,
             **constants,
+            "HAS_ITERATES": has_iterates,
             "num_warps": tiles.num_warps,
         },
     )
@@ -163,8 +165,9 @@ def plan_samples_backward(
     )
     parts = SampleParts.of(sizes.num_blocks, sizes.d, channels, positions, x)
     clusters = Clusters.of(parts.num_parts)
-    constants = _newton_constants(sizes.d, types, in_registers=REGISTER_ADJOINT_MATRICES, in_memory=ADJOINT_MATRICES)
-    workspace_per_block = _gradient_workspace_size(constants["HEIGHT"], clusters, constants["MATRICES"])
+    constants = _newton_constants(sizes.d, types)
+    matrices_offset = _gradient_matrices_offset(constants["HEIGHT"], clusters)
+    workspace_per_block = matrices_offset + _adjoint_matrices(problem, constants) * constants["HEIGHT"] ** 2
     cross_moments = PreparedLaunch(
         joined_sample_cross_moments,
         (sizes.num_blocks, parts.num_channel_parts, parts.num_position_parts),
@@ -174,7 +177,7 @@ def plan_samples_backward(
             "d": sizes.d,
             "part_channels": parts.part_channels,
             "part_positions": parts.part_positions,
-            **_block_scalars(problem, clusters, workspace_per_block),
+            **_block_scalars(problem, clusters, workspace_per_block, matrices_offset),
             **dy.named("dy"),
             **x.named("x"),
         },
@@ -210,10 +213,13 @@ def _channel_scalars(layout: Layout) -> dict[str, Any]:
     return {"channels": layout.channels, "positions": layout.positions}
 
 
-def _block_scalars(problem: JoinedProblem, clusters: Clusters, workspace_per_block: int) -> dict[str, Any]:
+def _block_scalars(
+    problem: JoinedProblem, clusters: Clusters, workspace_per_block: int, matrices_offset: int
+) -> dict[str, Any]:
     return {
         "cluster_size": clusters.cluster_size,
         "workspace_per_block": workspace_per_block,
+        "matrices_offset": matrices_offset,
         "counters_per_block": clusters.num_counters,
         "eps": problem.eps,
         "iterations": problem.iterations,
@@ -243,22 +249,22 @@ def _gradient_map_launch(
     return PreparedLaunch(joined_gradient_map, map_grid(tiles), scalars, map_constants(tiles, x_precision))
 
 
-def _newton_constants(d: int, types: Types, *, in_registers: int, in_memory: int) -> dict[str, Any]:
-    """Return what the iteration is compiled for, with the number of matrices in the workspace of a block.
-
-    That depends on whether programs iterate in registers or in memory.
-    """
+def _newton_constants(d: int, types: Types) -> dict[str, Any]:
+    """Return what the iteration is compiled for, and whether programs iterate in registers or in memory."""
     constants = newton_constants(d)
-    fits_registers = _fits_registers(constants["HEIGHT"], types[-1])
     return {
         "HEIGHT": constants["HEIGHT"],
         "SMALLEST": constants["SMALLEST"],
         "TILE": constants["TILE"],
         "STEP": constants["STEP"],
         "MATRIX_PRECISION": constants["PRECISION"],
-        "IN_REGISTERS": fits_registers,
-        "MATRICES": in_registers if fits_registers else in_memory,
+        "IN_REGISTERS": fits_registers(constants["HEIGHT"], types[-1]),
     }
+
+
+def _adjoint_matrices(problem: JoinedProblem, constants: dict[str, Any]) -> int:
+    """Return how many matrices the iteration's adjoint has in the workspace of a block."""
+    return num_iterates(problem.iterations) if constants["IN_REGISTERS"] else ADJOINT_MATRICES
 
 
 def _slots_size(height: int, clusters: Clusters) -> int:
@@ -266,17 +272,6 @@ def _slots_size(height: int, clusters: Clusters) -> int:
     return clusters.num_slots * (height**2 + height)
 
 
-def _gradient_workspace_size(height: int, clusters: Clusters, matrices: int) -> int:
-    """Return how many numbers a block needs: A', B and s / M, then the slots, then the matrices of the iteration."""
-    return (2 + matrices) * height**2 + height + _slots_size(height, clusters)
-
-
-def _fits_registers(height: int, device: torch.device) -> bool:
-    """Return whether programs iterate in registers: before 9.0, operands of 64 variables alone take most of them."""
-    return height <= 32 or (height == _MAX_REGISTER_VARIABLES and _capability(device) >= (9, 0))
-
-
-@torch.compiler.assume_constant_result
-def _capability(device: torch.device) -> tuple[int, int]:
-    """Return 9.0, as the newest, for Triton's interpreter, which has no device."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+def _gradient_matrices_offset(height: int, clusters: Clusters) -> int:
+    """Return how many numbers A', B and s / M and the slots are; the iteration's matrices come after them."""
+    return 2 * height**2 + height + _slots_size(height, clusters)

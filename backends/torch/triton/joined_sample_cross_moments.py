@@ -17,15 +17,15 @@ def joined_sample_cross_moments(
     dy, x, mean, cov, whitener, weight, workspace, counters, dweight_parts, dbias_parts,
     dy_stride_block, dy_stride_row, dy_stride_channel, dy_stride_position,
     x_stride_block, x_stride_row, x_stride_channel, x_stride_position,
-    channels, positions, d, part_channels, part_positions, cluster_size, workspace_per_block, counters_per_block,
-    eps, iterations,
+    channels, positions, d, part_channels, part_positions,
+    cluster_size, workspace_per_block, matrices_offset, counters_per_block, eps, iterations,
     LEVELS: tl.constexpr, HEIGHT: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
     PRECISION: tl.constexpr, SMALLEST: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
-    MATRIX_PRECISION: tl.constexpr, IN_REGISTERS: tl.constexpr, MATRICES: tl.constexpr,
+    MATRIX_PRECISION: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     block, channel_part, position_part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     part, num_parts = channel_part * tl.num_programs(2) + position_part, tl.num_programs(1) * tl.num_programs(2)
-    workspace_per_block = narrow(workspace_per_block)
+    workspace_per_block, matrices_offset = narrow(workspace_per_block), narrow(matrices_offset)
     channels, positions, d, eps = narrow(channels), narrow(positions), narrow(d), tl.cast(eps, tl.float32)
     parameter_offset = (block * tl.num_programs(2) + position_part) * d * channels
     total, moment = sum_sample_cross_moments(
@@ -44,12 +44,11 @@ def joined_sample_cross_moments(
     if LEVELS > 0:
         counters += block * counters_per_block
     total, moment, is_last = combine_parts(
-        total, moment, slots, counters, part, num_parts, cluster_size, LEVELS, HEIGHT
+        total, moment, slots, counters, part, num_parts, cluster_size, LEVELS, 0, HEIGHT
     )
     if is_last:
         store_gradient_operands(
             cov, whitener, None, total, moment,
-            workspace, workspace + workspace_per_block - MATRICES * HEIGHT * HEIGHT,
-            block, channels * positions, d, d, eps, iterations,
-            SMALLEST, HEIGHT, TILE, STEP, MATRIX_PRECISION, IN_REGISTERS,
+            workspace, workspace + matrices_offset, block, channels * positions, d, d, eps, iterations,
+            SMALLEST, HEIGHT, TILE, STEP, MATRIX_PRECISION, IN_REGISTERS, 0,
         )  # fmt: skip

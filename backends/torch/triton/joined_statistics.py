@@ -36,7 +36,7 @@ def _finish_statistics(
     tl.store(mean + block * d + rows, centre, mask=rows < block_d)
     tl.store(cov + block * d * d + offsets, s + identity_outside, mask=in_matrix)
     if IN_REGISTERS:
-        w = newton_in_registers(s, block_d, eps, iterations, SMALLEST, HEIGHT, MATRIX_PRECISION)
+        w = newton_in_registers(s, block_d, eps, iterations, SMALLEST, HEIGHT)
     else:
         tl.debug_barrier()
         w = newton(
@@ -58,14 +58,13 @@ def joined_statistics(
     x_stride_block, x_stride_outer, x_stride_row, x_stride_inner,
     y_stride_block, y_stride_outer, y_stride_row, y_stride_inner,
     channels, positions, inner, samples, total_rows, d, part_size,
-    cluster_size, workspace_per_block, counters_per_block, eps, momentum, iterations,
+    cluster_size, workspace_per_block, matrices_offset, counters_per_block, eps, momentum, iterations,
     TRACKS_COVARIANCE: tl.constexpr, MAPS_SAMPLES: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
     SHIFT_SAMPLES: tl.constexpr, PRECISION: tl.constexpr, SMALLEST: tl.constexpr, HEIGHT: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, MATRIX_PRECISION: tl.constexpr, IN_REGISTERS: tl.constexpr,
-    MATRICES: tl.constexpr,
 ):  # fmt: skip
     block, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    workspace_per_block = narrow(workspace_per_block)
+    workspace_per_block, matrices_offset = narrow(workspace_per_block), narrow(matrices_offset)
     samples, d, part_size, eps = narrow(samples), narrow(d), narrow(part_size), tl.cast(eps, tl.float32)
     block_d = tl.minimum(d, total_rows - block * d).to(tl.int32)
     begin, end = part * part_size, tl.minimum(samples, (part + 1) * part_size)
@@ -77,12 +76,12 @@ def joined_statistics(
     if LEVELS > 0:
         counters += block * counters_per_block
     total, square, is_last = combine_parts(
-        total, square, workspace, counters, part, num_parts, cluster_size, LEVELS, HEIGHT
+        total, square, workspace, counters, part, num_parts, cluster_size, LEVELS, 0, HEIGHT
     )
     if is_last:
         _finish_statistics(
             shift, total, square, mean, cov, whitener,
-            workspace + workspace_per_block - MATRICES * HEIGHT * HEIGHT,
+            workspace + matrices_offset,
             averaging_factors, running_mean, running_matrices, num_batches, momentum,
             block, samples, d, block_d, eps, iterations,
             TRACKS_COVARIANCE, SMALLEST, HEIGHT, TILE, STEP, MATRIX_PRECISION, IN_REGISTERS,

@@ -104,27 +104,31 @@ def _add_slots(slots, first, end, HEIGHT: tl.constexpr):
 
 @triton.jit
 def combine_parts(
-    vector, matrix, slots, counters, part, num_parts, cluster_size, LEVELS: tl.constexpr, HEIGHT: tl.constexpr
-):
+    vector, matrix, slots, counters, part, num_parts, cluster_size,
+    LEVELS: tl.constexpr, OTHER_PROGRAMS: tl.constexpr, HEIGHT: tl.constexpr,
+):  # fmt: skip
     # Return the sums over all parts of a block, and whether this is the program that has them. The block has one
-    # counter and one for each of its clusters; with LEVELS 0 it has neither counters nor slots.
+    # counter and one for each of its clusters; with LEVELS 0 it has neither counters nor slots. OTHER_PROGRAMS of the
+    # block have no part of it, which is negative then, but the last program needs what they have stored.
     if LEVELS == 0:
         is_last = part == 0
     else:
-        _store_slot(slots, part, vector, matrix, HEIGHT)
-        if LEVELS == 1:
-            is_last = is_last_program(counters, num_parts)
+        arrives = part < num_parts  # always
+        first_slot, num_slots = 0, num_parts
+        if part >= 0:
+            _store_slot(slots, part, vector, matrix, HEIGHT)
+        if LEVELS == 2:
+            first_slot, num_slots = num_parts, tl.cdiv(num_parts, cluster_size)
+            if part >= 0:
+                cluster = part // cluster_size
+                first, end = cluster * cluster_size, tl.minimum(num_parts, (cluster + 1) * cluster_size)
+                arrives = is_last_program(counters + 1 + cluster, end - first)
+                if arrives:
+                    vector, matrix = _add_slots(slots, first, end, HEIGHT)
+                    _store_slot(slots, num_parts + cluster, vector, matrix, HEIGHT)
+        is_last = part >= num_parts  # never
+        if arrives:
+            is_last = is_last_program(counters, num_slots + OTHER_PROGRAMS)
             if is_last:
-                vector, matrix = _add_slots(slots, 0, num_parts, HEIGHT)
-        else:
-            cluster = part // cluster_size
-            first, end = cluster * cluster_size, tl.minimum(num_parts, (cluster + 1) * cluster_size)
-            is_last = is_last_program(counters + 1 + cluster, end - first)
-            if is_last:
-                vector, matrix = _add_slots(slots, first, end, HEIGHT)
-                _store_slot(slots, num_parts + cluster, vector, matrix, HEIGHT)
-                num_clusters = tl.cdiv(num_parts, cluster_size)
-                is_last = is_last_program(counters, num_clusters)
-                if is_last:
-                    vector, matrix = _add_slots(slots, num_parts, num_parts + num_clusters, HEIGHT)
+                vector, matrix = _add_slots(slots, first_slot, first_slot + num_slots, HEIGHT)
     return vector, matrix, is_last

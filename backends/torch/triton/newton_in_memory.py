@@ -23,7 +23,7 @@ NEWTON_MATRICES = 5  # in the workspace of a program
 ADJOINT_MATRICES = 12
 _MAX_TILE = 64  # rows and columns of a product that are computed at a time
 _MAX_STEP = 32  # columns of the left matrix that are read at a time
-_MAX_PROGRAMS = 256  # a large GPU runs about half of them at a time
+MAX_PROGRAMS = 256  # a large GPU runs about half of them at a time
 _PRECISION = "tf32x3"  # TF32 would gain nothing: these are few operations
 _SMALLEST = torch.finfo(torch.float32).smallest_normal
 
@@ -31,7 +31,7 @@ _SMALLEST = torch.finfo(torch.float32).smallest_normal
 def allocate_workspace(like: Tensor, count: int, d: int, matrices: int) -> Tensor:
     """Return memory (programs, matrices, height, height) for the programs that share `count` blocks."""
     height = tile_height(d)
-    return like.new_empty((min(count, _MAX_PROGRAMS), matrices, height, height), dtype=torch.float32)
+    return like.new_empty((min(count, MAX_PROGRAMS), matrices, height, height), dtype=torch.float32)
 
 
 def newton_constants(d: int) -> dict[str, Any]:
