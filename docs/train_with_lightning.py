@@ -1,12 +1,9 @@
-"""Train, average and fine-tune a network with IterNorm by Lightning.
+"""Train a network with IterNorm by Lightning, and average its weights.
 
 Needs a checkout with `pip install -c constraints.txt ".[demo,torch]" lightning`.
 """
 
 from __future__ import annotations
-
-import tempfile
-from pathlib import Path
 
 import lightning
 import torch
@@ -17,7 +14,7 @@ from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 from polywhiten.cli.demo.data import load_digits
-from polywhiten.torch import IterNorm, freeze_stats, update_stats
+from polywhiten.torch import IterNorm, update_stats
 
 
 class Digits(lightning.LightningModule):
@@ -69,19 +66,6 @@ def main() -> None:
     accuracy("after training, averaged weights")  # their running averages are still those of the first step
     update_stats(model, train_loader)
     accuracy("after update_stats")
-
-    freeze_stats(model)
-    model.hparams.lr = 0.0001  # constant statistics no longer correct a step that is too large
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    trainer = lightning.Trainer(max_epochs=1, enable_model_summary=False, **options)
-    trainer.fit(model, train_loader)
-    accuracy("after fine-tuning with frozen statistics")
-    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
-
-    with tempfile.TemporaryDirectory() as folder:
-        trainer.save_checkpoint(Path(folder, "digits.ckpt"))
-        model = Digits.load_from_checkpoint(Path(folder, "digits.ckpt"))
-    accuracy("from a checkpoint")
 
 
 if __name__ == "__main__":

@@ -419,6 +419,7 @@ def test_fold_of_nested_models_and_diagonal_whiteners():
 # ---------------------------------------------------------------- networks of keras.applications
 
 
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="one backend is enough, and builds it fastest")
 def test_resnet_50():
     model = keras.applications.ResNet50(weights=None, input_shape=(32, 32, 3), classes=5, classifier_activation=None)
     converted, report = convert(model, "iter_norm", where="*_2_bn", group_size=16, return_report=True)
