@@ -89,7 +89,7 @@ def test_onnx():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_packages_that_are_compiled_ahead_of_time(tmp_path):
-    """The network is as small as possible, because the compiler takes long. Its last group of 12 is smaller."""
+    """The network is as small as possible, because the compiler takes long. IterNorm has groups of 12 and 4."""
     network = nn.Sequential(nn.Conv2d(3, 16, 3), IterNorm(16, group_size=12), GroupWhitening(4, 16)).eval()
     program = torch.export.export(network, (torch.randn(EXAMPLE),), dynamic_shapes=SIZES)
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "network.pt2"))
