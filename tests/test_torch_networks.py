@@ -16,13 +16,7 @@ from torch import nn  # noqa: E402
 from polywhiten.torch import GroupWhitening, IterNorm, convert, fold, track  # noqa: E402
 from polywhiten.torch.norm_layers import GroupWhiteningLayer, NormAct, group_whitening_act, iter_norm_act  # noqa: E402
 
-try:
-    import torchvision
-except RuntimeError:  # torchvision for CUDA with PyTorch for CPUs lacks its operators, which only detection uses
-    OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision
+from vision import torchvision  # noqa: E402 isort: skip
 
 import timm  # noqa: E402
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names  # noqa: E402
