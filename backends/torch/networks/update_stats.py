@@ -90,11 +90,11 @@ def update_stats(
     >>> import torch
     >>> from torch.optim.swa_utils import AveragedModel
     >>> from polywhiten.torch import IterNorm, update_stats
-    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), IterNorm(8, method="eigh"))
+    >>> model = torch.nn.Sequential(IterNorm(8, method="eigh"), torch.nn.ReLU())
     >>> averaged = AveragedModel(model)
     >>> data = torch.randn(100, 8)
     >>> update_stats(averaged, data.split(40))
-    >>> y = averaged.eval()(data)
+    >>> y = averaged.eval().module[0](data)
     >>> torch.allclose(y.T @ y / 100, torch.eye(8), atol=1e-3)
     True
     """
