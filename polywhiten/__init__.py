@@ -1,6 +1,7 @@
 """Whitening of activations in every Python array library: IterNorm and group whitening."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from polywhiten._checkout import backends_beside
 from polywhiten.functional import (
@@ -14,11 +15,15 @@ from polywhiten.functional import (
 )
 from polywhiten.statistics import WhiteningStats
 
+if TYPE_CHECKING:
+    from polywhiten.embeddings.whitening import Whitening
+
 __version__ = "0.1.0"
 
 __path__ += backends_beside(Path(__path__[0]))
 
 __all__ = [
+    "Whitening",
     "WhiteningStats",
     "apply_whitening",
     "group_whiten",
@@ -28,3 +33,12 @@ __all__ = [
     "iter_norm_vjp",
     "whitening_stats",
 ]
+
+
+def __getattr__(name: str) -> type:
+    """Import the estimator when it is first asked for: scikit-learn, whose base classes it takes, needs a second."""
+    if name == "Whitening":
+        from polywhiten.embeddings.whitening import Whitening
+
+        return Whitening
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

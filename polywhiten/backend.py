@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 from array_api_compat import array_namespace
 
 from polywhiten import checks
 from polywhiten._types import Array, Namespace
 from polywhiten.blocks import join_channels, take_channels
 from polywhiten.kernels import Kernels
+from polywhiten.moments import Float64, Moments
 from polywhiten.reference import Gradients, Reference
+from polywhiten.rows import RowInput, RowMap, like, row_blocks, row_sums, whole_row_spec
 from polywhiten.solvers import Solver
 from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import NO_STATISTICS, Statistics, WhiteningStats, join_statistics
@@ -33,6 +39,8 @@ class Backend:
     *faster : Implementation
         Implementations that are asked before.
     """
+
+    has_mutable_arrays: ClassVar[bool] = True  # whether a part of an array can be assigned to
 
     def __init__(self, kernels: Kernels, *faster: Implementation) -> None:
         self.kernels = kernels
@@ -142,6 +150,96 @@ class Backend:
     def inverse_sqrt(self, solver: Solver, cov: Array, eps: float = 0.0) -> Array:
         """Return (cov + eps I)^(-1/2) of matrices (..., d, d)."""
         return self.implementation(None, cov).inverse_sqrt(solver, cov, eps)
+
+    def moments(self, x: Array, weights: Float64 | None, read: RowInput, *, fourth: bool = False) -> Moments:
+        """Return the moments of rows.
+
+        Parameters
+        ----------
+        x : array, shape (n, d)
+            Floating point, or integers.
+        weights : NumPy array, shape (n,), optional
+            The weights of the rows, 0 or more.
+        read : RowInput
+            How rows are read.
+        fourth : bool
+            Whether third and fourth moments are taken too.
+        """
+        xp, total = self.kernels.xp, Moments.empty(x.shape[1], fourth=fourth)
+        for part in row_blocks(x.shape):
+            rows, row_weights = read.floating(xp, x[part, ...]), None if weights is None else weights[part]
+            moments = self._block_moments(rows, row_weights, fourth)
+            if not moments.is_finite():
+                finite = self._finite_rows(rows, part.start, read)
+                rows = xp.take(rows, xp.asarray(np.flatnonzero(finite), device=rows.device), axis=0)
+                moments = self._block_moments(rows, None if row_weights is None else row_weights[finite], fourth)
+                moments = replace(moments, skipped=int(np.sum(~finite)))
+                if not moments.is_finite():
+                    raise ValueError(f"x has values whose squares overflow {rows.dtype}: divide it, or use float64")
+            total += moments
+        return total
+
+    def map_rows(self, x: Array, row_map: RowMap, read: RowInput) -> Array:
+        """Return the outputs (n, k) of a map for rows (n, d), in the dtype of x, or in floating point for integers."""
+        xp, parts = self.kernels.xp, []
+        result: Array = self._map_at_once(x, row_map, read)
+        mapped = result is not None
+        for part in row_blocks(x.shape):
+            rows = read.floating(xp, x[part, ...])
+            y = row_map.finished(xp, result[part, ...]) if mapped else row_map.apply(self.kernels, rows)
+            y, is_finite = self._checked_outputs(y, rows, part.start, read)
+            if not self.has_mutable_arrays:
+                parts.append(y)
+            elif result is None:
+                result = xp.empty((x.shape[0], y.shape[1]), dtype=y.dtype, device=y.device)
+            if result is not None and not (mapped and is_finite and not row_map.normalize):
+                result[part, ...] = y
+        return xp.concat(parts) if parts else result
+
+    def _map_at_once(self, x: Array, row_map: RowMap, read: RowInput) -> Array | None:
+        """Return the outputs of a map before they are divided by their length, or None if no fast kernels have it."""
+        xp, is_square = self.kernels.xp, row_map.matrix.shape[0] == row_map.matrix.shape[1]
+        if not is_square or read.scale is not None or not xp.isdtype(x.dtype, "real floating"):
+            return None
+        if self.implementation(None, x) is self.implementations[-1]:
+            return None
+        arrays = row_map.mean, row_map.blocks(), None, row_map.shift
+        return self.apply_frozen(1, x, *(None if each is None else like(xp, each, x) for each in arrays))
+
+    def _block_moments(self, rows: Array, weights: Float64 | None, fourth: bool) -> Moments:
+        count, dimension = rows.shape
+        weight = count if weights is None else float(np.sum(weights))
+        if not weight:
+            return replace(Moments.empty(dimension, fourth=fourth), count=count)
+        kernels = self.implementation(whole_row_spec(dimension), rows).kernels
+        if weights is not None:
+            weights = like(self.kernels.xp, weights, kernels.to_accumulation_dtype(rows))
+        sums = row_sums(kernels, rows, weights, fourth)
+        mean, scatter, *higher = (self.to_numpy(each).astype(np.float64) for each in sums)
+        return Moments(count, 0, weight, mean, scatter, *((higher[0], float(higher[1])) if fourth else ()))
+
+    def _checked_outputs(self, y: Array, rows: Array, first: int, read: RowInput) -> tuple[Array, bool]:
+        """Return outputs, NaN where a row isn't finite, and whether all rows are; raise ValueError if they must be."""
+        xp = self.kernels.xp
+        if math.isfinite(float(xp.sum(self.kernels.to_accumulation_dtype(y)))):
+            return y, True
+        finite = xp.asarray(self._finite_rows(rows, first, read), device=y.device)
+        return xp.where(finite[:, None], y, math.nan * xp.ones_like(y)), False
+
+    def _finite_rows(self, rows: Array, first: int, read: RowInput) -> npt.NDArray[np.bool_]:
+        """Return which rows are finite; raise ValueError if all have to be, with the number of the first other one."""
+        xp = self.kernels.xp
+        finite = self.to_numpy(xp.all(xp.isfinite(rows), axis=1))
+        if not finite.all() and not read.skip_nonfinite:
+            raise ValueError(
+                f"x contains NaN or infinity in row {first + int(np.argmin(finite))}: remove such rows, or leave them "
+                'out by on_nonfinite="skip"'
+            )
+        return finite
+
+    def to_numpy(self, x: Array) -> npt.NDArray[Any]:
+        """Return a copy of x, or x itself, as an array of NumPy."""
+        return np.asarray(x)
 
     def tensor(self, x: Array, name: str = "x") -> Array:
         """Return x, or the tensor that a framework's variable holds; raise an error with the argument's name."""

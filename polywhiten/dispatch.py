@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import sys
 from functools import cache
+from typing import Any
+
+import numpy.typing as npt
 
 from polywhiten import checks
 from polywhiten._types import Array, Namespace
@@ -43,10 +46,17 @@ def checked_input(x: Array, axis: int, first_axis: int = 0) -> tuple[Backend, Ar
     return backend, x, checks.check_channel_axis(x, axis, first_axis)
 
 
+class _PlainBackend(Backend):
+    """The array API's kernels alone, for a library that has no backend."""
+
+    def to_numpy(self, x: Array) -> npt.NDArray[Any]:
+        """Return an array of NumPy; the library's default device is the one that NumPy can read, if any is."""
+        return super().to_numpy(x.to_device(self.kernels.xp.__array_namespace_info__().default_device()))
+
+
 @cache
 def _plain_backend(xp: Namespace) -> Backend:
-    """Return a backend of the array API's kernels alone."""
-    return Backend(Kernels(xp))
+    return _PlainBackend(Kernels(xp))
 
 
 def framework_module(cls: type) -> str | None:

@@ -60,6 +60,8 @@ _whiten.defvjp(_forward, _backward)
 class JaxBackend(Backend):
     """JAX's kernels, with whitening as a differentiable operation."""
 
+    has_mutable_arrays = False
+
     def tensor(self, x: Array, name: str = "x") -> Array:
         """Return arrays and tracers as they are; refuse sparse arrays, and what only stands for an array's shape."""
         if not isinstance(x, Array):

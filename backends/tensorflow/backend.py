@@ -18,6 +18,8 @@ from polywhiten.tensorflow.namespace import Tensor
 class TensorFlowBackend(Backend):
     """TensorFlow's kernels, with whitening as a differentiable operation."""
 
+    has_mutable_arrays = False
+
     def tensor(self, x: Tensor, name: str = "x") -> Tensor:
         """Return tensors as they are, and the value of a tf.Variable; refuse ragged and sparse tensors."""
         try:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,7 +16,9 @@ from polywhiten.backend import Backend, Implementation
 from polywhiten.dispatch import framework_module
 from polywhiten.gpu_launches import gpu_launches
 from polywhiten.layer_entry import whiten_masked
+from polywhiten.moments import Float64, Moments
 from polywhiten.reference import Gradients
+from polywhiten.rows import RowInput, RowMap
 from polywhiten.solvers.minimax import minimax_steps, widest_interval
 from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import NO_STATISTICS, Statistics, WhiteningStats
@@ -153,6 +156,25 @@ class TorchBackend(Backend):
         x, axis, restore = self.in_memory_order(x, axis)
         with on_device_of(x):
             return restore(super().apply_frozen(axis, x, mean, whitener, weight, bias))
+
+    @full_precision
+    @torch.no_grad()
+    def moments(self, x: Tensor, weights: Float64 | None, read: RowInput, *, fourth: bool = False) -> Moments:
+        """Return the moments of rows, computed on their device."""
+        with on_device_of(x):
+            return super().moments(x, weights, read, fourth=fourth)
+
+    @full_precision
+    @torch.no_grad()
+    def map_rows(self, x: Tensor, row_map: RowMap, read: RowInput) -> Tensor:
+        """Return the outputs of a map for rows, computed on their device."""
+        with on_device_of(x):
+            y: Tensor = super().map_rows(x, row_map, read)
+            return y
+
+    def to_numpy(self, x: Tensor) -> npt.NDArray[Any]:
+        """Return an array of NumPy, from any device."""
+        return x.detach().cpu().numpy()
 
     def in_memory_order(self, x: Tensor, axis: int) -> tuple[Tensor, int, Callable[[Tensor], Tensor]]:
         """Return a channels-last tensor (N, C, ...) as (N, ..., C), its channel axis, and what restores a result.

@@ -49,7 +49,7 @@ class Data:
 
 def load_digits() -> Data:
     """Return the digits that come with scikit-learn (8 x 8, grey); every fifth one is a test picture."""
-    from sklearn import datasets  # type: ignore[import-untyped]  # optional, and slow to import
+    from sklearn import datasets
 
     digits = datasets.load_digits()
     test = np.arange(len(digits.target)) % 5 == 4

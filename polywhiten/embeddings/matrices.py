@@ -1,0 +1,133 @@
+"""The matrices that whiten data of a given covariance, one function a method, and regularized covariances.
+
+Every matrix W here satisfies W S W' = I for a positive definite S, except that of Newton's method, which approaches it.
+They differ by a rotation. Kessy, Lewin and Strimmer compare them in Optimal Whitening and Decorrelation, The American
+Statistician 2018, arXiv:1512.00809.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from polywhiten.functional import inverse_sqrt
+from polywhiten.moments import Float64, Moments
+
+METHODS = ("zca", "pca", "cholesky", "zca_cor", "newton")
+
+
+def ledoit_wolf_shrinkage(moments: Moments) -> float:
+    """Return the shrinkage that Ledoit and Wolf estimate, from moments that include the fourth.
+
+    This is the coefficient of `sklearn.covariance.ledoit_wolf`. Its sums over all samples are written as moments here,
+    so that they can be taken batch by batch.
+
+    References
+    ----------
+    Ledoit and Wolf, A Well-Conditioned Estimator for Large-Dimensional Covariance Matrices, J. Multivariate Anal. 2004.
+    """
+    if moments.fourth is None:
+        raise ValueError("moments have no fourth moment, which the estimate of Ledoit and Wolf needs")
+    cov, n, d = moments.covariance, moments.weight, len(moments.mean)
+    squares = np.sum(cov * cov)
+    distance = squares - np.trace(cov) ** 2 / d
+    error = min(max((moments.fourth / n - squares) / n, 0.0), distance)
+    return float(error / distance) if distance > 0 else 0.0
+
+
+def shrunk(cov: Float64, shrinkage: float) -> Float64:
+    """Return (1 - shrinkage) cov + shrinkage m I, where m is the mean variance."""
+    result: Float64 = (1 - shrinkage) * cov + shrinkage * np.trace(cov) / len(cov) * np.eye(len(cov))
+    return result
+
+
+def whitening_matrix(
+    cov: Float64, method: str, *, eps: float, relative_eps: bool, iterations: int | None, n_components: int
+) -> Float64:
+    """Return the matrix (d, d), or (n_components, d) for "pca", that whitens data of covariance cov (d, d).
+
+    Parameters
+    ----------
+    cov : array, shape (d, d)
+    method : str
+        One of `METHODS`.
+    eps : float
+        Is added to the diagonal of cov. Directions that have no variance even then become 0.
+    relative_eps : bool
+        Whether eps is a fraction of the mean variance.
+    iterations : int or None
+        Steps of "newton".
+    n_components : int
+        The data are projected onto so many of their principal components, from 1 to d.
+
+    Raises
+    ------
+    ValueError
+        The regularized covariance isn't positive definite, and the method is "cholesky".
+    """
+    mean_variance = np.trace(cov) / len(cov)
+    if not mean_variance > 0:
+        return np.zeros((n_components if method == "pca" else len(cov), len(cov)))
+    regularized = cov + eps * (mean_variance if relative_eps else 1.0) * np.eye(len(cov))
+    of_method: dict[str, Callable[[Float64], Float64]] = {
+        "zca": _zca,
+        "pca": partial(_pca, n_components=n_components),
+        "cholesky": _cholesky,
+        "zca_cor": _zca_cor,
+        "newton": partial(inverse_sqrt, iterations=iterations),
+    }
+    matrix = of_method[method](regularized)
+    if method != "pca" and n_components < len(cov):
+        matrix = matrix @ _projection(cov, n_components)
+    return matrix
+
+
+def components_for(cov: Float64, share: float) -> int:
+    """Return how many principal components have this share of the variance together."""
+    values = np.maximum(np.linalg.eigvalsh(cov)[::-1], 0)
+    return min(int(np.searchsorted(np.cumsum(values), share * np.sum(values))) + 1, len(cov))
+
+
+def _projection(cov: Float64, n_components: int) -> Float64:
+    """Return the projection (d, d) onto the principal components of the largest variances."""
+    vectors: Float64 = np.linalg.eigh(cov)[1][:, -n_components:]
+    return vectors @ vectors.T
+
+
+def _zca(cov: Float64) -> Float64:
+    values, vectors = np.linalg.eigh(cov)
+    matrix: Float64 = (vectors * _inverse_sqrt_or_zero(values)) @ vectors.T
+    return matrix
+
+
+def _pca(cov: Float64, n_components: int) -> Float64:
+    values, vectors = np.linalg.eigh(cov)
+    rows = (vectors * _inverse_sqrt_or_zero(values)).T[::-1][:n_components]
+    largest = np.argmax(np.abs(vectors.T[::-1][:n_components]), axis=1)  # is made positive, as scikit-learn's PCA does
+    signs = np.sign(vectors.T[::-1][np.arange(n_components), largest])
+    return np.ascontiguousarray(rows * signs[:, None])
+
+
+def _cholesky(cov: Float64) -> Float64:
+    """Return L' of the inverse covariance L L', which is upper triangular."""
+    try:
+        lower = np.linalg.cholesky(cov[::-1, ::-1])
+    except np.linalg.LinAlgError:
+        raise ValueError(
+            'method="cholesky" needs a positive definite covariance: raise eps or shrinkage, or use method="zca"'
+        ) from None
+    return np.triu(np.linalg.inv(lower)[::-1, ::-1])
+
+
+def _zca_cor(cov: Float64) -> Float64:
+    deviation = np.sqrt(np.diag(cov))
+    inverse = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 0)
+    return _zca(cov * inverse[:, None] * inverse) * inverse
+
+
+def _inverse_sqrt_or_zero(values: Float64) -> Float64:
+    """Return values^(-1/2), and 0 for those that are 0 up to the rounding of an eigendecomposition."""
+    smallest = len(values) * np.finfo(float).eps * values[-1]
+    return np.where(values > smallest, values, np.inf) ** -0.5

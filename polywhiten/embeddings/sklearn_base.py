@@ -1,0 +1,47 @@
+"""The estimator's base classes and the check of its input: scikit-learn's, or our own where that isn't installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from polywhiten import checks
+from polywhiten._types import Array
+
+try:
+    from sklearn.base import BaseEstimator, TransformerMixin
+    from sklearn.exceptions import NotFittedError
+    from sklearn.utils.validation import validate_data
+except ImportError:
+    from polywhiten.embeddings.without_sklearn import BaseEstimator, NotFittedError, TransformerMixin
+
+    validate_data = None
+
+__all__ = ["BaseEstimator", "NotFittedError", "TransformerMixin", "validated"]
+
+
+def validated(estimator: Any, X: Any, reset: bool) -> Array:  # noqa: N803  # scikit-learn's name
+    """Return lists, data frames and arrays of NumPy as a numeric array (n, d), as scikit-learn checks them.
+
+    With `reset`, the estimator takes the number of features and their names from X; otherwise they have to be the same.
+    """
+    if validate_data is not None:
+        return validate_data(estimator, X, reset=reset, ensure_all_finite=False, dtype="numeric")
+    rows = np.asarray(X)
+    if rows.dtype.kind not in "fiub":
+        raise TypeError(f"X has dtype {rows.dtype}: real numbers are needed")
+    check_rows(estimator, rows, reset)
+    return rows
+
+
+def check_rows(estimator: Any, rows: Array, reset: bool) -> None:
+    """Check that an array has rows, and as many dimensions as the estimator was fitted to; or let it take these."""
+    if rows.ndim != 2:
+        raise ValueError(f"X has shape {tuple(rows.shape)}: 2 dimensions, rows (n, d), are needed")
+    features = int(rows.shape[1])
+    if reset:
+        estimator.n_features_in_ = checks.check_positive("the number of X's dimensions", features)
+    elif features != estimator.n_features_in_:
+        expected = f"{type(estimator).__name__} is expecting {estimator.n_features_in_} features"
+        raise ValueError(f"X has {features} features, but {expected}")
