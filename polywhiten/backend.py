@@ -151,6 +151,7 @@ class Backend:
         """Return (cov + eps I)^(-1/2) of matrices (..., d, d)."""
         return self.implementation(None, cov).inverse_sqrt(solver, cov, eps)
 
+    @np.errstate(over="ignore", invalid="ignore")  # values that aren't finite are looked for afterwards
     def moments(self, x: Array, weights: Float64 | None, read: RowInput, *, fourth: bool = False) -> Moments:
         """Return the moments of rows.
 
@@ -179,6 +180,7 @@ class Backend:
             total += moments
         return total
 
+    @np.errstate(over="ignore", invalid="ignore")
     def map_rows(self, x: Array, row_map: RowMap, read: RowInput) -> Array:
         """Return the outputs (n, k) of a map for rows (n, d), in the dtype of x, or in floating point for integers."""
         xp, parts = self.kernels.xp, []

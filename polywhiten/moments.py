@@ -21,7 +21,7 @@ class Moments:
     Attributes
     ----------
     count : int
-        Number of rows.
+        Number of rows, without those that were skipped.
     skipped : int
         Number of rows that were left out because they contain NaN or infinity.
     weight : float

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from polywhiten.spec import WhiteningSpec
 # A block of 64 MiB in float32 is long enough for the full speed of a processor. Sums in float32 run over one block at
 # most, because moments of blocks are merged in float64.
 BLOCK_VALUES = 2**24
+_SHORT = ("bool", "int8", "uint8", "int16", "uint16")  # of which float32 holds all values exactly
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,10 @@ class RowInput:
     def floating(self, xp: Namespace, rows: Array) -> Array:
         """Return rows of real floating point, multiplied by the scale; integers of up to 16 bits become float32."""
         if not xp.isdtype(rows.dtype, "real floating"):
-            rows = xp.astype(rows, xp.float32 if _itemsize(rows.dtype) <= 2 else xp.float64)
+            is_short = any(
+                rows.dtype == getattr(xp, name, None) for name in _SHORT
+            )  # not each library has each of them
+            rows = xp.astype(rows, xp.float32 if is_short else xp.float64)
         if self.scale is None:
             return rows
         return rows * (self.scale if isinstance(self.scale, float) else like(xp, self.scale, rows))
@@ -138,7 +141,3 @@ def row_sums(kernels: Kernels, rows: Array, weights: Array | None, fourth: bool)
 def like(xp: Namespace, values: npt.ArrayLike, x: Array) -> Array:
     """Return values as an array with the library, dtype and device of x."""
     return xp.astype(xp.asarray(np.asarray(values), device=x.device), x.dtype, copy=False)
-
-
-def _itemsize(dtype: Any) -> int:
-    return int(dtype.itemsize if hasattr(dtype, "itemsize") else dtype.size)  # TensorFlow calls it size

@@ -88,10 +88,9 @@ class Recipe:
         ValueError
             There are fewer than two rows, or `whitening_matrix` raises it.
         """
-        rows = moments.count - moments.skipped
-        if rows < 2:
+        if moments.count < 2:
             skipped = f", and {moments.skipped} more with NaN or infinity" if moments.skipped else ""
-            raise ValueError(f"n_samples={rows}{skipped}: a covariance needs at least 2 rows")
+            raise ValueError(f"n_samples={moments.count}{skipped}: a covariance needs at least 2 rows")
         if not moments.weight:
             raise ValueError("sample_weight is zero for all rows: at least two need a weight above 0")
         components, matrices = self.components(moments), []
@@ -134,10 +133,9 @@ class Recipe:
 
     def _warn_of_rank(self, moments: Moments, needed: int) -> None:
         """Warn about too few rows for `needed` directions, and about dimensions without variance."""
-        rows = moments.count - moments.skipped
-        if rows <= needed and self.shrinkage == 0:
+        if moments.count <= needed and self.shrinkage == 0:
             warnings.warn(
-                f"{rows} rows span at most {rows - 1} of {needed} directions, so whitening amplifies noise in the "
+                f"{moments.count} rows span at most {moments.count - 1} of {needed} directions, so whitening amplifies noise in the "
                 'others: use more rows, shrinkage="ledoit_wolf", a group_size, or fewer n_components',
                 RankWarning,
                 stacklevel=4,

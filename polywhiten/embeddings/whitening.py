@@ -73,7 +73,7 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
     n_components_ : int
         Number of principal components that were kept.
     n_features_in_, n_samples_seen_, n_skipped_ : int
-        d, the number of rows, and how many of them were left out.
+        d, the number of rows, and how many more were left out.
     moments_ : polywhiten.moments.Moments
         The state that `partial_fit` and `+` continue.
 
