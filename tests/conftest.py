@@ -19,7 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker has one core; torch.compile 
 # The frameworks of the rows, such as "keras" for "keras-jax".
 NAMES = {library.option.partition("-")[0] for library in Library}
 # test_NAME.py and test_NAME_*.py are for the framework NAME alone. These other files need one framework too, such as
-# test_cli.py, because the demo trains in PyTorch.
+# test_cli.py, because the demo trains in PyTorch, and those of embeddings, which are NumPy's.
 OWNERS = {f"test_{name}.py": "torch" for name in ("cli", "forked", "study", "tracking", "triton", "triton_joined")}
 OWNERS |= {f"test_{name}.py": "numpy" for name in ("add_a_backend", "cpu", "kernel_cache")}
 
@@ -40,7 +40,11 @@ def pytest_configure(config):
 
 def pytest_ignore_collect(collection_path, config):
     chosen, name = config.getoption("library"), collection_path.name
-    owner = OWNERS.get(name) or next((n for n in NAMES if name.startswith((f"test_{n}.", f"test_{n}_"))), None)
+    owner = (
+        "numpy"
+        if name.startswith("test_embeddings_")
+        else OWNERS.get(name) or next((n for n in NAMES if name.startswith((f"test_{n}.", f"test_{n}_"))), None)
+    )
     frameworks = {name.partition("-")[0] for name in chosen or [] if not name.endswith("-cuda")}
     return True if chosen and owner and owner not in frameworks else None
 
