@@ -16,14 +16,14 @@ from polywhiten.functional import (
 from polywhiten.statistics import WhiteningStats
 
 if TYPE_CHECKING:
-    from polywhiten.embeddings.whitening import Whitening
+    from polywhiten.embeddings.whitening import Whitening as Whitening
 
 __version__ = "0.1.0"
 
 __path__ += backends_beside(Path(__path__[0]))
 
+# without Whitening: backends import all of these names, which would import scikit-learn too
 __all__ = [
-    "Whitening",
     "WhiteningStats",
     "apply_whitening",
     "group_whiten",

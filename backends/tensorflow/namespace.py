@@ -17,7 +17,7 @@ class _Namespace(ModuleType):
 
     float32 = tf.float32
     float64 = tf.float64
-    bool, int8, uint8, int16, uint16 = tf.bool, tf.int8, tf.uint8, tf.int16, tf.uint16
+    int8, uint8, int16, uint16 = tf.int8, tf.uint8, tf.int16, tf.uint16
     abs = staticmethod(tf.abs)
     all = staticmethod(tf.reduce_all)
     expand_dims = staticmethod(tf.expand_dims)
