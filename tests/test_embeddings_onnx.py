@@ -68,6 +68,12 @@ def test_wrong_arguments():
         model(fitted(), 17.5)
 
 
+def test_a_mean_beyond_float32_is_refused():
+    x = embeddings().astype("float64") * 1e36 + 1e39
+    with pytest.raises(ValueError, match="can't be exported in float32"):
+        model(fitted(x))
+
+
 def test_the_example_of_the_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_example("embeddings-deploy.md", "ONNX")

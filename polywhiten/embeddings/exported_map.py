@@ -73,7 +73,7 @@ def exported_map(whitening: Whitening, limits: FloatLimits, *, centered: bool = 
 def _check_range(weight: NDArray[np.float64], bias: NDArray[np.float64], limits: FloatLimits) -> None:
     largest, largest_bias = np.abs(weight).max(), np.abs(bias).max()
     is_lost = 0 < largest < limits.tiny  # the weight of constant data is 0
-    if is_lost or not max(largest, largest_bias) <= limits.max:  # the bias may be NaN
+    if is_lost or not np.maximum(largest, largest_bias) <= limits.max:  # the bias may be NaN
         raise ValueError(
             f"the whitening can't be exported in {limits.dtype}, which holds numbers from {limits.tiny:.0e} to "
             f"{limits.max:.0e}: the largest entry of its weight is {largest:.0e}, that of its bias {largest_bias:.0e}. "
