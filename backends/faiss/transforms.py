@@ -58,7 +58,7 @@ def linear_transform(whitening: Whitening) -> faiss.LinearTransform:
     True
     """
     exported = exported_map(whitening, np.finfo(np.float32))
-    if whitening.normalize:
+    if exported.normalize:
         raise ValueError(
             "the whitening has normalize=True, and a faiss.LinearTransform can't bring vectors to unit length: use "
             "polywhiten.faiss.whitened_index, which puts a faiss.NormalizationTransform after it"
@@ -119,7 +119,7 @@ def whitened_index(whitening: Whitening, index: faiss.Index, *, center: bool = F
     if index.d != k:
         raise ValueError(f"index has {index.d} dimensions, but the whitening's outputs have {k}: make it with {k}")
     whitened = faiss.IndexPreTransform(index)
-    if whitening.normalize:
+    if exported.normalize:
         whitened.prepend_transform(faiss.NormalizationTransform(k))
     whitened.prepend_transform(_linear(exported))
     if center:

@@ -64,7 +64,7 @@ def dense(whitening: Whitening, dtype: Any = None) -> Layer:
     layer = keras.layers.Dense(outputs, kernel_initializer="zeros", dtype=policy, trainable=False)
     layer.build((None, inputs))
     layer.set_weights([exported.weight.T, exported.bias])
-    if not whitening.normalize:
+    if not exported.normalize:
         return layer
     # in float16, its squares overflow, and zeros become NaN
     lengths = "float64" if policy.compute_dtype == "float64" else "float32"

@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 
 import polywhiten
 from polywhiten import checks
-from polywhiten.embeddings.exported_map import ExportedMap, exported_map
+from polywhiten.embeddings.exported_map import exported_map
 
 if TYPE_CHECKING:
     from polywhiten.embeddings.whitening import Whitening
@@ -66,12 +66,14 @@ def model(whitening: Whitening, opset: int = 17) -> onnx.ModelProto:
         raise ValueError(f"opset={opset} isn't possible: use one from {MIN_OPSET} to {newest}, which onnx has")
     exported = exported_map(whitening, np.finfo(np.float32), centered=True)
     k, d = exported.weight.shape
-    constants = _constants(exported)
+    constants: dict[str, np.ndarray | np.generic] = {
+        name: np.asarray(getattr(exported, name), np.float32) for name in ("center", "weight", "bias")
+    }
     nodes = [
         helper.make_node("Sub", [INPUT, "center"], ["centered"]),
         helper.make_node("Gemm", ["centered", "weight", "bias"], [OUTPUT], transB=1),
     ]
-    if whitening.normalize:
+    if exported.normalize:
         nodes[-1].output[0] = "unscaled"
         nodes += _unit_length("unscaled", OUTPUT)
         constants |= {"last_axis": np.array([-1]), "zero": np.float32(0), "one": np.float32(1)}
@@ -90,10 +92,6 @@ def model(whitening: Whitening, opset: int = 17) -> onnx.ModelProto:
         producer_name="polywhiten",
         producer_version=polywhiten.__version__,
     )
-
-
-def _constants(exported: ExportedMap) -> dict[str, np.ndarray | np.generic]:
-    return {name: array.astype(np.float32) for name, array in exported._asdict().items()}
 
 
 def _unit_length(x: str, y: str) -> list[onnx.NodeProto]:

@@ -92,4 +92,4 @@ def linear(whitening: Whitening, dtype: torch.dtype = torch.float32) -> nn.Linea
     layer.requires_grad_(False)
     layer.weight.copy_(torch.from_numpy(exported.weight))
     layer.bias.copy_(torch.from_numpy(exported.bias))
-    return nn.Sequential(layer, UnitLength()) if whitening.normalize else layer
+    return nn.Sequential(layer, UnitLength()) if exported.normalize else layer

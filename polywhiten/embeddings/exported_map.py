@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from polywhiten import checks
+from polywhiten.moments import Float64
 
 if TYPE_CHECKING:
     from polywhiten.embeddings.whitening import Whitening
@@ -25,7 +25,7 @@ class FloatLimits(Protocol):
 
 
 class ExportedMap(NamedTuple):
-    """The map from x to weight @ (x - center) + bias, in float64.
+    """The map from x to weight @ (x - center) + bias, in float64, and whether outputs are then divided by their length.
 
     Attributes
     ----------
@@ -35,15 +35,18 @@ class ExportedMap(NamedTuple):
         What is added to the product.
     center : ndarray of shape (d,)
         What is subtracted from the input: zeros, or the mean rounded to float32.
+    normalize : bool
+        Whether outputs are divided by their length; those of length 0 stay.
     """
 
-    weight: NDArray[np.float64]
-    bias: NDArray[np.float64]
-    center: NDArray[np.float64]
+    weight: Float64
+    bias: Float64
+    center: Float64
+    normalize: bool
 
 
 def exported_map(whitening: Whitening, limits: FloatLimits, *, centered: bool = False) -> ExportedMap:
-    """Return the map of a fitted whitening, before rows are brought to unit length.
+    """Return the map of a fitted whitening.
 
     With `centered`, the map subtracts the mean first. The bias is then only the product of the weight with what
     rounding to float32 takes from the mean, so that means far above the deviations cost no digits.
@@ -60,17 +63,18 @@ def exported_map(whitening: Whitening, limits: FloatLimits, *, centered: bool = 
     if not isinstance(whitening, Whitening):
         raise checks.wrong_type(whitening, "whitening", "a fitted polywhiten.Whitening")
     weight, bias = whitening.affine_map()
-    center = np.zeros(weight.shape[1])
+    row_map, scale = whitening._fitted_map(), whitening._recipe.read.scale  # parameters may have been set since `fit`
+    center = np.zeros_like(row_map.mean)
     if centered:
-        mean = whitening.mean_ if whitening.scale is None else whitening.mean_ / np.asarray(whitening.scale)
+        mean = row_map.mean if scale is None else row_map.mean / scale
         with np.errstate(over="ignore", invalid="ignore"):  # the check below finds what this makes infinite
             center = mean.astype(np.float32).astype(np.float64)
             bias = bias + weight @ center
     _check_range(weight, bias, limits)
-    return ExportedMap(weight, bias, center)
+    return ExportedMap(weight, bias, center, row_map.normalize)
 
 
-def _check_range(weight: NDArray[np.float64], bias: NDArray[np.float64], limits: FloatLimits) -> None:
+def _check_range(weight: Float64, bias: Float64, limits: FloatLimits) -> None:
     largest, largest_bias = np.abs(weight).max(), np.abs(bias).max()
     is_lost = 0 < largest < limits.tiny  # the weight of constant data is 0
     if is_lost or not np.maximum(largest, largest_bias) <= limits.max:  # the bias may be NaN
