@@ -68,6 +68,12 @@ def test_wrong_arguments():
         model(fitted(), 17.5)
 
 
+def test_parameters_that_are_set_after_fit_change_the_next_fit_alone():
+    whitening = fitted(scale=0.1)
+    whitening.set_params(scale=3.0, normalize=True)
+    np.testing.assert_allclose(outputs(model(whitening), embeddings()), whitening.transform(embeddings()), atol=5e-5)
+
+
 def test_a_mean_beyond_float32_is_refused():
     x = embeddings().astype("float64") * 1e36 + 1e39
     with pytest.raises(ValueError, match="can't be exported in float32"):

@@ -121,6 +121,7 @@ def test_a_map_that_the_dtype_cannot_hold_is_refused(factor):
     np.testing.assert_allclose(outputs(linear(whitening), x.astype("float32")), whitening.transform(x), atol=5e-5)
 
 
+@pytest.mark.filterwarnings("ignore::polywhiten.embeddings.recipe.RankWarning")
 def test_constant_data_give_zeros():
     x = np.ones((10, 3), dtype="float32")
     layer = linear(fitted(x, normalize=True))
