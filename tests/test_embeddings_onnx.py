@@ -39,9 +39,10 @@ def test_a_row_that_is_the_mean_becomes_zeros():
     np.testing.assert_allclose(y, whitening.transform(x), atol=1e-6)
 
 
-def test_large_means_cost_no_digits():
+@pytest.mark.parametrize("scale", [None, 0.1])
+def test_large_means_cost_no_digits(scale):
     x = embeddings(deviations=1000)
-    whitening = fitted(x)
+    whitening = fitted(x, scale=scale)
     np.testing.assert_allclose(outputs(model(whitening), x), whitening.transform(x.astype("float64")), atol=5e-5)
 
 
@@ -51,11 +52,12 @@ def test_a_scale_of_integers_is_inside_the_weight():
     np.testing.assert_allclose(outputs(model(whitening), x.astype("float32")), whitening.transform(x), atol=5e-5)
 
 
-@pytest.mark.parametrize("opset", [13, 21])
-def test_the_version_of_the_operators(opset):
+@pytest.mark.parametrize(("opset", "ir_version"), [(13, 7), (21, 10)])
+def test_the_versions_are_the_oldest_that_will_do(opset, ir_version):
     whitening = fitted(normalize=True)
     exported = model(whitening, opset)
     assert [operators.version for operators in exported.opset_import] == [opset]
+    assert exported.ir_version == ir_version
     np.testing.assert_allclose(outputs(exported, embeddings()), whitening.transform(embeddings()), atol=5e-5)
 
 

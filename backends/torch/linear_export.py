@@ -28,7 +28,7 @@ class UnitLength(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x, of shape (..., channels), with its last axis of unit length."""
-        # squares of float16 overflow from a length of 256 on
+        # the length of a row of float16 may be beyond float16, and bfloat16 would round it to three digits
         dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
         return (x / torch.where(length > 0, length, 1)).to(x.dtype)
