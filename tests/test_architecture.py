@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CORE, BACKENDS = ROOT / "polywhiten", ROOT / "backends"
 BACKEND_NAMES = {folder.name for folder in BACKENDS.iterdir() if (folder / "__init__.py").is_file()}
-FRAMEWORKS = {"cupy", "dask", "flax", "jax", "keras", "numba", "tensorflow", "torch"}
+FRAMEWORKS = {"cupy", "dask", "faiss", "flax", "jax", "keras", "numba", "onnx", "tensorflow", "torch"}
 
 # What a backend may import of others: compiled kernels for CPUs, and layers the frameworks that they run on.
 SHARED_BACKENDS = {"cpu"}

@@ -8,8 +8,10 @@ from typing import Any, Protocol, cast
 
 from polywhiten.dispatch import BACKENDS
 
-# The folders of backends; Keras and Flax have no arrays of their own, so `dispatch` doesn't name them.
-FOLDERS = tuple(dict.fromkeys([*(module.split(".")[1] for module in BACKENDS.values()), "keras", "flax"]))
+# The folders of backends; those that `dispatch` doesn't name have no arrays of their own.
+FOLDERS = tuple(
+    dict.fromkeys([*(module.split(".")[1] for module in BACKENDS.values()), "keras", "flax", "onnx", "faiss"])
+)
 
 
 class About(Protocol):

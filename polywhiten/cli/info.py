@@ -38,7 +38,7 @@ def probe(folder: str) -> list[str]:
         version = str(import_module(backend.MODULE).__version__)
         devices = ", ".join(backend.devices()) or "none"
         module = BACKENDS.get(backend.MODULE)
-        if module is None:  # Keras and Flax
+        if module is None:  # it has no arrays of its own
             return [version, devices, devices]
         return [version, devices, ", ".join(each.name for each in import_module(module).BACKEND.implementations)]
     except BaseException as error:  # users need to see anything that a broken framework raises, even SystemExit
