@@ -9,15 +9,16 @@ CONSTRAINTS, CONFIGURATION = (str(Path(__file__).with_name(name)) for name in ("
 # The extras that a library's tests need, and the rows of the conformance suite, in lists that share a run of pytest:
 # Keras uses one backend in a process.
 LIBRARIES = {
-    "numpy": ("[numba]", [["numpy", "strict"]]),
+    "numpy": ("[embeddings,faiss,onnx]", [["numpy", "strict"]]),
     "torch": ("[demo,keras,torch]", [["torch"], ["keras-torch"]]),
     "tensorflow": ("[demo,keras,tensorflow]", [["tensorflow"], ["keras-tensorflow"]]),
     "jax": ("[demo,flax,keras,jax]", [["jax", "flax"], ["keras-jax"]]),
-    "dask": ("[dask,jax]", [["dask"]]),  # tests combine arrays of JAX and Dask
+    "dask": ("[distributed,embeddings,jax]", [["dask"]]),  # tests combine arrays of JAX and Dask
     "cupy": ("[cupy13]", [["cupy"]]),
 }
 # Packages that their tests also need, to compile GPU kernels without a GPU and to run exported models.
 COMPANIONS = {
+    "numpy": ["onnxruntime"],
     "torch": ["triton", "onnx", "onnxruntime", "onnxscript", "pillow", "pyyaml", "torchinfo"],
     "cupy": ["nvidia-cuda-nvrtc"],
 }
@@ -87,7 +88,7 @@ def package(session: nox.Session) -> None:
     session.run("twine", "check", "--strict", *files)
     wheel = next(file for file in files if file.endswith(".whl"))
     install(session, "--force-reinstall", "--no-deps", wheel)
-    install(session, f"{wheel}[demo,torch,jax,dask]", "mypy", "nox")
+    install(session, f"{wheel}[demo,distributed,embeddings,jax,torch]", "mypy", "nox")
     session.chdir(folder)  # the sources aren't here, so the installed package is checked
     session.run("python", "-c", IMPORT_EVERYTHING)
     session.run("python", "-m", "polywhiten", "info")

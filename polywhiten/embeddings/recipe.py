@@ -135,10 +135,10 @@ class Recipe:
         """Warn about too few rows for `needed` directions, and about dimensions without variance."""
         if moments.count <= needed and self.shrinkage == 0:
             warnings.warn(
-                f"{moments.count} rows span at most {moments.count - 1} of {needed} directions, so whitening amplifies noise in the "
-                'others: use more rows, shrinkage="ledoit_wolf", a group_size, or fewer n_components',
+                f"{moments.count} rows span at most {moments.count - 1} of {needed} directions, so whitening amplifies "
+                'noise in the others: use more rows, shrinkage="ledoit_wolf", a group_size, or fewer n_components',
                 RankWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         variance = np.diag(moments.covariance)
         constant = np.flatnonzero(variance <= NEARLY_CONSTANT * (moments.mean**2 + np.mean(variance)))
@@ -147,7 +147,7 @@ class Recipe:
             warnings.warn(
                 f"{len(constant)} dimensions are constant ({named}): whitening can't give them variance",
                 RankWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
