@@ -1,0 +1,1 @@
+"""Measures whether whitening helps retrieval, similarity and classification on real embeddings."""

@@ -1,0 +1,54 @@
+"""Scores of classification: the nearest neighbour, and logistic regression (a linear probe)."""
+
+import warnings
+from collections.abc import Iterable
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from embeddings.pictures import Split
+from embeddings.scores import CHUNK, Score, of_splits
+from embeddings.settings import Setting
+
+STRENGTHS = (0.01, 1.0, 100.0, 10000.0)  # C, the inverse of the probe's regularization
+MAX_STEPS = 500
+CHOSEN_ON = 0.2  # of the training vectors
+
+
+def classification(setting: Setting, splits: Iterable[Split]) -> dict[str, Score]:
+    """Return the accuracies, and the steps of L-BFGS that the probe takes with C = 1."""
+    found: dict[str, list[float]] = {"1-NN accuracy": [], "probe accuracy": [], "probe steps": []}
+    for split in splits:
+        given = {"train": split.x_train, "test": split.x_test}
+        x = setting.fit_transform(split.x_train, given)
+        found["1-NN accuracy"].append(nearest_neighbour(x["train"], split.y_train, x["test"], split.y_test))
+        scale = np.sqrt(np.mean(np.square(x["train"], dtype=np.float64)))  # else C would mean something else for each
+        x = {name: (vectors / scale).astype(np.float64) for name, vectors in x.items()}
+        accuracy, steps = probe(x["train"], split.y_train, x["test"], split.y_test)
+        found["probe accuracy"].append(accuracy)
+        found["probe steps"].append(steps)
+    return {name: of_splits(values) for name, values in found.items()}
+
+
+def nearest_neighbour(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> float:
+    """Return the share of test vectors whose nearest training vector, by distance, has their class."""
+    lengths = np.square(x).sum(1)
+    nearest = [(lengths - 2 * x_test[start : start + CHUNK] @ x.T).argmin(1) for start in range(0, len(x_test), CHUNK)]
+    return float(np.mean(y[np.concatenate(nearest)] == y_test))
+
+
+def probe(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> tuple[float, int]:
+    """Return the test accuracy with the C that is best on a part of the training vectors, and the steps with C = 1."""
+    places = np.random.default_rng(0).permutation(len(x))
+    chosen_on, rest = np.split(places, [int(CHOSEN_ON * len(x))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # MAX_STEPS is a result too
+        on_part = {c: _fitted(x[rest], y[rest], c).score(x[chosen_on], y[chosen_on]) for c in STRENGTHS}
+        best = max(on_part, key=on_part.__getitem__)
+        fitted = {c: _fitted(x, y, c) for c in {1.0, best}}
+    return fitted[best].score(x_test, y_test), int(fitted[1.0].n_iter_[0])
+
+
+def _fitted(x: np.ndarray, y: np.ndarray, c: float) -> LogisticRegression:
+    return LogisticRegression(C=c, max_iter=MAX_STEPS).fit(x, y)

@@ -1,0 +1,173 @@
+"""The tasks: which vectors a transform is fitted on, and what is scored with it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+
+from embeddings import texts
+from embeddings.classification import classification
+from embeddings.pictures import Split, cifar, digits, splits_of
+from embeddings.scores import Score, document_similarity, retrieval, similarity
+from embeddings.settings import BASELINES, COMPARED, LEDOIT_WOLF, REDUCED, SOFT, ZCA, Setting
+from embeddings.vectors import SENTENCE, VIEWS, WORDS, Cache
+
+SUMMARIES, NAMES, VERSES = "first sentence finds docstring", "name finds docstring", "verse finds old translation"
+PACKAGES, NEWS, DIGITS, CIFAR = "package of a docstring", "similarity of news", "digits", "CIFAR-10"
+RATED_WORDS = {"WordSim-353": "wordsim353.tsv", "SimLex-999": "simlex999.txt"}
+PIXELS = "pixels"
+
+FEW = (50, 100, 200, 400, 800, 1600, 3200)  # documents that a transform is fitted on
+OF_FEW = [*BASELINES[:2], ZCA, LEDOIT_WOLF, SOFT[0.1], SOFT[1.0], *REDUCED[1:]]
+NOT_FOR_THE_PROBE = {"zca, unit input"}  # and others that differ in no more than a rotation
+
+
+@dataclass(frozen=True)
+class Task:
+    """Scores transforms on one kind of vectors.
+
+    Attributes
+    ----------
+    name, vectors : str
+        What is measured, and on which vectors.
+    fitted_on : str
+        The texts or pictures that a transform is fitted on; never those that are the queries.
+    rows, dimensions : int
+        The shape of the vectors that a transform is fitted on.
+    settings : list of Setting
+        The transforms to compare, the first of which leaves the vectors as they are.
+    score : callable
+        Returns the scores of a setting by their names.
+    """
+
+    name: str
+    vectors: str
+    fitted_on: str
+    rows: int
+    dimensions: int
+    settings: list[Setting]
+    score: Callable[[Setting], dict[str, Score]]
+
+
+class Texts:
+    """The collections, and their vectors by name and view."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cache = Cache(folder)
+
+    @cached_property
+    def docstrings(self) -> texts.Docstrings:
+        return texts.docstrings()
+
+    @cached_property
+    def verses(self) -> texts.Verses:
+        return texts.verses()
+
+    @cached_property
+    def news(self) -> texts.News:
+        return texts.news()
+
+    @cached_property
+    def vectors(self) -> dict[str, dict[str, np.ndarray]]:
+        """Arrays by the name of the list of texts, and by view."""
+        lists = {
+            "docstrings": self.docstrings.bodies,
+            "first sentences": self.docstrings.summaries,
+            "names": [name.replace(".", " ").replace("_", " ") for name in self.docstrings.names],
+            "old verses": self.verses.king_james,
+            "new verses": self.verses.worldwide,
+            "background news": self.news.background,
+            "rated news": self.news.rated,
+        }
+        return {name: self.cache.embed(name.replace(" ", "-"), found) for name, found in lists.items()}
+
+
+def tasks(found: Texts, pictures: Path | None) -> Iterator[Task]:
+    """Yield all tasks; those on CIFAR-10 only if its file is given."""
+    yield of_pictures(DIGITS, [*digits()])
+    if pictures is not None:
+        yield of_pictures(CIFAR, [*cifar(pictures)])
+    for view in VIEWS:
+        yield search(found, SUMMARIES, view, "first sentences", "docstrings")
+        yield search(found, NAMES, view, "names", "docstrings")
+        yield search(found, VERSES, view, "new verses", "old verses")
+        yield of_news(found, view)
+    yield of_packages(found)
+    yield from of_words(found)
+    for view in (SENTENCE, WORDS):
+        for count in FEW:
+            yield search(found, SUMMARIES, view, "first sentences", "docstrings", count=count, settings=OF_FEW)
+        yield search(found, SUMMARIES, view, "first sentences", "docstrings", fitted_on="old verses", settings=OF_FEW)
+        yield search(found, VERSES, view, "new verses", "old verses", fitted_on="docstrings", settings=OF_FEW)
+
+
+def search(
+    found: Texts,
+    name: str,
+    view: str,
+    queries: str,
+    documents: str,
+    *,
+    fitted_on: str | None = None,
+    count: int | None = None,
+    settings: list[Setting] = COMPARED,
+) -> Task:
+    """Return a task of retrieval, fitted on the documents, on a random part of them, or on other documents."""
+    fitted_on = fitted_on or documents
+    x = found.vectors[fitted_on][view]
+    if count is not None:
+        x = x[np.random.default_rng(0).permutation(len(x))[:count]]
+    given = {"queries": found.vectors[queries][view], "documents": found.vectors[documents][view]}
+
+    def score(setting: Setting) -> dict[str, Score]:
+        return retrieval(**setting.fit_transform(x, given))
+
+    return Task(name, view, fitted_on, *x.shape, settings, score)
+
+
+def of_news(found: Texts, view: str) -> Task:
+    """Return the task of the pairs of news that people rated, fitted on other news."""
+    x, given = found.vectors["background news"][view], {"rated": found.vectors["rated news"][view]}
+
+    def score(setting: Setting) -> dict[str, Score]:
+        return document_similarity(setting.fit_transform(x, given)["rated"], found.news.pairs, found.news.ratings)
+
+    return Task(NEWS, view, "background news", *x.shape, COMPARED, score)
+
+
+def of_words(found: Texts) -> Iterator[Task]:
+    """Yield the tasks of rated pairs of words, fitted on the embeddings of all words that the model has as one token."""
+    words, x = found.cache.model.vocabulary()
+    places = {word: place for place, word in enumerate(words)}
+    for name, file in RATED_WORDS.items():
+        rated = texts.rated_words(file)
+        known = [first in places and second in places for first, second in rated.pairs]
+        pairs = np.array(
+            [[places[word] for word in pair] for pair, is_known in zip(rated.pairs, known, strict=True) if is_known]
+        )
+        given = {"first": x[pairs[:, 0]], "second": x[pairs[:, 1]]}
+        score = partial(_word_scores, x, given, rated.ratings[known])
+        yield Task(name, WORDS, "vocabulary", *x.shape, COMPARED, score)
+
+
+def _word_scores(
+    x: np.ndarray, given: Mapping[str, np.ndarray], ratings: np.ndarray, setting: Setting
+) -> dict[str, Score]:
+    return similarity(**setting.fit_transform(x, given), ratings=ratings)
+
+
+def of_packages(found: Texts) -> Task:
+    """Return the task to tell from a docstring's vector whether its package is NumPy, SciPy, another, or Python."""
+    packages = [name.split(".")[0] for name in found.docstrings.names]
+    labels = np.array([texts.PACKAGES.index(name) if name in texts.PACKAGES else -1 for name in packages])
+    x = found.vectors["docstrings"][SENTENCE]
+    return of_pictures(PACKAGES, [*splits_of(x, labels)], SENTENCE)
+
+
+def of_pictures(name: str, splits: list[Split], vectors: str = PIXELS) -> Task:
+    """Return a task of classification, fitted on the training vectors of each split."""
+    settings = [setting for setting in COMPARED if setting.name not in NOT_FOR_THE_PROBE]
+    shape = splits[0].x_train.shape
+    return Task(name, vectors, "training vectors", *shape, settings, partial(classification, splits=splits))
