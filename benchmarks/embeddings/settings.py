@@ -56,7 +56,7 @@ class Standardized(Centred):
 class Projected(Centred):
     """Keeps the principal components from `first` up to `last`, without scaling them.
 
-    `Projected(0, k)` is PCA, and `Projected(D, None)` is the postprocessing of Mu and Viswanath (2018), "all but the top".
+    `Projected(0, k)` is PCA. `Projected(D, None)` is "all but the top", the postprocessing of Mu and Viswanath (2018).
     """
 
     def __init__(self, first: int, last: int | None) -> None:

@@ -138,7 +138,7 @@ def of_news(found: Texts, view: str) -> Task:
 
 
 def of_words(found: Texts) -> Iterator[Task]:
-    """Yield the tasks of rated pairs of words, fitted on the embeddings of all words that the model has as one token."""
+    """Yield the tasks of rated pairs of words, fitted on the embeddings of all words that are one token."""
     words, x = found.cache.model.vocabulary()
     places = {word: place for place, word in enumerate(words)}
     for name, file in RATED_WORDS.items():

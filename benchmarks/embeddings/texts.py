@@ -22,6 +22,7 @@ SKIPPED_MODULES = {"antigravity", "idlelib", "lib2to3", "this", "tkinter", "turt
 TESTS = {"conftest", "test", "tests", "testing"}
 PACKAGES = ("matplotlib", "numpy", "scipy", "sklearn")  # whose docstrings are read beside the standard library's
 MIN_LETTERS = 40  # of the part of a docstring that is searched for
+MAX_LENGTH = 1000  # more than the model reads; further on, some examples of SciPy differ from one import to the next
 NEW_TESTAMENT = 40_000_000  # the least number of its verses: book, chapter and verse in one number
 
 
@@ -73,14 +74,20 @@ def documented(module: ModuleType) -> Iterator[tuple[str, str]]:
     """Yield the names and docstrings of a module and its own public classes, functions and methods."""
     yield module.__name__, module.__doc__ or ""
     for name, value in sorted(vars(module).items()):
-        home = getattr(value, "__module__", None) or ""  # a public name may come from a private module of its package
-        if name.startswith("_") or home.split(".")[0] != module.__name__.split(".")[0] or not documentable(value):
+        if name.startswith("_") or not documentable(value) or not belongs(value, module):
             continue
         yield f"{module.__name__}.{name}", _docstring(value)
         if inspect.isclass(value):
             for method, member in sorted(vars(value).items()):
-                if not method.startswith("_") and (documentable(member) or isinstance(member, property)):
+                public = not method.startswith("_") and (documentable(member) or isinstance(member, property))
+                if public and belongs(member, module):  # other packages add methods to classes
                     yield f"{module.__name__}.{name}.{method}", _docstring(member)
+
+
+def belongs(value: object, module: ModuleType) -> bool:
+    """Return whether a value comes from the module's package, perhaps from a private module of it, or says nothing."""
+    home = getattr(value, "__module__", None) or module.__name__
+    return home.split(".")[0] == module.__name__.split(".")[0]
 
 
 def documentable(value: object) -> bool:
@@ -96,7 +103,7 @@ def split(text: str) -> tuple[str, str]:
     """Return the first sentence of a docstring, and the rest, both without line breaks."""
     paragraph, _, rest = inspect.cleandoc(text).partition("\n\n")
     first, stop, second = re.sub(r"\s+", " ", paragraph).strip().partition(". ")
-    return first + stop.strip(), re.sub(r"\s+", " ", f"{second} {rest}").strip()
+    return first + stop.strip(), re.sub(r"\s+", " ", f"{second} {rest}").strip()[:MAX_LENGTH]
 
 
 @dataclass(frozen=True)
