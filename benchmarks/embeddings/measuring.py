@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from csv_rows import Writer, read
 from rich.console import Console
 
 from embeddings.scores import Score
-from embeddings.tasks import Task
+from embeddings.task import Task
+from polywhiten.embeddings.recipe import RankWarning
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def read_rows(path: Path) -> list[Row]:
 def measure(tasks: Iterable[Task], path: Path, console: Console) -> None:
     """Measure what the file lacks."""
     done = {row.case for row in read_rows(path)}
+    warnings.simplefilter("ignore", RankWarning)  # fits on few rows are measured on purpose
     writer = Writer(path, Row, append=True)
     try:
         for task in tasks:

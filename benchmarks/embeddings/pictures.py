@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import StratifiedShuffleSplit
 
 SIDE = 8  # pixels of a CIFAR-10 picture's side after averaging: 192 dimensions
-TRAIN, TEST = 5000, 2000  # pictures of each split of CIFAR-10
+TRAIN, TEST = 3000, 2000  # pictures of each split of CIFAR-10
 SPLITS = 5
 
 

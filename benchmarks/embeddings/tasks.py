@@ -1,7 +1,6 @@
 """The tasks: which vectors a transform is fitted on, and what is scored with it."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from embeddings.classification import classification
 from embeddings.pictures import Split, cifar, digits, splits_of
 from embeddings.scores import Score, document_similarity, retrieval, similarity
 from embeddings.settings import BASELINES, COMPARED, LEDOIT_WOLF, REDUCED, SOFT, ZCA, Setting
+from embeddings.task import Task
 from embeddings.vectors import SENTENCE, VIEWS, WORDS, Cache
 
 SUMMARIES, NAMES, VERSES = "first sentence finds docstring", "name finds docstring", "verse finds old translation"
@@ -21,34 +21,6 @@ PIXELS = "pixels"
 
 FEW = (50, 100, 200, 400, 800, 1600, 3200)  # documents that a transform is fitted on
 OF_FEW = [*BASELINES[:2], ZCA, LEDOIT_WOLF, SOFT[0.1], SOFT[1.0], *REDUCED[1:]]
-NOT_FOR_THE_PROBE = {"zca, unit input"}  # and others that differ in no more than a rotation
-
-
-@dataclass(frozen=True)
-class Task:
-    """Scores transforms on one kind of vectors.
-
-    Attributes
-    ----------
-    name, vectors : str
-        What is measured, and on which vectors.
-    fitted_on : str
-        The texts or pictures that a transform is fitted on; never those that are the queries.
-    rows, dimensions : int
-        The shape of the vectors that a transform is fitted on.
-    settings : list of Setting
-        The transforms to compare, the first of which leaves the vectors as they are.
-    score : callable
-        Returns the scores of a setting by their names.
-    """
-
-    name: str
-    vectors: str
-    fitted_on: str
-    rows: int
-    dimensions: int
-    settings: list[Setting]
-    score: Callable[[Setting], dict[str, Score]]
 
 
 class Texts:
@@ -168,6 +140,5 @@ def of_packages(found: Texts) -> Task:
 
 def of_pictures(name: str, splits: list[Split], vectors: str = PIXELS) -> Task:
     """Return a task of classification, fitted on the training vectors of each split."""
-    settings = [setting for setting in COMPARED if setting.name not in NOT_FOR_THE_PROBE]
-    shape = splits[0].x_train.shape
-    return Task(name, vectors, "training vectors", *shape, settings, partial(classification, splits=splits))
+    score = partial(classification, splits=splits)
+    return Task(name, vectors, "training vectors", *splits[0].x_train.shape, COMPARED, score)
