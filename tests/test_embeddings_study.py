@@ -40,7 +40,7 @@ def test_the_rank_of_an_answer_counts_all_that_are_as_close(study):
     assert retrieval(np.ones((20, 2)), np.ones((20, 2)))["recall@10"].value == 0
 
 
-def test_similarity_is_spearmans_correlation(study):
+def test_similarity_is_a_correlation(study):
     scores = study("scores")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(30, 3))
@@ -91,7 +91,7 @@ def test_simple_transforms(study):
     largest = np.linalg.eigvalsh(np.cov(x.T, bias=True))[::-1]
     np.testing.assert_allclose(variances[0], largest[:2])
     np.testing.assert_allclose(variances[1], largest[1:], atol=1e-12)
-    np.testing.assert_array_equal(settings.unit(np.zeros((1, 2))), 0)
+    np.testing.assert_array_equal(study("scores").unit(np.zeros((1, 2))), 0)
 
 
 def test_a_score_is_measured_once(study, tmp_path):

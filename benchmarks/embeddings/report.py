@@ -36,7 +36,7 @@ def searches(vectors: str) -> list[Column]:
         Column("first sentence", "first sentence finds docstring", vectors, "MRR", "docstrings"),
         Column("name", "name finds docstring", vectors, "MRR", "docstrings"),
         Column("verse", "verse finds old translation", vectors, "MRR", "old verses"),
-        Column("news", "similarity of news", vectors, "Spearman"),
+        *(Column(f"news, {metric}", "similarity of news", vectors, metric) for metric in ("Spearman", "Pearson")),
     ]
 
 
@@ -49,6 +49,11 @@ def classified(task: str, vectors: str) -> list[Column]:
 
 
 TABLES = {
+    "random-pairs": [
+        Column(f"{documents}, {vectors}", "random pairs", vectors, "mean cosine", documents)
+        for documents in ("docstrings", "old verses")
+        for vectors in ("sentence", "layer 3", "words")
+    ],
     "sentence": [*searches("sentence"), *classified("package of a docstring", "sentence")[:2]],
     "layer-3": searches("layer 3"),
     "words": [

@@ -1,6 +1,7 @@
 """Scores of retrieval and of similarity, with bootstrap replicates that pair the transforms that are compared."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy.stats import rankdata
@@ -33,8 +34,13 @@ class Score:
 
 def of_queries(values: np.ndarray) -> Score:
     """Return the mean over queries, with resamples of the queries."""
-    counts = np.random.default_rng(0).multinomial(len(values), np.full(len(values), 1 / len(values)), size=RESAMPLES)
-    return Score(float(values.mean()), counts @ values / len(values), (0.025, 0.975), len(values))
+    return Score(float(values.mean()), _counts(len(values)) @ values / len(values), (0.025, 0.975), len(values))
+
+
+@lru_cache(maxsize=1)
+def _counts(n: int) -> np.ndarray:
+    """Return how often each of n queries is in each resample, as an array (RESAMPLES, n)."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(float)
 
 
 def of_splits(values: list[float]) -> Score:
@@ -66,15 +72,14 @@ def _ranks(queries: np.ndarray, documents: np.ndarray, answers: np.ndarray) -> n
 
 
 def similarity(first: np.ndarray, second: np.ndarray, ratings: np.ndarray) -> dict[str, Score]:
-    """Return Spearman's correlation of inner products and ratings, with resamples of the pairs."""
+    """Return the correlations of inner products and ratings, with resamples of the pairs."""
     products = np.einsum("nd,nd->n", first, second)
     rng = np.random.default_rng(0)
-    resamples = [rng.integers(len(ratings), size=len(ratings)) for _ in range(RESAMPLES)]
-    return {"Spearman": _spearman(products, ratings, resamples)}
+    return _correlations(products, ratings, [rng.integers(len(ratings), size=len(ratings)) for _ in range(RESAMPLES)])
 
 
 def document_similarity(vectors: np.ndarray, pairs: np.ndarray, ratings: np.ndarray) -> dict[str, Score]:
-    """Return Spearman's correlation over all pairs of a few documents, with resamples of the documents.
+    """Return the correlations over all pairs of a few documents, with resamples of the documents.
 
     Pairs that share a document aren't independent, so that resamples of pairs would show too small a spread.
     """
@@ -84,13 +89,32 @@ def document_similarity(vectors: np.ndarray, pairs: np.ndarray, ratings: np.ndar
     for _ in range(RESAMPLES):
         counts = np.bincount(rng.integers(len(vectors), size=len(vectors)), minlength=len(vectors))
         resamples.append(np.repeat(np.arange(len(pairs)), counts[pairs[:, 0]] * counts[pairs[:, 1]]))
-    return {"Spearman": _spearman(products, ratings, resamples)}
+    return _correlations(products, ratings, resamples)
 
 
-def _spearman(products: np.ndarray, ratings: np.ndarray, resamples: list[np.ndarray]) -> Score:
-    replicates = np.array([_correlation(products[kept], ratings[kept]) for kept in resamples])
-    return Score(_correlation(products, ratings), replicates, (0.025, 0.975), len(products))
+def _correlations(products: np.ndarray, ratings: np.ndarray, resamples: list[np.ndarray]) -> dict[str, Score]:
+    """Return Spearman's correlation and Pearson's."""
+    found = {}
+    for name, prepared in (("Spearman", rankdata), ("Pearson", np.asarray)):
+        replicates = [_correlation(prepared(products[kept]), prepared(ratings[kept])) for kept in resamples]
+        value = _correlation(prepared(products), prepared(ratings))
+        found[name] = Score(value, np.array(replicates), (0.025, 0.975), len(products))
+    return found
 
 
-def _correlation(products: np.ndarray, ratings: np.ndarray) -> float:
-    return float(np.corrcoef(rankdata(products), rankdata(ratings))[0, 1])
+def _correlation(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def cosines(vectors: np.ndarray) -> dict[str, Score]:
+    """Return the mean cosine of random pairs of vectors, which is near 1 if all point the same way."""
+    rng = np.random.default_rng(0)
+    first, second = (rng.permutation(len(vectors)) for _ in range(2))
+    products = np.einsum("nd,nd->n", unit(vectors[first]), unit(vectors[second]))
+    return {"mean cosine": of_queries(products[first != second])}
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Return the rows of x at unit length; rows of zeros stay."""
+    lengths = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.where(lengths > 0, lengths, 1)

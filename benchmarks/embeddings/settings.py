@@ -7,6 +7,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 import polywhiten
+from embeddings.scores import unit
 
 RAW = "raw"
 
@@ -99,12 +100,6 @@ class Setting:
         transform.fit(first(fitted_on))
         last = unit if self.normalize else np.asarray
         return {name: last(transform.transform(first(x))) for name, x in others.items()}
-
-
-def unit(x: np.ndarray) -> np.ndarray:
-    """Return the rows of x at unit length; rows of zeros stay."""
-    lengths = np.linalg.norm(x, axis=1, keepdims=True)
-    return x / np.where(lengths > 0, lengths, 1)
 
 
 @dataclass(frozen=True)
