@@ -8,8 +8,7 @@ from marked import inserted
 
 from embeddings import figures
 from embeddings.measuring import Row
-
-NOTHING_LEFT = "raw"
+from embeddings.settings import RAW
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,14 @@ TABLES = {
             ("verse", "verse finds old translation", "docstrings"),
         )
     ],
+    "queries-known": [
+        Column(title, task, "sentence", "MRR", fitted_on)
+        for title, task, fitted_on in (
+            ("first sentence", "first sentence finds docstring", "docstrings and other first sentences"),
+            ("name", "name finds docstring", "docstrings and other names"),
+            ("verse", "verse finds old translation", "old verses and other new verses"),
+        )
+    ],
     "recall": [
         Column(f"{title}: {metric}", task, "sentence", metric, fitted_on)
         for title, task, fitted_on in (
@@ -97,11 +104,11 @@ def write(rows: Sequence[Row], folder: Path, page: Path) -> Iterator[Path]:
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column]) -> Iterator[str]:
-    """Yield the lines of a table with one line per setting that all tasks have."""
+    """Yield the lines of a table, with one line for each setting that the first column has."""
     measured = [column for column in columns if column.rows(rows)]
     yield f"| | {' | '.join(column.title for column in measured)} |"
     yield "| --- " * (1 + len(measured)) + "|"
-    for setting in dict.fromkeys(row.setting for column in measured for row in column.rows(rows)):
+    for setting in (row.setting for row in measured[0].rows(rows)):
         cells = (column.cell(rows, setting) for column in measured)
         yield f"| {setting} | {' | '.join(shown(cell) if cell else '' for cell in cells)} |"
 
@@ -109,7 +116,7 @@ def table(rows: Sequence[Row], columns: Sequence[Column]) -> Iterator[str]:
 def shown(row: Row) -> str:
     """Return a score and its gain, which is bold if its range is on one side of 0."""
     digits = 0 if row.metric == "probe steps" else 3
-    if row.setting == NOTHING_LEFT:
+    if row.setting == RAW:
         return f"{row.value:.{digits}f}"
     gain = f"{row.gain:+.{digits}f}"
     certain = row.gain_low > 0 or row.gain_high < 0

@@ -49,7 +49,7 @@ def of_splits(values: list[float]) -> Score:
 
 
 def retrieval(queries: np.ndarray, documents: np.ndarray) -> dict[str, Score]:
-    """Rank all documents for each query by inner products; the answer of query i is document i.
+    """Rank all documents for each query by inner products; the answer of query i is document i, and others may follow.
 
     A document that is as close as the answer ranks before it, so that equal vectors for all texts score nothing.
     """
