@@ -38,7 +38,7 @@ def drawn(rows: Sequence[Row]) -> dict[str, Figure]:
 
 def gains(rows: Sequence[Row]) -> Figure:
     """Draw the gains with their ranges, a panel for each task and a colour for each kind of vectors."""
-    figure = Figure(figsize=(12, 5.4), layout="constrained")
+    figure = Figure(figsize=(12, 5.8), layout="constrained")
     figure.suptitle("What a transform gains over the vectors as they are")
     views = ("sentence", "layer 3", "words")
     for axes, (task, metric, fitted_on) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS, strict=True):
@@ -57,13 +57,13 @@ def gains(rows: Sequence[Row]) -> Figure:
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
     axes.invert_yaxis()
-    axes.legend(title="vectors")
+    figure.legend(*axes.get_legend_handles_labels(), title="vectors", loc="outside lower center", ncols=3)
     return figure
 
 
 def few_rows(rows: Sequence[Row]) -> Figure:
     """Draw the gain against the number of documents that the transform is fitted on."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     task, metric, fitted_on = PANELS[0]
     figure.suptitle("A first sentence finds its docstring: gain by the number of documents fitted on")
     for axes, view in zip(figure.subplots(1, 2), ("sentence", "words"), strict=True):
@@ -76,10 +76,9 @@ def few_rows(rows: Sequence[Row]) -> Figure:
                 x, [r.gain_low for r in line], [r.gain_high for r in line], color=colour, alpha=0.15, linewidth=0
             )
         axes.axhline(0, color="0.4", linewidth=1)
-        dimensions = {row.dimensions for row in mine}
-        for d in dimensions:
+        for d in {row.dimensions for row in mine}:
             axes.axvline(d, color="0.6", linestyle=":", label=f"as many as dimensions ({d})")
         axes.set(title=f"vectors: {view}", xlabel="documents", ylabel=f"gain in {metric}", xscale="log")
         axes.grid(color="0.9")
-        axes.legend(fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
