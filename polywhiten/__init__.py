@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polywhiten._checkout import backends_beside
+from polywhiten.embeddings.recipe import RankWarning
 from polywhiten.functional import (
     apply_whitening,
     group_whiten,
@@ -24,6 +25,7 @@ __path__ += backends_beside(Path(__path__[0]))
 
 # without Whitening: backends import all of these names, which would import scikit-learn too
 __all__ = [
+    "RankWarning",
     "WhiteningStats",
     "apply_whitening",
     "group_whiten",

@@ -16,10 +16,14 @@ from polywhiten.rows import RowInput, RowMap
 
 LEDOIT_WOLF = "ledoit_wolf"
 NEARLY_CONSTANT = 1e-14  # the squared rounding error of float32
+# There is a warning below so many rows for each direction, unless eps is a large fraction of the mean variance. In the
+# study of embeddings, whitening made search far worse at one row for each direction, and slightly worse at two.
+FEW_ROWS = 2
+LARGE_EPS = 0.1
 
 
 class RankWarning(UserWarning):
-    """The covariance has directions without variance, because rows are too few or dimensions are constant."""
+    """Directions have no variance or a doubtful one, because rows are few or dimensions are constant."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +136,12 @@ class Recipe:
         return min(self.group_size or dimension, dimension)
 
     def _warn_of_rank(self, moments: Moments, needed: int) -> None:
-        """Warn about too few rows for `needed` directions, and about dimensions without variance."""
-        if moments.count <= needed and self.shrinkage == 0:
+        """Warn about few rows for `needed` directions, and about dimensions without variance."""
+        is_bounded = self.shrinkage != 0 or (self.relative_eps and self.eps >= LARGE_EPS)
+        if moments.count < FEW_ROWS * needed and not is_bounded:
             warnings.warn(
-                f"{moments.count} rows span at most {moments.count - 1} of {needed} directions, so whitening amplifies "
-                'noise in the others: use more rows, shrinkage="ledoit_wolf", a group_size, or fewer n_components',
+                f"{moments.count} rows are few for {needed} directions: whitening amplifies noise in some of them. Use "
+                f'more rows, shrinkage="ledoit_wolf", eps={LARGE_EPS}, a group_size, or fewer n_components',
                 RankWarning,
                 stacklevel=5,
             )
