@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 import polywhiten
 from polywhiten.cli.demo.data import DataError, load_digits, load_npz
 from polywhiten.cli.demo.frameworks import FRAMEWORKS, DependencyError, import_needed, load
 from polywhiten.cli.demo.training import NORMS, Settings
-from polywhiten.cli.streams import complain, reason
+from polywhiten.cli.embeddings.fit import fit
+from polywhiten.cli.embeddings.inspect import inspect
+from polywhiten.cli.embeddings.transform import transform
+from polywhiten.cli.options import Integer, bad
+from polywhiten.cli.streams import STOPPED, WRONG_USE, complain, reason
+from polywhiten.cli.tables import full_width
+from polywhiten.embeddings.files import FileError
 
-WRONG_USE = 2
-STOPPED = 130  # as shells report SIGINT
 MAX_SIZE = 10**8  # finding the divisors of this many channels takes seconds
 
 
@@ -31,6 +33,9 @@ def run(args: list[str] | None = None) -> int:
         if context is not None and not isinstance(error, click.BadParameter):  # which says itself what is accepted
             message = f"{message.rstrip('.')}: see {context.command_path} --help"
         complain(message)
+        return WRONG_USE
+    except FileError as error:
+        complain(str(error))
         return WRONG_USE
     except click.Abort:  # Ctrl-C before a command has started
         complain("stopped")
@@ -52,12 +57,6 @@ class _Commands(click.Group):
             return STOPPED
 
 
-class _Integer(click.IntRange):
-    """An integer in a range, which messages and help call an integer, not an "integer range"."""
-
-    name = "integer"
-
-
 def _rate(value: Any) -> float:
     """Convert a learning rate to a finite number above 0; click.FloatRange would accept NaN."""
     with suppress(ValueError):
@@ -71,9 +70,13 @@ def _rate(value: Any) -> float:
 @click.version_option(polywhiten.__version__, message="%(prog)s %(version)s")
 @click.pass_context
 def commands(ctx: click.Context) -> None:
-    """Whitening of activations in every Python array library."""
+    """Whitening of activations and embeddings in every Python array library."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
+
+
+for command in (fit, transform, inspect):
+    commands.add_command(command)
 
 
 @commands.command()
@@ -86,7 +89,7 @@ def info() -> None:
 
 
 @commands.command()
-@click.argument("shape", type=_Integer(1, MAX_SIZE), nargs=-1, required=True, metavar="SIZE...")
+@click.argument("shape", type=Integer(1, MAX_SIZE), nargs=-1, required=True, metavar="SIZE...")
 @click.option("--axis", type=int, default=1, show_default=True, help="The channel axis.")
 def recommend(shape: tuple[int, ...], axis: int) -> None:
     """Recommend group sizes for layers from the shape of their input.
@@ -122,12 +125,12 @@ _OUT_HELP = "Folder for curves.png and results.csv; existing files of these name
 )
 @click.option("--framework", type=click.Choice(FRAMEWORKS, case_sensitive=False), default="torch", help=_FRAMEWORK_HELP)
 @click.option("--data", "file", metavar="FILE.npz", type=Path, show_default="scikit-learn's digits", help=_DATA_HELP)
-@click.option("--epochs", type=_Integer(1), default=20, help="How often each training picture is seen.")
-@click.option("--batch-size", type=_Integer(2), default=64, help="Number of pictures in a training step.")
+@click.option("--epochs", type=Integer(1), default=20, help="How often each training picture is seen.")
+@click.option("--batch-size", type=Integer(2), default=64, help="Number of pictures in a training step.")
 @click.option(
     "--lr", type=_rate, metavar="NUMBER", default=0.05, help="Initial learning rate, decayed to 0 by a cosine."
 )
-@click.option("--seed", type=_Integer(0, 2**32 - 1), default=0, help="Seed of the initial weights and of the batches.")
+@click.option("--seed", type=Integer(0, 2**32 - 1), default=0, help="Seed of the initial weights and of the batches.")
 @click.option("--device", metavar="NAME", default="cpu", help=_DEVICE_HELP)
 @click.option("--out", metavar="DIR", type=Path, default=Path("polywhiten-demo"), help=_OUT_HELP)
 def demo(norms: tuple[str, ...], framework: str, file: Path | None, out: Path, **options: Any) -> int:
@@ -140,7 +143,7 @@ def demo(norms: tuple[str, ...], framework: str, file: Path | None, out: Path, *
     settings = Settings(**options)
     with suppress(OSError):  # a name that is too long, for example, which is reported when the folder is made
         if out.exists() and not out.is_dir():
-            raise _bad("--out", f"{out} is a file: name a folder, which is created if it doesn't exist")
+            raise bad("--out", f"{out} is a file: name a folder, which is created if it doesn't exist")
     try:
         trainer = load(framework)
         import_needed("matplotlib", "polywhiten.cli.demo.report")
@@ -151,14 +154,14 @@ def demo(norms: tuple[str, ...], framework: str, file: Path | None, out: Path, *
     try:
         trainer.check_device(settings.device)
     except ValueError as error:
-        raise _bad("--device", str(error)) from error
+        raise bad("--device", str(error)) from error
     try:
         data = load_digits() if file is None else load_npz(file)
     except DataError as error:
-        raise _bad("--data", str(error)) from error
+        raise bad("--data", str(error)) from error
     size, pictures = settings.batch_size, len(data.x_train)
     if size > pictures:
-        raise _bad("--batch-size", f"{size} is more than the {pictures} training pictures: use 2 to {pictures}")
+        raise bad("--batch-size", f"{size} is more than the {pictures} training pictures: use 2 to {pictures}")
 
     from polywhiten.cli.demo.compare import compare
     from polywhiten.cli.demo.report import WriteError, table
@@ -166,11 +169,11 @@ def demo(norms: tuple[str, ...], framework: str, file: Path | None, out: Path, *
     chosen = list(dict.fromkeys(norms))
     epochs, failure = compare(trainer, data, chosen, settings, out)
     if isinstance(failure, WriteError) and not epochs:
-        raise _bad("--out", f"{failure}: name another folder")
+        raise bad("--out", f"{failure}: name another folder")
     if epochs and not isinstance(failure, KeyboardInterrupt):
         sizes = f"{pictures} training and {len(data.x_test)} test pictures, {settings.epochs} epochs"
         click.echo(f"{data.name}: {sizes}; {trainer.TITLE}")
-        click.echo(_text(table(epochs)), nl=False)
+        click.echo(full_width(table(epochs)), nl=False)
     if failure is None:
         click.echo(f"The curves are in {out / 'curves.png'}, the numbers in {out / 'results.csv'}.")
         return 0
@@ -184,15 +187,3 @@ def demo(norms: tuple[str, ...], framework: str, file: Path | None, out: Path, *
     else:
         complain(f"training failed after {done} ({reason(failure)}): {saved}")
     return WRONG_USE
-
-
-def _text(table: Table) -> str:
-    """Return the table at its full width, so that a narrow terminal wraps its lines instead of cutting them off."""
-    console = Console(width=1000)  # which tables don't fill
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()
-
-
-def _bad(option: str, message: str) -> click.BadParameter:
-    return click.BadParameter(message, param_hint=f"'{option}'")

@@ -8,6 +8,10 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
+# The exit codes of commands: for arguments and files that don't fit, and after Ctrl-C, as shells report it.
+WRONG_USE = 2
+STOPPED = 130
+
 
 @contextlib.contextmanager
 def usable_streams() -> Iterator[None]:
