@@ -188,6 +188,8 @@ def test_a_key_or_a_column_that_is_not_there_is_named_with_those_that_are():
         open_source([path], column="z")
     with pytest.raises(FileError, match=r"column id has type int64: a column of lists"):
         open_source([path], column="id")
+    with pytest.raises(FileError, match=r"no .npz file is named, in which z could be"):
+        open_source([path], key="z")
 
 
 def test_files_that_do_not_belong_together_are_named():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,9 @@ import numpy as np
 
 from polywhiten.cli.options import bad
 from polywhiten.embeddings.files import FileError, Source, open_source
-from polywhiten.embeddings.files.memory import batch_rows, machine_memory, parse_size
+from polywhiten.embeddings.files.memory import LEAST_ROWS, batch_rows, machine_memory, parse_size
+
+PARQUET_BYTES = 48 * 2**20  # what pyarrow was measured to keep for reading, and again for writing
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -74,17 +76,22 @@ def opened(inputs: tuple[str, ...], key: str | None, column: str | None) -> Sour
         raise bad("INPUT...", str(error)) from error
 
 
-def rows_at_once(source: Source, memory: int | None, *, matrices: int, sampled: int = 0) -> int:
+def rows_at_once(
+    source: Source, memory: int | None, *, matrices: int, sampled: int = 0, writes_parquet: bool = False
+) -> int:
     """Return how many rows to read at once for --memory.
 
     `matrices` of shape (dimension, dimension), and copies of sampled rows, in float64, are needed at the same time.
     """
     from polywhiten.embeddings.whitening import Whitening  # slow to import, with scikit-learn
 
-    example = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], source.dtype)
-    Whitening().fit_transform(example)  # compiled kernels are loaded, whose memory would come on top otherwise
+    # What reading and kernels load, when they are first used, would come on top of the memory that is measured.
+    with closing(source.batches(LEAST_ROWS)) as batches:
+        next(batches)
+    Whitening().fit_transform(np.array([[0, 0], [0, 1], [1, 0], [1, 1]], source.dtype))
     itemsize, dimension = max(file.dtype.itemsize for file in source.files), source.dimension
     reserved = 8 * dimension * (matrices * dimension + sampled)
+    reserved += PARQUET_BYTES * (writes_parquet + any(file.column is not None for file in source.files))
     try:
         return batch_rows(machine_memory() // 4 if memory is None else memory, dimension, itemsize, reserved)
     except ValueError as error:

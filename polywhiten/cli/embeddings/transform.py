@@ -87,7 +87,8 @@ def transform(
     outputs = _outputs(out, source)
     for path, _ in outputs:
         check_output(path, source, overwrite)
-    batch_size = rows_at_once(source, memory, matrices=MATRICES)
+    writes_parquet = any(path.suffix.lower() == ".parquet" for path, _ in outputs)
+    batch_size = rows_at_once(source, memory, matrices=MATRICES, writes_parquet=writes_parquet)
     if outputs[0][0] != out:
         _make_folder(out)
     dimension = whitening.n_components_

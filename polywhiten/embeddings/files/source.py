@@ -138,7 +138,7 @@ class Source:
         """The smallest dtype that has the numbers of all files; each batch has the dtype of its file."""
         return np.result_type(*(file.dtype for file in self._filled()))
 
-    def batches(self, size: int, first: int = 0) -> Iterator[NDArray[Any]]:
+    def batches(self, size: int, first: int = 0) -> Generator[NDArray[Any]]:
         """Yield the rows from the row `first` of all on, and read the next batch in another thread in the meantime.
 
         A batch has at most `size` rows, all of one file. It is valid until the next one is taken: others may be read
@@ -209,6 +209,9 @@ def open_source(names: Sequence[str | Path], *, key: str | None = None, column: 
     twice = next((path for index, path in enumerate(paths) if path in paths[:index]), None)
     if twice is not None:
         raise FileError(f"{twice} is named twice: name every file once")
+    for chosen, suffix in ((key, ".npz"), (column, ".parquet")):
+        if chosen is not None and not any(path.suffix.lower() == suffix for path in paths):
+            raise FileError(f"no {suffix} file is named, in which {chosen} could be: leave it out")
     files = tuple(FileRows.of(path, key, column) for path in paths)
     filled = [file for file in files if file.rows]
     if not filled:
