@@ -261,6 +261,21 @@ def test_fit_goes_on_where_it_was_interrupted(monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("small_batches")
+def test_skipped_rows_are_not_read_again(monkeypatch, capsys):
+    y = X.copy()
+    y[10, 2] = np.nan
+    np.save("x.npy", y)
+    with monkeypatch.context() as patched:
+        interrupted_after(patched, 5)
+        assert run("fit", "x.npy", "--out", "w.npz", "--skip-nonfinite") == 130
+    assert run("fit", "x.npy", "--out", "w.npz", "--skip-nonfinite") == 0
+    assert "going on after 80 rows" in capsys.readouterr().err
+    found = Whitening.load("w.npz")
+    assert (found.n_samples_seen_, found.n_skipped_) == (199, 1)
+    np.testing.assert_allclose(found.mean_, np.delete(y, 10, 0).mean(0, dtype="float64"), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize("change", ["input", "scale", "shrinkage", "damage"])
 def test_a_checkpoint_of_something_else_is_not_used(change, monkeypatch, capsys):
     with monkeypatch.context() as patched:
