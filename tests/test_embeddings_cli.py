@@ -377,7 +377,10 @@ import sys
 from pathlib import Path
 from polywhiten.cli import commands
 limit = sys.argv[1]
-for args in ("fit large.npy --out w.npz --method pca --components 16", "transform large.npy --whitening w.npz --out y.npy"):
+for args in (
+    "fit large.npy --out w.npz --method pca --components 16",
+    "transform large.npy --whitening w.npz --out y.npy",
+):
     if commands.run([*args.split(), "--memory", limit]):
         sys.exit(1)
     (peak,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]

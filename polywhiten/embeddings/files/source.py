@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from glob import glob
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -180,7 +182,7 @@ class Source:
 
     def _starts(self) -> list[int]:
         """Return the number of rows before each file."""
-        return [sum(file.rows for file in self.files[:index]) for index in range(len(self.files))]
+        return list(accumulate((file.rows for file in self.files[:-1]), initial=0))
 
 
 def open_source(names: Sequence[str | Path], *, key: str | None = None, column: str | None = None) -> Source:
@@ -206,9 +208,9 @@ def open_source(names: Sequence[str | Path], *, key: str | None = None, column: 
         There are no such files or rows, a file can't be read, or the dimensions of files differ.
     """
     paths = [path for name in names for path in _find(str(name))]
-    twice = next((path for index, path in enumerate(paths) if path in paths[:index]), None)
-    if twice is not None:
-        raise FileError(f"{twice} is named twice: name every file once")
+    twice = [path for path, count in Counter(paths).items() if count > 1]
+    if twice:
+        raise FileError(f"{twice[0]} is named twice: name every file once")
     for chosen, suffix in ((key, ".npz"), (column, ".parquet")):
         if chosen is not None and not any(path.suffix.lower() == suffix for path in paths):
             raise FileError(f"no {suffix} file is named, in which {chosen} could be: leave it out")
