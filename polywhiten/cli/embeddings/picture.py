@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from polywhiten.embeddings.files.errors import named
 from polywhiten.embeddings.inspection import Inspection
@@ -20,10 +21,11 @@ def picture(found: Inspection, title: str) -> Figure:
     """Plot the eigenvalues of the covariance, and histograms of the cosine similarities of random pairs."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     spectrum, cosines = figure.subplots(1, 2)
-    for values, colour in ((found.eigenvalues, BEFORE), (found.white_eigenvalues, AFTER)):
+    for values, colour in ((found.eigenvalues[: found.rank], BEFORE), (found.white_eigenvalues, AFTER)):
         positive = values[values > 0]
         spectrum.plot(np.arange(1, len(positive) + 1), positive, color=colour)
     spectrum.set(title="Variance of the principal components", yscale="log")
+    spectrum.xaxis.set_major_locator(MaxNLocator(integer=True))
     spectrum.set_xlabel("component (dotted: how many have a share of the variance)")
     bottom = spectrum.get_ylim()[0]
     for share, k in found.components.items():
@@ -37,7 +39,7 @@ def picture(found: Inspection, title: str) -> Figure:
         (found.cosines, found.mean_cosine, "embeddings", BEFORE),
         (found.white_cosines, found.white_mean_cosine, "white", AFTER),
     ):
-        cosines.hist(values, bins, density=True, color=colour, alpha=0.6, label=f"{name}, mean {mean:.2f}")
+        cosines.hist(values, bins, density=True, color=colour, alpha=0.6, label=f"{name}, mean {mean:z.2f}")
     cosines.set(title="Cosine similarity of random pairs", xlabel="cosine", yticks=[], xlim=(-1, 1))
     cosines.legend(frameon=False)
     for panel in (spectrum, cosines):

@@ -109,7 +109,7 @@ def _write(whitening: Whitening, outputs: Outputs, dtype: str | None, batch_size
                 written.append(path)
     except (Exception, KeyboardInterrupt) as error:
         complete = f"{len(written)} of {len(outputs)} outputs are complete"
-        state = complete if len(outputs) > 1 else f"{outputs[0][0]} wasn't written"
+        state = complete if len(outputs) > 1 else "no output was written"
         if isinstance(error, KeyboardInterrupt):
             complain(f"stopped: {state}")
             return STOPPED

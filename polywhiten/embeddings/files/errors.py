@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,4 +18,5 @@ def named(path: Path, action: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FileError(f"{path} can't be {action} ({error.strerror or error})") from error
+        why = os.strerror(error.errno) if error.errno else error  # pyarrow adds to it
+        raise FileError(f"{path} can't be {action} ({why})") from error
