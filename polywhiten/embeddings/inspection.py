@@ -125,7 +125,7 @@ def inspect(
     >>> round(found.mean_cosine, 1), abs(found.white_mean_cosine) < 0.01
     (0.8, True)
     >>> round(found.condition_number), round(found.effective_dimension), found.suggestion.parameters
-    (26, 10, {'method': 'zca'})
+    (26, 10, {'method': 'zca', 'eps': 0.1})
     """
     taken = Whitening(shrinkage="ledoit_wolf", scale=scale, on_nonfinite=on_nonfinite)
     sample, norms = _RowSample(SAMPLE, seed), _Norms()

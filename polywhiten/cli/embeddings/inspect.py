@@ -186,7 +186,11 @@ def _suggestion(
     yield ""
     yield f"  {shlex.join(words)}"
     yield ""
-    yield "Whitening doesn't help every model and task: compare results with and without it."
+    yield (  # see docs/embeddings-results.md
+        f"Random pairs have a mean cosine of {found.mean_cosine:z.2f}. In measured searches, embeddings with one of about "
+        "0.7 gained much from whitening; those of a model that was trained for similarity gained little, or lost. Compare "
+        "results with and without it."
+    )
 
 
 def _title(source: Source) -> str:
