@@ -220,6 +220,28 @@ def test_an_output_is_replaced_if_that_is_asked_for():
     assert rows_of("y.npy").shape == X.shape
 
 
+def test_what_is_not_installed_is_named_when_it_is_needed(monkeypatch, capsys):
+    """The commands work for .npy without the libraries that only other formats and pictures need."""
+    path = "x.parquet"
+    parquet.write_table(pa.table({"x": [[1.0, 2.0]]}), path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "polywhiten.cli.embeddings.picture", raising=False)
+    assert run("fit", "x.npy", "--out", "w.npz") == 0
+    capsys.readouterr()
+    for args, words in (
+        (["fit", path, "--out", "v.npz"], ["x.parquet needs pyarrow", "polywhiten[embeddings]"]),
+        (["transform", "x.npy", "--whitening", "w.npz", "--out", "y.parquet"], ["y.parquet needs pyarrow"]),
+        (["inspect", "x.npy", "--plot", "s.png"], ["--plot", "matplotlib is needed", "polywhiten[embeddings]"]),
+    ):
+        assert run(*args) == 2
+        line = one_line(capsys)
+        for word in words:
+            assert word in line
+    assert sorted(os.listdir()) == ["w.npz", "x.npy", path]
+
+
 # ---------------------------------------------------------------- interruptions
 
 

@@ -187,9 +187,9 @@ def _suggestion(
     yield f"  {shlex.join(words)}"
     yield ""
     yield (  # see docs/embeddings-results.md
-        f"Random pairs have a mean cosine of {found.mean_cosine:z.2f}. In measured searches, embeddings with one of about "
-        "0.7 gained much from whitening; those of a model that was trained for similarity gained little, or lost. Compare "
-        "results with and without it."
+        f"Random pairs have a mean cosine of {found.mean_cosine:z.2f}. In measured searches, embeddings with one of "
+        "about 0.7 gained much from whitening; those of a model that was trained for similarity gained little, or "
+        "lost. Compare results with and without it."
     )
 
 

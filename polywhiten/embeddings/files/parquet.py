@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -39,11 +41,7 @@ class ParquetFile:
     """
 
     def __init__(self, path: Path, column: str | None = None) -> None:
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise FileError(f'{path} needs pyarrow to be read: pip install "polywhiten[embeddings]"') from error
-        self.path = path
+        self.path, parquet = path, import_parquet(path)
         with _readable(path):
             self._file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=READ_AT_ONCE)
         try:
@@ -116,6 +114,14 @@ class ParquetFile:
                 if len(lengths):
                     return int(lengths[0].as_py())
         return 1
+
+
+def import_parquet(path: Path) -> ModuleType:
+    """Import pyarrow's module; raise FileError if a file needs it and it isn't installed."""
+    try:
+        return import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise FileError(f'{path} needs pyarrow: pip install "polywhiten[embeddings]"') from error
 
 
 def _find_column(path: Path, schema: Any, column: str | None) -> tuple[str, Any]:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from polywhiten.embeddings.files.errors import FileError, named
+from polywhiten.embeddings.files.parquet import import_parquet
 from polywhiten.embeddings.replacement import replacing
 
 SUFFIXES = ".npy", ".parquet"
@@ -47,7 +49,7 @@ def writing_rows(path: Path, rows: int, dimension: int, dtype: np.dtype[Any], *,
         if path.suffix.lower() == ".npy":
             writer = _npy_writer(part, rows, dimension, dtype)
         else:
-            writer = _parquet_writer(part, dimension, dtype, column)
+            writer = _parquet_writer(import_parquet(path), part, dimension, dtype, column)
         with writer as write:
             yield write
 
@@ -87,10 +89,11 @@ def _npy_writer(part: Path, rows: int, dimension: int, dtype: np.dtype[Any]) -> 
 
 
 @contextmanager
-def _parquet_writer(part: Path, dimension: int, dtype: np.dtype[Any], column: str) -> Iterator[Write]:
+def _parquet_writer(
+    parquet: ModuleType, part: Path, dimension: int, dtype: np.dtype[Any], column: str
+) -> Iterator[Write]:
     """Yield a function that writes a row group, plain, because compression makes embeddings hardly smaller."""
     import pyarrow as pa
-    from pyarrow import parquet
 
     kind = pa.list_(pa.from_numpy_dtype(dtype), dimension)
     options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
