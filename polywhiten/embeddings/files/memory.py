@@ -8,12 +8,15 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from polywhiten.rows import BLOCK_VALUES
+
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
 
-# Above these, batches aren't read faster, and the merging of moments takes a small share of the time.
+# A batch has so many bytes or so many rows, whichever is more, but no more values than a block of the kernels. Larger
+# batches weren't faster, because merging moments takes a small share of the time.
 BATCH_BYTES = 2**25
-BATCH_ROWS = 4096
+BATCH_ROWS = 2**14
 LEAST_ROWS = 256  # with fewer, most of the time would go into merging moments
 
 # Bytes for each number beside its own: copies in float64 of integers and in the whitening, and the output.
@@ -82,7 +85,7 @@ def batch_rows(memory: int, dimension: int, itemsize: int, reserved: int) -> int
     """
     row = dimension * (2 * itemsize + COPIES)  # two batches are in memory, of which one is being read
     taken = resident_memory() + reserved
-    most = max(BATCH_BYTES // (dimension * itemsize), BATCH_ROWS)
+    most = max(BATCH_BYTES // (dimension * itemsize), min(BATCH_ROWS, BLOCK_VALUES // dimension), 1)
     rows = min((memory - taken) // row, most)
     least = min(most, LEAST_ROWS)
     if rows < least:
