@@ -153,7 +153,8 @@ def test_warnings_are_lines(capsys):
     np.save("few.npy", X[:4])
     assert run("fit", "few.npy", "--out", "w.npz") == 0
     stderr = capsys.readouterr().err
-    assert stderr.startswith("polywhiten: warning: 4 rows span at most 3 of 6 directions")
+    assert stderr.startswith("polywhiten: warning: 4 rows are few for 6 directions")
+    assert stderr.endswith("Use more rows, --shrinkage ledoit_wolf, --eps 0.1, a --group-size, or fewer --components\n")
     assert stderr.count("\n") == 1
 
 
@@ -224,9 +225,8 @@ def test_what_is_not_installed_is_named_when_it_is_needed(monkeypatch, capsys):
     """The commands work for .npy without the libraries that only other formats and pictures need."""
     path = "x.parquet"
     parquet.write_table(pa.table({"x": [[1.0, 2.0]]}), path)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for module in ("pyarrow", "pyarrow.parquet", "matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "polywhiten.cli.embeddings.picture", raising=False)
     assert run("fit", "x.npy", "--out", "w.npz") == 0
     capsys.readouterr()
@@ -256,7 +256,7 @@ def interrupted_after(monkeypatch, batches, interrupt=ctrl_c):
     def partial(self, rows, *args):
         if len(rows) == 16 and len(given) == batches:
             interrupt()
-        if len(rows) != 4:  # not those that load the kernels
+        if len(rows) != 12:  # not those that load the kernels
             given.append(len(rows))
         return partial_fit(self, rows, *args)
 

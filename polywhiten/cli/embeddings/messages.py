@@ -25,6 +25,8 @@ def in_words_of_options(message: str) -> str:
     """Return a message with options in place of parameters, such as --eps 2 for eps=2."""
     for name, option in OPTION_NAMES.items():
         message = re.sub(rf"""\b{name}=['"]?([\w.+-]+)['"]?""", rf"{option} \1", message)
+        if "_" in name:  # other names are words, too
+            message = message.replace(name, option)
     return message
 
 

@@ -88,7 +88,7 @@ def rows_at_once(
     # What reading and kernels load, when they are first used, would come on top of the memory that is measured.
     with closing(source.batches(LEAST_ROWS)) as batches:
         next(batches)
-    Whitening().fit_transform(np.array([[0, 0], [0, 1], [1, 0], [1, 1]], source.dtype))
+    Whitening().fit_transform(np.array([[0, 0], [0, 1], [1, 0], [1, 1]] * 3, source.dtype))
     itemsize, dimension = max(file.dtype.itemsize for file in source.files), source.dimension
     reserved = 8 * dimension * (matrices * dimension + sampled)
     reserved += PARQUET_BYTES * (writes_parquet + any(file.column is not None for file in source.files))
