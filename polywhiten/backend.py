@@ -233,9 +233,9 @@ class Backend:
         xp = self.kernels.xp
         finite = self.to_numpy(xp.all(xp.isfinite(rows), axis=1))
         if not finite.all() and not read.skip_nonfinite:
+            row = read.first_row + first + int(np.argmin(finite))
             raise ValueError(
-                f"x contains NaN or infinity in row {first + int(np.argmin(finite))}: remove such rows, or leave them "
-                'out by on_nonfinite="skip"'
+                f'x contains NaN or infinity in row {row}: remove such rows, or leave them out by on_nonfinite="skip"'
             )
         return finite
 
@@ -246,6 +246,10 @@ class Backend:
     def tensor(self, x: Array, name: str = "x") -> Array:
         """Return x, or the tensor that a framework's variable holds; raise an error with the argument's name."""
         return x
+
+    def rows(self, x: Array, name: str = "X") -> Array:
+        """Like `tensor`, for rows (n, d), of which a library may not know the number n yet."""
+        return self.tensor(x, name)
 
     def snapshot(self, state: Array, *inputs: Array | None) -> Array:
         """Return a layer's state, or a copy if it may change in place while the gradient of the inputs needs it."""

@@ -31,10 +31,13 @@ class RowInput:
         Rows are multiplied by it, as quantized integers need it.
     skip_nonfinite : bool
         Whether moments leave out rows with NaN or infinity, and outputs are NaN for them, instead of an error.
+    first_row : int
+        The number that errors give to the first row, of an array that is a part of another one.
     """
 
     scale: float | Float64 | None = None
     skip_nonfinite: bool = False
+    first_row: int = 0
 
     def floating(self, xp: Namespace, rows: Array) -> Array:
         """Return rows of real floating point, multiplied by the scale; integers of up to 16 bits become float32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -442,7 +443,7 @@ def _as_rows(x: Any) -> tuple[Backend, Array]:
     if not _is_of_other_library(x):
         x = np.asarray(x)
     backend = backend_of(x, "X")
-    return backend, backend.tensor(x, "X")
+    return backend, backend.rows(x, "X")
 
 
 def _is_of_other_library(x: Any) -> bool:
@@ -451,6 +452,8 @@ def _is_of_other_library(x: Any) -> bool:
 
 
 def _checked_weights(weights: Any, rows: int) -> Float64:
+    if math.isnan(rows):
+        raise ValueError("sample_weight needs an X of a known number of rows: compute its chunk sizes first")
     backend, given = _as_rows(weights)
     checked: Float64 = backend.to_numpy(given).astype(np.float64)
     if checked.shape != (rows,):
