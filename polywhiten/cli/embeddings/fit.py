@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from polywhiten.cli.embeddings.checkpoint import Checkpoint
+from polywhiten.cli.embeddings.cluster import fit_on_cluster, scheduler_option
 from polywhiten.cli.embeddings.messages import in_words_of_options, warnings_as_lines
 from polywhiten.cli.embeddings.options import (
     check_output,
@@ -86,6 +88,7 @@ _METHOD_HELP = (
     default=30.0,
     help="How often to save the state.",
 )
+@scheduler_option
 @run_options
 def fit(
     inputs: tuple[str, ...],
@@ -96,6 +99,7 @@ def fit(
     out: Path,
     overwrite: bool,
     seconds: float,
+    scheduler: str | None,
     **options: Any,
 ) -> int:
     """Fit a whitening to embeddings.
@@ -105,7 +109,8 @@ def fit(
 
     The state is saved in FILE.checkpoint from time to time, and when the command is stopped or fails. The same command
     then goes on from there, if the inputs haven't changed, and removes FILE.checkpoint at the end. Of the options, only
-    --scale and whether --shrinkage is ledoit_wolf have to be the same.
+    --scale and whether --shrinkage is ledoit_wolf have to be the same. With --scheduler, no state is saved: other
+    workers read again what a worker that is lost has read.
 
     An existing FILE is replaced only with --overwrite.
     """
@@ -114,14 +119,21 @@ def fit(
     check_output(out, source, overwrite)
     check_space(out.parent, 4 * source.dimension**2 * 8)  # the output and the checkpoint, with two matrices each
     whitening = _estimator(source.dimension, options)
-    batch_size = rows_at_once(source, memory, matrices=MATRICES)
     checkpoint = Checkpoint(out, source, whitening, seconds)
-    progress = _start(whitening, source, checkpoint, quiet)
+    if scheduler is None:
+        batch_size = rows_at_once(source, memory, matrices=MATRICES)
+        progress = _start(whitening, source, checkpoint, quiet)
+        add_rows = partial(_add_rows, whitening, source, batch_size, checkpoint, progress)
+    else:
+        progress = RowProgress("fit", source.rows, quiet=quiet)
+        add_rows = partial(fit_on_cluster, scheduler, whitening, source, memory, progress)
     try:
         with terminable(), warnings_as_lines():
-            _add_rows(whitening, source, batch_size, checkpoint, progress)
+            add_rows()
             with named(out, "written"):
                 whitening.save(out)
+    except click.ClickException:  # of --scheduler
+        raise
     except (Exception, KeyboardInterrupt) as error:  # hours of reading may come before any error
         return _report_failure(error, whitening, source, checkpoint)
     checkpoint.remove()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
+from polywhiten.cli.embeddings.cluster import scheduler_option, transform_on_cluster
 from polywhiten.cli.embeddings.messages import in_words_of_options
 from polywhiten.cli.embeddings.options import (
     check_output,
@@ -53,6 +54,7 @@ Outputs = list[tuple[Path, Source]]
     help="The dtype of the output.",
 )
 @click.option("--skip-nonfinite", is_flag=True, help="Write NaN for rows with NaN or infinity, instead of an error.")
+@scheduler_option
 @run_options
 def transform(
     inputs: tuple[str, ...],
@@ -65,6 +67,7 @@ def transform(
     overwrite: bool,
     dtype: str | None,
     skip_nonfinite: bool,
+    scheduler: str | None,
 ) -> int:
     """Whiten embeddings, with what polywhiten fit has written.
 
@@ -74,7 +77,8 @@ def transform(
     embeddings.
 
     If PATH is a folder, which is created if it doesn't exist, it gets a file for each input, with its name: Parquet
-    for Parquet, and .npy for the others.
+    for Parquet, and .npy for the others. With --scheduler, PATH has to be a folder that all workers see. It gets a file
+    for each piece that a worker has read, part-0.npy, part-1.npy and so on, in the order of the rows.
 
     Outputs get their names when they are complete; until then, their names start with a dot. Existing ones are replaced
     only with --overwrite.
@@ -84,6 +88,10 @@ def transform(
     if skip_nonfinite:
         whitening.set_params(on_nonfinite="skip")
         whitening.moments_ = whitening.moments_
+    if scheduler is not None:
+        return transform_on_cluster(
+            scheduler, whitening, source, out, dtype, overwrite=overwrite, memory=memory, quiet=quiet
+        )
     outputs = _outputs(out, source)
     for path, _ in outputs:
         check_output(path, source, overwrite)
