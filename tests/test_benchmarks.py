@@ -240,3 +240,18 @@ def test_what_is_compiled_ahead_is_every_case_of_other_kernels_once(gpu_script):
         kinds = [(c.what, c.shape, c.dtype, c.layout, c.mode.replace("graph", "eager")) for c in compiled]
         assert len(set(kinds)) == len(kinds)
         assert {(c.what, c.dtype, c.layout) for c in compiled} == {(c.what, c.dtype, c.layout) for c in found}
+
+
+def test_the_model_of_many_machines_divides_all_but_the_scheduler_and_the_tree(script):
+    for module in ("click", "rich"):
+        pytest.importorskip(module)
+    model = script("embeddings_model")
+    rates = model.Rates({"float32": 1e5, "float16": 1e5}, 1e9, 1e10, additions=100.0, network=1e9, tasks=500.0)
+    one, hundred = (model.prediction(rates, "float32", machines, 10**5) for machines in (1, 100))
+    assert (one.read, one.compute) == pytest.approx((4096, 10_100))  # seconds for 4096 GB, and with 10 000 additions
+    assert (hundred.read, hundred.compute) == pytest.approx((40.96, 101))
+    assert one.schedule == hundred.schedule == pytest.approx(20)
+    assert one.tree == 0
+    assert hundred.tree == pytest.approx(3 * 7 * (8 * 1024 * 1025 / 1e9 + 0.01))  # three levels, of eight each
+    assert model.prediction(rates, "float16", 1, 10**5).read == pytest.approx(2048)
+    assert model.most_machines(rates, "float32", 10**5) == (1024, "scheduler")
