@@ -95,6 +95,13 @@ def test_every_option_reaches_the_estimator():
     assert fitted("--method", "newton", "--iterations", "3").iterations == 3
 
 
+def test_components_of_a_zca_leave_the_number_of_dimensions():
+    whitening = fitted("--components", 2)
+    assert run("transform", "x.npy", "--whitening", "w.npz", "--out", "y.npy") == 0
+    np.testing.assert_allclose(rows_of("y.npy"), whitening.transform(X), rtol=1e-3, atol=1e-4)
+    assert rows_of("y.npy").shape == X.shape
+
+
 def test_a_folder_of_outputs_has_one_for_each_input():
     os.mkdir("in")
     np.save("in/a.npy", X[:50].astype("float16"))

@@ -178,7 +178,7 @@ def _write_outputs(piece: Piece, output: Path, whitening: Whitening, dtype: Any,
     dtype, number, column = np.dtype(dtype), piece.last - piece.first, piece.file.column or "embedding"
     with _worker_named():
         _check_visible(output.parent)
-        with writing_rows(output, number, whitening.n_components_, dtype, column=column) as write:
+        with writing_rows(output, number, len(whitening.matrix_), dtype, column=column) as write:
             for rows, first in _batches(piece, batch_bytes):
                 if rows.dtype.kind == "f" and rows.itemsize < dtype.itemsize:
                     rows = rows.astype(dtype)  # outputs have the digits that their dtype can hold then

@@ -242,7 +242,7 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
         backend, rows = _as_rows(X)
         if rows.ndim != 2 or rows.shape[1] != len(self.matrix_):
             raise ValueError(
-                f"X has shape {tuple(rows.shape)}: rows of {self.n_components_} white dimensions are needed"
+                f"X has shape {tuple(rows.shape)}: rows of {len(self.matrix_)} white dimensions are needed"
             )
         read = RowInput(skip_nonfinite=self._recipe.read.skip_nonfinite)
         return backend.map_rows(rows, row_map.inverse(self._recipe.read.scale), read)

@@ -63,7 +63,7 @@ def transform_on_cluster(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise bad("--out", f"{out} can't be created ({error.strerror or error})") from error
-    check_space(out, source.rows * whitening.n_components_ * itemsize)
+    check_space(out, source.rows * len(whitening.matrix_) * itemsize)
     progress = RowProgress("transform", source.rows, quiet=quiet)
     try:
         with terminable(), _cluster(address, source, memory, progress) as (dask, parts, options):
@@ -76,7 +76,7 @@ def transform_on_cluster(
     for path in set(earlier).difference(path.name for path in outputs):
         (out / path).unlink()  # an earlier run had more pieces
     click.echo(
-        f"{len(outputs)} files in {out}: {source.rows:,} rows of {whitening.n_components_}, in {progress.summary}"
+        f"{len(outputs)} files in {out}: {source.rows:,} rows of {len(whitening.matrix_)}, in {progress.summary}"
     )
     return 0
 

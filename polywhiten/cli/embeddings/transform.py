@@ -99,7 +99,7 @@ def transform(
     batch_size = rows_at_once(source, memory, matrices=MATRICES, writes_parquet=writes_parquet)
     if outputs[0][0] != out:
         _make_folder(out)
-    dimension = whitening.n_components_
+    dimension = len(whitening.matrix_)
     sizes = [part.rows * dimension * _dtype(part, dtype).itemsize for _, part in outputs]
     check_space(outputs[0][0].parent, sum(sizes))
     return _write(whitening, outputs, dtype, batch_size, quiet)
@@ -124,7 +124,7 @@ def _write(whitening: Whitening, outputs: Outputs, dtype: str | None, batch_size
         complain(f"{in_words_of_options(str(error)) if isinstance(error, ValueError) else reason(error)}; {state}")
         return WRONG_USE
     name = outputs[0][0] if len(outputs) == 1 else f"{len(outputs)} files in {outputs[0][0].parent}"
-    click.echo(f"{name}: {total:,} rows of {whitening.n_components_}, in {progress.summary}")
+    click.echo(f"{name}: {total:,} rows of {len(whitening.matrix_)}, in {progress.summary}")
     return 0
 
 
@@ -134,7 +134,7 @@ def _write_one(
     """Write the white rows of a part of the inputs to one file."""
     column = next((file.column for file in part.files if file.column), "embedding")
     done = 0
-    with writing_rows(path, part.rows, whitening.n_components_, dtype, column=column) as write:
+    with writing_rows(path, part.rows, len(whitening.matrix_), dtype, column=column) as write:
         for batch in part.batches(batch_size):
             rows = batch.astype(dtype) if batch.dtype.kind == "f" and batch.itemsize < dtype.itemsize else batch
             try:
