@@ -31,9 +31,9 @@ class Moments:
     scatter : array, shape (d, d)
         Weighted sum of (x - mean) (x - mean)'.
     third : array, shape (d,), or None
-        Weighted sum of |x - mean|^2 (x - mean). Only the estimate of Ledoit and Wolf needs it, to merge `fourth`.
+        Weighted sum of `|x - mean|^2 (x - mean)`. Only the estimate of Ledoit and Wolf needs it, to merge `fourth`.
     fourth : float or None
-        Weighted sum of |x - mean|^4.
+        Weighted sum of `|x - mean|^4`.
 
     Examples
     --------

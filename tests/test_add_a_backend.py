@@ -69,15 +69,15 @@ def test_the_page_has_all_steps():
         "pyproject.toml",
         "tests/rows.py",
         "noxfile.py",
-        "README.md",
+        "docs/start.md",
     }
     assert {name for name, _ in NEW_FILES} >= {"backends/beads/__init__.py", "backends/beads/about.py"}
 
 
 def test_the_new_backend_passes_the_tests(checkout):
     files = "tests/conformance", "tests/test_beads.py", "tests/test_dispatch.py", "tests/test_architecture.py"
-    table = "tests/test_readme.py::test_the_table_of_frameworks_is_what_backends_say_of_themselves"
-    extras = "tests/test_readme.py::test_the_extras_of_backends_are_those_of_the_package"
+    table = "tests/test_pages.py::test_the_table_of_frameworks_is_what_backends_say_of_themselves"
+    extras = "tests/test_pages.py::test_the_extras_of_backends_are_those_of_the_package"
     output = python(checkout, "-m", "pytest", "-q", "--library=beads", *files, table, extras)
     assert int(re.search(r"(\d+) passed", output)[1]) > 200
 

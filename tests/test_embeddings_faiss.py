@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 from embedding_exports import assert_refuses_what_is_not_fitted, each_whitening, embeddings, fitted, integers
-from page_examples import run_example
 
 faiss = pytest.importorskip("faiss")
 
@@ -100,11 +99,6 @@ def test_wrong_arguments():
         whitened_index(fitted(method="pca", n_components=5), faiss.IndexFlatL2(12))
     with pytest.raises(TypeError, match=r"index is a builtins.str: pass a faiss.Index of 12 dimensions"):
         whitened_index(fitted(), "Flat")
-
-
-def test_the_example_of_the_page(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run_example("embeddings-deploy.md", "FAISS")
 
 
 @pytest.mark.parametrize("order", [("torch", "faiss"), ("faiss", "torch")])

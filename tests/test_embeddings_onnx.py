@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from embedding_exports import assert_refuses_what_is_not_fitted, each_whitening, embeddings, fitted, integers
-from page_examples import run_example
+from pages import example
 
 onnxruntime = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -82,11 +82,6 @@ def test_a_mean_beyond_float32_is_refused():
         model(fitted(x))
 
 
-def test_the_example_of_the_page(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run_example("embeddings-deploy.md", "ONNX")
-
-
 def test_the_example_of_a_whitening_after_a_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whitening = fitted(normalize=True)
@@ -98,7 +93,7 @@ def test_the_example_of_a_whitening_after_a_model(tmp_path, monkeypatch):
     graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["weight"])], "double", values[:1], values[1:])
     encoder = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     onnx.save(encoder, "encoder.onnx")
-    run_example("embeddings-deploy.md", "ONNX, after a model")
+    example("embeddings-deploy.md", "ONNX, after a model").run()
     merged = onnx.load("whitened-encoder.onnx")
     assert [output.name for output in merged.graph.output] == ["whitening_whitened"]
     np.testing.assert_allclose(outputs(merged, embeddings() / 2), whitening.transform(embeddings()), atol=5e-5)

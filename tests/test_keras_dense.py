@@ -5,7 +5,6 @@ import os
 import numpy as np
 import pytest
 from embedding_exports import assert_refuses_what_is_not_fitted, each_whitening, embeddings, fitted
-from page_examples import run_example
 from rows import Library
 
 ROW = next(b for b in Library if b.value.keras_backend == os.environ.get("KERAS_BACKEND", "tensorflow"))
@@ -77,9 +76,3 @@ def test_a_map_that_the_dtype_cannot_hold_is_refused():
 
 def test_what_is_no_fitted_whitening_is_refused():
     assert_refuses_what_is_not_fitted(dense)
-
-
-def test_the_example_of_the_page(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run_example("embeddings-deploy.md", "Keras")
-    assert (tmp_path / "encoder.keras").exists()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from embedding_exports import assert_refuses_what_is_not_fitted, each_whitening, embeddings, fitted, integers
-from page_examples import run_example
+from pages import example
 
 torch = pytest.importorskip("torch")
 
@@ -130,7 +130,7 @@ def test_constant_data_give_zeros():
 
 def test_the_example_of_the_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    layer = run_example("embeddings-deploy.md", "PyTorch")["layer"]
+    layer = example("embeddings-deploy.md", "PyTorch").run()["layer"]
     assert repr(layer) == (
         "Sequential(\n  (0): Linear(in_features=64, out_features=32, bias=True)\n  (1): UnitLength()\n)"
     )
