@@ -95,6 +95,14 @@ def package(session: nox.Session) -> None:
     session.run("mypy", "--strict", "--config-file", CONFIGURATION, "-p", "polywhiten")
 
 
+@nox.session(default=False)  # it takes some minutes; `tests` run the pages' code without it
+def docs(session: nox.Session) -> None:
+    """Build the documentation in docs/_build/html and run its notebooks; warnings are errors."""
+    install(session, ".[benchmarks,dask,demo,embeddings,faiss,flax,keras,onnx,torch]")
+    install(session, "sphinx", "furo", "myst-nb", "sphinx-copybutton")
+    session.run("python", "-m", "sphinx", "-W", "--keep-going", "docs", "docs/_build/html", *session.posargs)
+
+
 @nox.session(default=False)
 def speed(session: nox.Session) -> None:
     """Fail if polywhiten is slower than benchmarks/bars.py allows; `nox -s speed -- torch jax` names the frameworks."""

@@ -17,9 +17,8 @@ from polywhiten.cli.about import FOLDERS, about
 PREPARED = {example("embeddings-deploy.md", "ONNX, after a model")}
 EXAMPLES = [found for page in PAGES for found in examples_of(page) if found not in PREPARED]
 # The first example of each page of a framework
-FIRST = [
-    examples_of(ROOT / "docs" / f"{page}.md")[0] for page in "cupy dask jax keras numpy pytorch tensorflow".split()
-]
+FRAMEWORKS = ("cupy", "dask", "jax", "keras", "numpy", "pytorch", "tensorflow")
+FIRST = [examples_of(ROOT / "docs" / f"{page}.md")[0] for page in FRAMEWORKS]
 START = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
 
 
