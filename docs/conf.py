@@ -51,6 +51,7 @@ nb_merge_streams = True
 autodoc_mock_imports = [about(folder).MODULE for folder in FOLDERS if not is_installed(about(folder).MODULE)]
 if importlib.util.find_spec("triton") is None:
     autodoc_mock_imports.append("triton")
+autodoc_inherit_docstrings = False  # a method of a framework is described by the framework
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings describe the types, with shapes
 napoleon_use_rtype = False
@@ -68,6 +69,6 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
 pygments_style = "tango"
-pygments_dark_style = "monokai"
+pygments_dark_style = "github-dark"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

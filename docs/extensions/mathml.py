@@ -21,10 +21,11 @@ def block(translator: HTML5Translator, node: nodes.math_block) -> None:
 def mathml(tex: str, as_block: bool) -> str:
     """Return an equation in MathML. Raise an error that shows the equation if it has a command that isn't known."""
     try:
-        found = "".join(latex2mathml.tex2mathml(tex.replace("'", r"^{\prime}"), as_block=as_block))
+        found = "".join(latex2mathml.tex2mathml(tex, as_block=as_block))
     except Exception as error:
         raise ExtensionError(f"the equation {tex!r} can't be written as MathML: {error}") from error
-    return found.replace('<mo stretchy="false">/</mo>', '<mo stretchy="false" lspace="0" rspace="0">/</mo>')
+    found = found.replace('<mo stretchy="false">/</mo>', '<mo stretchy="false" lspace="0" rspace="0">/</mo>')
+    return found.replace("<mo>'</mo>", '<mo lspace="0" rspace="0">&#x2032;</mo>')  # a prime
 
 
 def setup(app: Sphinx) -> ExtensionMetadata:

@@ -1,5 +1,7 @@
 """Writes the pages of the API reference: one for each backend, and one for the command line."""
 
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ def backend_page(folder: str) -> str:
 
 def help_of(command: click.Command, name: str) -> list[str]:
     """Return what a command prints for --help, and below it the same of its subcommands, as Markdown."""
-    context = click.Context(command, info_name=name, max_content_width=100, terminal_width=100)
+    context = click.Context(command, info_name=name, max_content_width=80, terminal_width=80)
     lines = ["", "```text", command.get_help(context), "```", ""]
     for sub in command.list_commands(context) if isinstance(command, click.Group) else ():
         lines += [f"## {name} {sub}", *help_of(command.get_command(context, sub), f"{name} {sub}")]
@@ -61,6 +63,20 @@ def skip_what_is_documented_elsewhere(
     module = app.env.current_document.get("autodoc:module")
     is_passed_on = module != "polywhiten" and getattr(polywhiten, name, None) is member
     return True if kind == "module" and (name == "BACKEND" or is_passed_on) else None
+
+
+def show_arguments_of_layers(
+    app: Sphinx, kind: str, name: str, member: Any, options: Any, arguments: str | None, returned: str | None
+) -> tuple[str, None] | None:
+    """Give a class the arguments of its `__init__`, where a base class such as Keras' hides them by `__new__`."""
+    if kind != "class" or arguments != "(*args, **kwargs)":
+        return None
+    return str(inspect.signature(member.__init__).replace(return_annotation=inspect.Signature.empty)), None
+
+
+def link_as_in_markdown(app: Sphinx, kind: str, name: str, member: Any, options: Any, lines: list[str]) -> None:
+    """Turn links in Markdown, which Keras' form of docstrings has, into those of reStructuredText."""
+    lines[:] = [re.sub(r"\[([^]]+)\]\((https?://[^)]+)\)", r"`\1 <\2>`__", line) for line in lines]
 
 
 class NameRole(XRefRole):
@@ -82,6 +98,8 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.add_role("name", NameRole())
     app.connect("builder-inited", write_pages)
     app.connect("autodoc-skip-member", skip_what_is_documented_elsewhere)
+    app.connect("autodoc-process-signature", show_arguments_of_layers)
+    app.connect("autodoc-process-docstring", link_as_in_markdown)
     # most names in docstrings are arguments or of other libraries, and types are prose
     app.config.nitpick_ignore_regex += [(f"py:{kind}", r"(?!polywhiten\.).*") for kind in ("obj", "class", "exc")]
     return {"parallel_read_safe": True, "parallel_write_safe": True}
