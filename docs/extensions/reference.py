@@ -71,7 +71,9 @@ def show_arguments_of_layers(
     """Give a class the arguments of its `__init__`, where a base class such as Keras' hides them by `__new__`."""
     if kind != "class" or arguments != "(*args, **kwargs)":
         return None
-    return str(inspect.signature(member.__init__).replace(return_annotation=inspect.Signature.empty)), None
+    _, *parameters = inspect.signature(member.__init__).parameters.values()  # without self
+    empty = inspect.Parameter.empty
+    return str(inspect.Signature([parameter.replace(annotation=empty) for parameter in parameters])), None
 
 
 def link_as_in_markdown(app: Sphinx, kind: str, name: str, member: Any, options: Any, lines: list[str]) -> None:
