@@ -1,6 +1,8 @@
 """The Python code of the README and of the pages in docs/, which tests run as it stands there."""
 
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,8 +48,12 @@ class Example:
         return next((name for name in OWNERS if name in self.modules), "numpy")
 
     def run(self) -> dict[str, object]:
-        """Run the example in the current folder, and return what it defines."""
+        """Run the example in the current folder, and return what it defines, or nothing if it has to be a program."""
         names: dict[str, object] = {}
+        if "__main__" in self.code:
+            Path("example.py").write_text(self.code, encoding="utf-8")
+            subprocess.run([sys.executable, "example.py"], check=True)
+            return names
         exec(compile(self.code, str(self), "exec"), names)
         return names
 

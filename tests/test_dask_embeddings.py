@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -26,7 +25,6 @@ from polywhiten.embeddings.files import FileError, FileRows, open_source, pieces
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import it
 
-PAGE = Path(__file__).parent.parent / "docs" / "embeddings-many-machines.md"
 ROWS, DIMENSION = 1500, 6
 
 
@@ -157,13 +155,6 @@ def test_a_failure_leaves_the_estimator_as_it_was(x):
         with pytest.raises(ValueError, match="infinity"):
             fit(da.from_array(x, chunks=400))
     np.testing.assert_array_equal(whitening.matrix_, before)
-
-
-def test_the_example_of_arrays_on_the_page_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    example = re.search(r"^## Arrays\n.*?^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
-    exec(compile(example[1], PAGE.name, "exec"), {})
-    assert (tmp_path / "white-stack").is_dir()
 
 
 def test_arrays_are_whitened_on_a_cluster(x, client, tmp_path):
