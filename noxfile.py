@@ -98,7 +98,7 @@ def package(session: nox.Session) -> None:
 @nox.session(default=False)  # it takes some minutes; `tests` run the pages' code without it
 def docs(session: nox.Session) -> None:
     """Build the documentation in docs/_build/html and run its notebooks; warnings are errors."""
-    install(session, ".[benchmarks,dask,demo,embeddings,faiss,flax,keras,onnx,torch]")
+    install(session, ".[benchmarks,demo,distributed,embeddings,faiss,flax,keras,onnx,torch]")
     install(session, "sphinx", "furo", "myst-nb", "sphinx-copybutton")
     session.run("python", "-m", "sphinx", "-W", "--keep-going", "docs", "docs/_build/html", *session.posargs)
 
