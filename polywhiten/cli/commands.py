@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import click
 
 import polywhiten
+from polywhiten.cli.compile import compile_command, compile_for_demo
 from polywhiten.cli.demo.data import DataError, load_digits, load_npz
 from polywhiten.cli.demo.frameworks import FRAMEWORKS, DependencyError, import_needed, load
 from polywhiten.cli.demo.training import NORMS, Settings
@@ -75,7 +77,7 @@ def commands(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for command in (fit, transform, inspect):
+for command in (fit, transform, inspect, compile_command):
     commands.add_command(command)
 
 
@@ -167,6 +169,8 @@ def demo(norms: tuple[str, ...], framework: str, file: Path | None, out: Path, *
     from polywhiten.cli.demo.report import WriteError, table
 
     chosen = list(dict.fromkeys(norms))
+    if "torch" in sys.modules and settings.device == "cpu":
+        compile_for_demo()
     epochs, failure = compare(trainer, data, chosen, settings, out)
     if isinstance(failure, WriteError) and not epochs:
         raise bad("--out", f"{failure}: name another folder")
