@@ -178,10 +178,9 @@ def test_a_user_without_a_home_gets_no_folder_called_tilde(doubled, tmp_path, mo
 
 def test_two_processes_may_compile_the_same_kernel_at_once(tmp_path):
     code = (
-        "from numba import types; from polywhiten.cpu.runtime.cache import compiled_callback; from kernel import double\n"
-        "print(compiled_callback(double, 'd', types.int64(types.int64)).ctypes(21))"
+        "from numba import types; from kernel import double; from polywhiten.cpu.runtime import cache\n"
+        "print(cache.compiled_callback(double, 'd', types.int64(types.int64)).ctypes(21))"
     )
-    (tmp_path / "kernel.py").write_text("def double(x):\n    return 2 * x\n")
     code = f"import sys; sys.path[:] = {[str(tmp_path), *sys.path]!r}; {code}"
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONWARNINGS": "error::RuntimeWarning"}
     start = [sys.executable, "-c", code]
