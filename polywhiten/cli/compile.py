@@ -20,7 +20,7 @@ DTYPES = ("float32", "float64")
 _DTYPE_HELP = "Compile for arrays of this dtype only; repeat the option for several. Half precision uses float32."
 
 
-@click.command("compile")
+@click.command("compile", short_help="Compile the kernels for CPUs ahead of time.")
 @click.option(
     "--dtype",
     "dtypes",
@@ -28,15 +28,15 @@ _DTYPE_HELP = "Compile for arrays of this dtype only; repeat the option for seve
     type=click.Choice(DTYPES, case_sensitive=False),
     multiple=True,
     default=DTYPES,
-    show_default="float32 and float64",
+    show_default="both",
     help=_DTYPE_HELP,
 )
 def compile_command(dtypes: tuple[str, ...]) -> int:
-    """Compile the kernels for this machine's processor, which the first use would do otherwise.
+    """Compile the kernels for this machine's processor ahead of time.
 
-    NumPy's arrays and PyTorch's tensors on the CPU get these kernels. Later processes load them from a folder, which is
-    beside the installed package, in the user's cache if that can't be written to, or the one that the environment
-    variable NUMBA_CACHE_DIR names.
+    Otherwise the first use compiles them. NumPy's arrays and PyTorch's tensors on the CPU get these kernels. Later
+    processes load them from the folder that the environment variable NUMBA_CACHE_DIR names. Without it, the folder is
+    that of the installed package, or the user's cache if that can't be written to.
     """
     try:
         ahead = _ahead()
