@@ -141,7 +141,7 @@ def _map_columns(args, memory, y, first, second, prefetched):
     unpack_columns(y, memory.result, ld, memory.shift, memory.tile)
 
 
-@device_function
+@device_function(inline="always")
 def _map_rows(args, memory, y, first, second, prefetched):
     """Map a few rows at a time: the next ones are read while the products of those before are computed."""
     layout, n, d, dp = y.layout, y.samples, y.layout.d, padded(y.layout.d)

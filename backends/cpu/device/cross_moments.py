@@ -165,7 +165,7 @@ def _add_columns(memory, products, x, dy, prefetched):
     _add_products(memory, products, gradient, ld, n, dp, prefetched)
 
 
-@device_function
+@device_function(inline="always")
 def _load_both(memory, x, dy):
     """Load X as rows and dY as columns, and return where these are: in their array if both are runs."""
     dp, ld = padded(x.layout.d), PANEL_WIDTH + LD_PADDING
@@ -219,7 +219,7 @@ def _add_gathered(args, memory, products, x, dy, prefetched):
     _add_products(memory, products, memory.gradient, ld, n, dp, prefetched)
 
 
-@device_function(fastmath={"reassoc"})
+@device_function(inline="always")
 def _add_runs(args, memory, products, x, dy, prefetched):
     """Add what panels give where each run of adjacent samples is of one channel in every row.
 
@@ -246,14 +246,21 @@ def _add_runs(args, memory, products, x, dy, prefetched):
             channel = i * (layout.inner // channels.positions) + first
             weight, total = get(args.weight, channel), sum_of(at(gradient, i * ld + done), n)
             row, target, white = at(memory.white, i * dp), at(products, i * dp), at(memory.matrix, i * dp)
-            product = cast(row, 0.0)
-            for c in range(d):
-                product += get(row, c) * get(white, c)
-                put(target, c, get(target, c) + weight * get(row, c))
+            product = _add_row(target, row, weight, white, d)
             put(sums, i, get(sums, i) + weight * total)
             put(parameters, channel, get(parameters, channel) + product)
             put(parameters, channels.number + channel, get(parameters, channels.number + channel) + total)
         done, j, num_prefetched = done + n, following, 0
+
+
+@device_function(fastmath={"reassoc"})
+def _add_row(target, row, weight, white, d):
+    """Add a row times a weight to the target, and return its scalar product with another one."""
+    product = cast(row, 0.0)
+    for c in range(d):
+        product += get(row, c) * get(white, c)
+        put(target, c, get(target, c) + weight * get(row, c))
+    return product
 
 
 def combine_cross_moments(packed, workspace, part, num_parts):

@@ -4,6 +4,8 @@ Symmetric results are computed above their diagonals and copied. A phase needs a
 tiles in it needs no other column: several workers can share a matrix if they begin every phase together.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from polywhiten.cpu.arguments import InverseSqrtArgs, unpack
@@ -22,27 +24,45 @@ _PHASES = 3, 5  # of a step, likewise
 def inverse_sqrt(packed, workspace, part, num_parts):
     """Compute W = (cov + eps I)^(-1/2) for a part of the blocks, or a part of one phase for all blocks."""
     args = unpack(InverseSqrtArgs, packed, workspace)
-    blocks, size = args.blocks, workspace_size(args.d, False)
-    if args.phase >= 0:
-        for block in range(blocks):
-            _iterate(args, at(args.matrices, block * size), args.phase, block, part, num_parts)
-        return
-    for block in range(part * blocks // num_parts, (part + 1) * blocks // num_parts):
-        for phase in range(num_phases(args.steps, False)):
-            _iterate(args, workspace, phase, block, 0, 1)
+    turns = _divide_turns(args, num_phases(args.steps, False), part, num_parts)
+    for block in range(turns.first_block, turns.end_block):
+        memory = workspace
+        if turns.is_shared:
+            memory = at(args.matrices, block * workspace_size(args.d, False))
+        for phase in range(turns.first_phase, turns.end_phase):
+            _iterate(args, memory, phase, block, turns.part, turns.num_parts)
 
 
 def inverse_sqrt_adjoint(packed, workspace, part, num_parts):
     """Compute the gradient with respect to cov for a part of the blocks, or a part of one phase for all blocks."""
     args = unpack(InverseSqrtArgs, packed, workspace)
-    blocks, size = args.blocks, workspace_size(args.d, True)
+    turns = _divide_turns(args, num_phases(args.steps, True), part, num_parts)
+    for block in range(turns.first_block, turns.end_block):
+        memory = workspace
+        if turns.is_shared:
+            memory = at(args.matrices, block * workspace_size(args.d, True))
+        for phase in range(turns.first_phase, turns.end_phase):
+            _iterate_derivative(args, memory, phase, block, turns.part, turns.num_parts)
+
+
+class _Turns(NamedTuple):
+    """Which phases of which blocks a part computes, and which part of each phase."""
+
+    is_shared: bool  # whether all parts compute one phase of all blocks together
+    first_block: int
+    end_block: int
+    first_phase: int
+    end_phase: int
+    part: int
+    num_parts: int
+
+
+@device_function
+def _divide_turns(args, phases, part, num_parts):
+    blocks = args.blocks
     if args.phase >= 0:
-        for block in range(blocks):
-            _iterate_derivative(args, at(args.matrices, block * size), args.phase, block, part, num_parts)
-        return
-    for block in range(part * blocks // num_parts, (part + 1) * blocks // num_parts):
-        for phase in range(num_phases(args.steps, True)):
-            _iterate_derivative(args, workspace, phase, block, 0, 1)
+        return _Turns(True, 0, blocks, args.phase, args.phase + 1, part, num_parts)
+    return _Turns(False, part * blocks // num_parts, (part + 1) * blocks // num_parts, 0, phases, 0, 1)
 
 
 @device_function
@@ -63,7 +83,7 @@ def _matrix(memory, k, dp):
     return at(memory, 2 * TILE + k * dp * (dp + LD_PADDING))
 
 
-@device_function
+@device_function(inline="always")
 def _iterate(args, memory, phase, block, part, num_parts):
     """Compute a part of a phase for one block."""
     d, cov, whitener = args.d, at(args.cov, block * args.d * args.d), at(args.whitener, block * args.d * args.d)
@@ -85,7 +105,7 @@ def _iterate(args, memory, phase, block, part, num_parts):
         _product(next_z, 1.5, z, -1.5, z, next_r, dp, ld, True, memory, part, num_parts)
 
 
-@device_function
+@device_function(inline="always")
 def _iterate_derivative(args, memory, phase, block, part, num_parts):
     """Compute a part of a phase for one block, with the derivative along the gradient's symmetric part."""
     dp, last = padded(args.d), num_phases(args.steps, True) - 1
