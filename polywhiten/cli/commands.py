@@ -15,7 +15,7 @@ from polywhiten.cli.compile import compile_command, compile_for_demo
 from polywhiten.cli.completion import completion
 from polywhiten.cli.demo.data import DataError, load_digits, load_npz
 from polywhiten.cli.demo.frameworks import FRAMEWORKS, DependencyError, import_needed, load
-from polywhiten.cli.demo.training import NORMS, Settings
+from polywhiten.cli.demo.training import NORMS, OTHER_NORMS, Settings
 from polywhiten.cli.embeddings.fit import fit
 from polywhiten.cli.embeddings.inspect import inspect
 from polywhiten.cli.embeddings.transform import transform
@@ -174,7 +174,7 @@ def demo(norms: tuple[str, ...], framework: str, file: Path | None, out: Path, *
     from polywhiten.cli.demo.report import WriteError, table
 
     chosen = list(dict.fromkeys(norms))
-    if "torch" in sys.modules and settings.device == "cpu":
+    if "torch" in sys.modules and settings.device == "cpu" and set(chosen) - OTHER_NORMS:
         compile_for_demo()
     epochs, failure = compare(trainer, data, chosen, settings, out)
     if isinstance(failure, WriteError) and not epochs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -13,9 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from polywhiten.cli.about import is_installed
-from polywhiten.cli.streams import complain, reason
+from polywhiten.cli.streams import WRONG_USE, complain, reason
 
-WRONG_USE = 2
 DTYPES = ("float32", "float64")
 _DTYPE_HELP = "Compile for arrays of this dtype only; repeat the option for several. Half precision uses float32."
 
@@ -75,7 +75,8 @@ def compile_for_demo() -> None:
     except ImportError:
         return
     if ahead.folder() is not None:
-        _show_compiling(ahead, ahead.missing(ahead.jobs(("float32",))), says_so=False)
+        with suppress(ahead.CompileError):  # then training compiles them, in one process
+            _show_compiling(ahead, ahead.missing(ahead.jobs(("float32",))), says_so=False)
 
 
 def _ahead() -> Any:
