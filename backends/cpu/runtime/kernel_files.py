@@ -43,13 +43,13 @@ def _readable(locator: Any) -> Any:
     return Readable
 
 
-class _CompiledKernel(CompileResultCacheImpl):
+class _CompiledKernel(CompileResultCacheImpl):  # type: ignore[misc]
     """Numba's search for a folder, which ends at folders that can be read too."""
 
     _locator_classes = [_readable(locator) for locator in CompileResultCacheImpl._locator_classes]  # noqa: RUF012
 
 
-class KernelFiles(FunctionCache):
+class KernelFiles(FunctionCache):  # type: ignore[misc]
     """The files of one kernel, in the first of Numba's folders that can be written to or already has them.
 
     Compiling always succeeds: a file that can't be read is replaced, and a file that can't be written is left out, both
