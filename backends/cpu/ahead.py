@@ -15,7 +15,7 @@ import numba
 
 from polywhiten.cpu.device import affine_map, averages, cross_moments, gradients, moments, newton
 from polywhiten.cpu.runtime import first_use, workers
-from polywhiten.cpu.runtime.cache import kernel_address, kernels_folder
+from polywhiten.cpu.runtime.cache import kernel_address, kernel_folder
 from polywhiten.cpu.runtime.kernel_files import NotKeptError, without_compiling
 
 DTYPES = ("float32", "float64")
@@ -74,9 +74,9 @@ def missing(wanted: Sequence[Job]) -> list[Job]:
     return result
 
 
-def folder() -> str | None:
-    """Return the folder that keeps the kernels, or None if no folder can be written to."""
-    return kernels_folder(moments.moments)
+def folder(dtype: str) -> str | None:
+    """Return the folder that keeps a dtype's kernels, or None if they aren't kept and no folder can be written to."""
+    return kernel_folder(moments.moments, dtype)
 
 
 def compile_in_processes(todo: Sequence[Job]) -> Iterator[Job]:

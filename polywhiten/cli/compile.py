@@ -43,7 +43,7 @@ def compile_command(dtypes: tuple[str, ...]) -> int:
     except ImportError as error:
         complain(f'there are no kernels to compile without Numba ({reason(error)}): pip install "polywhiten[numba]"')
         return WRONG_USE
-    folder = ahead.folder()
+    folder = ahead.folder(dtypes[0])
     if folder is None:
         complain("no folder can be written to, to keep the kernels: set NUMBA_CACHE_DIR to one")
         return WRONG_USE
@@ -74,7 +74,7 @@ def compile_for_demo() -> None:
         ahead = _ahead()
     except ImportError:
         return
-    if ahead.folder() is not None:
+    if ahead.folder("float32") is not None:
         with suppress(ahead.CompileError):  # then training compiles them, in one process
             _show_compiling(ahead, ahead.missing(ahead.jobs(("float32",))), says_so=False)
 

@@ -28,11 +28,11 @@ def kernel_address(kernel: Callable[..., None], dtype: str) -> int:
     return int(compiled_callback(kernel, dtype, signature, error_model="numpy").address)
 
 
-def kernels_folder(kernel: Callable[..., None]) -> str | None:
-    """Return the folder that keeps the kernel and others of its folder, or None if no folder can be written to."""
+def kernel_folder(kernel: Callable[..., None], dtype: str) -> str | None:
+    """Return the folder that keeps the kernel, or None if it isn't kept and no folder can be written to."""
     try:
         with without_compiling():
-            files = kernel_files(_keyed(kernel, ""))
+            files = kernel_files(_keyed(kernel, dtype))
     except NotKeptError:
         return None
     return files and str(files.cache_path)

@@ -35,8 +35,8 @@ def _explain(folder: str | None) -> None:
         if _explained:
             return
         _explained.append(True)
-    logger.warning(
-        "polywhiten is compiling its kernels for this processor, which takes about half a minute. %s "
-        "The command `polywhiten compile` does it ahead of time.",
-        f"It happens once: they are kept in {folder}." if folder else "They can't be kept, so every process does it.",
-    )
+    if folder:
+        then = f"It happens once: they are kept in {folder}. The command `polywhiten compile` does it ahead of time."
+    else:
+        then = "They can't be kept, so every process does it."
+    logger.warning("polywhiten compiles its kernels for this processor, which takes about half a minute. %s", then)
