@@ -31,7 +31,7 @@ def double(x):
 
 COMPILED = {
     "callback": lambda: cache.compiled_callback(double, "d", types.int64(types.int64)).ctypes(21),
-    "function": lambda: cache.compiled_function(double, "d", types.int64(types.int64))(21),
+    "function": lambda: cache.compiled_function(double, "f", types.int64(types.int64))(21),
 }
 
 
@@ -149,7 +149,7 @@ def test_what_is_wrong_with_a_kernel_itself_is_raised():
 def test_a_folder_that_can_only_be_read_is_read(doubled, tmp_path, monkeypatch):
     """A container's image may hold compiled kernels, where the container has other rights than its build had."""
     assert doubled() == 42
-    without_writing(monkeypatch, tmp_path)
+    without_writing(monkeypatch, tmp_path, Path(__file__).parent)
     compiled = count_compilations(monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
