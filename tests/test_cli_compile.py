@@ -32,8 +32,8 @@ def folder(tmp_path, monkeypatch):
 def test_compile_says_what_it_did_and_does_it_once(folder, capsys):
     assert commands.run(["compile"]) == 0
     stdout, stderr = capsys.readouterr()
-    assert stdout.startswith("2 kernels were compiled in ")
-    assert "and 0 were there already.\nThey are kept in " in stdout
+    assert stdout.startswith("Kernels that were compiled: 2, in ")
+    assert "\nKernels that were there already: 0\nThey are kept in " in stdout
     assert str(folder) in stdout
     assert stderr.count("\n") == 1
     assert "compiling 2 kernels" in stderr
@@ -41,13 +41,13 @@ def test_compile_says_what_it_did_and_does_it_once(folder, capsys):
     cache.kernel_address.cache_clear()
     assert commands.run(["compile"]) == 0
     stdout, stderr = capsys.readouterr()
-    assert stdout.startswith("0 kernels were compiled, and 2 were there already.\n")
+    assert stdout.startswith("Kernels that were compiled: 0\nKernels that were there already: 2\n")
     assert stderr == ""
 
 
 def test_compile_for_one_dtype(folder, capsys):
     assert commands.run(["compile", "--dtype", "float64", "--dtype", "FLOAT64"]) == 0
-    assert capsys.readouterr().out.startswith("1 kernels were compiled")
+    assert capsys.readouterr().out.startswith("Kernels that were compiled: 1, in ")
     assert [file.name for file in folder.rglob("*float*.nbc")] == [file.name for file in folder.rglob("*float64*.nbc")]
 
 

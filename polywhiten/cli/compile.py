@@ -40,7 +40,7 @@ def compile_command(dtypes: tuple[str, ...]) -> int:
     """
     try:
         ahead = _ahead()
-    except ImportError as error:
+    except Exception as error:  # a broken installation raises anything
         complain(f'there are no kernels to compile without Numba ({reason(error)}): pip install "polywhiten[numba]"')
         return WRONG_USE
     folder = ahead.folder(dtypes[0])
@@ -59,8 +59,9 @@ def compile_command(dtypes: tuple[str, ...]) -> int:
         count = f"{len(failed)} of {len(todo)} compiled kernels"
         complain(f"{count} can't be kept in {folder}: make room, or set NUMBA_CACHE_DIR to another folder")
         return WRONG_USE
-    seconds = f" in {time.monotonic() - start:.1f} s" if todo else ""
-    click.echo(f"{len(todo)} kernels were compiled{seconds}, and {len(wanted) - len(todo)} were there already.")
+    seconds = f", in {time.monotonic() - start:.1f} s" if todo else ""
+    click.echo(f"Kernels that were compiled: {len(todo)}{seconds}")
+    click.echo(f"Kernels that were there already: {len(wanted) - len(todo)}")
     click.echo(f"They are kept in {folder}")
     return 0
 
@@ -72,7 +73,7 @@ def compile_for_demo() -> None:
     """
     try:
         ahead = _ahead()
-    except ImportError:
+    except Exception:  # as above
         return
     if ahead.folder("float32") is not None:
         with suppress(ahead.CompileError):  # then training compiles them, in one process
