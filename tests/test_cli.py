@@ -107,6 +107,19 @@ def test_the_digits_are_the_default_and_are_learnt(out, capsys):
     assert float(rows(out)[0]["test_accuracy"]) > 0.5
 
 
+def test_a_demo_compiles_before_it_trains(small, out, capsys, monkeypatch):
+    """Only layers of polywhiten need kernels."""
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "compile_for_demo", interrupted)
+    args = "--data", small, "--epochs", 1, "--batch-size", 8, "--out", out
+    assert demo(*args, "--norm", "bn", "--norm", "gw") == 130
+    assert not out.exists()
+    assert demo(*args, "--norm", "bn") == 0
+
+
 def test_norms_are_chosen_in_any_case_and_once_each(small, out):
     args = "--norm", "GW", "--norm", "bn", "--norm", "gw"
     assert demo(*args, "--data", small, "--epochs", 1, "--batch-size", 8, "--out", out) == 0
@@ -447,11 +460,14 @@ def check_one_line(capsys, words):
 
 
 def test_help_and_version_are_no_errors(capsys):
-    assert commands.run(["--version"]) == 0
-    assert capsys.readouterr().out == f"polywhiten {polywhiten.__version__}\n"
+    for option in ("--version", "-V"):
+        assert commands.run([option]) == 0
+        assert capsys.readouterr().out == f"polywhiten {polywhiten.__version__}\n"
     for args in ([], ["--help"], ["demo", "--help"]):
         assert commands.run(args) == 0
-        assert capsys.readouterr().out.startswith("Usage: polywhiten")
+        stdout = capsys.readouterr().out
+        assert stdout.startswith("Usage: polywhiten")
+        assert "..." not in stdout.partition("Commands:")[2]  # descriptions are short enough to be shown in full
 
 
 # ---------------------------------------------------------------- what it writes to

@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 import polywhiten as pw
 from polywhiten.blocks import ChannelGroups, SampleGroups
-from polywhiten.cpu import arguments, kernels, launches, numpy_library, schedule, tuning, workspace
+from polywhiten.cpu import arguments, geometry, kernels, launches, numpy_library, schedule, tuning, workspace
 from polywhiten.cpu.backend import numpy_backend
 from polywhiten.cpu.device import panels, prefetch
 from polywhiten.cpu.device.simd import CACHE_LINE
@@ -319,7 +319,7 @@ def test_lines_of_a_panel_are_listed(dtype, order, d, inner, start, samples):
     x = in_memory(random(64, 2, d, inner, dtype=dtype), order)
     strides = [stride // x.itemsize for stride in x.strides]
     layout = panels.Layout(2, 64, d, inner, strides[1], strides[0], strides[2], strides[3])
-    lines = np.zeros(prefetch.prefetch_list_size(d) // 2, np.int64)
+    lines = np.zeros(geometry.prefetch_list_size(d) // 2, np.int64)
     count, each = listed(x, layout, start, samples, lines)
     assert (each - 1) * 7 < count <= 7 * each
     numbers = np.arange(x.size).reshape(x.transpose(order).shape).transpose(np.argsort(order))

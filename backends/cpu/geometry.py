@@ -32,6 +32,7 @@ num_newton_phases: Callable[[int, bool], int] = in_python(newton.num_phases)
 newton_workspace_size: Callable[[int, bool], int] = in_python(newton.workspace_size)
 _panel_width_for_runs: Callable[[Layout], int] = in_python(panels.panel_width_for_runs)
 _panel_workspace_size: Callable[[int], int] = in_python(panels.panel_workspace_size)
+prefetch_list_size: Callable[[int], int] = in_python(prefetch.prefetch_list_size)
 
 
 def num_panels(layout: Layout) -> int:
@@ -41,5 +42,4 @@ def num_panels(layout: Layout) -> int:
 
 def panel_workspace_size(d: int) -> int:
     """Return how many elements a worker's panels take, and its list of what to prefetch."""
-    size: int = _panel_workspace_size(d) + prefetch.prefetch_list_size(d)
-    return size
+    return _panel_workspace_size(d) + prefetch_list_size(d)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import click
 
 import polywhiten
+from polywhiten.cli.compile import compile_command, compile_for_demo
+from polywhiten.cli.completion import completion
 from polywhiten.cli.demo.data import DataError, load_digits, load_npz
 from polywhiten.cli.demo.frameworks import FRAMEWORKS, DependencyError, import_needed, load
-from polywhiten.cli.demo.training import NORMS, Settings
+from polywhiten.cli.demo.training import NORMS, OTHER_NORMS, Settings
 from polywhiten.cli.embeddings.fit import fit
 from polywhiten.cli.embeddings.inspect import inspect
 from polywhiten.cli.embeddings.transform import transform
@@ -67,19 +70,23 @@ def _rate(value: Any) -> float:
 
 
 @click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(polywhiten.__version__, message="%(prog)s %(version)s")
+@click.version_option(polywhiten.__version__, "-V", "--version", message="%(prog)s %(version)s")
 @click.pass_context
 def commands(ctx: click.Context) -> None:
-    """Whitening of activations and embeddings in every Python array library."""
+    """Whitening of activations and embeddings in every Python array library.
+
+    `polywhiten COMMAND --help` describes a command. Exit codes: 0 for success, 2 for wrong arguments and for files that
+    can't be read or written, 130 after Ctrl-C.
+    """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
-for command in (fit, transform, inspect):
+for command in (fit, transform, inspect, compile_command, completion):
     commands.add_command(command)
 
 
-@commands.command()
+@commands.command(short_help="Show the installed frameworks and their kernels.")
 def info() -> None:
     """Show the installed frameworks, their devices, and the kernels that their arrays get."""
     from polywhiten.cli.info import report
@@ -88,7 +95,7 @@ def info() -> None:
         click.echo(line)
 
 
-@commands.command()
+@commands.command(short_help="Recommend group sizes for the shape of an input.")
 @click.argument("shape", type=Integer(1, MAX_SIZE), nargs=-1, required=True, metavar="SIZE...")
 @click.option("--axis", type=int, default=1, show_default=True, help="The channel axis.")
 def recommend(shape: tuple[int, ...], axis: int) -> None:
@@ -167,6 +174,8 @@ def demo(norms: tuple[str, ...], framework: str, file: Path | None, out: Path, *
     from polywhiten.cli.demo.report import WriteError, table
 
     chosen = list(dict.fromkeys(norms))
+    if "torch" in sys.modules and settings.device == "cpu" and set(chosen) - OTHER_NORMS:
+        compile_for_demo()
     epochs, failure = compare(trainer, data, chosen, settings, out)
     if isinstance(failure, WriteError) and not epochs:
         raise bad("--out", f"{failure}: name another folder")

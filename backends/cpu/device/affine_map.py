@@ -2,10 +2,9 @@
 
 from typing import Any, NamedTuple
 
-from numba import njit
-
 from polywhiten.cpu.arguments import AffineMapArgs, unpack
 from polywhiten.cpu.device.channels import scale_channels
+from polywhiten.cpu.device.device_function import device_function
 from polywhiten.cpu.device.gemm import Sizes, intervals_per_tile, multiply_add, multiply_add_listed
 from polywhiten.cpu.device.gemm_microkernel import Matrix, StridedMatrix
 from polywhiten.cpu.device.packing import pack_columns, pack_rows, transpose, unpack_columns, unpack_rows
@@ -49,7 +48,7 @@ def pack_matrices(packed, workspace, part, num_parts):
                     put(row, j, get(row, j) * get(args.row_scale, block * d + (j if args.as_rows else i)))
 
 
-@njit
+@device_function
 def _pack_matrix(target, args, term, matrix, zeros):
     d, dp = args.y_layout.d, padded(args.y_layout.d)
     if args.as_rows and d == dp:
@@ -95,7 +94,7 @@ def affine_map(packed, workspace, part, num_parts):
         fence()
 
 
-@njit(inline="always")
+@device_function(inline="always")
 def _divide_workspace(workspace, d, terms):
     dp, ld = padded(d), PANEL_WIDTH + LD_PADDING
     result = at(workspace, max(PANEL_WIDTH * (terms * dp + LD_PADDING), terms * dp * ld))
@@ -104,7 +103,7 @@ def _divide_workspace(workspace, d, terms):
     return _Memory(workspace, result, zeros, shift, at(shift, dp), as_int64(at(workspace, panel_workspace_size(d))))
 
 
-@njit
+@device_function
 def _panel(layout, item, panels, step, panels_first):
     """Return the block, first sample and number of samples of a panel in the order of work; none after the last."""
     if panels_first:
@@ -115,7 +114,7 @@ def _panel(layout, item, panels, step, panels_first):
     return block, start, min(step, layout.outer * layout.inner - start) if item < layout.blocks * panels else 0
 
 
-@njit(inline="always")
+@device_function(inline="always")
 def _map_columns(args, memory, y, first, second, prefetched):
     d, dp, n, ld = y.layout.d, padded(y.layout.d), y.samples, PANEL_WIDTH + LD_PADDING
     depth = args.num_terms * dp
@@ -142,7 +141,7 @@ def _map_columns(args, memory, y, first, second, prefetched):
     unpack_columns(y, memory.result, ld, memory.shift, memory.tile)
 
 
-@njit
+@device_function(inline="always")
 def _map_rows(args, memory, y, first, second, prefetched):
     """Map a few rows at a time: the next ones are read while the products of those before are computed."""
     layout, n, d, dp = y.layout, y.samples, y.layout.d, padded(y.layout.d)

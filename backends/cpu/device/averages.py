@@ -1,9 +1,9 @@
 """Running averages of a layer."""
 
 import numpy as np
-from numba import njit
 
 from polywhiten.cpu.arguments import UpdateAveragesArgs, unpack
+from polywhiten.cpu.device.device_function import device_function
 from polywhiten.cpu.device.pointers import cast, get, put
 
 
@@ -24,7 +24,7 @@ def update_averages(packed, workspace, part, num_parts):
         put(args.num_batches, 0, count + 1)
 
 
-@njit
+@device_function
 def _are_finite(values, size):
     others = 0
     for i in range(size):
@@ -33,7 +33,7 @@ def _are_finite(values, size):
     return others == 0
 
 
-@njit
+@device_function
 def _stays_finite(average, factor):
     new, old = cast(average.running, factor), cast(average.running, 1.0 - factor)
     others = 0
@@ -44,14 +44,14 @@ def _stays_finite(average, factor):
     return others == 0
 
 
-@njit
+@device_function
 def _update(average, factor):
     new, old = cast(average.running, factor), cast(average.running, 1.0 - factor)
     for i in range(average.size):
         put(average.running, i, _between(get(average.running, i), get(average.batch, i), factor, new, old))
 
 
-@njit
+@device_function
 def _between(running, batch, factor, new, old):
     """Return the weighted mean, computed from the nearer value so that a factor of 1 gives the batch's exactly."""
     return running + new * (batch - running) if factor < 0.5 else batch - old * (batch - running)

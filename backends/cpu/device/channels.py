@@ -2,8 +2,7 @@
 
 from typing import NamedTuple
 
-from numba import njit
-
+from polywhiten.cpu.device.device_function import device_function
 from polywhiten.cpu.device.panels import is_interleaved
 from polywhiten.cpu.device.pointers import at, cast, clear, get, put
 from polywhiten.cpu.device.simd import accumulate, scale_and_shift
@@ -17,13 +16,13 @@ class Channels(NamedTuple):
     positions: int
 
 
-@njit
+@device_function
 def has_channel_runs(layout, channels):
     """Return whether adjacent samples of a panel belong to the same channel."""
     return is_interleaved(layout) or channels.positions > 1
 
 
-@njit
+@device_function
 def channel_run(panel, channels, done, j):
     """Return how many samples follow from position j of the inner axis on, and the position after them.
 
@@ -39,7 +38,7 @@ def channel_run(panel, channels, done, j):
     return n, 0 if j == inner else j
 
 
-@njit
+@device_function
 def scale_channels(columns, ld, panel, channels, weight, bias, centre):
     """Multiply a panel of columns by its channels' weight, add their bias, and subtract a centre for each row."""
     layout, done, j = panel.layout, 0, panel.start % panel.layout.inner
@@ -62,7 +61,7 @@ def scale_channels(columns, ld, panel, channels, weight, bias, centre):
         done, j = done + n, following
 
 
-@njit(fastmath={"reassoc"})
+@device_function(fastmath={"reassoc"})
 def gather_channels(gradient, white, ld, panel, channels, weight, row_sums, parameters, workspace):
     """Add what a panel of dY gives to its channels and rows, where adjacent samples belong to different channels.
 

@@ -3,10 +3,10 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from polywhiten.cpu.arguments import CombineCrossMomentsArgs, CrossMomentsArgs, unpack
 from polywhiten.cpu.device.channels import channel_run, gather_channels, has_channel_runs
+from polywhiten.cpu.device.device_function import device_function
 from polywhiten.cpu.device.gemm import Sizes, multiply_add
 from polywhiten.cpu.device.gemm_microkernel import Matrix, StridedMatrix
 from polywhiten.cpu.device.moments import sum_of_chunks
@@ -82,7 +82,7 @@ def cross_moments(packed, workspace, part, num_parts):
                 _add_gathered(args, memory, products, x, dy, prefetched)
 
 
-@njit(inline="always")
+@device_function(inline="always")
 def _divide_workspace(workspace, d):
     dp = padded(d)
     rows_size, columns_size = PANEL_WIDTH * (dp + LD_PADDING), dp * (PANEL_WIDTH + LD_PADDING)
@@ -106,7 +106,7 @@ def _divide_workspace(workspace, d):
     )
 
 
-@njit(inline="always")
+@device_function(inline="always")
 def _start_block(args, memory, products, block):
     d, dp = args.x_layout.d, padded(args.x_layout.d)
     clear(products, 0, 1, dp * (dp + 1))
@@ -120,7 +120,7 @@ def _start_block(args, memory, products, block):
                 put(memory.matrix, i * dp + j, get(args.whitener, (block * d + i) * d + j))
 
 
-@njit(inline="always")
+@device_function(inline="always")
 def _add_rows(memory, products, x, dy, prefetched, are_together, is_first, is_last):
     """Add what two panels of rows give; several small panels are added up before their sum is."""
     d, dp = x.layout.d, padded(x.layout.d)
@@ -146,7 +146,7 @@ def _add_rows(memory, products, x, dy, prefetched, are_together, is_first, is_la
             put(products, i, get(products, i) + get(memory.matrix, i))
 
 
-@njit
+@device_function
 def _add_exactly(totals, lost, values, count):
     """Add values by Kahan's sum: what rounding has added to a total is taken off the next value."""
     for c in range(count):
@@ -156,7 +156,7 @@ def _add_exactly(totals, lost, values, count):
         put(lost, c, more if abs(more) < cast(lost, np.inf) else cast(lost, 0.0))
 
 
-@njit(inline="always")
+@device_function(inline="always")
 def _add_columns(memory, products, x, dy, prefetched):
     """Add what two panels of columns give."""
     dp, n = padded(x.layout.d), x.samples
@@ -165,7 +165,7 @@ def _add_columns(memory, products, x, dy, prefetched):
     _add_products(memory, products, gradient, ld, n, dp, prefetched)
 
 
-@njit
+@device_function(inline="always")
 def _load_both(memory, x, dy):
     """Load X as rows and dY as columns, and return where these are: in their array if both are runs."""
     dp, ld = padded(x.layout.d), PANEL_WIDTH + LD_PADDING
@@ -176,7 +176,7 @@ def _load_both(memory, x, dy):
     return memory.gradient, ld
 
 
-@njit
+@device_function
 def _load_columns(memory, x, dy):
     """Load X as rows and as columns, and dY as columns."""
     dp, ld = padded(x.layout.d), PANEL_WIDTH + LD_PADDING
@@ -185,7 +185,7 @@ def _load_columns(memory, x, dy):
     pack_columns(memory.gradient, ld, dy, memory.zeros, memory.tile)
 
 
-@njit(inline="always")
+@device_function(inline="always")
 def _add_products(memory, products, gradient, ld, n, dp, prefetched):
     """Add the products of columns of dY and rows of X."""
     multiply_add(
@@ -199,7 +199,7 @@ def _add_products(memory, products, gradient, ld, n, dp, prefetched):
     )
 
 
-@njit(inline="always")
+@device_function(inline="always")
 def _add_gathered(args, memory, products, x, dy, prefetched):
     """Add what panels give where adjacent samples are of different channels."""
     dp, n, ld = padded(x.layout.d), x.samples, PANEL_WIDTH + LD_PADDING
@@ -219,7 +219,7 @@ def _add_gathered(args, memory, products, x, dy, prefetched):
     _add_products(memory, products, memory.gradient, ld, n, dp, prefetched)
 
 
-@njit(fastmath={"reassoc"})
+@device_function(inline="always")
 def _add_runs(args, memory, products, x, dy, prefetched):
     """Add what panels give where each run of adjacent samples is of one channel in every row.
 
@@ -246,14 +246,21 @@ def _add_runs(args, memory, products, x, dy, prefetched):
             channel = i * (layout.inner // channels.positions) + first
             weight, total = get(args.weight, channel), sum_of(at(gradient, i * ld + done), n)
             row, target, white = at(memory.white, i * dp), at(products, i * dp), at(memory.matrix, i * dp)
-            product = cast(row, 0.0)
-            for c in range(d):
-                product += get(row, c) * get(white, c)
-                put(target, c, get(target, c) + weight * get(row, c))
+            product = _add_row(target, row, weight, white, d)
             put(sums, i, get(sums, i) + weight * total)
             put(parameters, channel, get(parameters, channel) + product)
             put(parameters, channels.number + channel, get(parameters, channels.number + channel) + total)
         done, j, num_prefetched = done + n, following, 0
+
+
+@device_function(fastmath={"reassoc"})
+def _add_row(target, row, weight, white, d):
+    """Add a row times a weight to the target, and return its scalar product with another one."""
+    product = cast(row, 0.0)
+    for c in range(d):
+        product += get(row, c) * get(white, c)
+        put(target, c, get(target, c) + weight * get(row, c))
+    return product
 
 
 def combine_cross_moments(packed, workspace, part, num_parts):

@@ -2,8 +2,7 @@
 
 from typing import NamedTuple
 
-from numba import njit
-
+from polywhiten.cpu.device.device_function import device_function
 from polywhiten.cpu.device.gemm_microkernel import (
     TILE_PAIR,
     Matrix,
@@ -24,7 +23,7 @@ class Sizes(NamedTuple):
     k: int
 
 
-@njit
+@device_function
 def multiply_add(c, base, a, b, sizes, upper, prefetch):
     """Compute C = base + A B, prefetching panels meanwhile; if `upper`, only the tiles on and above the diagonal."""
     tiles = sizes.m // TILE * (sizes.n // TILE)
@@ -34,7 +33,7 @@ def multiply_add(c, base, a, b, sizes, upper, prefetch):
     multiply_add_listed(c, base, a, b, sizes, upper, False, prefetch_list)
 
 
-@njit
+@device_function
 def multiply_add_listed(c, base, a, b, sizes, upper, nontemporal, prefetch_list):
     """Compute `multiply_add` with an existing prefetch list and optional non-temporal stores.
 
@@ -62,7 +61,7 @@ def multiply_add_listed(c, base, a, b, sizes, upper, nontemporal, prefetch_list)
     return begin
 
 
-@njit
+@device_function
 def intervals_per_tile(like, k):
     """Return how often a product of k steps prefetches while it computes TILE columns of a tile."""
     return blocks_per_tile(like) * ((k + PREFETCH_INTERVAL - 1) // PREFETCH_INTERVAL)

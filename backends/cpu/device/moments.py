@@ -2,9 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from numba import njit
-
 from polywhiten.cpu.arguments import CombineMomentsArgs, MomentsArgs, unpack
+from polywhiten.cpu.device.device_function import device_function
 from polywhiten.cpu.device.gemm import Sizes, multiply_add
 from polywhiten.cpu.device.gemm_microkernel import Matrix, StridedMatrix
 from polywhiten.cpu.device.packing import load_shift, pack_columns, pack_rows, pack_run_as_rows, transpose
@@ -52,7 +51,7 @@ def moments(packed, workspace, part, num_parts):
             _add_panel(memory, products, mean, x, following, args.as_rows)
 
 
-@njit(inline="always")
+@device_function(inline="always")
 def _add_panel(memory, products, mean, x, following, as_rows):
     """Add the products of a panel, and store its mean."""
     d, dp, n = x.layout.d, padded(x.layout.d), x.samples
@@ -85,7 +84,7 @@ def _add_panel(memory, products, mean, x, following, as_rows):
     )
 
 
-@njit
+@device_function
 def _divide(values, count, divisor):
     for i in range(count):
         put(values, i, get(values, i) / divisor)
@@ -126,7 +125,7 @@ def combine_moments(packed, workspace, part, num_parts):
                 put(cov, j * d + i, value)
 
 
-@njit
+@device_function
 def sum_of_chunks(sums, block, chunks, size):
     """Add a block's chunks to the first one, and return that."""
     result = at(sums, block * chunks * size)

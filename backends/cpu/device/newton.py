@@ -4,10 +4,12 @@ Symmetric results are computed above their diagonals and copied. A phase needs a
 tiles in it needs no other column: several workers can share a matrix if they begin every phase together.
 """
 
+from typing import NamedTuple
+
 import numpy as np
-from numba import njit
 
 from polywhiten.cpu.arguments import InverseSqrtArgs, unpack
+from polywhiten.cpu.device.device_function import device_function
 from polywhiten.cpu.device.gemm_microkernel import TILE_PAIR, Matrix, StridedMatrix, gemm_microkernel
 from polywhiten.cpu.device.panels import padded
 from polywhiten.cpu.device.pointers import as_int64, at, cast, clear, get, is_null, put
@@ -22,48 +24,66 @@ _PHASES = 3, 5  # of a step, likewise
 def inverse_sqrt(packed, workspace, part, num_parts):
     """Compute W = (cov + eps I)^(-1/2) for a part of the blocks, or a part of one phase for all blocks."""
     args = unpack(InverseSqrtArgs, packed, workspace)
-    blocks, size = args.blocks, workspace_size(args.d, False)
-    if args.phase >= 0:
-        for block in range(blocks):
-            _iterate(args, at(args.matrices, block * size), args.phase, block, part, num_parts)
-        return
-    for block in range(part * blocks // num_parts, (part + 1) * blocks // num_parts):
-        for phase in range(num_phases(args.steps, False)):
-            _iterate(args, workspace, phase, block, 0, 1)
+    turns = _divide_turns(args, num_phases(args.steps, False), part, num_parts)
+    for block in range(turns.first_block, turns.end_block):
+        memory = workspace
+        if turns.is_shared:
+            memory = at(args.matrices, block * workspace_size(args.d, False))
+        for phase in range(turns.first_phase, turns.end_phase):
+            _iterate(args, memory, phase, block, turns.part, turns.num_parts)
 
 
 def inverse_sqrt_adjoint(packed, workspace, part, num_parts):
     """Compute the gradient with respect to cov for a part of the blocks, or a part of one phase for all blocks."""
     args = unpack(InverseSqrtArgs, packed, workspace)
-    blocks, size = args.blocks, workspace_size(args.d, True)
+    turns = _divide_turns(args, num_phases(args.steps, True), part, num_parts)
+    for block in range(turns.first_block, turns.end_block):
+        memory = workspace
+        if turns.is_shared:
+            memory = at(args.matrices, block * workspace_size(args.d, True))
+        for phase in range(turns.first_phase, turns.end_phase):
+            _iterate_derivative(args, memory, phase, block, turns.part, turns.num_parts)
+
+
+class _Turns(NamedTuple):
+    """Which phases of which blocks a part computes, and which part of each phase."""
+
+    is_shared: bool  # whether all parts compute one phase of all blocks together
+    first_block: int
+    end_block: int
+    first_phase: int
+    end_phase: int
+    part: int
+    num_parts: int
+
+
+@device_function
+def _divide_turns(args, phases, part, num_parts):
+    blocks = args.blocks
     if args.phase >= 0:
-        for block in range(blocks):
-            _iterate_derivative(args, at(args.matrices, block * size), args.phase, block, part, num_parts)
-        return
-    for block in range(part * blocks // num_parts, (part + 1) * blocks // num_parts):
-        for phase in range(num_phases(args.steps, True)):
-            _iterate_derivative(args, workspace, phase, block, 0, 1)
+        return _Turns(True, 0, blocks, args.phase, args.phase + 1, part, num_parts)
+    return _Turns(False, part * blocks // num_parts, (part + 1) * blocks // num_parts, 0, phases, 0, 1)
 
 
-@njit
+@device_function
 def num_phases(steps, derivative):
     """Return the number of phases: those of the steps, one before them, and one after them."""
     return 2 + _PHASES[1 if derivative else 0] * (steps - 1)
 
 
-@njit
+@device_function
 def workspace_size(d, derivative):
     """Return how many elements a block's matrices take."""
     return _MATRICES[1 if derivative else 0] * padded(d) * (padded(d) + LD_PADDING) + 2 * TILE
 
 
-@njit
+@device_function
 def _matrix(memory, k, dp):
     """Return a pointer to a matrix; before the first one are zeros and the trace."""
     return at(memory, 2 * TILE + k * dp * (dp + LD_PADDING))
 
 
-@njit
+@device_function(inline="always")
 def _iterate(args, memory, phase, block, part, num_parts):
     """Compute a part of a phase for one block."""
     d, cov, whitener = args.d, at(args.cov, block * args.d * args.d), at(args.whitener, block * args.d * args.d)
@@ -85,7 +105,7 @@ def _iterate(args, memory, phase, block, part, num_parts):
         _product(next_z, 1.5, z, -1.5, z, next_r, dp, ld, True, memory, part, num_parts)
 
 
-@njit
+@device_function(inline="always")
 def _iterate_derivative(args, memory, phase, block, part, num_parts):
     """Compute a part of a phase for one block, with the derivative along the gradient's symmetric part."""
     dp, last = padded(args.d), num_phases(args.steps, True) - 1
@@ -118,7 +138,7 @@ def _iterate_derivative(args, memory, phase, block, part, num_parts):
         _product(next_dz, 1.0, p, -1.5, z, next_dr, dp, ld, True, memory, part, num_parts)
 
 
-@njit
+@device_function
 def _store_gradient(args, memory, z, dz, block, part, num_parts):
     """Store the gradient with respect to cov, less what the trace has of it, and the whitener if it is asked for."""
     d, ld = args.d, padded(args.d) + LD_PADDING
@@ -139,7 +159,7 @@ def _store_gradient(args, memory, z, dz, block, part, num_parts):
         _store_whitener(at(args.whitener, block * d * d), memory, z, ld, d, part, num_parts)
 
 
-@njit
+@device_function
 def _store_whitener(whitener, memory, z, ld, d, part, num_parts):
     """Store W = Z / sqrt(trace)."""
     root = cast(z, get(memory, TILE) ** 0.5)
@@ -148,17 +168,17 @@ def _store_whitener(whitener, memory, z, ld, d, part, num_parts):
             put(whitener, i * d + j, get(z, i * ld + j) / root)
 
 
-@njit
+@device_function
 def _block_values(values, begin):
     return at(values, 0 if is_null(values) else begin)
 
 
-@njit
+@device_function
 def _value_or_one(values, i):
     return cast(values, 1.0) if is_null(values) else get(values, i)
 
 
-@njit(fastmath={"reassoc"})
+@device_function(fastmath={"reassoc"})
 def _inner(a, b, n):
     """Return the inner product, in float64: products may be too large or too small for the values' dtype."""
     total = 0.0
@@ -167,7 +187,7 @@ def _inner(a, b, n):
     return total
 
 
-@njit
+@device_function
 def _diagonal(m, ld, d):
     """Return the sum of the diagonal."""
     total = 0.0
@@ -176,7 +196,7 @@ def _diagonal(m, ld, d):
     return total
 
 
-@njit
+@device_function
 def _start(args, memory, cov, part, num_parts):
     """Store r = (cov + eps I) / trace / 3 and Z = 3/2 (I - r)."""
     d, dp, eps, trace = args.d, padded(args.d), args.eps, _diagonal(cov, args.d, args.d) + args.d * args.eps
@@ -200,7 +220,7 @@ def _start(args, memory, cov, part, num_parts):
             put(z_row, i, 1.5 - 1.5 * diagonal)
 
 
-@njit
+@device_function
 def _start_derivative(args, memory, block, part, num_parts):
     """Store the derivatives of r and Z along the symmetric part of the gradient, whose rows are scaled first."""
     d, dp, grad = args.d, padded(args.d), at(args.grad, block * args.d * args.d)
@@ -218,7 +238,7 @@ def _start_derivative(args, memory, block, part, num_parts):
                 put(z_row, j, cast(dr, -0.25) * both)
 
 
-@njit
+@device_function
 def _product(target, beta, base, alpha, a, b, n, ld, symmetric, zeros, part, num_parts):
     """Compute target = beta base + alpha A B; the target is none of the other matrices."""
     step = TILE_PAIR if n >= 2 * TILE_PAIR * num_parts else TILE
@@ -248,7 +268,7 @@ def _product(target, beta, base, alpha, a, b, n, ld, symmetric, zeros, part, num
                     transpose_tile(at(target, k * ld + i), ld, at(target, i * ld + k), ld, (zeros,))
 
 
-@njit
+@device_function
 def _add_transposed(target, m, factor, n, ld, zeros, part, num_parts):
     """Compute target = M + factor M'."""
     for j in range(part * TILE, n, num_parts * TILE):

@@ -1,14 +1,13 @@
 """Packing: copies of panels between arrays of any strides and memory that stays in the cache."""
 
-from numba import njit
-
+from polywhiten.cpu.device.device_function import device_function
 from polywhiten.cpu.device.panels import is_interleaved, padded, start_of_run
 from polywhiten.cpu.device.pointers import at, cast, clear, get, put
 from polywhiten.cpu.device.simd import centre_rows, scale_and_shift, transpose_tile
 from polywhiten.cpu.tuning import MAX_VECTORIZED_RUN, NEARBY_ROWS, TILE
 
 
-@njit
+@device_function
 def load_shift(target, array, layout, block):
     """Load a block's first sample, which is subtracted from all of them before they are summed."""
     sample = at(array, block * layout.block_stride)
@@ -16,7 +15,7 @@ def load_shift(target, array, layout, block):
         put(target, c, get(sample, c * layout.d_stride))
 
 
-@njit
+@device_function
 def pack_columns(target, ld, panel, centre, workspace):
     """Pack a panel less its centre as columns. The workspace is TILE_WORKSPACE, as in the functions below."""
     layout, count = panel.layout, panel.samples
@@ -42,7 +41,7 @@ def pack_columns(target, ld, panel, centre, workspace):
     clear(at(target, layout.d * ld), ld, padded(layout.d) - layout.d, padded(count))
 
 
-@njit
+@device_function
 def _pack_interleaved(target, ld, layout, source, n, centre, workspace):
     """Pack n positions along the outer axis, each with (d, inner) adjacent elements."""
     size, lds, zeros = layout.d * layout.inner, layout.outer_stride, at(workspace, 2 * TILE * TILE)
@@ -71,7 +70,7 @@ def _pack_interleaved(target, ld, layout, source, n, centre, workspace):
                     c, j = c + 1, 0
 
 
-@njit
+@device_function
 def unpack_columns(panel, columns, ld, shift, workspace):
     """Write columns plus a shift of each row to a panel."""
     layout, count = panel.layout, panel.samples
@@ -95,7 +94,7 @@ def unpack_columns(panel, columns, ld, shift, workspace):
         done, outer, j = done + n, outer + 1, 0
 
 
-@njit
+@device_function
 def _unpack_interleaved(target, layout, n, columns, ld, shift, workspace):
     """Write n positions along the outer axis, each with (d, inner) adjacent elements."""
     size, ldt, zeros = layout.d * layout.inner, layout.outer_stride, at(workspace, 2 * TILE * TILE)
@@ -125,7 +124,7 @@ def _unpack_interleaved(target, layout, n, columns, ld, shift, workspace):
                         put(tile, i * ldt + j, get(transposed, i * TILE + j))
 
 
-@njit
+@device_function
 def _copy_shifted(target, source, count, offset):
     """Copy adjacent elements plus an offset."""
     in_tiles = count // TILE * TILE if count < MAX_VECTORIZED_RUN else 0
@@ -135,7 +134,7 @@ def _copy_shifted(target, source, count, offset):
         put(target, t, get(source, t) + offset)
 
 
-@njit
+@device_function
 def pack_rows(target, ld, panel, centre, sums):
     """Pack a panel less its centre as rows, and add the differences up in `sums`. Its d variables are adjacent."""
     layout, count, d = panel.layout, panel.samples, panel.layout.d
@@ -161,7 +160,7 @@ def pack_rows(target, ld, panel, centre, sums):
     clear(at(target, count * ld), ld, padded(count) - count, padded(d))
 
 
-@njit
+@device_function
 def unpack_rows(panel, rows, ld):
     """Write rows to a panel."""
     layout = panel.layout
@@ -181,7 +180,7 @@ def unpack_rows(panel, rows, ld):
             outer, j = outer + 1, 0
 
 
-@njit
+@device_function
 def transpose(target, ldt, source, lds, m, n, centre):
     """Write (m, n) elements, less a centre of each row, as (n, m). Both sizes are padded."""
     for i in range(0, m, TILE):
@@ -189,7 +188,7 @@ def transpose(target, ldt, source, lds, m, n, centre):
             transpose_tile(at(target, j * ldt + i), ldt, at(source, i * lds + j), lds, (at(centre, i),))
 
 
-@njit
+@device_function
 def pack_run_as_rows(target, ldt, panel, first_centre, second_centre, workspace):
     """Pack a panel that is a run as rows, less two centres one after another."""
     source, lds, n = start_of_run(panel), panel.layout.d_stride, panel.samples

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from numba import njit
-
+from polywhiten.cpu.device.device_function import device_function
 from polywhiten.cpu.device.pointers import at
 from polywhiten.cpu.tuning import LD_PADDING, PANEL_WIDTH, TILE
 
@@ -45,19 +44,19 @@ class Panel(NamedTuple):
     samples: int
 
 
-@njit
+@device_function
 def subpanel(panel, first, samples):
     """Return the panel's samples from the first one on."""
     return Panel(panel.array, panel.layout, panel.block, panel.start + first, samples)
 
 
-@njit
+@device_function
 def padded(n):
     """Return the next multiple of a tile's size."""
     return (n + TILE - 1) // TILE * TILE
 
 
-@njit
+@device_function
 def panel_workspace_size(d):
     """Return how many elements the largest kernel works in. The prefetch list is stored after them."""
     dp = padded(d)
@@ -65,12 +64,12 @@ def panel_workspace_size(d):
     return 3 * panel + 2 * dp * dp + 4 * PANEL_WIDTH + 4 * dp + TILE_WORKSPACE
 
 
-@njit
+@device_function
 def is_interleaved(layout):
     return layout.inner < TILE and layout.d_stride == layout.inner and (layout.inner_stride == 1 or layout.inner == 1)
 
 
-@njit
+@device_function
 def panel_width(layout):
     """Return the number of samples in a panel: a multiple of a short inner axis, else nearly equal for all panels."""
     inner = layout.inner
@@ -83,7 +82,7 @@ def panel_width(layout):
     return padded((count + panels - 1) // panels)
 
 
-@njit
+@device_function
 def panel_width_for_runs(layout):
     """Return `panel_width`, or a divisor of the inner axis that makes every panel a run.
 
@@ -96,7 +95,7 @@ def panel_width_for_runs(layout):
     return panel_width(layout)
 
 
-@njit
+@device_function
 def is_run(panel):
     """Return whether the panel is a *run*: its samples are adjacent in each of d rows, and d needs no padding."""
     layout = panel.layout
@@ -104,7 +103,7 @@ def is_run(panel):
     return is_contiguous and layout.inner_stride == 1 and layout.d_stride != 1 and layout.d % TILE == 0
 
 
-@njit
+@device_function
 def start_of_run(panel):
     """Return a pointer to the first element of a panel that is a run."""
     layout = panel.layout

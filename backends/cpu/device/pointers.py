@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from polywhiten.cpu.device.device_function import device_function
 
 _INT = ir.IntType(64)
 
@@ -104,7 +106,7 @@ def fence(typingctx: Any) -> Any:
     return types.void(), generate
 
 
-@njit
+@device_function
 def clear(target, ld, m, n):
     """Set m rows of n elements to 0."""
     for i in range(m):

@@ -6,8 +6,8 @@ Prefetched all at once, they would delay what the products read.
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
+from polywhiten.cpu.device.device_function import device_function
 from polywhiten.cpu.device.panels import padded
 from polywhiten.cpu.device.pointers import address, at, put
 from polywhiten.cpu.device.simd import CACHE_LINE
@@ -33,12 +33,13 @@ class PrefetchList(NamedTuple):
     per_interval: int
 
 
+@device_function
 def prefetch_list_size(d):
     """Return how many elements of float32 a list needs at most; of float64, half as many would do."""
-    return 2 * MAX_PANELS * _max_lines.py_func(d)
+    return 2 * MAX_PANELS * _max_lines(d)
 
 
-@njit
+@device_function
 def list_lines(prefetch, num_intervals):
     """Return the list of all panels' lines, which lasts for that number of intervals."""
     count: Any = np.int64(0)  # a literal has a type of its own, and Numba would compile `_append_panel` for both types
@@ -48,13 +49,13 @@ def list_lines(prefetch, num_intervals):
     return PrefetchList(prefetch.addresses, 0, count, (count + num_intervals - 1) // num_intervals)
 
 
-@njit
+@device_function
 def _max_lines(d):
     """Return how many lines of a panel are listed at most."""
     return (2 * PANEL_WIDTH // TILE + 4) * padded(d)
 
 
-@njit
+@device_function
 def _append_panel(addresses, count, limit, panel):
     """Append the lines of a panel to a list of `count` lines, up to a limit; return the new count."""
     layout = panel.layout
@@ -74,7 +75,7 @@ def _append_panel(addresses, count, limit, panel):
     return count
 
 
-@njit
+@device_function
 def _append_rows(addresses, count, limit, start, layout, n):
     """Append the lines of n rows of d adjacent elements."""
     distance = address(at(start, layout.inner_stride)) - address(start)
@@ -93,7 +94,7 @@ def _append_rows(addresses, count, limit, start, layout, n):
     return count
 
 
-@njit
+@device_function
 def _append_run(addresses, count, limit, start, n):
     """Append the lines of n adjacent elements."""
     first = address(start) // CACHE_LINE

@@ -1,11 +1,10 @@
 """Sums of adjacent elements."""
 
-from numba import njit
-
+from polywhiten.cpu.device.device_function import device_function
 from polywhiten.cpu.device.pointers import at, get, put
 
 
-@njit(fastmath={"reassoc"})
+@device_function(fastmath={"reassoc"})
 def sum_of(values, count):
     total = get(values, 0)
     for t in range(1, count):
@@ -13,7 +12,7 @@ def sum_of(values, count):
     return total
 
 
-@njit(fastmath={"reassoc"})
+@device_function(fastmath={"reassoc"})
 def sum_of_differences(values, count, offset):
     """Return the sum of the values less an offset."""
     total = get(values, 0) - offset
@@ -22,7 +21,7 @@ def sum_of_differences(values, count, offset):
     return total
 
 
-@njit
+@device_function
 def add_row_sums(sums, rows, ld, d, count):
     """Add the sum of each of d rows."""
     for c in range(d):

@@ -1,8 +1,7 @@
-"""Compiled code, kept on disk for later processes."""
+"""Kernels compiled for a dtype, from the files of an earlier process if there are any."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
@@ -12,8 +11,11 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import cfunc, types
-from numba.core.caching import FunctionCache
+from numba import njit, types
+from numba.core.ccallback import CFunc
+
+from polywhiten.cpu.runtime.first_use import explained
+from polywhiten.cpu.runtime.kernel_files import NotKeptError, kernel_files, without_compiling
 
 _WORKERS = Path(__file__).with_name("workers.py")
 
@@ -23,57 +25,54 @@ def kernel_address(kernel: Callable[..., None], dtype: str) -> int:
     """Return the address of the kernel, compiled for arrays and a workspace of that dtype."""
     pointers = types.CPointer(types.int64), types.CPointer(numba.from_dtype(np.dtype(dtype)))
     signature = types.void(*pointers, types.int64, types.int64)  # args, workspace, part, num_parts
-    return int(compiled(kernel, dtype, cfunc, signature, error_model="numpy").address)
+    return int(compiled_callback(kernel, dtype, signature, error_model="numpy").address)
 
 
-def compiled(
-    function: Callable[..., None], dtype: str, compiler: Callable[..., Any], *args: Any, **options: Any
-) -> Any:
-    """Return the function compiled by `compiler(*args, **options)`, from the cache if it is there.
+def kernel_folder(kernel: Callable[..., None], dtype: str) -> str | None:
+    """Return the folder that keeps the kernel, or None if it isn't kept and no folder can be written to."""
+    try:
+        with without_compiling():
+            files = kernel_files(_keyed(kernel, dtype))
+    except NotKeptError:
+        return None
+    return files and str(files.cache_path)
 
-    Numba finds the folder of the cache. The cache key includes the dtype and a hash of these sources, because Numba
-    checks only the function's own file for changes.
+
+def compiled_callback(function: Callable[..., None], dtype: str, signature: Any, **options: Any) -> Any:
+    """Return the function compiled as a C function, which has an address."""
+    function = _keyed(function, dtype)
+    callback = CFunc(function, (signature.args, signature.return_type), locals={}, options=options)
+    return _compiled(callback, function, callback.compile)
+
+
+def compiled_function(function: Callable[..., None], dtype: str, signature: Any, **options: Any) -> Any:
+    """Return the function compiled for calls from Python."""
+    function = _keyed(function, dtype)
+    dispatcher = njit(**options)(function)
+    return _compiled(dispatcher, function, lambda: dispatcher.compile(signature))
+
+
+def _compiled(kernel: Any, function: Callable[..., None], compile_now: Callable[[], object]) -> Any:
+    """Compile the kernel, or load its files; Numba's own classes for these stop at files that can't be written."""
+    files = kernel_files(function)
+    with explained(files and files.cache_path) as begins:
+        if files is None:
+            begins()
+        else:
+            files.compiling_begins, kernel._cache = begins, files
+        compile_now()
+    return kernel
+
+
+def _keyed(function: Callable[..., None], dtype: str) -> Callable[..., None]:
+    """Return the function under a name of its own for each dtype and each version of these sources.
+
+    The cache key includes the dtype and a hash of these sources, because Numba checks only the function's own file for
+    changes.
     """
     keyed = FunctionType(function.__code__, function.__globals__, function.__name__, None, function.__closure__)
     keyed.__qualname__ = f"{function.__name__}_{dtype}_{_sources_hash()}"
-    cached_compiler = compiler(*args, cache=True, **options)
-    try:
-        try:
-            return cached_compiler(keyed)
-        except OSError:
-            raise
-        except Exception as error:  # no folder to write to; or a damaged file, whose reading raises anything
-            if not (isinstance(error, RuntimeError) and "cannot cache" in str(error)):
-                return _recompiled(keyed, cached_compiler, error)
-    except OSError as error:  # for instance, the disk is full
-        _warn_that_nothing_is_cached(error.strerror or type(error).__name__)
-    return compiler(*args, **options)(keyed)
-
-
-def _recompiled(keyed: FunctionType, cached_compiler: Callable[[FunctionType], Any], error: Exception) -> Any:
-    """Return the function compiled anew, and replace its files in the cache, which can't be read."""
-    function_cache = FunctionCache(keyed)
-    damaged = sorted(map(str, Path(function_cache.cache_path).glob(f"*{keyed.__qualname__}*")))
-    function_cache.flush()
-    result = cached_compiler(keyed)  # raises again if the function is at fault, and not a file
-    warnings.warn(
-        f"polywhiten: a compiled kernel could not be read ({error!r}), and has been compiled and written again: "
-        f"{', '.join(damaged)}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return result
-
-
-@cache  # as Python's own filter for repeated warnings is reset when Numba changes filters in between
-def _warn_that_nothing_is_cached(reason: str) -> None:
-    """Warn once, not for every kernel."""
-    warnings.warn(
-        f"polywhiten: compiled kernels can't be kept ({reason}), and every process will compile them again: make "
-        "room, or set NUMBA_CACHE_DIR to a folder that can be written to",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    return keyed
 
 
 @cache

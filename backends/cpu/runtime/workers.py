@@ -11,10 +11,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import cfunc, njit, prange, types
+from numba import njit, prange, types
 from numba.extending import intrinsic
 
-from polywhiten.cpu.runtime.cache import compiled
+from polywhiten.cpu.runtime.cache import compiled_callback, compiled_function
 
 _INT = ir.IntType(64)
 _JOB = types.CPointer(types.int64)
@@ -52,7 +52,7 @@ def in_one_thread() -> Callable[[int], None]:
     def alone(data: Any) -> None:
         _run_worker(data, 0)
 
-    function = compiled(alone, "", cfunc, types.void(_JOB))
+    function = compiled_callback(alone, "", types.void(_JOB))
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.address)
 
 
@@ -65,7 +65,7 @@ def in_numba_threads() -> Callable[..., None]:
             _run_worker(data, worker)
 
     signature = types.void(types.int64[::1], types.int64)  # given here, so that the loop is compiled at once
-    function: Callable[..., None] = compiled(loop, "", njit, signature, parallel=True, nogil=True)
+    function: Callable[..., None] = compiled_function(loop, "", signature, parallel=True, nogil=True)
     return function
 
 
@@ -85,7 +85,7 @@ def openmp_region() -> int:
                 _run_part(data, launch, worker, worker)
             _call_barrier(job.barrier)
 
-    return int(compiled(region, "", cfunc, types.void(_JOB)).address)
+    return int(compiled_callback(region, "", types.void(_JOB)).address)
 
 
 @njit

@@ -14,6 +14,7 @@ from polywhiten.cli.demo.data import Data
 
 # The names that users type, and those in tables and pictures.
 NORMS = {"bn": "BN", "gn": "GN", "iternorm": "IterNorm", "gw": "GW", "dbn": "DBN"}
+OTHER_NORMS = {"bn", "gn"}  # the framework's own layers
 
 WIDTHS = (32, 32, 64, 64)
 NUM_GROUPS = 16  # of group normalization and group whitening

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 MATRICES = 6  # (d, d), which merging moments and an eigendecomposition hold at once
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(short_help="Measure how far embeddings are from white.", context_settings={"show_default": True})
 @input_options
 @click.option(
     "--plot",
