@@ -1,11 +1,18 @@
-"""All checks. `nox` runs every session, `nox -s "tests(torch)"` runs one of them, and `nox -l` lists them."""
+# /// script
+# dependencies = ["nox==2026.10.20", "uv==0.13.9"]
+# ///
+"""All checks. `nox` runs every session, `nox -s "tests(torch)"` runs one of them, and `nox -l` lists them.
 
-import shutil
+nox installs the packages above in `.nox/` before it reads the rest, because uv installs the others in a tenth of pip's time.
+"""
+
+import os
 from pathlib import Path
 
 import nox
 
-CONSTRAINTS, CONFIGURATION = (str(Path(__file__).with_name(name)) for name in ("constraints.txt", "pyproject.toml"))
+ROOT = Path(__file__).parent
+CONSTRAINTS, CONFIGURATION = str(ROOT / "constraints.txt"), str(ROOT / "pyproject.toml")
 # The extras that a library's tests need, and the rows of the conformance suite, in lists that share a run of pytest:
 # Keras uses one backend in a process.
 LIBRARIES = {
@@ -35,9 +42,19 @@ for module in pkgutil.walk_packages(polywhiten.__path__, "polywhiten.", lambda n
     if not module.name.startswith(tuple(absent)):
         print(importlib.import_module(module.name).__name__)
 """
+# The project's files that have a schema, and its name in check-jsonschema.
+SCHEMAS = {
+    "CITATION.cff": "citation-file-format",
+    ".github/workflows/*.yml": "github-workflows",
+    ".github/ISSUE_TEMPLATE/config.yml": "github-issue-config",
+    ".github/ISSUE_TEMPLATE/form-*.yml": "github-issue-forms",
+}
 
+nox.options.default_venv_backend = "uv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
+if "PIP_FIND_LINKS" in os.environ:  # uv reads no configuration of pip; this is how a machine offers wheels of its own
+    os.environ.setdefault("UV_FIND_LINKS", ",".join(os.environ["PIP_FIND_LINKS"].split()))
 
 
 def install(session: nox.Session, *packages: str) -> None:
@@ -45,21 +62,45 @@ def install(session: nox.Session, *packages: str) -> None:
     session.install("-c", CONSTRAINTS, *packages)
 
 
+def install_checkout(session: nox.Session, extras: str, *packages: str) -> None:
+    """Install this checkout as a package, anew because its version number doesn't tell whether it has changed."""
+    install(session, "--reinstall-package", "polywhiten", f".{extras}", *packages)
+
+
+def announce(session: nox.Session) -> None:
+    """Say how many sessions are left; nox itself says only which one runs."""
+    runner = session._runner
+    names = [other.friendly_name for other, selected in runner.manifest.list_all_sessions() if selected]
+    position = names.index(runner.friendly_name) + 1
+    session.log(f"{runner.friendly_name} is session {position} of {len(names)}; {len(names) - position} are left.")
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
-    install(session, "ruff")
+    """Check the style, and the files of the project that a program can check."""
+    announce(session)
+    install(session, "ruff", "check-jsonschema", "zizmor")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
+    for pattern, schema in SCHEMAS.items():
+        files = [str(file.relative_to(ROOT)) for file in sorted(ROOT.glob(pattern))]
+        session.run("check-jsonschema", "--builtin-schema", f"vendor.{schema}", *files)
+    session.run("zizmor", "--offline", "--quiet", ".github/workflows")
 
 
 @nox.session
 @nox.parametrize("library", list(LIBRARIES), ids=list(LIBRARIES))
 def tests(session: nox.Session, library: str) -> None:
+    """Run the tests and the docstrings' examples that concern one library; the options after `--` are pytest's."""
+    announce(session)
     extras, runs = LIBRARIES[library]
     companions = COMPANIONS.get(library, [])
-    install(session, f".{extras}", *companions, "pytest", "pytest-xdist", "hypothesis", "array-api-strict")
+    install_checkout(session, extras, *companions, "pytest", "pytest-xdist", "hypothesis", "array-api-strict")
     if library in NETWORKS:
         install(session, "--no-deps", *NETWORKS[library])
+    if "embeddings" in extras or "torch" in extras:  # which include Numba
+        # otherwise each of pytest's processes would compile the same kernels, at the same time
+        session.run("polywhiten", "compile")
     # tests mostly compile or build graphs on one core, so they run on all cores at once, and compile quickly
     workers, one_core = ["--numprocesses=auto"], {"OMP_NUM_THREADS": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     for rows in runs:
@@ -76,19 +117,23 @@ def tests(session: nox.Session, library: str) -> None:
     session.run("pytest", *doctests, env={"KERAS_BACKEND": library} if "keras" in extras else {})
 
 
+def build(session: nox.Session, folder: Path) -> list[Path]:
+    """Build the sdist, and from it the wheel, into an empty folder; check what they say of themselves."""
+    install(session, "twine")
+    session.run("uv", "build", "--quiet", "--clear", "--out-dir", str(folder))
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".whl", ".gz"))
+    session.run("twine", "check", "--strict", *map(str, files))
+    return files
+
+
 @nox.session
 def package(session: nox.Session) -> None:
     """Build the wheel and the sdist, install the wheel, import and run what it installs, and check the types."""
-    install(session, "build", "twine")
+    announce(session)
     folder = Path(session.create_tmp()).resolve()
-    dist = folder / "dist"
-    shutil.rmtree(dist, ignore_errors=True)  # an earlier version may have left files
-    session.run("python", "-m", "build", "--outdir", str(dist), silent=True)
-    files = sorted(map(str, dist.iterdir()))
-    session.run("twine", "check", "--strict", *files)
-    wheel = next(file for file in files if file.endswith(".whl"))
-    install(session, "--force-reinstall", "--no-deps", wheel)
-    install(session, f"{wheel}[demo,distributed,embeddings,jax,torch]", "mypy", "nox")
+    wheel = next(file for file in build(session, folder / "dist") if file.suffix == ".whl")
+    extras = "[demo,distributed,embeddings,jax,torch]"
+    install(session, "--reinstall-package", "polywhiten", f"{wheel}{extras}", "mypy", "nox")
     session.chdir(folder)  # the sources aren't here, so the installed package is checked
     session.run("python", "-c", IMPORT_EVERYTHING)
     session.run("python", "-m", "polywhiten", "info")
@@ -96,9 +141,20 @@ def package(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def release(session: nox.Session) -> None:
+    """Check that this commit can be released, build what to upload, and tag it; `-- --dry-run` adds no tag."""
+    script = str(ROOT / "tools" / "release.py")
+    session.run("python", script, "check")
+    files = build(session, ROOT / "dist")
+    if "--dry-run" not in session.posargs:
+        session.run("python", script, "tag")
+    session.log(f"Nothing was uploaded. These files are ready: {', '.join(str(file) for file in files)}")
+
+
+@nox.session(default=False)
 def speed(session: nox.Session) -> None:
     """Fail if polywhiten is slower than benchmarks/bars.py allows; `nox -s speed -- torch jax` names the frameworks."""
     backends = session.posargs or ["torch"]
     extras = ",".join(["benchmarks", *("numba" if name == "numpy" else name for name in backends)])
-    install(session, f".[{extras}]")
+    install_checkout(session, f"[{extras}]")
     session.run("python", "benchmarks/speed.py", "--guard", *(f"--backend={name}" for name in backends))
