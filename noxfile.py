@@ -3,7 +3,7 @@
 # ///
 """All checks. `nox` runs every session, `nox -s "tests(torch)"` runs one of them, and `nox -l` lists them.
 
-nox installs the packages above in `.nox/` before it reads the rest, because uv installs the others in a tenth of pip's time.
+nox installs the packages above in `.nox/` before it reads the rest. uv then installs all others in less time than pip.
 """
 
 import os
@@ -69,10 +69,9 @@ def install_checkout(session: nox.Session, extras: str, *packages: str) -> None:
 
 def announce(session: nox.Session) -> None:
     """Say how many sessions are left; nox itself says only which one runs."""
-    runner = session._runner
-    names = [other.friendly_name for other, selected in runner.manifest.list_all_sessions() if selected]
-    position = names.index(runner.friendly_name) + 1
-    session.log(f"{runner.friendly_name} is session {position} of {len(names)}; {len(names) - position} are left.")
+    manifest = session._runner.manifest
+    left = sum(waiting for _, waiting in manifest.list_all_sessions())
+    session.log(f"This is session {len(manifest) - left} of {len(manifest)}, so {left} are left.")
 
 
 @nox.session

@@ -44,7 +44,7 @@ def test_a_clean_commit_is_tagged_once(checkout, capsys):
     assert RELEASE["git"](checkout, "tag") == ""
     RELEASE["main"](["tag"], checkout)
     assert RELEASE["git"](checkout, "tag") == "v1.2.3"
-    with pytest.raises(SystemExit, match="tag v1.2.3 exists"):
+    with pytest.raises(SystemExit, match=r"tag v1\.2\.3 exists"):
         RELEASE["main"](["tag"], checkout)
 
 
