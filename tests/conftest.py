@@ -21,7 +21,10 @@ NAMES = {library.option.partition("-")[0] for library in Library}
 # test_NAME.py and test_NAME_*.py are for the framework NAME alone. These other files need one framework too, such as
 # test_cli.py, because the demo trains in PyTorch, and those of embeddings, which are NumPy's.
 OWNERS = {f"test_{name}.py": "torch" for name in ("cli", "forked", "study", "tracking", "triton", "triton_joined")}
-OWNERS |= {f"test_{name}.py": "numpy" for name in ("add_a_backend", "cpu", "kernel_cache", "project")}
+OWNERS |= {f"test_{name}.py": "numpy" for name in ("add_a_backend", "cpu", "kernel_cache")}
+
+# These read files of the checkout, whatever is installed, so one session is enough.
+OWNERS |= {f"test_{name}.py": "numpy" for name in ("architecture", "project")}
 
 
 def pytest_addoption(parser):
