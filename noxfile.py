@@ -71,7 +71,7 @@ def announce(session: nox.Session) -> None:
     """Say how many sessions are left; nox itself says only which one runs."""
     manifest = session._runner.manifest
     left = sum(waiting for _, waiting in manifest.list_all_sessions())
-    session.log(f"This is session {len(manifest) - left} of {len(manifest)}, so {left} are left.")
+    session.log(f"This is session {len(manifest) - left} of {len(manifest)}, and {left} are left.")
 
 
 @nox.session

@@ -23,8 +23,7 @@ NAMES = {library.option.partition("-")[0] for library in Library}
 OWNERS = {f"test_{name}.py": "torch" for name in ("cli", "forked", "study", "tracking", "triton", "triton_joined")}
 OWNERS |= {f"test_{name}.py": "numpy" for name in ("add_a_backend", "cpu", "kernel_cache")}
 
-# These read files of the checkout, whatever is installed, so one session is enough.
-OWNERS |= {f"test_{name}.py": "numpy" for name in ("architecture", "project")}
+OWNERS["test_project.py"] = "numpy"  # reads files of the checkout alone, so one session is enough
 
 
 def pytest_addoption(parser):
