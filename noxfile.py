@@ -7,11 +7,13 @@ nox installs the packages above in `.nox/` before it reads the rest. uv then ins
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import nox
 
 ROOT = Path(__file__).parent
+DIST, KERNELS = ROOT / ".nox" / "dist", ROOT / ".nox" / "kernels"  # what the session `build` builds, compiled once
 CONSTRAINTS, CONFIGURATION = str(ROOT / "constraints.txt"), str(ROOT / "pyproject.toml")
 # The extras that a library's tests need, and the rows of the conformance suite, in lists that share a run of pytest:
 # Keras uses one backend in a process.
@@ -62,9 +64,28 @@ def install(session: nox.Session, *packages: str) -> None:
     session.install("-c", CONSTRAINTS, *packages)
 
 
-def install_checkout(session: nox.Session, extras: str, *packages: str) -> None:
-    """Install this checkout as a package, anew because its version number doesn't tell whether it has changed."""
-    install(session, "--reinstall-package", "polywhiten", f".{extras}", *packages)
+def install_polywhiten(session: nox.Session, extras: str, *packages: str) -> None:
+    """Install the wheel that the session `build` has built, with extras, and other packages."""
+    (wheel,) = DIST.glob("polywhiten-*.whl")
+    install(session, f"{wheel}{extras}", *packages)
+
+
+def compile_kernels(session: nox.Session) -> None:
+    """Compile the kernels for CPUs, or copy those that a session before this one has compiled.
+
+    Otherwise each of pytest's processes would compile them all. Numba takes a kept kernel only if the source file has the
+    time of change that it had. uv gives a file the same time in every environment, so one compilation serves all of
+    them. If a time differs, `polywhiten compile` compiles again.
+    """
+    folder = session.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True)
+    packages = Path(folder.strip())
+    if KERNELS.exists():
+        shutil.copytree(KERNELS, packages, dirs_exist_ok=True)
+    session.run("polywhiten", "compile")
+    for file in packages.glob("polywhiten/cpu/**/*.nb[ci]"):
+        kept = KERNELS / file.relative_to(packages)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, kept)
 
 
 def announce(session: nox.Session) -> None:
@@ -87,19 +108,28 @@ def lint(session: nox.Session) -> None:
     session.run("zizmor", "--offline", "--quiet", ".github/workflows")
 
 
-@nox.session
+@nox.session(default=False)
+def build(session: nox.Session) -> None:
+    """Build the sdist, and from it the wheel, which other sessions install; check what they say of themselves."""
+    announce(session)
+    install(session, "twine")
+    shutil.rmtree(KERNELS, ignore_errors=True)  # which belong to an earlier wheel
+    session.run("uv", "build", "--quiet", "--clear", "--out-dir", str(DIST))
+    session.run("twine", "check", "--strict", *map(str, DIST.glob("polywhiten-*")))
+
+
+@nox.session(requires=["build"])
 @nox.parametrize("library", list(LIBRARIES), ids=list(LIBRARIES))
 def tests(session: nox.Session, library: str) -> None:
     """Run the tests and the docstrings' examples that concern one library; the options after `--` are pytest's."""
     announce(session)
     extras, runs = LIBRARIES[library]
     companions = COMPANIONS.get(library, [])
-    install_checkout(session, extras, *companions, "pytest", "pytest-xdist", "hypothesis", "array-api-strict")
+    install_polywhiten(session, extras, *companions, "pytest", "pytest-xdist", "hypothesis", "array-api-strict")
     if library in NETWORKS:
         install(session, "--no-deps", *NETWORKS[library])
     if "embeddings" in extras or "torch" in extras:  # which include Numba
-        # otherwise each of pytest's processes would compile the same kernels, at the same time
-        session.run("polywhiten", "compile")
+        compile_kernels(session)
     # tests mostly compile or build graphs on one core, so they run on all cores at once, and compile quickly
     workers, one_core = ["--numprocesses=auto"], {"OMP_NUM_THREADS": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     for rows in runs:
@@ -116,44 +146,30 @@ def tests(session: nox.Session, library: str) -> None:
     session.run("pytest", *doctests, env={"KERAS_BACKEND": library} if "keras" in extras else {})
 
 
-def build(session: nox.Session, folder: Path) -> list[Path]:
-    """Build the sdist, and from it the wheel, into an empty folder; check what they say of themselves."""
-    install(session, "twine")
-    session.run("uv", "build", "--quiet", "--clear", "--out-dir", str(folder))
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".whl", ".gz"))
-    session.run("twine", "check", "--strict", *map(str, files))
-    return files
-
-
-@nox.session
+@nox.session(requires=["build"])
 def package(session: nox.Session) -> None:
-    """Build the wheel and the sdist, install the wheel, import and run what it installs, and check the types."""
+    """Import and run what the wheel installs, and check the types."""
     announce(session)
-    folder = Path(session.create_tmp()).resolve()
-    wheel = next(file for file in build(session, folder / "dist") if file.suffix == ".whl")
-    extras = "[demo,distributed,embeddings,jax,torch]"
-    install(session, "--reinstall-package", "polywhiten", f"{wheel}{extras}", "mypy", "nox")
-    session.chdir(folder)  # the sources aren't here, so the installed package is checked
+    install_polywhiten(session, "[demo,distributed,embeddings,jax,torch]", "mypy", "nox")
+    session.chdir(session.create_tmp())  # the sources aren't here, so the installed package is checked
     session.run("python", "-c", IMPORT_EVERYTHING)
     session.run("python", "-m", "polywhiten", "info")
     session.run("mypy", "--strict", "--config-file", CONFIGURATION, "-p", "polywhiten")
 
 
-@nox.session(default=False)
+@nox.session(default=False, requires=["build"])
 def release(session: nox.Session) -> None:
-    """Check that this commit can be released, build what to upload, and tag it; `-- --dry-run` adds no tag."""
-    script = str(ROOT / "tools" / "release.py")
-    session.run("python", script, "check")
-    files = build(session, ROOT / "dist")
-    if "--dry-run" not in session.posargs:
-        session.run("python", script, "tag")
-    session.log(f"Nothing was uploaded. These files are ready: {', '.join(str(file) for file in files)}")
+    """Check that this commit can be released, and tag it; `-- --dry-run` adds no tag."""
+    announce(session)
+    session.run("python", "tools/release.py", "check" if "--dry-run" in session.posargs else "tag")
+    shutil.copytree(DIST, ROOT / "dist", dirs_exist_ok=True)
+    session.log(f"Nothing was uploaded. The wheel and the sdist are in {ROOT / 'dist'}.")
 
 
-@nox.session(default=False)
+@nox.session(default=False, requires=["build"])
 def speed(session: nox.Session) -> None:
     """Fail if polywhiten is slower than benchmarks/bars.py allows; `nox -s speed -- torch jax` names the frameworks."""
     backends = session.posargs or ["torch"]
     extras = ",".join(["benchmarks", *("numba" if name == "numpy" else name for name in backends)])
-    install_checkout(session, f"[{extras}]")
+    install_polywhiten(session, f"[{extras}]")
     session.run("python", "benchmarks/speed.py", "--guard", *(f"--backend={name}" for name in backends))
