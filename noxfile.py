@@ -73,8 +73,8 @@ def install_polywhiten(session: nox.Session, extras: str, *packages: str) -> Non
 def compile_kernels(session: nox.Session) -> None:
     """Compile the kernels for CPUs, or copy those that a session before this one has compiled.
 
-    Otherwise each of pytest's processes would compile them all. Numba takes a kept kernel only if the source file has the
-    time of change that it had. uv gives a file the same time in every environment, so one compilation serves all of
+    Otherwise each of pytest's processes would compile them all. Numba takes a kept kernel only if the source file has
+    the time of change that it had. uv gives a file the same time in every environment, so one compilation serves all of
     them. If a time differs, `polywhiten compile` compiles again.
     """
     folder = session.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True)
