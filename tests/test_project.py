@@ -85,7 +85,7 @@ def test_the_workflow_runs_every_session_of_nox():
     sessions = set(re.findall(r"^@nox.session(?:\(requires.*\))?\n(?:@.*\n)?def (\w+)\(", noxfile, re.M)) - {"tests"}
     sessions |= {f"tests({library})" for library in re.findall(r'^    "(\w+)": \("\[', noxfile, re.M)}
     assert sessions >= {"lint", "package", "tests(numpy)"}
-    assert set(re.findall(r"^          - ([\w()]+)$", read(".github/workflows/checks.yml"), re.M)) == sessions
+    assert sessions <= set(re.findall(r"^          - ([\w()]+)$", read(".github/workflows/checks.yml"), re.M))
 
 
 def test_the_workflow_runs_the_pythons_of_the_classifiers():
