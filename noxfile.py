@@ -151,7 +151,7 @@ def package(session: nox.Session) -> None:
     """Import and run what the wheel installs, and check the types."""
     announce(session)
     install_polywhiten(session, "[demo,distributed,embeddings,jax,torch]", "mypy", "nox")
-    session.chdir(session.create_tmp())  # the sources aren't here, so the installed package is checked
+    session.chdir(Path(session.create_tmp()).resolve())  # the sources aren't here, so the installed package is checked
     session.run("python", "-c", IMPORT_EVERYTHING)
     session.run("python", "-m", "polywhiten", "info")
     session.run("mypy", "--strict", "--config-file", CONFIGURATION, "-p", "polywhiten")
@@ -162,7 +162,8 @@ def release(session: nox.Session) -> None:
     """Check that this commit can be released, and tag it; `-- --dry-run` adds no tag."""
     announce(session)
     session.run("python", "tools/release.py", "check" if "--dry-run" in session.posargs else "tag")
-    shutil.copytree(DIST, ROOT / "dist", dirs_exist_ok=True)
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)  # which may hold an earlier version
+    shutil.copytree(DIST, ROOT / "dist")
     session.log(f"Nothing was uploaded. The wheel and the sdist are in {ROOT / 'dist'}.")
 
 
