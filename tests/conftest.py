@@ -23,6 +23,8 @@ NAMES = {library.option.partition("-")[0] for library in Library}
 OWNERS = {f"test_{name}.py": "torch" for name in ("cli", "forked", "study", "tracking", "triton", "triton_joined")}
 OWNERS |= {f"test_{name}.py": "numpy" for name in ("add_a_backend", "cli_compile", "cpu", "kernel_cache")}
 
+OWNERS["test_project.py"] = "numpy"  # reads files of the checkout alone, so one session is enough
+
 
 def pytest_addoption(parser):
     names = [library.option for library in Library]
