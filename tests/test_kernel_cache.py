@@ -239,6 +239,13 @@ def test_kernels_that_are_not_kept_are_found_without_compiling(tmp_path, monkeyp
     assert ahead.missing(jobs) == jobs[1:]
 
 
+def test_what_is_loaded_beside_pytorch_starts_no_threads():
+    """Numba's threads may be OpenMP's, which has one number for both."""
+    assert ahead.Job("in_numba_threads") in ahead.jobs()
+    names = {job.name for job in ahead.jobs(("float32",), beside_torch=True)}
+    assert names == {*ahead.KERNELS, "openmp_region", "in_one_thread"}
+
+
 def test_all_kernels_are_compiled_ahead():
     """A kernel is a function with these parameters."""
     modules = [import_module(f"polywhiten.cpu.device.{name}") for name in ahead_modules()]

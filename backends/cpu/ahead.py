@@ -57,9 +57,14 @@ class CompileError(RuntimeError):
     """A process that compiles has ended early; its own messages are on standard error."""
 
 
-def jobs(dtypes: Sequence[str] = DTYPES) -> list[Job]:
-    """Return all kernels for these dtypes, and the loops."""
-    return [*(Job(name, dtype) for name in KERNELS for dtype in dtypes), *map(Job, LOOPS)]
+def jobs(dtypes: Sequence[str] = DTYPES, beside_torch: bool = False) -> list[Job]:
+    """Return all kernels for these dtypes, and the loops.
+
+    Beside PyTorch they are without the loop in Numba's threads, which PyTorch's own replace: loading it starts Numba's
+    threads, and PyTorch would then use as many of its own, whatever it was told.
+    """
+    loops = [name for name in LOOPS if not (beside_torch and name == workers.in_numba_threads.__name__)]
+    return [*(Job(name, dtype) for name in KERNELS for dtype in dtypes), *map(Job, loops)]
 
 
 def missing(wanted: Sequence[Job]) -> list[Job]:

@@ -67,7 +67,7 @@ def compile_command(dtypes: tuple[str, ...]) -> int:
 
 
 def compile_for_demo() -> None:
-    """Compile what training on the CPU in float32 needs and isn't kept yet, with progress on a terminal.
+    """Compile what training in PyTorch on the CPU, in float32, needs and isn't kept yet, with progress on a terminal.
 
     Nothing happens without Numba, or without a folder that keeps the kernels: then training compiles them.
     """
@@ -77,7 +77,7 @@ def compile_for_demo() -> None:
         return
     if ahead.folder("float32") is not None:
         with suppress(ahead.CompileError):  # then training compiles them, in one process
-            _show_compiling(ahead, ahead.missing(ahead.jobs(("float32",))), says_so=False)
+            _show_compiling(ahead, ahead.missing(ahead.jobs(("float32",), beside_torch=True)), says_so=False)
 
 
 def _ahead() -> Any:
