@@ -18,12 +18,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker has one core; torch.compile 
 
 # The frameworks of the rows, such as "keras" for "keras-jax".
 NAMES = {library.option.partition("-")[0] for library in Library}
-# test_NAME.py and test_NAME_*.py are for the framework NAME alone. These other files need one framework too, such as
-# test_cli.py, because the demo trains in PyTorch, and those of embeddings, which are NumPy's.
-OWNERS = {f"test_{name}.py": "torch" for name in ("cli", "forked", "study", "tracking", "triton", "triton_joined")}
-OWNERS |= {f"test_{name}.py": "numpy" for name in ("add_a_backend", "cli_compile", "cpu", "kernel_cache")}
-
-OWNERS["test_project.py"] = "numpy"  # reads files of the checkout alone, so one session is enough
+# test_NAME.py and test_NAME_*.py are for the framework NAME alone. One framework is enough for these other files too:
+# some need it, as test_cli.py needs PyTorch, in which the demo trains; others use NumPy, or read files of the checkout.
+OWNED = {
+    "torch": ("benchmarks", "cli", "forked", "study", "tracking", "triton"),
+    "numpy": (
+        "add_a_backend",
+        "architecture",
+        "cli_compile",
+        "cpu",
+        "embeddings",
+        "kernel_cache",
+        "project",
+        "solvers",
+    ),
+}
+OWNERS = {part: framework for framework, parts in OWNED.items() for part in parts} | {name: name for name in NAMES}
 
 
 def pytest_addoption(parser):
@@ -42,11 +52,8 @@ def pytest_configure(config):
 
 def pytest_ignore_collect(collection_path, config):
     chosen, name = config.getoption("library"), collection_path.name
-    owner = (
-        "numpy"
-        if name.startswith("test_embeddings_")
-        else OWNERS.get(name) or next((n for n in NAMES if name.startswith((f"test_{n}.", f"test_{n}_"))), None)
-    )
+    parts = [part for part in OWNERS if name.startswith((f"test_{part}.", f"test_{part}_"))]
+    owner = OWNERS[max(parts, key=len)] if parts else None
     frameworks = {name.partition("-")[0] for name in chosen or [] if not name.endswith("-cuda")}
     return True if chosen and owner and owner not in frameworks else None
 
