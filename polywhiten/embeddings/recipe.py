@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,11 @@ class Recipe:
             bool(parameters["normalize"]),
             RowInput(_checked_scale(parameters["scale"]), on_nonfinite == "skip"),
         )
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the parameters of an estimator that has this recipe."""
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "read"}
+        return {**own, "scale": self.read.scale, "on_nonfinite": "skip" if self.read.skip_nonfinite else "raise"}
 
     @property
     def needs_fourth_moment(self) -> bool:

@@ -302,6 +302,8 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fitted estimator to a file, which can be loaded, used, merged and fitted further.
 
+        The loaded one transforms as this one does: parameters that were set since `fit` aren't in the file.
+
         Parameters
         ----------
         path : path
@@ -309,15 +311,11 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
         """
         row_map, moments = self._fitted_map(), self.moments_
         arrays = {"mean": moments.mean, "scatter": moments.scatter, "matrix": row_map.matrix}
-        parameters = {
-            name: value.item() if isinstance(value, np.generic) else value
-            for name, value in self.get_params(deep=False).items()
-        }
+        parameters = self._recipe.parameters()
         if moments.third is not None:
             arrays["third"] = moments.third
-        if isinstance(self._recipe.read.scale, np.ndarray):
-            arrays["scale"] = self._recipe.read.scale
-            del parameters["scale"]
+        if isinstance(parameters["scale"], np.ndarray):
+            arrays["scale"] = parameters.pop("scale")
         names = getattr(self, "feature_names_in_", None)
         fields = {
             "parameters": parameters,
