@@ -213,11 +213,13 @@ class Backend:
         weight = count if weights is None else float(np.sum(weights))
         if not weight:
             return replace(Moments.empty(dimension, fourth=fourth), count=count)
-        kernels = self.implementation(whole_row_spec(dimension), rows).kernels
-        if weights is not None:
-            weights = like(self.kernels.xp, weights, kernels.to_accumulation_dtype(rows))
+        kernels, unit = self.implementation(whole_row_spec(dimension), rows).kernels, 1.0
+        if weights is not None:  # in units of a power of two, because float32 might hold none of them
+            unit = math.ldexp(1.0, math.frexp(float(np.max(weights)))[1] - 1)
+            weights = like(self.kernels.xp, weights / unit, kernels.to_accumulation_dtype(rows))
         sums = row_sums(kernels, rows, weights, fourth)
-        mean, scatter, *higher = (self.to_numpy(each).astype(np.float64) for each in sums)
+        mean, *higher = (self.to_numpy(each).astype(np.float64) for each in sums)
+        scatter, *higher = (each * unit for each in higher)
         return Moments(count, 0, weight, mean, scatter, *((higher[0], float(higher[1])) if fourth else ()))
 
     def _checked_outputs(self, y: Array, rows: Array, first: int, read: RowInput) -> tuple[Array, bool]:

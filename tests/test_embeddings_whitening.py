@@ -169,7 +169,7 @@ def test_too_few_rows_and_constant_dimensions_warn_and_give_finite_outputs(metho
     constant[:, 2] = 7
     with pytest.warns(pw.RankWarning, match="4 rows are few for 6 directions"):
         assert np.isfinite(pw.Whitening(method).fit_transform(few)).all()
-    with pytest.warns(pw.RankWarning, match=r"1 dimensions are constant \(2\)"):
+    with pytest.warns(pw.RankWarning, match=r"1 dimension is constant \(2\)"):
         y = pw.Whitening(method).fit_transform(constant)
     assert np.isfinite(y).all()
     assert method == "pca" or np.abs(y[:, 2]).max() < 1e-6

@@ -401,3 +401,10 @@ def test_products_have_all_digits_unless_users_choose(function, method):
     with jax.default_matmul_precision("bfloat16"):
         found = list(precisions(jax.make_jaxpr(run)(*arguments).jaxpr))
     assert all(precision is None or "HIGHEST" not in str(precision) for precision in found)
+
+
+@pytest.mark.parametrize("transformation", [jax.jit, jax.vmap, jax.jacobian])
+def test_the_estimator_says_that_it_cannot_be_traced(transformation):
+    whitening = pw.Whitening().fit(np.random.default_rng(0).normal(size=(50, 3)))
+    with pytest.raises(TypeError, match=r"X is traced by jax.jit.*affine_map"):
+        transformation(whitening.transform)(jnp.ones((2, 4, 3)))

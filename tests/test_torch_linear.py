@@ -134,3 +134,10 @@ def test_the_example_of_the_page(tmp_path, monkeypatch):
     assert repr(layer) == (
         "Sequential(\n  (0): Linear(in_features=64, out_features=32, bias=True)\n  (1): UnitLength()\n)"
     )
+
+
+def test_the_estimator_takes_the_batches_of_a_data_loader_as_an_iterator():
+    loader = torch.utils.data.DataLoader(torch.from_numpy(embeddings()), batch_size=100)
+    with pytest.raises(TypeError, match=r"X is a torch.*DataLoader: pass an array, or an iterator.*iter"):
+        fitted(loader)
+    assert fitted(iter(loader)).n_samples_seen_ == len(embeddings())

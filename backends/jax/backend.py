@@ -68,6 +68,15 @@ class JaxBackend(Backend):
             raise checks.wrong_type(x, name, "a JAX array")
         return x
 
+    def rows(self, x: Array, name: str = "X") -> Array:
+        """Return an array of rows; refuse tracers, because moments are kept in NumPy's arrays."""
+        if isinstance(x, jax.core.Tracer):
+            raise TypeError(
+                f"{name} is traced by jax.jit, jax.vmap or jax.grad, which the estimator does not support: call it "
+                "outside of them, or compute x @ weight.T + bias inside, with the two arrays of affine_map()"
+            )
+        return self.tensor(x, name)
+
     def converted(self, values: Any, name: str, x: Array) -> Array:
         """Return what JAX's functions convert as an array: NumPy's arrays, and objects that define `__jax_array__`."""
         if isinstance(values, Array):

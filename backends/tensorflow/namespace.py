@@ -66,7 +66,7 @@ class _Namespace(ModuleType):
 
     @staticmethod
     def isdtype(dtype: tf.DType, kind: str) -> bool:
-        return {"real floating": bool(dtype.is_floating)}[kind]
+        return {"real floating": bool(dtype.is_floating), "complex floating": bool(dtype.is_complex)}[kind]
 
     @staticmethod
     def sum(x: Tensor, axis: int | Sequence[int] | None = None, keepdims: bool = False) -> Tensor:

@@ -85,6 +85,14 @@ class Recipe:
         if isinstance(scale, np.ndarray) and len(scale) != dimension:
             raise ValueError(f"scale has {len(scale)} values: one, or {dimension} for the dimensions of x, are needed")
 
+    def check_same_scale(self, other: Recipe) -> None:
+        """Check that statistics that were taken by this recipe can be merged with those by another one."""
+        if not np.array_equal(self.read.scale, other.read.scale):
+            raise ValueError(
+                f"scale={other.read.scale} was {self.read.scale} for the data so far, whose statistics include it: "
+                "use that scale, or fit to all data again"
+            )
+
     def shrinkage_of(self, moments: Moments) -> float:
         """Return the shrinkage as a number."""
         return ledoit_wolf_shrinkage(moments) if isinstance(self.shrinkage, str) else self.shrinkage
@@ -154,8 +162,9 @@ class Recipe:
         constant = np.flatnonzero(variance <= NEARLY_CONSTANT * (moments.mean**2 + np.mean(variance)))
         if len(constant):
             named = ", ".join(map(str, constant[:5])) + (", ..." if len(constant) > 5 else "")
+            are = "dimension is" if len(constant) == 1 else "dimensions are"
             warnings.warn(
-                f"{len(constant)} dimensions are constant ({named}): whitening can't give them variance",
+                f"{len(constant)} {are} constant ({named}): whitening can't give them variance",
                 RankWarning,
                 stacklevel=5,
             )
@@ -184,7 +193,11 @@ def _checked_shrinkage(value: Any) -> float | str:
 def _checked_scale(value: Any) -> float | Float64 | None:
     if value is None:
         return None
-    scale = np.asarray(value, dtype=np.float64)
+    wrong = ValueError(f"scale={value!r} must be a number, or one for each dimension, all finite and not 0")
+    try:
+        scale = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise wrong from None
     if scale.ndim > 1 or not np.all(np.isfinite(scale) & (scale != 0)):
-        raise ValueError(f"scale={value!r} must be a number, or one for each dimension, all finite and not 0")
+        raise wrong
     return scale if scale.ndim else float(scale)

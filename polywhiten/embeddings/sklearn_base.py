@@ -26,6 +26,13 @@ def validated(estimator: Any, X: Any, reset: bool) -> Array:  # noqa: N803  # sc
 
     With `reset`, the estimator takes the number of features and their names from X; otherwise they have to be the same.
     """
+    if isinstance(X, np.ma.MaskedArray) and np.ma.is_masked(X):
+        raise TypeError(
+            "X has masked values, which NumPy's functions would take like others: pass X.filled(numpy.nan), and use "
+            'on_nonfinite="skip" to leave out their rows'
+        )
+    if getattr(getattr(X, "dtype", None), "kind", "f") in "Mm":  # scikit-learn would take times for numbers
+        raise TypeError(f"X has dtype {X.dtype}: real numbers are needed")
     if validate_data is not None:
         return validate_data(estimator, X, reset=reset, ensure_all_finite=False, dtype="numeric")
     rows = np.asarray(X)

@@ -40,12 +40,12 @@ def read_state(path: str | os.PathLike[str]) -> tuple[Arrays, dict[str, Any]]:
     try:
         arrays, text = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
         fields = json.loads(text)
-        is_known = fields["format"] == _FORMAT
+        is_known = fields["format"] == _FORMAT and fields["version"] <= _VERSION
     except OSError:
         raise
     except Exception as error:  # each of the two formats has many, safetensors its own class
         raise ValueError(f"{path} has no whitening that `Whitening.save` wrote, or is damaged: {error}") from error
-    if not is_known or fields["version"] > _VERSION:
+    if not is_known:
         raise ValueError(
             f"{path} has {fields['format']!r} of version {fields['version']}, which this version can't read"
         )

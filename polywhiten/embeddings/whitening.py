@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from polywhiten import checks
 from polywhiten._types import Array
 from polywhiten.backend import Backend, namespace_of
 from polywhiten.dispatch import backend_of, framework_module
@@ -17,6 +18,8 @@ from polywhiten.embeddings.recipe import Recipe
 from polywhiten.embeddings.storage import read_state, write_state
 from polywhiten.moments import Float64, Moments
 from polywhiten.rows import RowInput, RowMap
+
+NOT_REAL = "cSUTMm"  # the kinds of NumPy's dtypes of complex numbers, text and times, which it would convert
 
 
 class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # type: ignore[misc]
@@ -179,6 +182,8 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
                 raise ValueError("X is an iterator without batches: at least one array (n, d) is needed")
             return self
         known = vars(self).get("_moments")
+        if known is not None:
+            self._recipe.check_same_scale(recipe)
         backend, rows = self._rows(X, reset=known is None)
         recipe.check_dimension(rows.shape[1])
         weights = None if sample_weight is None else _checked_weights(sample_weight, rows.shape[0])
@@ -259,6 +264,11 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
                 )
         merged = type(self)(**self.get_params(deep=False))
         merged.moments_ = self.moments_ + other.moments_
+        for each in (self, other):
+            each._recipe.check_same_scale(merged._recipe)
+        names = [list(each.feature_names_in_) for each in (self, other) if hasattr(each, "feature_names_in_")]
+        if len(names) == 2 and names[0] != names[1]:
+            raise ValueError(f"feature_names_in_={names[0]} and {names[1]} differ: merge estimators of equal features")
         if hasattr(self, "feature_names_in_"):
             merged.feature_names_in_ = self.feature_names_in_
         return merged
@@ -352,6 +362,9 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
             )
             loaded = cls(**parameters)
             loaded.moments_ = moments
+            square, columns = moments.scatter.shape, arrays["matrix"].shape[1:]
+            if moments.mean.ndim != 1 or square != 2 * moments.mean.shape or columns != moments.mean.shape:
+                raise ValueError("the shapes of its arrays don't fit together")
             if fields["feature_names"] is not None:
                 loaded.feature_names_in_ = np.asarray(fields["feature_names"], dtype=object)
             loaded._row_map = loaded._recipe.with_matrix(moments.mean, arrays["matrix"])
@@ -436,12 +449,16 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
         return backend, rows
 
 
-def _as_rows(x: Any) -> tuple[Backend, Array]:
+def _as_rows(x: Any, name: str = "X") -> tuple[Backend, Array]:
     """Return the backend of an array, and the array; lists become arrays of NumPy."""
     if not _is_of_other_library(x):
         x = np.asarray(x)
-    backend = backend_of(x, "X")
-    return backend, backend.rows(x, "X")
+    backend = backend_of(x, name)
+    if not hasattr(x, "dtype"):  # such as PyTorch's data loaders, which are no arrays
+        raise checks.wrong_type(x, name, "an array, or an iterator of arrays, as iter() returns it")
+    if getattr(x.dtype, "kind", "f") in NOT_REAL or backend.kernels.xp.isdtype(x.dtype, "complex floating"):
+        raise TypeError(f"{name} has dtype {x.dtype}: real numbers are needed")
+    return backend, backend.rows(x, name)
 
 
 def _is_of_other_library(x: Any) -> bool:
@@ -452,7 +469,9 @@ def _is_of_other_library(x: Any) -> bool:
 def _checked_weights(weights: Any, rows: int) -> Float64:
     if math.isnan(rows):
         raise ValueError("sample_weight needs an X of a known number of rows: compute its chunk sizes first")
-    backend, given = _as_rows(weights)
+    backend, given = _as_rows(weights, "sample_weight")
+    if backend.kernels.xp.isdtype(given.dtype, "real floating"):
+        given = backend.kernels.to_accumulation_dtype(given)  # NumPy has no bfloat16
     checked: Float64 = backend.to_numpy(given).astype(np.float64)
     if checked.shape != (rows,):
         raise ValueError(f"sample_weight has shape {checked.shape}: one weight for each of the {rows} rows is needed")
