@@ -133,6 +133,13 @@ def text(path):
     return path
 
 
+def with_header(old, new):
+    content = Path(write_npy(X)).read_bytes()
+    assert len(old) == len(new)
+    Path("x.npy").write_bytes(content.replace(old, new))
+    return "x.npy"
+
+
 def foreign_zip(path):
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("x.npy", "no array")
@@ -157,6 +164,8 @@ BAD_FILES = {
     "objects": (lambda: write_npy(np.array([[1], [2, 3]], object)), ["x.npy has dtype object", "equal length"]),
     "complex": (lambda: write_npy(X + 0j), ["x.npy has dtype complex64", "float32"]),
     "text": (lambda: text("x.npy"), ["x.npy is not in the .npy format", "numpy.save"]),
+    "a bracket": (lambda: with_header(b"}", b"("), ["x.npy is not in the .npy format", "numpy.save"]),
+    "a negative shape": (lambda: with_header(b"(100, 5), }  ", b"(-100, -5), }"), ["x.npy is not in the .npy format"]),
     "text as npz": (lambda: text("x.npz"), ["x.npz is damaged", "not a zip file"]),
     "no array in a zip file": (lambda: foreign_zip("x.npz"), ["x.npz is not in the .npy format"]),
     "no file": (lambda: "y.npy", ["y.npy doesn't exist", "pattern"]),

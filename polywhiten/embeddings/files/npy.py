@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -21,6 +22,9 @@ from polywhiten.embeddings.files.errors import FileError, named
 
 DECOMPRESSED_AT_ONCE = 1 << 20  # bytes, which are copied once more
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a member of a zip file: the lengths of its name and of its extra field
+
+# NumPy lets some errors of the functions pass by which it parses a header.
+HEADER_ERRORS = ValueError, TypeError, SyntaxError, RecursionError, MemoryError, TokenError
 
 # Both kinds of streams can seek: that of a compressed array decompresses what it passes over, and starts again to go
 # back.
@@ -133,7 +137,9 @@ def _read_header(path: Path, stream: Stream, end: int) -> _Header:
         version = npy.read_magic(stream)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran_order, dtype = read(stream)
-    except ValueError as error:  # NumPy's message might advise to trust the file
+        if min(shape, default=0) < 0:
+            raise ValueError(f"shape={shape}")
+    except HEADER_ERRORS as error:  # NumPy's message might advise to trust the file
         raise FileError(f"{path} is not in the .npy format: write it with numpy.save or numpy.savez") from error
     offset, claimed = stream.tell(), math.prod(shape) * dtype.itemsize
     if end - offset != claimed and not dtype.hasobject:
