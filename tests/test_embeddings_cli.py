@@ -476,6 +476,13 @@ def test_inspect_shows_a_table_and_a_command_that_works(capsys):
     assert Whitening.load("whitening.npz").n_features_in_ == DIMENSION
 
 
+def test_the_suggested_command_reads_a_file_whose_name_starts_with_a_dash(capsys):
+    np.save("-x.npy", X)
+    assert run("inspect", "--", "-x.npy") == 0
+    command = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  polywhiten fit"))
+    assert commands.run(shlex.split(command)[1:]) == 0
+
+
 def test_inspect_measures_a_whitening_that_is_given(capsys):
     fitted("--method", "pca", "--components", "2")
     capsys.readouterr()

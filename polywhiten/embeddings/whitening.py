@@ -147,7 +147,8 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
         y : None
             Not used; scikit-learn's pipelines pass it.
         sample_weight : array, shape (n,), optional
-            The rows' weights, 0 or more. A weight of 2 counts as two equal rows.
+            The rows' weights, 0 or more. A weight of 2 counts as two equal rows. Their unit doesn't matter, except for
+            "ledoit_wolf", which takes their sum for the number of rows: don't divide them by it.
 
         Returns
         -------

@@ -177,7 +177,8 @@ def _suggestion(
     for reason in found.suggestion.reasons:
         yield f"- {reason}"
     options = {"--key": key, "--column": column, "--scale": scale}
-    words = ["polywhiten", "fit", *inputs, "--out", "whitening.npz"]
+    names = (f"./{name}" if name.startswith("-") else name for name in inputs)  # which would be taken for options
+    words = ["polywhiten", "fit", *names, "--out", "whitening.npz"]
     for name, value in found.suggestion.parameters.items():
         words += ["--normalize"] if name == "normalize" else [OPTION_NAMES[name], f"{value}"]
     for name, value in options.items():
