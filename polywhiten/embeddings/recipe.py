@@ -87,7 +87,7 @@ class Recipe:
 
     def check_same_scale(self, other: Recipe) -> None:
         """Check that statistics that were taken by this recipe can be merged with those by another one."""
-        if not np.array_equal(self.read.scale, other.read.scale):
+        if not np.array_equal(np.asarray(self.read.scale), np.asarray(other.read.scale)):  # None, too
             raise ValueError(
                 f"scale={other.read.scale} was {self.read.scale} for the data so far, whose statistics include it: "
                 "use that scale, or fit to all data again"
