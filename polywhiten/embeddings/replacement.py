@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     If the statement ends with an error, the new file is removed, and what `path` had before stays.
     """
+    if not path.parent.is_dir():  # otherwise the error would name the new file
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial{path.suffix}")
     try:
         yield partial

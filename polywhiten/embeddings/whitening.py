@@ -171,6 +171,7 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
         """Add a batch of data to the statistics; the arguments are those of `fit`.
 
         A batch may have a single row; `transform` needs two in all. The matrix is computed when it is first needed.
+        Threads need estimators of their own, which `+` merges.
         """
         del y
         recipe = Recipe.of(self.get_params(deep=False))
