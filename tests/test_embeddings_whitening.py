@@ -212,7 +212,7 @@ def test_files_that_have_no_whitening_say_so(tmp_path):
             pw.Whitening.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         pw.Whitening.load(tmp_path / "missing.safetensors")
-    with pytest.raises(FileNotFoundError, match="'.*missing'$"):
+    with pytest.raises(FileNotFoundError, match=r"'.*missing'$"):
         pw.Whitening().fit(data()).save(tmp_path / "missing" / "w.npz")
     with pytest.raises(ValueError, match=r"must end with \.npz or \.safetensors"):
         pw.Whitening().fit(data()).save(tmp_path / "w.pickle")
