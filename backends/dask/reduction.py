@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from typing import Any
@@ -20,9 +20,8 @@ Report = Callable[[int], None]
 def total(parts: Sequence[Delayed], report: Report | None = None) -> Any:
     """Compute the parts on Dask's current scheduler and return their sum.
 
-    Local schedulers add the results in a tree of tasks. On a cluster every worker first adds up what it has computed
-    itself, and a tree adds the sums of the workers. Only these go over the network then, and a worker that is lost
-    takes nothing with it that depends on another worker's parts.
+    The results are added in a tree of tasks. On a cluster, the scheduler runs an addition where most of its summands
+    are, and computes again what is lost with a worker.
 
     Parameters
     ----------
@@ -62,40 +61,18 @@ def _sum(*parts: Any) -> Any:
 
 
 def _total_on_cluster(client: Any, parts: Sequence[Delayed], report: Callable[[str], None]) -> Any:
-    from distributed import as_completed
-
-    completed = as_completed(client.compute(list(parts)), loop=client.loop)
-    try:
-        sums = _sums_of_workers(client, completed, report)
-        return client.compute(tree(sums)).result()
-    except BaseException:
-        client.cancel(list(completed.futures))
-        raise
-
-
-def _sums_of_workers(client: Any, completed: Any, report: Callable[[str], None]) -> list[Any]:
-    """Return futures of one sum for each worker, of the parts that this worker has computed."""
-    waiting: dict[str, list[Any]] = defaultdict(list)
-
-    def add_up(worker: str) -> None:
-        # a higher priority than the parts' own frees memory before more is read; any worker may repeat what was lost
-        options = {"workers": worker, "allow_other_workers": True, "priority": 1, "pure": False}
-        waiting[worker] = [client.submit(_sum, *waiting[worker], **options)]
-
-    for batch in completed.batches():
-        places = client.who_has(batch)
-        for future in batch:
-            if future.status in ("error", "cancelled"):
-                future.result()  # raises what the task has raised, or that the scheduler is gone
-            if not places[future.key]:  # its worker was lost: it is being computed again
-                completed.add(future)
-                continue
-            worker = places[future.key][0]
-            waiting[worker].append(future)
+    def completed(future: Any) -> None:
+        if future.status == "finished":
             report(future.key)
-            if len(waiting[worker]) == FAN_IN:
-                add_up(worker)
-    for worker, futures in waiting.items():
-        if len(futures) > 1:
-            add_up(worker)
-    return [future for (future,) in waiting.values()]
+
+    futures = client.compute(list(parts))
+    for future in futures:
+        future.add_done_callback(completed)
+    result = client.compute(tree(futures))
+    still_wanted = [weakref.ref(future) for future in futures]
+    del future, futures  # so that workers forget a part when it has been added
+    try:
+        return result.result()
+    except BaseException:
+        client.cancel([result, *(future for part in still_wanted if (future := part()) is not None)])
+        raise
