@@ -33,9 +33,8 @@ def fit_files(
 ) -> Whitening:
     """Fit an estimator to files, on Dask's current scheduler.
 
-    Every task reads one piece and returns its moments, and a tree of tasks adds them. On a cluster of `distributed`, most
-    additions run where their summands are, and the pieces of a worker that is lost are read
-    again by the others.
+    Every task reads one piece and returns its moments, and a tree of tasks adds them. On a cluster of `distributed`,
+    most additions run where their summands are, and the pieces of a worker that is lost are read again by the others.
 
     Parameters
     ----------
