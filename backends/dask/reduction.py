@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from typing import Any
@@ -68,11 +67,9 @@ def _total_on_cluster(client: Any, parts: Sequence[Delayed], report: Callable[[s
     futures = client.compute(list(parts))
     for future in futures:
         future.add_done_callback(completed)
-    result = client.compute(tree(futures))
-    still_wanted = [weakref.ref(future) for future in futures]
-    del future, futures  # so that workers forget a part when it has been added
+    result = client.compute(tree(futures))  # workers keep all parts until it is there
     try:
         return result.result()
     except BaseException:
-        client.cancel([result, *(future for part in still_wanted if (future := part()) is not None)])
+        client.cancel([result, *futures])
         raise
