@@ -64,10 +64,10 @@ def _total_on_cluster(client: Any, parts: Sequence[Delayed], report: Callable[[s
         if future.status == "finished":
             report(future.key)
 
-    futures = client.compute(list(parts))
+    # in one graph, so that the tree can't arrive after a part is lost; workers keep all parts until the result is there
+    result, *futures = client.compute([tree(parts), *parts])
     for future in futures:
         future.add_done_callback(completed)
-    result = client.compute(tree(futures))  # workers keep all parts until it is there
     try:
         return result.result()
     except BaseException:
