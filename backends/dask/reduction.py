@@ -68,8 +68,4 @@ def _total_on_cluster(client: Any, parts: Sequence[Delayed], report: Callable[[s
     result, *futures = client.compute([tree(parts), *parts])
     for future in futures:
         future.add_done_callback(completed)
-    try:
-        return result.result()
-    except BaseException:
-        client.cancel([result, *futures])
-        raise
+    return result.result()
