@@ -1,4 +1,4 @@
-"""Add up what tasks return, so that as little as possible goes over the network, or has to be computed twice."""
+"""Add up what tasks return, in a tree of tasks."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def _total_on_cluster(client: Any, parts: Sequence[Delayed], report: Callable[[s
         if future.status == "finished":
             report(future.key)
 
-    # in one graph, so that the tree can't arrive after a part is lost; workers keep all parts until the result is there
+    # The parts and their sum are one graph: parts of an earlier graph may be lost before their sum is known. While this
+    # function holds their futures, workers keep them, so that a sum that is lost needs no part of another worker again.
     result, *futures = client.compute([tree(parts), *parts])
     for future in futures:
         future.add_done_callback(completed)
