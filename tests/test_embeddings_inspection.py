@@ -6,7 +6,8 @@ import pytest
 from polywhiten import Whitening
 from polywhiten.embeddings import inspection
 from polywhiten.embeddings.inspection import inspect
-from polywhiten.embeddings.suggestion import components_for, suggest
+from polywhiten.embeddings.matrices import components_for
+from polywhiten.embeddings.suggestion import suggest
 
 
 def cosines_of_all_pairs(x):

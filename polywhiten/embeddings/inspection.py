@@ -10,7 +10,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from polywhiten.embeddings.suggestion import Suggestion, components_for, numerical_rank, suggest
+from polywhiten.embeddings.matrices import components_for
+from polywhiten.embeddings.suggestion import Suggestion, numerical_rank, suggest
 from polywhiten.embeddings.whitening import Whitening
 from polywhiten.moments import Float64
 

@@ -84,10 +84,10 @@ def whitening_matrix(
     return matrix
 
 
-def components_for(cov: Float64, share: float) -> int:
-    """Return how many principal components have this share of the variance together."""
-    values = np.maximum(np.linalg.eigvalsh(cov)[::-1], 0)
-    return min(int(np.searchsorted(np.cumsum(values), share * np.sum(values))) + 1, len(cov))
+def components_for(eigenvalues: Float64, share: float) -> int:
+    """Return how many principal components have a share of the variance; eigenvalues are sorted, the largest first."""
+    sums = np.cumsum(np.maximum(eigenvalues, 0.0))
+    return min(int(np.searchsorted(sums, share * sums[-1])) + 1, len(eigenvalues))
 
 
 def _projection(cov: Float64, n_components: int) -> Float64:

@@ -19,7 +19,7 @@ NEARLY_CONSTANT = 1e-14  # the squared rounding error of float32
 # There is a warning below so many rows for each direction, unless eps is a large fraction of the mean variance. In the
 # study of embeddings, whitening made search far worse at one row for each direction, and slightly worse at two.
 FEW_ROWS = 2
-LARGE_EPS = 0.1
+SEARCH_EPS = 0.1  # with which searches found more than with the default, see docs/embeddings-results.md
 
 
 class RankWarning(UserWarning):
@@ -129,7 +129,9 @@ class Recipe:
         """Return how many principal components each group keeps."""
         wanted = self.n_components
         return [
-            components_for(cov, wanted) if isinstance(wanted, float) else min(wanted or len(cov), len(cov))
+            components_for(np.linalg.eigvalsh(cov)[::-1], wanted)
+            if isinstance(wanted, float)
+            else min(wanted or len(cov), len(cov))
             for _, cov in self._groups(moments)
         ]
 
@@ -150,11 +152,11 @@ class Recipe:
 
     def _warn_of_rank(self, moments: Moments, needed: int) -> None:
         """Warn about few rows for `needed` directions, and about dimensions without variance."""
-        is_bounded = self.shrinkage != 0 or (self.relative_eps and self.eps >= LARGE_EPS)
+        is_bounded = self.shrinkage != 0 or (self.relative_eps and self.eps >= SEARCH_EPS)
         if moments.count < FEW_ROWS * needed and not is_bounded:
             warnings.warn(
                 f"{moments.count} rows are few for {needed} directions: whitening amplifies noise in some of them. Use "
-                f'more rows, shrinkage="ledoit_wolf", eps={LARGE_EPS}, a group_size, or fewer n_components',
+                f'more rows, shrinkage="ledoit_wolf", eps={SEARCH_EPS}, a group_size, or fewer n_components',
                 RankWarning,
                 stacklevel=5,
             )

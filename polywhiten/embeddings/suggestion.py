@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from polywhiten.embeddings.matrices import components_for
+from polywhiten.embeddings.recipe import SEARCH_EPS
 from polywhiten.moments import Float64
 
 KEPT_VARIANCE = 0.99
 ROWS_PER_DIMENSION = 10  # with fewer, the smallest eigenvalues of a sample covariance are off by more than a half
 DEFAULT_EPS = 1e-5
-SEARCH_EPS = 0.1  # see docs/embeddings-results.md
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,6 @@ def suggest(eigenvalues: Float64, rows: int, noise: float, *, is_unit_length: bo
         parameters["normalize"] = True
         reasons.append("Normalize: the rows have length 1, and without it the white ones wouldn't.")
     return Suggestion(parameters, tuple(reasons))
-
-
-def components_for(eigenvalues: Float64, share: float) -> int:
-    """Return how many of the largest eigenvalues have a share of the sum of all."""
-    sums = np.cumsum(np.maximum(eigenvalues, 0.0))
-    return min(int(np.searchsorted(sums, share * sums[-1])) + 1, len(eigenvalues))
 
 
 def numerical_rank(eigenvalues: Float64, rows: int, noise: float) -> int:
