@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 Float64 = npt.NDArray[np.float64]
+_NUMBERS = "count", "skipped", "weight", "fourth"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,23 @@ class Moments:
         """Return the moments of no rows, with third and fourth moments if these are wanted."""
         higher = (np.zeros(dimension), 0.0) if fourth else (None, None)
         return cls(0, 0, 0.0, np.zeros(dimension), np.zeros((dimension, dimension)), *higher)
+
+    @classmethod
+    def of_parts(cls, arrays: Mapping[str, Float64], numbers: Mapping[str, Any]) -> Moments:
+        """Return the moments that `parts` has taken apart; raise KeyError if something is missing."""
+        return cls(
+            mean=arrays["mean"],
+            scatter=arrays["scatter"],
+            third=arrays.get("third"),
+            **{name: numbers[name] for name in _NUMBERS},
+        )
+
+    def parts(self) -> tuple[dict[str, Float64], dict[str, Any]]:
+        """Return the arrays that there are, and the numbers, by their names, for a file."""
+        arrays = {"mean": self.mean, "scatter": self.scatter}
+        if self.third is not None:
+            arrays["third"] = self.third
+        return arrays, {name: getattr(self, name) for name in _NUMBERS}
 
     @property
     def covariance(self) -> Float64:

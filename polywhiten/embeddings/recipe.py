@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from polywhiten import checks
+from polywhiten.analysis.conditioning import spectrum
 from polywhiten.embeddings.matrices import METHODS, components_for, ledoit_wolf_shrinkage, shrunk, whitening_matrix
 from polywhiten.moments import Float64, Moments
 from polywhiten.rows import RowInput, RowMap
@@ -129,9 +130,7 @@ class Recipe:
         """Return how many principal components each group keeps."""
         wanted = self.n_components
         return [
-            components_for(np.linalg.eigvalsh(cov)[::-1], wanted)
-            if isinstance(wanted, float)
-            else min(wanted or len(cov), len(cov))
+            components_for(spectrum(cov), wanted) if isinstance(wanted, float) else min(wanted or len(cov), len(cov))
             for _, cov in self._groups(moments)
         ]
 

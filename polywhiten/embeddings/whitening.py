@@ -11,6 +11,7 @@ import numpy as np
 
 from polywhiten import checks
 from polywhiten._types import Array
+from polywhiten.analysis.conditioning import spectrum
 from polywhiten.backend import Backend, namespace_of
 from polywhiten.dispatch import backend_of, framework_module
 from polywhiten.embeddings import sklearn_base
@@ -321,20 +322,14 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
         path : path
             Ends with ".npz", or with ".safetensors", which needs the package of this name.
         """
-        row_map, moments = self._fitted_map(), self.moments_
-        arrays = {"mean": moments.mean, "scatter": moments.scatter, "matrix": row_map.matrix}
-        parameters = self._recipe.parameters()
-        if moments.third is not None:
-            arrays["third"] = moments.third
+        arrays, numbers = self.moments_.parts()
+        arrays["matrix"], parameters = self.matrix_, self._recipe.parameters()
         if isinstance(parameters["scale"], np.ndarray):
             arrays["scale"] = parameters.pop("scale")
         names = getattr(self, "feature_names_in_", None)
         fields = {
             "parameters": parameters,
-            "count": moments.count,
-            "skipped": moments.skipped,
-            "weight": moments.weight,
-            "fourth": moments.fourth,
+            **numbers,
             "feature_names": None if names is None else list(names),
         }
         write_state(path, arrays, fields)
@@ -353,15 +348,7 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
         arrays, fields = read_state(path)
         try:
             parameters = {**fields["parameters"], **({"scale": arrays["scale"]} if "scale" in arrays else {})}
-            moments = Moments(
-                count=fields["count"],
-                skipped=fields["skipped"],
-                weight=fields["weight"],
-                mean=arrays["mean"],
-                scatter=arrays["scatter"],
-                third=arrays.get("third"),
-                fourth=fields["fourth"],
-            )
+            moments = Moments.of_parts(arrays, fields)
             loaded = cls(**parameters)
             loaded.moments_ = moments
             square, columns = moments.scatter.shape, arrays["matrix"].shape[1:]
@@ -402,7 +389,8 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
 
     @property
     def eigenvalues_(self) -> Float64:
-        return np.linalg.eigvalsh(self.covariance_)[::-1].astype(np.float64, copy=False)
+        values: Float64 = spectrum(self.covariance_)
+        return values
 
     @property
     def shrinkage_(self) -> float:

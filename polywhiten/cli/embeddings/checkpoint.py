@@ -19,9 +19,6 @@ from polywhiten.moments import Moments
 if TYPE_CHECKING:
     from polywhiten.embeddings.whitening import Whitening
 
-ARRAYS = "mean", "scatter", "third"
-NUMBERS = "count", "skipped", "weight", "fourth"
-
 
 class Checkpoint:
     """A file with the moments of the first rows, beside the output.
@@ -55,10 +52,9 @@ class Checkpoint:
                 fields = json.loads(str(file["json"]))
                 if fields["key"] != self._key or (fields["numbers"]["skipped"] and not self._may_skip):
                     return None, f"starting again: {self.path} is of other inputs or parameters"
-                values = {**fields["numbers"], **{name: file[name] for name in ARRAYS if name in file}}
-                return Moments(
-                    **values
-                ), f"going on after {values['count'] + values['skipped']:,} rows, from {self.path}"
+                moments = Moments.of_parts(file, fields["numbers"])
+                rows = moments.count + moments.skipped
+                return moments, f"going on after {rows:,} rows, from {self.path}"
         except FileNotFoundError:
             return None, ""
         except Exception as error:  # a damaged file raises nearly anything
@@ -66,8 +62,8 @@ class Checkpoint:
 
     def save(self, moments: Moments) -> None:
         """Write the file, which has all of its content whenever the process is killed."""
-        arrays = {name: value for name in ARRAYS if (value := getattr(moments, name)) is not None}
-        fields = {"key": self._key, "numbers": {name: getattr(moments, name) for name in NUMBERS}}
+        arrays, numbers = moments.parts()
+        fields = {"key": self._key, "numbers": numbers}
         with replacing(self.path) as part, part.open("wb") as stream:
             np.savez(stream, allow_pickle=False, json=np.array(json.dumps(fields)), **arrays)
             stream.flush()
