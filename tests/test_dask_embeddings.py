@@ -3,12 +3,10 @@
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,12 +16,11 @@ import polywhiten as pw
 da = pytest.importorskip("dask.array")
 dask = pytest.importorskip("dask")
 distributed = pytest.importorskip("distributed")
-cloudpickle = pytest.importorskip("cloudpickle")
+
+from slow_files import SlowFile, readers  # noqa: E402
 
 from polywhiten.dask import ClusterError, connected, fit_files, transform_files  # noqa: E402
-from polywhiten.embeddings.files import FileError, FileRows, open_source, pieces  # noqa: E402
-
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import it
+from polywhiten.embeddings.files import FileError, open_source, pieces  # noqa: E402
 
 ROWS, DIMENSION = 1500, 6
 
@@ -209,25 +206,6 @@ def test_a_cluster_must_be_there():
         pass
 
 
-@dataclass(frozen=True)
-class SlowFile(FileRows):
-    """A file of which one piece is read; it notes which process does that, and takes its time."""
-
-    number: int
-    log: Path
-
-    def open(self):
-        with self.log.open("a") as log:
-            log.write(f"{self.number} {os.getpid()}\n")
-        time.sleep(0.03)
-        return super().open()
-
-
-def readers(log):
-    """Return the pieces that were read, in their order, each with the process that read it."""
-    return [tuple(map(int, line.split())) for line in log.read_text().splitlines()] if log.exists() else []
-
-
 def test_a_killed_worker_costs_its_own_pieces_alone(x, files, client, tmp_path):
     log, killed = tmp_path / "log", []
     parts = [
@@ -242,7 +220,7 @@ def test_a_killed_worker_costs_its_own_pieces_alone(x, files, client, tmp_path):
         os.kill(process, signal.SIGKILL)
         killed.append(process)
 
-    killer = threading.Thread(target=kill_in_the_middle)
+    killer = threading.Thread(target=kill_in_the_middle, daemon=True)
     killer.start()
     whitening = fit_files(pw.Whitening(), parts)
     killer.join()

@@ -601,7 +601,8 @@ def test_of_statistics_for_more_channels_than_x_has_the_first_are_used():
 
 
 def test_a_layer_without_averages_whitens_by_the_batch(noted, monkeypatch):
-    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)  # what no kernel writes could be NaN, which isn't counted
+    # what no kernel writes could be NaN, and such a batch isn't counted
+    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     layer = IterNorm(8)
     layer.running_mean = layer.running_whitener = None
