@@ -53,6 +53,9 @@ SCHEMAS = {
     ".github/ISSUE_TEMPLATE/form-*.yml": "github-issue-forms",
 }
 
+# Without bytecode files, each of the many processes that tests start would compile the packages that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True

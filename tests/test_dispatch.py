@@ -21,6 +21,18 @@ def test_import_brings_no_framework():
     assert result.stdout.strip() == "[]"
 
 
+def test_import_brings_no_compiler_of_pytorch():
+    """It takes longer to import than all else, and whoever doesn't compile models doesn't need it."""
+    torch = pytest.importorskip("torch")
+    from polywhiten.torch._internals import assume_constant_result
+
+    code = "import polywhiten.torch, sys; print('torch._dynamo' in sys.modules)"
+    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+    marked = [vars(mark(lambda: 0)) for mark in (assume_constant_result, torch.compiler.assume_constant_result)]
+    assert marked[0] == marked[1]
+
+
 def test_subclasses_are_served_by_their_framework():
     torch = pytest.importorskip("torch")
     import polywhiten.torch

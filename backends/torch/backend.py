@@ -23,7 +23,7 @@ from polywhiten.solvers.minimax import minimax_steps, widest_interval
 from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import NO_STATISTICS, Statistics, WhiteningStats
 from polywhiten.torch import shared_whitening
-from polywhiten.torch._internals import as_non_view, can_bypass_autograd
+from polywhiten.torch._internals import as_non_view, assume_constant_result, can_bypass_autograd
 from polywhiten.torch.autograd import Whiten, WhitenJoined
 from polywhiten.torch.averages import RunningAverages
 from polywhiten.torch.cpu import TorchCpuImplementation
@@ -232,4 +232,4 @@ BACKEND = _backend()
 
 # torch.compile takes the results of these as constants and doesn't trace how a backend is found, for example.
 for _constant in (framework_module, gpu_launches, minimax_steps, widest_interval):
-    torch.compiler.assume_constant_result(_constant)
+    assume_constant_result(_constant)

@@ -155,7 +155,8 @@ class TorchLibrary:
         return "float32" if dtype == torch.float32 else "float64"
 
     def dense(self, array: Strided, shape: Shape) -> tuple[Strided, Strided]:
-        result = torch.empty_like(torch.empty_strided(array.shape, array.strides, device="meta"))
+        # in memory that nothing touches; for the meta device, PyTorch would import SymPy, which takes a second
+        result = torch.empty_like(torch.empty_strided(array.shape, array.strides, dtype=torch.bool))
         return Strided(array.shape, result.stride()), Strided(shape, result.reshape(shape).stride())
 
     def address(self, array: Tensor) -> int:

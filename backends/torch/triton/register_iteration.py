@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from polywhiten.gpu_launches import JOINED, gpu_launches
+from polywhiten.torch._internals import assume_constant_result
 from polywhiten.torch.triton.newton_in_memory import newton_constants
 
 _MAX_VARIABLES = 64
@@ -29,7 +30,7 @@ def register_constants(d: int) -> dict[str, Any]:
     return {**{name: constants[name] for name in ("SMALLEST", "HEIGHT", "num_stages")}, "num_warps": _NUM_WARPS}
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
     """Return 9.0, as the newest, for Triton's interpreter, which has no device."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)

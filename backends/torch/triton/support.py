@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from polywhiten.torch._internals import assume_constant_result
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -13,6 +15,6 @@ def is_on_supported_device(x: Tensor) -> bool:
     return x.is_cuda and _has_tensor_cores(x.device.index)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _has_tensor_cores(index: int) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (8, 0)

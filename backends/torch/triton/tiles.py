@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from polywhiten.torch._internals import assume_constant_result
+
 MAX_VARIABLES = 128  # of a block; the products of larger ones are large enough for PyTorch's own operations
 TARGET_PROGRAMS = 384  # enough programs to fill a large GPU
 MAX_PART_SAMPLES = 4096  # the rounding error of tensor cores' sums grows with the number of summands
@@ -96,7 +98,7 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype != torch.float32 or _users_allow_tf32() else "tf32x3"
 
 
-@torch.compiler.assume_constant_result  # PyTorch recompiles when users change the setting
+@assume_constant_result  # PyTorch recompiles when users change the setting
 def _users_allow_tf32() -> bool:
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9; once it is set, the older setting must not be read
