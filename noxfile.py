@@ -16,15 +16,14 @@ import nox
 ROOT = Path(__file__).parent
 DIST, KERNELS = ROOT / ".nox" / "dist", ROOT / ".nox" / "kernels"  # what the session `build` builds, compiled once
 CONSTRAINTS, CONFIGURATION = str(ROOT / "constraints.txt"), str(ROOT / "pyproject.toml")
-# The extras that a library's tests need, and the rows of the conformance suite, in lists that share a run of pytest:
-# Keras uses one backend in a process.
+# The extras that a library's tests need, and the rows of the conformance suite.
 LIBRARIES = {
-    "numpy": ("[embeddings,faiss,onnx]", [["numpy", "strict"]]),
-    "torch": ("[demo,keras,torch]", [["torch"], ["keras-torch"]]),
-    "tensorflow": ("[demo,keras,tensorflow]", [["tensorflow"], ["keras-tensorflow"]]),
-    "jax": ("[demo,flax,keras,jax]", [["jax", "flax"], ["keras-jax"]]),
-    "dask": ("[distributed,embeddings,jax]", [["dask"]]),  # tests combine arrays of JAX and Dask
-    "cupy": ("[cupy13]", [["cupy"]]),
+    "numpy": ("[embeddings,faiss,onnx]", ["numpy", "strict"]),
+    "torch": ("[demo,keras,torch]", ["torch", "keras-torch"]),
+    "tensorflow": ("[demo,keras,tensorflow]", ["tensorflow", "keras-tensorflow"]),
+    "jax": ("[demo,flax,keras,jax]", ["jax", "flax", "keras-jax"]),
+    "dask": ("[distributed,embeddings,jax]", ["dask"]),  # tests combine arrays of JAX and Dask
+    "cupy": ("[cupy13]", ["cupy"]),
 }
 # Packages that their tests also need, to compile GPU kernels without a GPU and to run exported models.
 COMPANIONS = {
@@ -136,7 +135,7 @@ def build(session: nox.Session) -> None:
 def tests(session: nox.Session, library: str) -> None:
     """Run the tests and the docstrings' examples that concern one library; the options after `--` are pytest's."""
     announce(session)
-    extras, runs = LIBRARIES[library]
+    extras, rows = LIBRARIES[library]
     companions = COMPANIONS.get(library, [])
     install_polywhiten(session, extras, *companions, "pytest", "pytest-xdist", "hypothesis", "array-api-strict")
     if library in NETWORKS:
@@ -144,9 +143,9 @@ def tests(session: nox.Session, library: str) -> None:
     if "embeddings" in extras or "torch" in extras:  # which include Numba
         compile_kernels(session)
     # tests mostly compile or build graphs on one core, so they run on all cores at once, and compile quickly
-    workers, one_core = ["--numprocesses=auto"], {"OMP_NUM_THREADS": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    for rows in runs:
-        session.run("pytest", *workers, *(f"--library={row}" for row in rows), *session.posargs, env=one_core)
+    workers = "--numprocesses=auto", "--dist=worksteal"
+    one_core = {"OMP_NUM_THREADS": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    session.run("pytest", *workers, *(f"--library={row}" for row in rows), *session.posargs, env=one_core)
     if library == "torch":  # its kernels in Triton run in Triton's interpreter
         session.run(
             "pytest",
