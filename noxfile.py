@@ -33,6 +33,14 @@ COMPANIONS = {
 }
 # Packages of networks, which tests put the layers into; installed without dependencies, which include another PyTorch.
 NETWORKS = {"torch": ["timm", "torchvision"]}
+# Tests compile much and compute little. JAX keeps all that it compiles, for other processes and for the next run.
+COMPILE_QUICKLY = {
+    "OMP_NUM_THREADS": "1",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".nox" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 # Imports all modules but those of frameworks that aren't installed.
 IMPORT_EVERYTHING = """
 import importlib, pkgutil, polywhiten
@@ -142,17 +150,16 @@ def tests(session: nox.Session, library: str) -> None:
         install(session, "--no-deps", *NETWORKS[library])
     if "embeddings" in extras or "torch" in extras:  # which include Numba
         compile_kernels(session)
-    # tests mostly compile or build graphs on one core, so they run on all cores at once, and compile quickly
+    # tests mostly compile or build graphs on one core, so they run on all cores at once
     workers = "--numprocesses=auto", "--dist=worksteal"
-    one_core = {"OMP_NUM_THREADS": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    session.run("pytest", *workers, *(f"--library={row}" for row in rows), *session.posargs, env=one_core)
+    session.run("pytest", *workers, *(f"--library={row}" for row in rows), *session.posargs, env=COMPILE_QUICKLY)
     if library == "torch":  # its kernels in Triton run in Triton's interpreter
         session.run(
             "pytest",
             *workers,
             "tests/test_triton.py",
             "tests/test_triton_joined.py",
-            env=one_core | {"TRITON_INTERPRET": "1"},
+            env=COMPILE_QUICKLY | {"TRITON_INTERPRET": "1"},
         )
     doctests = "--doctest-modules", "--doctest-ignore-import-errors", "--pyargs", "polywhiten"
     session.run("pytest", *doctests, env={"KERAS_BACKEND": library} if "keras" in extras else {})
