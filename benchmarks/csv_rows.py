@@ -1,6 +1,8 @@
 """Writes and reads CSV files whose rows are dataclasses of strings, numbers, tuples of numbers, and None."""
 
 import csv
+import os
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -26,6 +28,17 @@ class Writer:
 
     def close(self) -> None:
         self._file.close()
+
+
+def replace(path: Path, kind: type, rows: Iterable[Any]) -> None:
+    """Write a whole file anew, such that whoever reads it finds either the old or the new rows."""
+    new = path.with_name(f"{path.name}.new")
+    writer = Writer(new, kind)
+    try:
+        writer.add([*rows])
+    finally:
+        writer.close()
+    os.replace(new, path)
 
 
 def columns(kind: type) -> list[str]:

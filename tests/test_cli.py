@@ -360,7 +360,7 @@ def test_more_pictures_than_the_memory_holds_are_one_line(small, out, capsys, mo
     check_one_line(capsys, ["--data", "GiB", "fewer or smaller pictures"])
 
 
-@pytest.mark.parametrize("step", ["_unpack", "_pictures", "_labels", "_standardize"])
+@pytest.mark.parametrize("step", ["read_npz", "_pictures", "_labels", "_standardize"])
 def test_no_memory_left_is_one_line(step, small, out, capsys, monkeypatch):
     def full(*args):
         raise MemoryError

@@ -15,7 +15,6 @@ from click.testing import CliRunner  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"  # a folder of scripts that isn't installed
-QUIET = Console(quiet=True)
 
 
 @pytest.fixture
@@ -25,8 +24,9 @@ def study(monkeypatch):
 
 
 @pytest.fixture
-def source(study, tmp_path):
-    return study("pictures").Source(pictures(tmp_path / "pictures.npz"), "cpu")
+def place(study, tmp_path):
+    source = study("pictures").Source(pictures(tmp_path / "pictures.npz"), "cpu")
+    return study("runs").Place(source, "cpu", tmp_path / "checkpoints")
 
 
 def pictures(path, train=256, test=64):
@@ -38,87 +38,175 @@ def pictures(path, train=256, test=64):
     return path
 
 
-def made(study, source, experiment, wanted, path):
-    """Return the number of runs made, and all rows in the file afterwards."""
-    runs = study("runs")
-    count = runs.resume(
-        experiment, wanted, path, lambda *given: experiment.perform(*given, source=source, device="cpu"), "cpu", QUIET
-    )
-    return count, runs.rows_of(experiment, path)
+def made(study, place, experiment, wanted, folder, report=lambda update: None, deadline=float("inf")):
+    """Make runs as a command does, and return the file of rows afterwards."""
+    jobs, recording = study("jobs"), study("recording")
+    rows = {experiment.name: study("runs").Rows(experiment, folder, "tiny")}
+    left = [
+        jobs.Job(experiment.name, (settings,)) for settings in wanted if not rows[experiment.name].finished(settings)
+    ]
+    with recording.Recorder(rows, left, place, Console(quiet=True)) as recorder:
+
+        def both(update):
+            recorder.update(update)
+            report(update)
+
+        jobs.Maker(place, deadline, None, both).make(left, 1)
+    recorder.summarize()
+    return study("runs").Rows(experiment, folder, "tiny")
 
 
 def some(experiment):
     """Return the settings of a few runs of a plan, with different norms."""
-    plan = experiment.plan("tiny", 1)
+    plan = experiment.wanted("tiny", 1)
     return plan[:: max(1, len(plan) // 2)][:2]
 
 
-@pytest.mark.parametrize("name", ["disturbance", "conditioning", "training", "groups", "resnet"])
-def test_a_run_is_a_row_and_is_made_once(study, source, tmp_path, name):
-    experiment = study(name).EXPERIMENT
-    wanted, path = some(experiment), tmp_path / f"{name}.csv"
-    count, rows = made(study, source, experiment, wanted, path)
-    assert (count, [experiment.settings_of(row) for row in rows]) == (2, wanted)
-    assert all(row.seconds > 0 for row in rows)
-    assert made(study, source, experiment, wanted, path) == (0, rows)
+@pytest.mark.parametrize("name", ["disturbance", "conditioning", "training", "groups", "resnet", "steps"])
+def test_a_run_is_a_row_and_is_made_once(study, place, tmp_path, name):
+    experiment, updates = study("experiments").BY_NAME[name], []
+    wanted = some(experiment)
+    rows = made(study, place, experiment, wanted, tmp_path)
+    assert all(rows.finished(settings) and rows.get(settings).seconds > 0 for settings in wanted)
+    made(study, place, experiment, wanted, tmp_path, updates.append)
+    assert not updates
 
 
-def test_a_killed_study_goes_on_where_it_was(study, tmp_path):
-    runs, groups = study("runs"), study("groups").EXPERIMENT
-    wanted, path, started = groups.plan("tiny", 1)[:4], tmp_path / "groups.csv", []
+def test_a_killed_run_goes_on_after_its_last_epoch(study, place, tmp_path):
+    experiment = study("training").EXPERIMENT
+    wanted = [experiment.wanted("tiny", 1)[1]]  # IterNorm, whose other averages are kept too
+    whole = made(study, replace(place, checkpoints=None), experiment, wanted, tmp_path / "whole").get(wanted[0])
 
-    def perform(settings, progress, stop_at=None):
-        started.append(settings)
-        if len(started) == stop_at:
+    def kill(update):
+        if update.results is not None:
             raise KeyboardInterrupt
-        return {
-            "train_losses": (2.0, 1.5),
-            "train_accuracies": (0.1, 0.2),
-            "test_accuracies": (0.1, 0.3),
-            "ms_per_step": 1.0,
-        }
 
     with pytest.raises(KeyboardInterrupt):
-        runs.resume(groups, wanted, path, lambda *given: perform(*given, stop_at=3), "cpu", QUIET)
-    with path.open("a") as file:
-        file.write("bn,,,,mlp,12")  # a row that wasn't completely written
-    started.clear()
-    assert runs.resume(groups, wanted, path, perform, "cpu", QUIET) == 2
-    assert started == wanted[2:]
-    assert [groups.settings_of(row) for row in runs.rows_of(groups, path)] == wanted
+        made(study, place, experiment, wanted, tmp_path / "killed", kill)
+    rows = study("runs").Rows(experiment, tmp_path / "killed", "tiny")
+    assert not rows.finished(wanted[0])
+    assert rows.get(wanted[0]).test_accuracies == whole.test_accuracies[:1]
+    fractions = []
+    row = made(study, place, experiment, wanted, tmp_path / "killed", lambda u: fractions.append(u.fraction)).get(
+        wanted[0]
+    )
+    assert fractions[:2] == [0, 0.5]  # the checkpoint's epoch isn't trained again
+    measured = "seconds", "ms_per_step"
+    assert replace(row, **{name: getattr(whole, name) for name in measured}) == whole
+    assert not [*place.checkpoints.iterdir()]
+
+
+def test_after_the_deadline_no_run_begins(study, place, tmp_path):
+    experiment, updates = study("training").EXPERIMENT, []
+    made(study, place, experiment, some(experiment), tmp_path, updates.append, deadline=0)
+    assert not updates
+
+
+def test_what_a_killed_process_left_is_made_again(study):
+    from concurrent.futures.process import BrokenProcessPool
+
+    jobs = study("jobs")
+    done, begun, between, unbegun = (jobs.Job("groups", (number, number + 1)) for number in (0, 10, 20, 30))
+    current = {1: jobs.Update("groups", 10, 0.5), 2: jobs.Update("groups", 20, 1.0, ended=True)}
+    broken = BrokenProcessPool()
+    left, interrupted = jobs.left_of([done, begun, between, unbegun], [None, broken, broken, broken], current)
+    assert left == [unbegun]
+    assert interrupted == [begun, jobs.Job("groups", (21,))]
+    with pytest.raises(BrokenProcessPool):  # no process could begin, so others couldn't either
+        jobs.left_of([begun], [broken], {})
+
+
+def test_a_checkpoint_that_is_being_written_does_not_replace_the_last_one(study, tmp_path, monkeypatch):
+    checkpoints, path = study("checkpoints"), tmp_path / "run.pt"
+    checkpoints.save(path, {"epochs": [1]})
+
+    def killed(state, to):
+        to.write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(path, {"epochs": [1, 2]})
+    assert checkpoints.load(path, "cpu") == {"epochs": [1]}
 
 
 def test_columns_that_changed_are_refused(study, tmp_path):
-    runs, groups = study("runs"), study("groups").EXPERIMENT
-    (tmp_path / "groups.csv").write_text("norm,seed\nbn,0\n")
+    (tmp_path / "groups-tiny.csv").write_text("norm,seed\nbn,0\n")
     with pytest.raises(ValueError, match="other columns"):
-        runs.rows_of(groups, tmp_path / "groups.csv")
+        study("runs").Rows(study("groups").EXPERIMENT, tmp_path, "tiny")
 
 
 @pytest.mark.parametrize("norm", ["bn", "dbn"])
-def test_what_diverges_is_recorded(study, source, tmp_path, norm):
+def test_what_diverges_is_recorded(study, place, tmp_path, norm):
     experiment = study("training").EXPERIMENT
-    first = next(settings for settings in experiment.plan("tiny", 1) if settings.norm == norm)
-    _, (row,) = made(study, source, experiment, [replace(first, lr=1e38)], tmp_path / "training.csv")
+    first = next(settings for settings in experiment.wanted("tiny", 1) if settings.norm == norm)
+    settings = replace(first, lr=1e38, warmup=0.0)
+    row = made(study, place, experiment, [settings], tmp_path).get(settings)
     assert row.diverged
-    assert study("claims").accuracy(row) == 10
-    assert study("claims").train_loss(row) == pytest.approx(np.log(10))
+    assert study("findings").accuracy(row) == 10
+    assert study("findings").train_loss(row) == pytest.approx(np.log(10))
 
 
 def test_all_norms_start_from_the_same_weights(study):
     training, fitting = study("training"), study("fitting")
-    plan = training.EXPERIMENT.plan("tiny", 1)
+    plan = training.EXPERIMENT.wanted("tiny", 1)
     first, *others = (fitting.network(settings, 10)[0].weight for settings in plan)
     assert all(torch.equal(first, weight) for weight in others)
 
 
-def test_every_network_has_the_norm_it_is_asked_for(study):
+@pytest.mark.parametrize(
+    ("where", "first", "block"),
+    [
+        ("middle", "BatchNorm2d", ["BatchNorm2d", "GroupWhitening", "BatchNorm2d"]),
+        ("first", "GroupWhitening", 3 * ["BatchNorm2d"]),
+    ],
+)
+def test_a_residual_network_has_its_norm_at_the_place_it_is_asked_for(study, where, first, block):
     norms, networks = study("norms"), study("networks")
-    network = networks.resnet(lambda channels: norms.layer(norms.gw(4), channels, 4), 8, 2, 10)
+    network = norms.converted(networks.resnet(8, 2, 10), norms.gw(4), where)
     blocks = [part for part in network if isinstance(part, networks.Bottleneck)]
-    assert [[type(part).__name__ for part in block.residual][1::3] for block in blocks] == [
-        ["BatchNorm2d", "GroupWhitening", "BatchNorm2d"]
-    ] * 6
+    assert type(network[1]).__name__ == first
+    assert [[type(part).__name__ for part in each.residual][1::3] for each in blocks] == 6 * [block]
+
+
+@pytest.mark.parametrize("norm", ["bn", "iternorm", "dbn"])
+def test_comparing_averages_does_not_change_training(study, place, tmp_path, norm):
+    experiment = study("training").EXPERIMENT
+    settings = next(each for each in experiment.wanted("tiny", 1) if each.norm == norm)
+    one = replace(settings, recomputed_over=0)
+    rows = made(study, place, experiment, [settings, one], tmp_path)
+    compared, plain = rows.get(settings), rows.get(one)
+    assert compared.train_losses == plain.train_losses
+    assert compared.test_accuracies == plain.test_accuracies
+    assert len(compared.recomputed_accuracies) == 2
+    assert len(compared.covariance_accuracies) == (2 if norm == "iternorm" else 0)
+
+
+def test_averages_of_covariances_are_those_of_a_layer_that_tracks_them(study):
+    averages, iter_norm = study("averages"), import_module("polywhiten.torch").IterNorm
+    layer, expected = iter_norm(4, group_size=2), iter_norm(4, group_size=2, track="covariance")
+    own = averages.CovarianceAverages(layer)
+    with own.following():
+        for x in torch.randn(3, 16, 4):
+            layer(x), expected(x)
+    layer.eval()
+    x = torch.randn(16, 4)
+    before = layer(x)
+    with own.evaluating():
+        torch.testing.assert_close(layer(x), expected.eval()(x))
+    torch.testing.assert_close(layer(x), before)
+
+
+def test_augmentation_shifts_and_flips_each_picture(study, place):
+    data = place.source.pictures(16, 256, 64)
+    moves = torch.tensor([[1, 1, 0], [2, 1, 0], [1, 0, 1]])  # unchanged; up by one; flipped, and moved by one
+    found = data.augmented(torch.tensor([5, 6, 7]), moves, 1)
+    black = data.standardized(torch.zeros(1, 1, 1, 3, dtype=torch.uint8))
+    plain = data.standardized(data.x_train[5:8])
+    torch.testing.assert_close(found[0], plain[0])
+    torch.testing.assert_close(found[1][:, :-1], plain[1][:, 1:])
+    torch.testing.assert_close(found[1][:, -1:], black[0].expand(3, 1, 16))
+    torch.testing.assert_close(found[2][..., :-1], plain[2].flip(-1)[..., 1:])
 
 
 def test_gauss_newton_matrix_is_the_hessian_of_a_linear_model(study):
@@ -134,21 +222,43 @@ def test_gauss_newton_matrix_is_the_hessian_of_a_linear_model(study):
     ("values", "verdict"), [([1.0, 1.2, 1.1], "held"), ([-1.0, -1.2, -1.1], "not held"), ([1.0, -1.2, 0.4], "unclear")]
 )
 def test_verdicts_are_of_differences_seed_by_seed(study, values, verdict):
-    claims = study("claims")
+    compared = study("findings").compared
     base = {0: 50.0, 1: 70.0, 2: 60.0}  # the differences between seeds are larger than those between norms
     better = {seed: base[seed] + value for seed, value in enumerate(values)}
-    (found,) = claims.compared("claim", better | {3: 0.0}, base, lambda value: value)
+    (found,) = compared("claim", "here", better | {3: 0.0}, base, lambda value: value)
     assert found.verdict == verdict
-    assert not [*claims.compared("claim", {0: 1.0}, {0: 2.0}, lambda value: value)]  # one seed gives no verdict
+    (single,) = compared("claim", "here", {0: 2.0}, {0: 1.0}, lambda value: value)
+    assert (single.measured, single.verdict) == ("+1.0 points", "one seed")
 
 
-def test_report_has_a_picture_and_tables_of_what_is_there(study, source, tmp_path):
-    commands, runs = study("commands"), study("runs")
-    seeds = {"resnet": 2, "disturbance": 1, "groups": 1}
+@pytest.mark.parametrize(
+    ("verdicts", "together"),
+    [
+        (["held", "held"], "held"),
+        (["held", "one seed"], "held"),
+        (["held", "not held"], "held in part"),
+        (["not held", "unclear"], "not held"),
+        (["one seed"], "one seed"),
+    ],
+)
+def test_several_findings_give_one_verdict(study, verdicts, together):
+    findings = study("findings")
+    assert findings.verdict_of(findings.Finding("", "", "", verdict) for verdict in verdicts) == together
+
+
+def test_a_claim_is_stated_once_and_the_larger_scale_decides(study):
+    findings, report = study("findings"), study("report")
+    small = [("5,000 images", findings.Finding("It works", "VGG", "-1 points", "not held"))]
+    large = [("50,000 images", findings.Finding("It works", "VGG", "+2 points", "held"))]
+    *_, line = report.claims({"It works": {"small": small, "gpu": large}})
+    assert line == "| It works | *5,000 images.* VGG: -1 points. | *50,000 images.* VGG: +2 points. | held |"
+
+
+def test_report_has_a_picture_and_tables_of_what_is_there(study, place, tmp_path):
+    commands, seeds = study("commands"), {"resnet": 2, "disturbance": 1, "groups": 1, "steps": 1}
     for experiment in commands.EXPERIMENTS:
         if experiment.name in seeds:
-            wanted = experiment.plan("tiny", seeds[experiment.name])[:4]
-            made(study, source, experiment, wanted, experiment.path(tmp_path, "tiny"))
+            made(study, place, experiment, experiment.wanted("tiny", seeds[experiment.name])[:5], tmp_path)
     page = tmp_path / "README.md"
     page.write_text((FOLDER / "study" / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     arguments = ["report", "--results", str(tmp_path), "--page", str(page), "--size", "tiny"]
@@ -156,10 +266,9 @@ def test_report_has_a_picture_and_tables_of_what_is_there(study, source, tmp_pat
     assert result.exit_code == 0
     assert {path.name for path in tmp_path.glob("*.png")} == {f"{name}-tiny.png" for name in seeds}
     text = page.read_text(encoding="utf-8")
-    assert "| A residual network with GW" in text
-    assert "](resnet-tiny.png) |" in text
+    assert text.count("| A residual network with GW in its blocks improves over BN's |") == 1
     assert "](training-tiny.png)" not in text
-    assert runs.about("cpu") in text
+    assert study("runs").about("cpu") in text
 
 
 def test_commands_say_what_is_wrong(study, tmp_path):
@@ -168,6 +277,7 @@ def test_commands_say_what_is_wrong(study, tmp_path):
     for arguments, message in (
         (["training"], "--data"),
         (["training", "--data", str(data), "--size", "tiny"], "--out"),
+        (["conditioning", "--size", "gpu"], "sizes tiny, small, large"),
         (["training", "--data", str(data), "--size", "tiny", "--out", str(tmp_path)], "needs 256 square colour images"),
     ):
         result = CliRunner().invoke(main, arguments)

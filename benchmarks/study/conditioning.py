@@ -2,10 +2,9 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +17,7 @@ from polywhiten.cli.demo.training import MOMENTUM
 from study.fitting import scaled_lr
 from study.networks import mlp
 from study.norms import Norm, bn, dbn, gn, gw, iter_norm, layer
-from study.pictures import Source
-from study.runs import Experiment, Run
+from study.runs import Experiment, Place, Progress, Run
 
 SIZES = {
     "tiny": {"width": 16, "inputs": 16, "probe": 16, "steps": 10},  # a quick trial
@@ -63,18 +61,17 @@ class Conditioning(ConditioningSettings, Run):
     gauss_newton_partial: tuple[float, ...]  # for all parameters, with FISHER_FRACTION
 
 
-def plan(size: str, seeds: int) -> list[ConditioningSettings]:
-    """Return the settings of all runs: every run of one seed comes before those of the next."""
+def plan(size: str, seeds: int) -> list[list[ConditioningSettings]]:
+    """Return the settings of all runs, a list for each seed."""
     fixed = SIZES[size] | {"batch_size": BATCH_SIZE, "lr": scaled_lr(BATCH_SIZE)}
     num_groups = fixed["width"] // GROUP_WIDTH
     norms = (bn(), dbn(0), iter_norm(0), gw(num_groups), gn(num_groups))
-    return [ConditioningSettings(**vars(norm), **fixed, seed=seed) for seed in range(seeds) for norm in norms]
+    return [[ConditioningSettings(**vars(norm), **fixed, seed=seed) for norm in norms] for seed in range(seeds)]
 
 
-def perform(
-    settings: ConditioningSettings, progress: Callable[[float], None], source: Source, device: str
-) -> dict[str, Any]:
-    """Train a network, and measure it in between. The data come with scikit-learn, so `source` isn't used."""
+def perform(settings: ConditioningSettings, place: Place) -> Iterator[Progress]:
+    """Train a network, and measure it in between. The data come with scikit-learn."""
+    device = place.device
     x, y, classes = digits(settings.inputs, device)
     probe = x[: settings.probe], y[: settings.probe]
     with torch.random.fork_rng(devices=[]):
@@ -87,14 +84,14 @@ def perform(
     for step in range(settings.steps + 1):
         if step in MEASURED_AT:
             found.append((step, *measures(model, *probe)))
-        progress(step / settings.steps)
+        yield step / settings.steps, None
         batch = torch.from_numpy(random.choice(len(x), settings.batch_size, replace=False)).to(device)
         loss = cross_entropy(model(x[batch]), y[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     names = "measured_at", "losses", "inputs_full", "inputs_partial", "outputs_full", "outputs_partial"
-    return dict(zip((*names, "gauss_newton_partial"), zip(*found, strict=True), strict=True))
+    yield 1.0, dict(zip((*names, "gauss_newton_partial"), zip(*found, strict=True), strict=True))
 
 
 def digits(inputs: int, device: str) -> tuple[Tensor, Tensor, int]:
@@ -153,5 +150,7 @@ EXPERIMENT = Experiment(
     Conditioning,
     plan,
     perform,
+    sizes=("tiny", "small", "large"),
+    seeds={},
     needs_pictures=False,
 )

@@ -9,16 +9,18 @@ from matplotlib.figure import Figure
 
 from polywhiten.analysis import max_num_groups
 from study import groups, training
-from study.claims import accuracy, runs, train_accuracy, train_loss
 from study.conditioning import FISHER_FRACTION, FRACTION, Conditioning
-from study.disturbance import GAUSSIAN, PICTURES, Disturbance
+from study.disturbance import ACTIVATIONS, DATA_LABELS, GAUSSIAN, PICTURES, Disturbance
+from study.findings import accuracy, runs, train_accuracy, train_loss
 from study.fitting import Fit, scaled_lr
 from study.norms import Norm, bn, dbn, gn, gw, iter_norm
+from study.steps import Steps
 
 # Okabe and Ito's colours, as in the demo's curves
 COLOURS = {"bn": "#0072B2", "gn": "#E69F00", "iternorm": "#D55E00", "gw": "#009E73", "dbn": "#CC79A7"}
 MARKERS = {"bn": "o", "gn": "s", "iternorm": "^", "gw": "D", "dbn": "v"}
 SHADES = ("-", "--", ":", "-.")
+NORM_FIELDS = tuple(vars(bn()))
 
 
 def figure(title: str, columns: int, lines: int = 1) -> tuple[Figure, Any]:
@@ -49,24 +51,40 @@ def with_spread(axes: Axes, x: Iterable[float], values: list[np.ndarray], **styl
     axes.fill_between(x, stacked.min(0), stacked.max(0), color=style["color"], alpha=0.15, linewidth=0)
 
 
-def of_disturbance(rows: list[Disturbance]) -> Figure:
+def of_disturbance(rows: list[Disturbance], size: str) -> Figure:
+    """Draw the disturbance of rows of features, or of a trained network's activations if there are any."""
+    layers = sorted({row.layer for row in rows if row.layer is not None})
+    if layers:
+        return of_layers(rows, layers)
     found, grid = figure("Stochastic normalization disturbance", 2, 2)
+    rows = [row for row in rows if row.group_size != 0]
     dimension = max(row.dimension for row in rows)
     sizes = sorted({row.batch_size for row in rows})
     for (by_batch, by_group), data in zip(grid, (GAUSSIAN, PICTURES), strict=True):
-        mine = [row for row in rows if row.data == data]
+        mine = [row for row in rows if row.data == data and row.dimension == dimension]
         shown = [bn(), *(kind(d) for kind in (iter_norm, dbn) for d in sorted({16, 64, dimension}))]
         for number, norm in enumerate(shown):
             snd_line(
                 by_batch, [r for r in mine if same(r, norm)], "batch_size", norm.label, look(norm, (number + 2) % 3)
             )
-        for number, size in enumerate(sizes[len(sizes) // 3 :: max(1, len(sizes) // 3)]):
+        for number, batch in enumerate(sizes[len(sizes) // 3 :: max(1, len(sizes) // 3)]):
             for kind in ("iternorm", "dbn"):
-                line = [r for r in mine if r.norm == kind and r.batch_size == size]
-                name = f"{'DBN' if kind == 'dbn' else 'IterNorm'}, batch {size}"
+                line = [r for r in mine if r.norm == kind and r.batch_size == batch]
+                name = f"{'DBN' if kind == 'dbn' else 'IterNorm'}, batch {batch}"
                 snd_line(by_group, line, "group_size", name, look(line[0], number) if line else {})
-        finish(by_batch, f"{data}, {dimension} features", "batch size", "SND")
-        finish(by_group, f"{data}, {dimension} features", "group size", "SND")
+        finish(by_batch, f"{DATA_LABELS[data]}, {dimension} features", "batch size", "SND")
+        finish(by_group, f"{DATA_LABELS[data]}, {dimension} features", "group size", "SND")
+    return found
+
+
+def of_layers(rows: list[Disturbance], layers: list[int]) -> Figure:
+    found, grid = figure("Stochastic normalization disturbance of a trained network's layers", 2, len(layers))
+    for line, layer in zip(grid, layers, strict=True):
+        for axes, data in zip(line, (ACTIVATIONS, GAUSSIAN), strict=True):
+            mine = [row for row in rows if row.layer == layer and row.data == data]
+            for number, norm in enumerate(norms_of(mine)):
+                snd_line(axes, [r for r in mine if same(r, norm)], "batch_size", norm.label, look(norm, number))
+            finish(axes, f"norm {layer}, {DATA_LABELS[data]}", "batch size", "SND")
     return found
 
 
@@ -82,14 +100,14 @@ def snd_line(axes: Axes, rows: list[Disturbance], x: str, label: str, style: dic
 
 
 def same(row: Any, norm: Norm) -> bool:
-    return all(getattr(row, name) == value for name, value in vars(norm).items())
+    return all(getattr(row, name) == getattr(norm, name) for name in NORM_FIELDS)
 
 
 def norms_of(rows: Iterable[Any]) -> list[Norm]:
-    return list(dict.fromkeys(Norm(**{name: getattr(row, name) for name in vars(bn())}) for row in rows))
+    return list(dict.fromkeys(Norm(**{name: getattr(row, name) for name in NORM_FIELDS}) for row in rows))
 
 
-def of_conditioning(rows: list[Conditioning]) -> Figure:
+def of_conditioning(rows: list[Conditioning], size: str) -> Figure:
     found, grid = figure("A small perceptron on digits: condition numbers through training", 4)
     panels = {
         "outputs_partial": f"normalized outputs, {FRACTION:.0%} of the spectrum",
@@ -113,15 +131,17 @@ def of_conditioning(rows: list[Conditioning]) -> Figure:
     return found
 
 
-def curves(axes: Axes, rows: Sequence[Fit], shown: list[Norm], name: str, **settings: Any) -> None:
+def curves(
+    axes: Axes, rows: Sequence[Fit], shown: list[Norm], name: str, suffix: str = "", shade: int = 0, **settings: Any
+) -> None:
     """Draw the values of every epoch, in a line for each norm."""
     for number, norm in enumerate(shown):
         mine = list(runs(rows, norm, **settings).values())
-        label = norm.label + (", diverged" if any(run.diverged for run in mine) else "")
+        label = norm.label + suffix + (", diverged" if any(run.diverged for run in mine) else "")
         values = [np.array(getattr(run, name)) * (1 if name == "train_losses" else 100) for run in mine]
         epochs = range(1, 1 + max((len(value) for value in values), default=0))
         alike = sum(other.norm == norm.norm for other in shown[:number])
-        with_spread(axes, epochs, values, label=label, **look(norm, alike))
+        with_spread(axes, epochs, values, label=label, **look(norm, alike + shade))
 
 
 def ends(
@@ -137,77 +157,116 @@ def ends(
             axes.plot([x] * len(found), [*map(value, found.values())], ".", color=COLOURS[norm.norm], alpha=0.4)
 
 
-def of_training(rows: list[Fit]) -> Figure:
-    found, grid = figure(
-        f"VGG-style network on {rows[0].pictures} pictures of CIFAR-10: mean, and range over seeds", 4, 2
-    )
-    batch_size, high = training.BATCH_SIZE, training.HIGH_LR
-    lr, high_lr = scaled_lr(batch_size), scaled_lr(batch_size, high)
-    usual = {"batch_size": batch_size, "lr": lr}
-    main = [*training.COMPARED, dbn(0), iter_norm(0)]
+def of_training(rows: list[Fit], size: str) -> Figure:
+    compares_averages = any(row.recomputed_accuracies for row in rows)
+    title = f"VGG-style network on {rows[0].pictures} pictures of CIFAR-10: mean, and range over seeds"
+    found, grid = figure(title, 4, 2 + compares_averages)
+    plan, high = training.SIZES[size], training.HIGH_LR
+    batch_size = plan.batch_size
+    usual = {"batch_size": batch_size, "lr": scaled_lr(batch_size)}
     for line, (name, value, y) in enumerate(
         [("train_losses", train_loss, "training loss"), ("test_accuracies", accuracy, "test accuracy, %")]
     ):
         curve, iterations, sizes, batches = grid[line]
-        curves(curve, rows, main, name, **usual)
+        curves(curve, rows, [*plan.compared, dbn(0), iter_norm(0)], name, **usual)
         finish(curve, f"batch size {batch_size}", "epoch", y)
-        points = {t: runs(rows, iter_norm(iterations=t), **usual) for t in training.ITERATIONS}
+        tried = sorted({row.iterations for row in rows if row.iterations})
+        points = {t: runs(rows, iter_norm(iterations=t), **usual) for t in tried}
         ends(iterations, points, value, iter_norm(), "IterNorm, groups of 64")
         finish(iterations, "Newton's iterations", "T", y)
-        largest = 4 * rows[0].width  # channels
-        points = {d or largest: runs(rows, iter_norm(d), **usual) for d in training.GROUP_SIZES}
-        ends(sizes, points, value, iter_norm(), "IterNorm, T = 5")
-        points = {d or largest: runs(rows, dbn(d), **usual) for d in (16, 0)}
-        ends(sizes, points, value, dbn(), "DBN")
+        largest = (4 if rows[0].depth == 4 else 8) * rows[0].width  # channels
+        for kind, label in ((iter_norm, "IterNorm, T = 5"), (dbn, "DBN")):
+            points = {d or largest: runs(rows, kind(d), **usual) for d in (8, 16, 64, 0)}
+            ends(sizes, points, value, kind(), label)
         sizes.set_xscale("log", base=2)
         finish(sizes, "group size (the last: all channels)", "channels", y)
-        for norm in training.COMPARED:
-            points = {m: runs(rows, norm, batch_size=m, lr=scaled_lr(m)) for m in training.BATCH_SIZES}
+        for norm in plan.compared:
+            tried_sizes = sorted({batch_size, *plan.batch_sizes})
+            points = {m: runs(rows, norm, batch_size=m, lr=scaled_lr(m)) for m in tried_sizes}
             ends(batches, points, value, norm, norm.label)
-        for norm in training.COMPARED:
-            found_high = runs(rows, norm, batch_size=batch_size, lr=high_lr)
-            values = [value(run) for run in found_high.values()]
-            axes_label = f"{norm.label}, lr x {high}"
-            batches.plot([batch_size] * len(values), values, "x", color=COLOURS[norm.norm], label=axes_label)
+        for norm in plan.compared if plan.high_lr else ():
+            fast = runs(rows, norm, batch_size=batch_size, lr=scaled_lr(batch_size, high))
+            values, label = [value(run) for run in fast.values()], f"{norm.label}, lr x {high}"
+            batches.plot([batch_size] * len(values), values, "x", color=COLOURS[norm.norm], label=label)
         batches.set_xscale("log", base=2)
         finish(batches, "batch size", "pictures", y)
+    if compares_averages:
+        averages(grid[2], rows, plan.compared, usual)
     return found
 
 
-def of_groups(rows: list[Fit]) -> Figure:
-    width = rows[0].width
-    found, grid = figure(f"Perceptron of width {width} on {rows[0].pictures} pictures of CIFAR-10", 2, 2)
-    for line, (value, y) in enumerate([(train_accuracy, "training accuracy"), (accuracy, "test accuracy")]):
-        by_batch, by_groups = grid[line]
-        for norm in (bn(), gn(groups.NUM_GROUPS), gw(groups.NUM_GROUPS)):
-            points = {m: runs(rows, norm, batch_size=m) for m in groups.BATCH_SIZES}
+def averages(line: Sequence[Axes], rows: list[Fit], shown: Sequence[Norm], usual: dict[str, Any]) -> None:
+    """Draw the test accuracy after every epoch by each kind of average, in a panel for each norm."""
+    names = {
+        "test_accuracies": ("the layer's own average", "#D55E00"),
+        "covariance_accuracies": ("average covariance", "#0072B2"),
+        "recomputed_accuracies": ("computed again", "#009E73"),
+    }
+    with_averages = [norm for norm in shown if any(r.recomputed_accuracies for r in runs(rows, norm, **usual).values())]
+    for axes, norm in zip(line, with_averages, strict=False):
+        for name, (label, colour) in names.items():
+            mine = [100 * np.array(getattr(run, name)) for run in runs(rows, norm, **usual).values()]
+            values = [value for value in mine if len(value)]
+            epochs = range(1, 1 + max((len(value) for value in values), default=0))
+            with_spread(axes, epochs, values, label=label, color=colour, marker="o", markersize=3)
+        finish(axes, f"{norm.label}: statistics in evaluation", "epoch", "test accuracy, %")
+    for axes in line[len(with_averages) :]:
+        axes.set_axis_off()
+
+
+def of_groups(rows: list[Fit], size: str) -> Figure:
+    plan, name = groups.SIZES[size], "Perceptron" if rows[0].network == "mlp" else "VGG-style network"
+    title = f"{name} of width {rows[0].width} on {rows[0].pictures} pictures of CIFAR-10"
+    found, grid = figure(title, 1 + bool(plan.groups), 2)
+    for (by_batch, *others), (value, y) in zip(
+        grid, [(train_accuracy, "training accuracy"), (accuracy, "test accuracy")], strict=True
+    ):
+        for norm in (bn(), gn(plan.num_groups), gw(plan.num_groups)):
+            points = {m: runs(rows, norm, batch_size=m) for m in plan.batch_sizes}
             ends(by_batch, points, value, norm, norm.label)
         by_batch.set_xscale("log", base=2)
         finish(by_batch, "batch size", "pictures", f"{y}, %")
-        for kind, name, bound in ((gn, "GN", "group_norm"), (gw, "GW", "group_whitening")):
-            points = {g: runs(rows, kind(g), batch_size=groups.BATCH_SIZE) for g in groups.GROUPS}
-            ends(by_groups, points, value, kind(1), name)
-            most = max_num_groups(bound, width)
-            by_groups.axvline(most, color=COLOURS[kind(1).norm], linestyle=":", label=f"{name}: feasible up to {most}")
-        by_groups.set_xscale("log", base=2)
-        finish(by_groups, f"groups, batch size {groups.BATCH_SIZE}", "groups", f"{y}, %")
+        for by_groups in others:
+            for kind, label, bound in ((gn, "GN", "group_norm"), (gw, "GW", "group_whitening")):
+                points = {g: runs(rows, kind(g), batch_size=groups.BATCH_SIZE) for g in plan.groups}
+                ends(by_groups, points, value, kind(1), label)
+                most, colour = max_num_groups(bound, rows[0].width), COLOURS[kind(1).norm]
+                by_groups.axvline(most, color=colour, linestyle=":", label=f"{label}: feasible up to {most}")
+            by_groups.set_xscale("log", base=2)
+            finish(by_groups, f"groups, batch size {groups.BATCH_SIZE}", "groups", f"{y}, %")
     return found
 
 
-def of_resnet(rows: list[Fit]) -> Figure:
+def of_resnet(rows: list[Fit], size: str) -> Figure:
     found, grid = figure(f"Residual network on {rows[0].pictures} pictures of CIFAR-10: mean, and range over seeds", 2)
-    for axes, (name, y) in zip(
-        grid[0], {"train_losses": "training loss", "test_accuracies": "test accuracy, %"}.items(), strict=True
-    ):
-        curves(axes, rows, norms_of(rows), name)
+    panels = {"train_losses": "training loss", "test_accuracies": "test accuracy, %"}
+    for axes, (name, y) in zip(grid[0], panels.items(), strict=True):
+        for number, where in enumerate(dict.fromkeys(row.where for row in rows)):
+            mine = [row for row in rows if row.where == where]
+            curves(axes, mine, norms_of(mine), name, suffix="" if where == "all" else f", {where}", shade=number)
         finish(axes, y, "epoch", y)
     return found
 
 
-FIGURES: dict[str, Callable[[list[Any]], Figure]] = {
+def of_steps(rows: list[Steps], size: str) -> Figure:
+    """Draw the time of a step of each network, and its peak of memory where that was measured."""
+    found, grid = figure(f"A training step: {rows[0].about}", 2)
+    names = [f"{row.network}, {row.label}, {row.where}, batch {row.batch_size}" for row in rows]
+    colours = [COLOURS[row.norm] for row in rows]
+    grid[0][0].barh(names, [row.median_ms for row in rows], color=colours)
+    grid[0][1].barh(names, [(row.peak_bytes or 0) / 2**20 for row in rows], color=colours)
+    for axes, x in zip(grid[0], ("milliseconds", "peak memory, MiB"), strict=True):
+        axes.invert_yaxis()
+        axes.tick_params(labelsize=6)
+        finish(axes, "", x, "")
+    return found
+
+
+FIGURES: dict[str, Callable[[list[Any], str], Figure]] = {
     "disturbance": of_disturbance,
     "conditioning": of_conditioning,
     "training": of_training,
     "groups": of_groups,
     "resnet": of_resnet,
+    "steps": of_steps,
 }

@@ -1,4 +1,4 @@
-"""The networks that are trained. Each takes a function that makes the normalization layer for a number of channels."""
+"""The networks that are trained. `layers` makes the normalization layer for a number of channels."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,41 +17,49 @@ def mlp(layers: Layers, inputs: int, width: int, hidden: int, classes: int) -> n
     return nn.Sequential(*parts, nn.Linear(width, classes))
 
 
-def vgg(layers: Layers, width: int, classes: int) -> nn.Sequential:
-    """Return four 3 x 3 convolutions with norm and ReLU; pooling halves the maps after the first two."""
+# Channels of each 3 x 3 convolution, divided by the width, and whether pooling halves the maps after it.
+VGG = {
+    4: ((1, True), (2, True), (4, False), (4, False)),
+    8: ((1, False), (1, True), (2, False), (2, True), (4, False), (4, True), (8, False), (8, False)),
+}
+
+
+def vgg(layers: Layers, width: int, convolutions: int, classes: int) -> nn.Sequential:
+    """Return 4 or 8 convolutions, each followed by a norm and ReLU."""
     parts: list[nn.Module] = []
     inputs = 3
-    for number, outputs in enumerate((width, 2 * width, 4 * width, 4 * width)):
+    for factor, halved in VGG[convolutions]:
+        outputs = factor * width
         parts += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), layers(outputs), nn.ReLU()]
-        if number < 2:
+        if halved:
             parts.append(nn.MaxPool2d(2))
         inputs = outputs
     return nn.Sequential(*parts, *_head(inputs, classes))
 
 
-def resnet(middle: Layers, width: int, blocks: int, classes: int) -> nn.Sequential:
-    """Return bottleneck blocks in three stages; `middle` makes each block's middle norm, the others are batch norms."""
+def resnet(width: int, blocks: int, classes: int) -> nn.Sequential:
+    """Return bottleneck blocks in three stages, with batch normalization everywhere."""
     parts: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     inputs = width
     for stage in range(3):
         for block in range(blocks):
-            parts.append(Bottleneck(middle, inputs, width * 2**stage, stride=2 if stage and not block else 1))
+            parts.append(Bottleneck(inputs, width * 2**stage, stride=2 if stage and not block else 1))
             inputs = Bottleneck.EXPANSION * width * 2**stage
     return nn.Sequential(*parts, *_head(inputs, classes))
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 and 1 x 1 convolutions with a shortcut; `middle` makes the norm after the 3 x 3 convolution."""
+    """1 x 1, 3 x 3 and 1 x 1 convolutions with a shortcut."""
 
     EXPANSION = 4
 
-    def __init__(self, middle: Layers, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
         outputs = self.EXPANSION * width
         convolution = partial(nn.Conv2d, bias=False)
         self.residual = nn.Sequential(
             *(convolution(inputs, width, 1), nn.BatchNorm2d(width), nn.ReLU()),
-            *(convolution(width, width, 3, stride=stride, padding=1), middle(width), nn.ReLU()),
+            *(convolution(width, width, 3, stride=stride, padding=1), nn.BatchNorm2d(width), nn.ReLU()),
             *(convolution(width, outputs, 1), nn.BatchNorm2d(outputs)),
         )
         self.shortcut = nn.Sequential()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from polywhiten.torch import GroupWhitening, IterNorm
+from polywhiten.torch import GroupWhitening, IterNorm, convert
 
 BATCH_NORMS = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d}  # by the input's dimensions
 
@@ -64,3 +64,14 @@ def layer(norm: Norm, channels: int, dimensions: int) -> nn.Module:
         return IterNorm(channels, group_size=size, iterations=norm.iterations)
     # Exact whiteners vary so much from batch to batch that their average doesn't whiten.
     return IterNorm(channels, group_size=size, method="eigh", track="covariance")
+
+
+def converted(network: nn.Module, norm: Norm, where: str) -> nn.Module:
+    """Return a network with batch normalization, whose layers at the papers' places `where` are replaced."""
+    if norm.norm == "gw":
+        return convert(network, "group_whitening", where=where, num_groups=norm.num_groups, iterations=norm.iterations)
+    if norm.norm == "iternorm":
+        return convert(network, "iter_norm", where=where, group_size=norm.group_size, iterations=norm.iterations)
+    if norm.norm == "bn":
+        return network
+    raise ValueError(f"residual networks are compared with BN, IterNorm and GW, not {norm.label}")

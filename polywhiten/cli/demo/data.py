@@ -64,7 +64,7 @@ def load_npz(path: Path) -> Data:
     shape (N,) or (N, 1). Raise DataError if there is no such file, or it holds something else.
     """
     try:
-        return prepare(_shown(path.name), *_unpack(path))
+        return prepare(_shown(path.name), *read_npz(path))
     except MemoryError as error:
         raise DataError(f"{path} needs more memory than there is ({error}): use fewer or smaller pictures") from error
 
@@ -85,8 +85,8 @@ def prepare(name: str, x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> 
     return Data(name, train, classified.astype(np.int64), test, encoded, len(classes))
 
 
-def _unpack(path: Path) -> list[NDArray[Any]]:
-    """Return the four arrays of a file; it is unpacked only if they fit."""
+def read_npz(path: Path) -> list[NDArray[Any]]:
+    """Return the arrays of `KEYS` from a file as they are. Raise DataError, before unpacking, if they don't fit."""
     try:
         if not path.exists():
             raise DataError(f"{path} doesn't exist: {LAYOUT}")
