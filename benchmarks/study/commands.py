@@ -1,7 +1,6 @@
 """The study's command line: a command for each experiment, one for all of them, and one for the report."""
 
 import time
-import warnings
 from collections.abc import Callable
 from itertools import groupby, zip_longest
 from pathlib import Path
@@ -11,7 +10,6 @@ import click
 import torch
 from rich.console import Console
 
-from polywhiten.analysis import InfeasibleWarning
 from study.experiments import EXPERIMENTS
 from study.jobs import Job, Maker, prepare
 from study.pictures import Source
@@ -129,7 +127,6 @@ def run(
             raise click.UsageError(f"--size {size}: {experiment.name} has sizes {', '.join(experiment.sizes)}")
     if threads:
         torch.set_num_threads(threads)
-    warnings.simplefilter("ignore", InfeasibleWarning)  # infeasible numbers of groups are measured on purpose
     end = time.time() + 60 * minutes if minutes else float("inf")
     place = Place(Source(data, device), device, checkpoints or out / "checkpoints")
     prepare(device)

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from polywhiten.analysis import InfeasibleWarning
 from polywhiten.cli.demo.data import DataError
 from study.experiments import BY_NAME
 from study.runs import Place
@@ -177,7 +179,8 @@ def _work(number: int, job: Job) -> None:
 
 
 def prepare(device: str) -> None:
-    """Let cuDNN choose its convolutions by trying some, as training scripts do."""
+    """Let cuDNN choose its convolutions by trying some, as training scripts do, and silence expected warnings."""
+    warnings.simplefilter("ignore", InfeasibleWarning)  # infeasible numbers of groups are measured on purpose
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.benchmark_limit = 3  # the default takes long for each shape
