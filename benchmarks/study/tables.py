@@ -1,5 +1,6 @@
 """The tables of the study's page, as lines of Markdown."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -60,15 +61,17 @@ def snd_lines(rows: list[Disturbance], sizes: list[int]) -> Iterator[str]:
 
 def readings_table(rows: list[Disturbance]) -> Iterator[str]:
     """Yield a table of three readings of the definition, for Gaussian data whose features are one group."""
-    whole = [row for row in rows if row.network is None and row.data == GAUSSIAN and row.output_norm is not None]
-    whole = [row for row in whole if row.group_size == 0 or row.norm == "bn"]
-    dimensions = sorted({row.dimension for row in whole if row.group_size == 0})
-    if not dimensions:
+    gaussian = [row for row in rows if row.network is None and row.data == GAUSSIAN]
+    whitened = [row for row in gaussian if row.group_size == 0]
+    if not whitened:
         return
+    dimensions = sorted({row.dimension for row in whitened})
+    bns = [row for row in gaussian if row.norm == "bn" and row.batch_size == whitened[0].batch_size]
+    whole = bns + whitened
     readings = {
         "E of the norm": lambda row: row.value * row.dimension,
         "divided by d": lambda row: row.value,
-        "divided by the norm of the output": lambda row: row.value * row.dimension / row.output_norm,
+        "divided by the norm of the output": lambda row: row.value * row.dimension / (row.output_norm or math.nan),
     }
     yield ""
     yield (
@@ -79,8 +82,9 @@ def readings_table(rows: list[Disturbance]) -> Iterator[str]:
     yield from heads("reading", "", *(f"d = {d}" for d in dimensions))
     for name, reading in readings.items():
         for norm in norms_of(whole):
-            mine = {row.dimension: row for row in whole if same(row, norm)}
-            yield line(name, norm.label, *(f"{reading(mine[d]):.3g}" if d in mine else "" for d in dimensions))
+            mine = {row.dimension: reading(row) for row in whole if same(row, norm)}
+            cells = (f"{mine[d]:.3g}" if math.isfinite(mine.get(d, math.nan)) else "" for d in dimensions)
+            yield line(name, norm.label, *cells)
 
 
 def layers_table(rows: list[Disturbance]) -> Iterator[str]:
