@@ -1,6 +1,7 @@
 """The experiments, in the order in which each round of a plan makes their runs."""
 
-from study import conditioning, disturbance, groups, resnet, steps, training
+from study import conditioning, disturbance, evaluation, groups, resnet, steps, training
 
-EXPERIMENTS = [module.EXPERIMENT for module in (training, resnet, groups, disturbance, conditioning, steps)]
+MODULES = (training, evaluation, resnet, groups, disturbance, conditioning, steps)
+EXPERIMENTS = [module.EXPERIMENT for module in MODULES]
 BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}

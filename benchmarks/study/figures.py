@@ -209,9 +209,19 @@ def averages(line: Sequence[Axes], rows: list[Fit], shown: Sequence[Norm], usual
             values = [value for value in mine if len(value)]
             epochs = range(1, 1 + max((len(value) for value in values), default=0))
             with_spread(axes, epochs, values, label=label, color=colour, marker="o", markersize=3)
-        finish(axes, f"{norm.label}: statistics in evaluation", "epoch", "test accuracy, %")
+        finish(axes, f"{norm.label}, learning rate {usual['lr']:g}", "epoch", "test accuracy, %")
     for axes in line[len(with_averages) :]:
         axes.set_axis_off()
+
+
+def of_evaluation(rows: list[Fit], size: str) -> Figure:
+    rates, norms = sorted({row.lr for row in rows}), norms_of(rows)
+    found, grid = figure(
+        "Test accuracy by the statistics in evaluation: mean, and range over seeds", len(norms), len(rates)
+    )
+    for line, lr in zip(grid, rates, strict=True):
+        averages(line, rows, norms, {"batch_size": rows[0].batch_size, "lr": lr})
+    return found
 
 
 def of_groups(rows: list[Fit], size: str) -> Figure:
@@ -266,6 +276,7 @@ FIGURES: dict[str, Callable[[list[Any], str], Figure]] = {
     "disturbance": of_disturbance,
     "conditioning": of_conditioning,
     "training": of_training,
+    "evaluation": of_evaluation,
     "groups": of_groups,
     "resnet": of_resnet,
     "steps": of_steps,

@@ -14,7 +14,7 @@ from study.figures import FIGURES
 from study.findings import Finding, verdict_of
 from study.fitting import Fit
 from study.runs import Experiment, Rows
-from study.tables import heads, line, table
+from study.tables import heads, line, tables
 
 LARGER = ("cpu", "gpu", "large")  # sizes on all pictures
 NOT_MEASURED = "not measured yet"
@@ -43,8 +43,8 @@ def write(experiments: Sequence[Experiment], sizes: Sequence[str], folder: Path,
             yield figure
             link = Path(os.path.relpath(figure, page.parent)).as_posix()
             measured_steps = finished(by_name["steps"], folder, size) if isinstance(rows[0], Fit) else []
-            parts.append(f"![{experiment.title}]({link})\n\n{table(rows, size, measured_steps)}")
-            for finding in FINDINGS[experiment.name](rows, size):
+            parts.append(f"![{experiment.title}]({link})\n\n{tables(experiment.name, rows, size, measured_steps)}")
+            for finding in findings_of(experiment, rows, size):
                 found.setdefault(finding.claim, {}).setdefault(size, []).append((scale(rows[0]), finding))
             times += wall_times(experiment, size, rows)
         blocks[experiment.name] = "\n\n".join(parts) or f"*{NOT_MEASURED}*"
@@ -61,6 +61,12 @@ def finished(experiment: Experiment, folder: Path, size: str) -> list[Any]:
         return []
     rows = Rows(experiment, folder, size)
     return [rows.get(settings) for settings in experiment.wanted(size, rows.seeds) if rows.finished(settings)]
+
+
+def findings_of(experiment: Experiment, rows: list[Any], size: str) -> Iterator[Finding]:
+    """Yield what the rows say about the papers' claims; some experiments aren't about any."""
+    if experiment.name in FINDINGS:
+        yield from FINDINGS[experiment.name](rows, size)
 
 
 def claims(found: dict[str, dict[str, list[Scaled]]]) -> Iterator[str]:

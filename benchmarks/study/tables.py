@@ -18,13 +18,16 @@ from study.steps import Steps
 MIB = 2**20
 
 
-def table(rows: list[Any], size: str, measured_steps: Sequence[Steps]) -> str:
-    """Return a Markdown table with one line per norm and setting."""
-    if isinstance(rows[0], Fit):
-        return "\n".join([*fit_table(rows, size, measured_steps), *averages_table(rows)])
-    if isinstance(rows[0], Disturbance):
-        return "\n".join([*disturbance_table(rows), *readings_table(rows), *layers_table(rows)])
-    return "\n".join(conditioning_table(rows) if isinstance(rows[0], Conditioning) else steps_table(rows))
+def tables(experiment: str, rows: list[Any], size: str, measured_steps: Sequence[Steps]) -> str:
+    """Return the Markdown tables of an experiment, with one line per norm and setting."""
+    made: dict[str, list[Iterator[str]]] = {
+        "conditioning": [conditioning_table(rows)],
+        "disturbance": [disturbance_table(rows), readings_table(rows), layers_table(rows)],
+        "evaluation": [averages_table(rows)],
+        "steps": [steps_table(rows)],
+    }
+    lines = made.get(experiment, [fit_table(rows, size, measured_steps), averages_table(rows)])
+    return "\n".join(line for part in lines for line in part).strip()
 
 
 def heads(*names: str) -> Iterator[str]:
@@ -133,12 +136,10 @@ def fit_table(rows: list[Fit], size: str, measured_steps: Sequence[Steps]) -> It
         seeds = f"{len(mine)}" + (f", {diverged} diverged" if diverged else "")
         measures = ((train_loss, ".3f"), (train_accuracy, ".1f"), (accuracy, ".1f"))
         means = [spread([value(row) for row in mine], form) for value, form in measures]
-        factor = first.lr / scaled_lr(first.batch_size)
-        rate = f"{first.lr:g}" + (f" (x {factor:g})" if factor > 1 else "")
         step = alone.get(steps.step_settings(first, steps.SECONDS.get(size, 1.0)))
         ms = np.median([row.ms_per_step for row in mine]) if step is None else step.median_ms
         memory = ("" if step is None or step.peak_bytes is None else f"{step.peak_bytes / MIB:.0f}",) if alone else ()
-        yield line(named(first), first.batch_size, rate, seeds, *means, f"{ms:.3g}", *memory)
+        yield line(named(first), first.batch_size, rate_of(first), seeds, *means, f"{ms:.3g}", *memory)
 
 
 def cases(rows: list[Fit]) -> list[list[Fit]]:
@@ -147,6 +148,11 @@ def cases(rows: list[Fit]) -> list[list[Fit]]:
     for row in rows:
         found.setdefault((norms_of([row])[0], row.where, row.batch_size, row.lr), []).append(row)
     return list(found.values())
+
+
+def rate_of(row: Fit) -> str:
+    factor = row.lr / scaled_lr(row.batch_size)
+    return f"{row.lr:g}" + (f" (x {factor:g})" if factor > 1 else "")
 
 
 def named(row: Fit) -> str:
@@ -170,14 +176,14 @@ def averages_table(rows: list[Fit]) -> Iterator[str]:
     )
     yield ""
     kinds = ("last epoch", "mean over epochs", "largest loss")
-    yield from heads("", "batch", *(f"{name}: {kind}" for kind in kinds for name in names))
+    yield from heads("", "batch", "learning rate", *(f"{name}: {kind}" for kind in kinds for name in names))
     for mine in cases(rows):
         cells = []
         for measure in (lambda a: a[-1], np.mean, lambda a: max(0, -np.diff(a).min()) if len(a) > 1 else 0):
             for get in names.values():
                 found = [100 * measure(np.array(get(row))) for row in mine if get(row)]
                 cells.append(spread(found, ".1f") if found else "")
-        yield line(named(mine[0]), mine[0].batch_size, *cells)
+        yield line(named(mine[0]), mine[0].batch_size, rate_of(mine[0]), *cells)
 
 
 def steps_table(rows: list[Steps]) -> Iterator[str]:
