@@ -14,7 +14,6 @@ from study.experiments import EXPERIMENTS
 from study.jobs import Job, Maker, prepare
 from study.pictures import Source
 from study.recording import Recorder
-from study.report import write
 from study.runs import Experiment, Place, Rows
 
 HERE = Path(__file__).parent
@@ -180,6 +179,8 @@ def missing(experiments: list[Experiment], rows: dict[str, Rows], size: str, see
 )
 def report(results: Path, page: Path, sizes: tuple[str, ...]) -> None:
     """Draw the figures, and write the page's tables between their comments."""
+    from study.report import write  # needs matplotlib, which a machine that only measures may lack
+
     try:
         for path in write(EXPERIMENTS, sizes, results.resolve(), page.resolve()):
             click.echo(path)
