@@ -133,6 +133,29 @@ def test_a_checkpoint_that_is_being_written_does_not_replace_the_last_one(study,
     assert checkpoints.load(path, "cpu") == {"epochs": [1]}
 
 
+def test_the_first_rounds_of_all_experiments_come_first(study, tmp_path):
+    commands, runs = study("commands"), study("runs")
+    rows = {each.name: runs.Rows(each, tmp_path, "gpu") for each in commands.EXPERIMENTS}
+    jobs = commands.missing(commands.EXPERIMENTS, rows, "gpu", None)
+    names = [job.experiment for job in jobs]
+    fits = [job.settings[0] for job in jobs if job.experiment in ("training", "resnet")]
+    assert list(dict.fromkeys(names)) == ["training", "resnet", "groups", "disturbance", "steps"]
+    assert names.count("disturbance") == 1  # one process makes all its runs, which share a trained network
+    assert [fit.seed for fit in fits] == 9 * [0] + 9 * [1] + 9 * [2] + 6 * [0]
+
+
+def test_what_a_smaller_size_has_made_is_not_made_again(study, tmp_path):
+    training, runs = study("training").EXPERIMENT, study("runs")
+    first, second, *_ = training.wanted("gpu", 1)
+    results = dict.fromkeys(("train_losses", "train_accuracies", "test_accuracies"), (0.5,) * first.epochs)
+    common = {"seconds": 1.0, "device": "cuda", "about": "a GPU", "ms_per_step": 1.0}
+    runs.Rows(training, tmp_path, "gpu").add(training.row(**vars(first), **results, **common))
+    large = runs.Rows(training, tmp_path, "large")
+    assert first in training.wanted("large", 1)
+    assert large.finished(first)
+    assert not large.finished(second)
+
+
 def test_columns_that_changed_are_refused(study, tmp_path):
     (tmp_path / "groups-tiny.csv").write_text("norm,seed\nbn,0\n")
     with pytest.raises(ValueError, match="other columns"):
