@@ -196,8 +196,8 @@ def pack_run_as_rows(target, ldt, panel, first_centre, second_centre, workspace)
         for j in range(0, n, TILE):
             tile, ld_tile = at(source, i * lds + j), lds
             if n - j < TILE:  # the memory after a run may not belong to the array
-                for k in range(TILE):
-                    for t in range(n - j):
+                for t in range(n - j):
+                    for k in range(min(TILE, panel.layout.d - i)):  # TILE, but LLVM would unroll that for a second
                         put(workspace, k * TILE + t, get(tile, k * lds + t))
                 tile, ld_tile = workspace, TILE
             transpose_tile(at(target, j * ldt + i), ldt, tile, ld_tile, (at(first_centre, i), at(second_centre, i)))

@@ -5,8 +5,6 @@ Prefetched all at once, they would delay what the products read.
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from polywhiten.cpu.device.device_function import device_function
 from polywhiten.cpu.device.panels import padded
 from polywhiten.cpu.device.pointers import address, at, put
@@ -42,7 +40,7 @@ def prefetch_list_size(d):
 @device_function
 def list_lines(prefetch, num_intervals):
     """Return the list of all panels' lines, which lasts for that number of intervals."""
-    count: Any = np.int64(0)  # a literal has a type of its own, and Numba would compile `_append_panel` for both types
+    count = 0
     for i in range(prefetch.num_panels):
         panel = prefetch.panels[i]
         count = _append_panel(prefetch.addresses, count, (i + 1) * _max_lines(panel.layout.d), panel)

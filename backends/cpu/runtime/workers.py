@@ -11,9 +11,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import prange, types
 from numba.extending import intrinsic
 
+from polywhiten.cpu.device.device_function import device_function
 from polywhiten.cpu.runtime.cache import compiled_callback, compiled_function
 
 _INT = ir.IntType(64)
@@ -37,7 +38,7 @@ class Job(NamedTuple):
     end_launch: int  # after the last one
 
 
-@njit
+@device_function
 def _job_at(data):
     return Job(data[0], data[1], data[2], data[3], data[4], data[5], data[6], data[7], data[8])
 
@@ -88,7 +89,7 @@ def openmp_region() -> int:
     return int(compiled_callback(region, "", types.void(_JOB)).address)
 
 
-@njit
+@device_function
 def _run_worker(data, worker):
     """Run all launches for each of a worker's parts."""
     job = _job_at(data)
@@ -97,7 +98,7 @@ def _run_worker(data, worker):
             _run_part(data, launch, worker, part)
 
 
-@njit
+@device_function
 def _run_part(data, launch, worker, part):
     job, kernel = _job_at(data), _FIRST_KERNEL + 2 * launch
     workspace = job.workspace + worker * job.workspace_stride
