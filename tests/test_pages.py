@@ -52,7 +52,7 @@ def test_example_runs(shown, tmp_path, monkeypatch):
 def test_example_runs_at_the_root_of_a_checkout(first):
     """There the folder `polywhiten` is found before the installed package."""
     skip_without_device(first)
-    # by plain kernels: compiling those of the checkout would take half a minute
+    # by plain kernels: compiling those of the checkout would take ten seconds
     code = f"import sys; sys.modules['numba'] = None; sys.path[0] == '' or sys.exit('not at the root')\n{first.code}"
     code += "\nimport polywhiten; print(polywhiten.__file__)"
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from polywhiten.cpu.ahead import compile_at_first_use
 from polywhiten.cpu.arguments import flattened, pack
 from polywhiten.cpu.device.simd import CACHE_LINE
 from polywhiten.cpu.geometry import padded
@@ -89,6 +90,7 @@ class LaunchBuilder:
     def program(self, num_workers: int | None = None) -> Program:
         """Return the launches since the last program; for fewer workers if that is asked for."""
         launches, self._launches = self._launches, []
+        compile_at_first_use([kernel for kernel, _ in launches], self.dtype)
         num_workers = num_workers or self.num_workers
         job = Job(
             workspace=0,

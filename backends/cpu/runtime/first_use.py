@@ -39,4 +39,4 @@ def _explain(folder: str | None) -> None:
         then = f"It happens once: they are kept in {folder}. The command `polywhiten compile` does it ahead of time."
     else:
         then = "They can't be kept, so every process does it."
-    logger.warning("polywhiten compiles its kernels for this processor, which takes about half a minute. %s", then)
+    logger.warning("polywhiten compiles its kernels for this processor, which takes about ten seconds. %s", then)

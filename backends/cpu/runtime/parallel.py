@@ -61,6 +61,13 @@ def num_threads() -> int:
     return num_numba_threads if num_torch_threads is None else min(num_numba_threads, num_torch_threads)
 
 
+def max_threads() -> int:
+    """Return how many threads `num_threads` may return, without starting any."""
+    num_torch_threads = _num_torch_threads()
+    most = int(numba.config.NUMBA_NUM_THREADS)
+    return 1 if FORKED else most if num_torch_threads is None else min(most, num_torch_threads)
+
+
 def address(array: np.ndarray[Any, Any]) -> int:
     """Return the address of the array's first element."""
     return int(array.__array_interface__["data"][0])
