@@ -28,6 +28,7 @@ OWNED = {
         "cli_compile",
         "cpu",
         "embeddings",
+        "first_use",
         "kernel_cache",
         "project",
         "solvers",
