@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import subprocess
@@ -170,6 +171,7 @@ def compile_in_processes(
 def serve() -> None:
     """Compile the jobs on standard input, one a line, and repeat each on standard output when it is done."""
     first_use.logger.setLevel(logging.ERROR)  # the process that started this one says what is happening
+    gc.disable()  # Numba's many small objects live as long as this process, which searches them for a tenth of its time
     for line in sys.stdin:
         Job(*line.split()).run()
         print(line, end="", flush=True)
