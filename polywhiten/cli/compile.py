@@ -92,7 +92,7 @@ def _show_compiling(ahead: Any, todo: Sequence[Any], says_so: bool) -> None:
         return
     shows_bar = sys.stderr.isatty()
     if says_so and not shows_bar:
-        complain(f"compiling {len(todo)} kernels, which takes about half a minute")
+        complain(f"compiling {len(todo)} kernels, which takes about a quarter of a minute")
     columns = TextColumn("compiling kernels, once"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     console = Console(stderr=True, quiet=not shows_bar)
     with Progress(*columns, console=console, transient=True, disable=not shows_bar) as progress:
