@@ -13,6 +13,7 @@ from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import Statistics
 from polywhiten.tensorflow.kernels import KERNELS, unrecorded
 from polywhiten.tensorflow.namespace import Tensor
+from polywhiten.tensorflow.sample_whitening import supports, whiten_samples
 
 
 class TensorFlowBackend(Backend):
@@ -39,6 +40,8 @@ class TensorFlowBackend(Backend):
         The gradient is computed from the statistics that the operation returned, so a second derivative comes back
         here as gradients of the statistics.
         """
+        if supports(spec):
+            return whiten_samples(KERNELS, spec, x, weight, bias)
         inputs = [array for array in (x, weight, bias) if array is not None]
         stats: Sequence[Tensor] = ()
 

@@ -52,7 +52,7 @@ class TensorFlowKernels(Kernels):
     def _apply(self, matrix: Tensor, x: Tensor, block_axis: int) -> Tensor:
         """Return A X of every block, in graphs on CPUs with one batch axis if the matrices are small beside x."""
         p, q, d, l = self.shape(x)
-        if not (isinstance(l, int) and 2 * d <= l and _is_for_cpus()):
+        if not (isinstance(l, int) and 2 * d <= l and is_for_cpus()):
             return super()._apply(matrix, x, block_axis)
         matrices = tf.broadcast_to(tf.expand_dims(matrix, 1 - block_axis), (p, q, d, d))
         return tf.reshape(tf.reshape(matrices, (p * q, d, d)) @ tf.reshape(x, (p * q, d, l)), (p, q, d, l))
@@ -64,9 +64,9 @@ class TensorFlowKernels(Kernels):
         groups, count = _Groups.of(x), self.sample_count(x, block_axis, least=1)
         means, covs = [], []
         for rows in groups.rows(self.to_accumulation_dtype(x)):
-            mean = _sums(rows) / count
+            mean = sums_of_rows(rows) / count
             centred = rows - mean[..., None, :]
-            lost = _sums(centred) / count
+            lost = sums_of_rows(centred) / count
             means.append(mean + lost)
             covs.append(tf.matmul(centred, centred, transpose_a=True) / count - outer_square(lost))
         return groups.joined(means), groups.joined(covs)
@@ -112,7 +112,7 @@ class TensorFlowKernels(Kernels):
         gradients, samples = (groups.rows(self.to_accumulation_dtype(array)) for array in (dy, x))
         triples = zip(gradients, samples, groups.each(mean), strict=True)
         products = [tf.matmul(dy, x - centre[..., None, :], transpose_a=True) for dy, x, centre in triples]
-        return groups.joined(list(map(_sums, gradients))), groups.joined(products)
+        return groups.joined(list(map(sums_of_rows, gradients))), groups.joined(products)
 
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
         """Return W = (cov + eps I)^(-1/2), whose gradient is the solver's adjoint."""
@@ -164,7 +164,7 @@ class _Groups:
         """Keep groups apart if products are large, which is faster than a batch of them."""
         samples, number, *_ = x.shape
         many = samples is None or samples >= MIN_SAMPLES
-        return cls(number, number == 1 or (number <= MAX_SINGLE_GROUPS and many and _is_for_cpus()))
+        return cls(number, number == 1 or (number <= MAX_SINGLE_GROUPS and many and is_for_cpus()))
 
     def rows(self, x: Tensor) -> list[Tensor]:
         """Return (samples, d) for each group, or (groups, samples, d) for the batch."""
@@ -186,7 +186,7 @@ class _Groups:
         return tf.stack(statistics) if self.apart else statistics[0]
 
 
-def _sums(rows: Tensor) -> Tensor:
+def sums_of_rows(rows: Tensor) -> Tensor:
     """Return sums over the samples, (..., d)."""
     return tf.squeeze(tf.matmul(tf.ones_like(rows[..., :1]), rows, transpose_a=True), -2)
 
@@ -198,7 +198,7 @@ def _plus_vector(product: Tensor, vector: Tensor) -> Tensor:
 
 def _one_by_one(solve: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
     """Return a solver's result, for few matrices one by one: small products in a batch take longer in TensorFlow."""
-    shape, for_cpus = matrices[0].shape, _is_for_cpus()
+    shape, for_cpus = matrices[0].shape, is_for_cpus()
     number = shape[0] if shape.rank == 3 else None
     if number != 1 and not (for_cpus and number in range(2, MAX_SINGLE_MATRICES + 1)):
         return solve(xp, *matrices)
@@ -207,7 +207,7 @@ def _one_by_one(solve: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
     return tf.stack([solve(namespace, *single) for single in each])
 
 
-def _is_for_cpus() -> bool:
+def is_for_cpus() -> bool:
     """Return whether this is a graph for CPUs; elsewhere the launch of an operation costs more than a small product."""
     return not tf.executing_eagerly() and {each.device_type for each in tf.config.get_visible_devices()} == {"CPU"}
 
