@@ -37,11 +37,13 @@ class TensorFlowBackend(Backend):
     ) -> tuple[Tensor, Statistics]:
         """Whiten an array of equal blocks; the result and the statistics are differentiable.
 
-        The gradient is computed from the statistics that the operation returned, so a second derivative comes back
-        here as gradients of the statistics.
+        An eager gradient is computed from the statistics that the operation returned, so a second derivative comes back
+        here as gradients of the statistics. In a graph it is computed from those inside, whose derivatives are known:
+        then nothing that forward and backward share is computed twice.
         """
         if supports(spec):
             return whiten_samples(KERNELS, spec, x, weight, bias)
+        is_eager = tf.executing_eagerly()
         inputs = [array for array in (x, weight, bias) if array is not None]
         stats: Sequence[Tensor] = ()
 
@@ -54,7 +56,8 @@ class TensorFlowBackend(Backend):
             y, inner = self.forward(spec, *arrays([unrecorded(tensor) for tensor in tensors]))
 
             def gradient(dy: Tensor, *dstats: Tensor) -> list[Tensor]:
-                known = Statistics(*stats) if stats else inner  # forward mode asks before they are returned
+                # forward mode asks before they are returned
+                known = Statistics(*stats) if stats and is_eager else inner
                 gradients = self.backward(spec, *arrays(inputs), known, dy, Statistics(*dstats))
                 return [gradient for gradient in gradients if gradient is not None]
 

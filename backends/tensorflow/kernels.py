@@ -105,14 +105,28 @@ class TensorFlowKernels(Kernels):
         return tf.cast(groups.restored(sums), dtype)
 
     def cross_moments(self, dy: Tensor, x: Tensor, mean: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
-        """Return s and K; channels-last arrays are summed by products."""
+        """Return s and K; channels-last arrays are summed by products.
+
+        In graphs x is centred as in `moments`, by a mean that is less exact, so that a graph with both does it once.
+        """
+        centre = mean if tf.executing_eagerly() else self._first_mean(x, block_axis)
+        if _is_channels_last(x, block_axis):
+            groups = _Groups.of(x)
+            gradients, samples = (groups.rows(self.to_accumulation_dtype(array)) for array in (dy, x))
+            triples = zip(gradients, samples, groups.each(centre), strict=True)
+            products = [tf.matmul(dy, x - each[..., None, :], transpose_a=True) for dy, x, each in triples]
+            s, k = groups.joined(list(map(sums_of_rows, gradients))), groups.joined(products)
+        else:
+            s, k = super().cross_moments(dy, x, centre, block_axis)
+        return s, k if centre is mean else k - s[..., :, None] * (mean - centre)[..., None, :]
+
+    def _first_mean(self, x: Tensor, block_axis: int) -> Tensor:
+        """Return the mean that `moments` corrects."""
+        x, count = self.to_accumulation_dtype(x), self.sample_count(x, block_axis, least=1)
         if not _is_channels_last(x, block_axis):
-            return super().cross_moments(dy, x, mean, block_axis)
+            return xp.sum(x, axis=(1 - block_axis, 3)) / count
         groups = _Groups.of(x)
-        gradients, samples = (groups.rows(self.to_accumulation_dtype(array)) for array in (dy, x))
-        triples = zip(gradients, samples, groups.each(mean), strict=True)
-        products = [tf.matmul(dy, x - centre[..., None, :], transpose_a=True) for dy, x, centre in triples]
-        return groups.joined(list(map(sums_of_rows, gradients))), groups.joined(products)
+        return groups.joined([sums_of_rows(rows) / count for rows in groups.rows(x)])
 
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
         """Return W = (cov + eps I)^(-1/2), whose gradient is the solver's adjoint."""

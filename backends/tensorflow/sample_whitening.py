@@ -1,7 +1,7 @@
 """Group whitening in graphs: a few operations that TensorFlow differentiates, and keeps what their gradients need.
 
-The result is that of `polywhiten.reference`. A graph keeps the centred and the whitened array for the gradient, which the
-reference computes again: each of them takes as long as a quarter of the gradient.
+The result is that of `polywhiten.reference`, which keeps the input alone for the gradient. Here the graph keeps the
+centred and the whitened array, instead of computing them again.
 """
 
 from __future__ import annotations
