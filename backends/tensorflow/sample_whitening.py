@@ -17,6 +17,8 @@ from polywhiten.statistics import Statistics
 from polywhiten.tensorflow.kernels import TensorFlowKernels, is_for_cpus, sums_of_rows
 from polywhiten.tensorflow.namespace import Tensor, xp
 
+MAX_SHORT_RUN = 3  # as measured on a CPU
+
 
 def supports(spec: WhiteningSpec) -> bool:
     """Return whether this is group whitening in a graph; eager tapes would keep more than the input."""
@@ -46,7 +48,7 @@ def _columns(kernels: TensorFlowKernels, blocks: Tensor) -> Tensor:
     """Return blocks (N, before, g, after) as (N, g, M), a copy if there are positions before the channels."""
     batch, before, groups, after = kernels.shape(blocks)
     if not _is_one(before):
-        blocks = tf.transpose(blocks, (0, 2, 1, 3))  # faster than moving the channels, as groups stay together
+        blocks = _moved(blocks, (batch, before, groups, after))
     return tf.reshape(blocks, (batch, groups, before * after))
 
 
@@ -55,7 +57,20 @@ def _from_columns(samples: Tensor, shape: Shape) -> Tensor:
     batch, before, groups, after = shape
     if _is_one(before):
         return samples
-    return tf.transpose(tf.reshape(samples, (batch, groups, before, after)), (0, 2, 1, 3))
+    return _moved(samples, (batch, groups * after, before, 1) if _is_short(after) else (batch, groups, before, after))
+
+
+def _moved(array: Tensor, shape: Shape) -> Tensor:
+    """Return an array of this shape with its axes 1 and 2 exchanged, or, if they are short, axis 1 at the end."""
+    batch, first, second, last = shape
+    if _is_short(last):
+        return tf.transpose(tf.reshape(array, (batch, first, second * last)), (0, 2, 1))
+    return tf.transpose(tf.reshape(array, shape), (0, 2, 1, 3))
+
+
+def _is_short(run: Any) -> bool:
+    """Return whether adjacent elements that stay together are too few for them to be moved as one."""
+    return isinstance(run, int) and run <= MAX_SHORT_RUN
 
 
 def _is_one(size: Any) -> bool:
