@@ -184,7 +184,7 @@ def summary(found: list[Verdict]) -> Table:
     )
     for verdict in found:
         bar = verdict.bar
-        limit = f"{bar.limit:.3g}" + (f", goal {bar.goal:g}" if bar.goal else "")
+        limit = f"{verdict.limit:.3g}" + (f", goal {bar.goal:g}" if bar.goal else "")
         value = f"{verdict.value:.3g}" + ("" if verdict.met else " !")
         table.add_row(bar.backend, verdict.mode, str(bar), value, limit, verdict.worst)
     return table
