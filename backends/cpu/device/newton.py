@@ -8,7 +8,7 @@ Symmetric results are computed above their diagonals and copied. A phase needs a
 tiles in it needs no other column: several workers can share a matrix if they begin every phase together.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,9 +21,10 @@ from polywhiten.cpu.device.prefetch import PrefetchList
 from polywhiten.cpu.device.simd import add_transposed_tile, transpose_tile
 from polywhiten.cpu.tuning import LD_PADDING, TILE
 
-_MATRICES = 5, 12  # that the iteration works on, alone and with its derivative
+_DERIVATIVES = 7  # matrices that the derivative works on
 _PHASES = 2, 4  # of a step, likewise
 _PHASES_AT_LAST = 4, 5  # of the last step
+_PHASES_BEFORE = 1, 2  # the steps
 
 
 def inverse_sqrt(packed, workspace, part, num_parts):
@@ -31,9 +32,10 @@ def inverse_sqrt(packed, workspace, part, num_parts):
     args = unpack(InverseSqrtArgs, packed, workspace)
     turns = _divide_turns(args, num_phases(args.steps, False), part, num_parts)
     for block in range(turns.first_block, turns.end_block):
-        memory = workspace
+        matrices = workspace
         if turns.is_shared:
-            memory = at(args.matrices, block * workspace_size(args.d, False))
+            matrices = at(args.matrices, block * workspace_size(args.d, False))
+        memory = _divide_memory(args, workspace, matrices)
         for phase in range(turns.first_phase, turns.end_phase):
             _iterate(args, memory, phase, block, turns.part, turns.num_parts)
 
@@ -43,9 +45,10 @@ def inverse_sqrt_adjoint(packed, workspace, part, num_parts):
     args = unpack(InverseSqrtArgs, packed, workspace)
     turns = _divide_turns(args, num_phases(args.steps, True), part, num_parts)
     for block in range(turns.first_block, turns.end_block):
-        memory = workspace
+        matrices = workspace
         if turns.is_shared:
-            memory = at(args.matrices, block * workspace_size(args.d, True))
+            matrices = at(args.matrices, block * workspace_size(args.d, True))
+        memory = _divide_memory(args, workspace, matrices)
         for phase in range(turns.first_phase, turns.end_phase):
             _iterate_derivative(args, memory, phase, block, turns.part, turns.num_parts)
 
@@ -72,121 +75,181 @@ def _divide_turns(args, phases, part, num_parts):
 
 @device_function
 def num_phases(steps, derivative):
-    """Return the number of phases: those of the steps, one before them, and one after them."""
+    """Return the number of phases: those before the steps, those of the steps, and one after them."""
     kind = 1 if derivative else 0
-    return 2 if steps == 1 else 2 + _PHASES[kind] * (steps - 2) + _PHASES_AT_LAST[kind]
+    of_steps = 0 if steps == 1 else _PHASES[kind] * (steps - 2) + _PHASES_AT_LAST[kind]
+    return _PHASES_BEFORE[kind] + of_steps + 1
 
 
 @device_function
 def workspace_size(d, derivative):
     """Return how many elements a block's matrices take."""
-    return _MATRICES[1 if derivative else 0] * padded(d) * (padded(d) + LD_PADDING) + 2 * TILE
+    size = iterates_size(d, 2)
+    return size + _DERIVATIVES * padded(d) * (padded(d) + LD_PADDING) if derivative else size
 
 
 @device_function
-def _matrix(memory, k, dp):
-    """Return a pointer to a matrix; before the first one are zeros and the trace."""
-    return at(memory, 2 * TILE + k * dp * (dp + LD_PADDING))
+def iterates_size(d, num_kept):
+    """Return how many elements the last r and Z take, so many of each, with what else the iteration works on."""
+    return 2 * TILE + (2 * num_kept + 1) * padded(d) * (padded(d) + LD_PADDING)
+
+
+class _Memory(NamedTuple):
+    """A block's matrices."""
+
+    iterates: Any  # zeros, the trace, and then r, Z and q
+    num_kept: int  # of r and of Z: two if each step overwrites what the one before it has read
+    derivatives: Any
+    dp: int
+
+
+@device_function(inline="always")
+def _divide_memory(args, workspace, matrices):
+    """Return where a block's matrices are; `matrices` is memory for all but kept iterates."""
+    dp, iterates, num_kept, derivatives = padded(args.d), matrices, 2, at(matrices, iterates_size(args.d, 2))
+    if args.kept >= 0:
+        iterates, num_kept, derivatives = at(workspace, args.kept), args.steps, matrices
+    return _Memory(iterates, num_kept, derivatives, dp)
+
+
+@device_function
+def _r(memory, step):
+    """Return a pointer to r after so many steps."""
+    return at(memory.iterates, 2 * TILE + step % memory.num_kept * memory.dp * (memory.dp + LD_PADDING))
+
+
+@device_function
+def _z(memory, change):
+    """Return a pointer to Z after so many changes."""
+    k = memory.num_kept + change % memory.num_kept
+    return at(memory.iterates, 2 * TILE + k * memory.dp * (memory.dp + LD_PADDING))
+
+
+@device_function
+def _q(memory):
+    return at(memory.iterates, 2 * TILE + 2 * memory.num_kept * memory.dp * (memory.dp + LD_PADDING))
+
+
+@device_function
+def _derivative(memory, k):
+    """Return a pointer to a matrix of the derivative: two of r, two of Z, and three more."""
+    return at(memory.derivatives, k * memory.dp * (memory.dp + LD_PADDING))
 
 
 class _Step(NamedTuple):
     """Which step a phase belongs to, and what it is there."""
 
     phase: int
+    number: int
     is_last: bool
-    now: int  # which of two matrices have r and its derivative, before the step
-    z_now: int  # likewise those of Z, which the first step leaves as they are unless it is the last one
-    updates_z: bool
+    changes: int  # of Z before the step; the first step changes it only if it is the last one too
+    changes_z: bool
 
 
 @device_function
 def _step(phase, steps, derivative):
-    """Return the step of a phase that is neither the first nor the last one."""
-    phases = _PHASES[1 if derivative else 0]
-    step = min((phase - 1) // phases, steps - 2)
-    place, is_last = phase - 1 - step * phases, step == steps - 2
-    updates_z = place == _PHASES_AT_LAST[1 if derivative else 0] - 1 if is_last else place == 0 and step > 0
-    return _Step(place, is_last, step % 2, max(step - 1, 0) % 2, updates_z)
+    """Return the step of a phase that is neither before the steps nor after them."""
+    kind = 1 if derivative else 0
+    phase -= _PHASES_BEFORE[kind]
+    number = min(phase // _PHASES[kind], steps - 2)
+    place, is_last = phase - number * _PHASES[kind], number == steps - 2
+    changes_z = place == _PHASES_AT_LAST[kind] - 1 if is_last else place == 0 and number > 0
+    return _Step(place, number, is_last, max(number - 1, 0), changes_z)
 
 
 @device_function
-def _final_z(steps):
-    """Return which of two matrices has Z after all steps."""
-    return 0 if steps == 1 else 1 - max(steps - 3, 0) % 2
+def _all_changes(steps):
+    """Return how often Z changes in all steps."""
+    return 0 if steps == 1 else max(steps - 3, 0) + 1
 
 
 @device_function(inline="always")
 def _iterate(args, memory, phase, block, part, num_parts):
     """Compute a part of a phase for one block."""
     d, cov, whitener = args.d, at(args.cov, block * args.d * args.d), at(args.whitener, block * args.d * args.d)
-    dp, last = padded(d), num_phases(args.steps, False) - 1
+    dp, last, zeros = memory.dp, num_phases(args.steps, False) - 1, memory.iterates
     ld = dp + LD_PADDING
     if phase == 0:
         _start(args, memory, cov, part, num_parts)
         return
     if phase == last:
-        _store_whitener(whitener, memory, _matrix(memory, 2 + _final_z(args.steps), dp), ld, d, part, num_parts)
+        _store_whitener(whitener, memory, _z(memory, _all_changes(args.steps)), ld, d, part, num_parts)
         return
-    step = _step(phase, args.steps, False)
-    r, next_r, q = _matrix(memory, step.now, dp), _matrix(memory, 1 - step.now, dp), _matrix(memory, 4, dp)
-    z, next_z = _matrix(memory, 2 + step.z_now, dp), _matrix(memory, 3 - step.z_now, dp)
+    step, q = _step(phase, args.steps, False), _q(memory)
+    r, next_r = _r(memory, step.number), _r(memory, step.number + 1)
     if step.phase == 0:
-        _product(q, 1.5 if step.is_last else 1.0, r, -1.0, r, r, dp, ld, True, True, memory, part, num_parts)
+        _product(q, 1.5 if step.is_last else 1.0, r, -1.0, r, r, dp, ld, True, True, zeros, part, num_parts)
     elif step.is_last and step.phase == 1:
         _add_scaled(next_r, 23 / 32, r, 27 / 16, q, dp, ld, part, num_parts)
-    elif not step.updates_z:
+    elif not step.changes_z:
         beta, base, b = (1.0, next_r, q) if step.is_last else (2.25, q, r)
-        _product(next_r, beta, base, -2.25, q, b, dp, ld, True, True, memory, part, num_parts)
-    if step.updates_z:
+        _product(next_r, beta, base, -2.25, q, b, dp, ld, True, True, zeros, part, num_parts)
+    if step.changes_z:
+        z, next_z = _z(memory, step.changes), _z(memory, step.changes + 1)
         factor, b = (2.25, next_r) if step.is_last else (1.5, r)
-        _product(next_z, factor, z, -factor, z, b, dp, ld, True, True, memory, part, num_parts)
+        _product(next_z, factor, z, -factor, z, b, dp, ld, True, True, zeros, part, num_parts)
 
 
 @device_function(inline="always")
 def _iterate_derivative(args, memory, phase, block, part, num_parts):
     """Compute a part of a phase for one block, with the derivative along the gradient's symmetric part."""
-    dp, last = padded(args.d), num_phases(args.steps, True) - 1
-    ld = dp + LD_PADDING
+    dp, last, zeros = memory.dp, num_phases(args.steps, True) - 1, memory.iterates
+    ld, computes_iterates = dp + LD_PADDING, args.kept < 0
     if phase == 0:
-        _start(args, memory, at(args.cov, block * args.d * args.d), part, num_parts)
-        _start_derivative(args, memory, block, part, num_parts)
+        if computes_iterates:
+            _start(args, memory, at(args.cov, block * args.d * args.d), part, num_parts)
+        _load_gradient(args, memory, block, part, num_parts)
+        return
+    if phase == 1:
+        _start_derivative(memory, args.steps, part, num_parts)
         return
     if phase == last:
-        z = _final_z(args.steps)
-        _store_gradient(args, memory, _matrix(memory, 2 + z, dp), _matrix(memory, 6 + z, dp), block, part, num_parts)
+        changes = _all_changes(args.steps)
+        _store_gradient(args, memory, _z(memory, changes), _dz(memory, changes), block, part, num_parts)
         return
-    step = _step(phase, args.steps, True)
-    now, then, is_last = step.now, 1 - step.now, step.is_last
-    r, next_r, dr, next_dr = (
-        _matrix(memory, now, dp),
-        _matrix(memory, then, dp),
-        _matrix(memory, 4 + now, dp),
-        _matrix(memory, 4 + then, dp),
-    )
-    p, q, more, half = _matrix(memory, 8, dp), _matrix(memory, 9, dp), _matrix(memory, 10, dp), _matrix(memory, 11, dp)
+    step, q = _step(phase, args.steps, True), _q(memory)
+    number, changes, is_last = step.number, step.changes, step.is_last
+    r, next_r, dr, next_dr = _r(memory, number), _r(memory, number + 1), _dr(memory, number), _dr(memory, number + 1)
+    p, more, half = _derivative(memory, 4), _derivative(memory, 5), _derivative(memory, 6)
     if step.phase == 0:
-        _product(p, 0.75 if is_last else 1 / 3, dr, -1.0, dr, r, dp, ld, False, False, memory, part, num_parts)
-        _product(q, 1.5 if is_last else 1.0, r, -1.0, r, r, dp, ld, True, True, memory, part, num_parts)
+        _product(p, 0.75 if is_last else 1 / 3, dr, -1.0, dr, r, dp, ld, False, False, zeros, part, num_parts)
+        if computes_iterates:
+            _product(q, 1.5 if is_last else 1.0, r, -1.0, r, r, dp, ld, True, True, zeros, part, num_parts)
     elif step.phase == 1:
         # the derivative of q if this step is the last one, else (dr - 2 dr r - r dr) / 2
         _add_transposed(more, p, 1.0 if is_last else 0.5, dp, ld, part, num_parts)
         if is_last:
             _add_scaled(half, 23 / 64, dr, 27 / 32, more, dp, ld, part, num_parts)
+        if is_last and computes_iterates:
             _add_scaled(next_r, 23 / 32, r, 27 / 16, q, dp, ld, part, num_parts)
     elif step.phase == 2:
         scale, half_base, half_b = (1.0, half, q) if is_last else (2.25, more, r)
-        _product(half, scale, half_base, -2.25, more, half_b, dp, ld, False, False, memory, part, num_parts)
-        scale, base, b = (1.0, next_r, q) if is_last else (2.25, q, r)
-        _product(next_r, scale, base, -2.25, q, b, dp, ld, True, True, memory, part, num_parts)
+        _product(half, scale, half_base, -2.25, more, half_b, dp, ld, False, False, zeros, part, num_parts)
+        if computes_iterates:
+            scale, base, b = (1.0, next_r, q) if is_last else (2.25, q, r)
+            _product(next_r, scale, base, -2.25, q, b, dp, ld, True, True, zeros, part, num_parts)
     elif step.phase == 3:
         _add_transposed(next_dr, half, 1.0, dp, ld, part, num_parts)
-    if step.updates_z:
-        z, next_z = _matrix(memory, 2 + step.z_now, dp), _matrix(memory, 3 - step.z_now, dp)
-        dz, next_dz = _matrix(memory, 6 + step.z_now, dp), _matrix(memory, 7 - step.z_now, dp)
+    if step.changes_z:
+        z, next_z = _z(memory, changes), _z(memory, changes + 1)
+        dz, next_dz = _dz(memory, changes), _dz(memory, changes + 1)
         factor, b, db = (2.25, next_r, next_dr) if is_last else (1.5, r, dr)
-        _product(next_dz, factor, dz, -factor, dz, b, dp, ld, True, False, memory, part, num_parts)
-        _product(next_dz, 1.0, next_dz, -factor, z, db, dp, ld, True, True, memory, part, num_parts)
-        _product(next_z, factor, z, -factor, z, b, dp, ld, True, True, memory, part, num_parts)
+        _product(next_dz, factor, dz, -factor, dz, b, dp, ld, True, False, zeros, part, num_parts)
+        _product(next_dz, 1.0, next_dz, -factor, z, db, dp, ld, True, True, zeros, part, num_parts)
+        if computes_iterates:
+            _product(next_z, factor, z, -factor, z, b, dp, ld, True, True, zeros, part, num_parts)
+
+
+@device_function
+def _dr(memory, step):
+    """Return a pointer to the derivative of r after so many steps."""
+    return _derivative(memory, step % 2)
+
+
+@device_function
+def _dz(memory, change):
+    """Return a pointer to the derivative of Z after so many changes."""
+    return _derivative(memory, 2 + change % 2)
 
 
 @device_function
@@ -195,7 +258,7 @@ def _store_gradient(args, memory, z, dz, block, part, num_parts):
     d, ld = args.d, padded(args.d) + LD_PADDING
     cov, grad = at(args.cov, block * d * d), at(args.grad, block * d * d)
     row_scale = _block_values(args.row_scale, block * d)
-    trace = get(memory, TILE)
+    trace = get(memory.iterates, TILE)
     along = args.eps * _diagonal(dz, ld, d) / trace
     for i in range(d):
         along += _inner(at(dz, i * ld), at(cov, i * d), d) / trace
@@ -213,7 +276,7 @@ def _store_gradient(args, memory, z, dz, block, part, num_parts):
 @device_function
 def _store_whitener(whitener, memory, z, ld, d, part, num_parts):
     """Store W = Z / sqrt(trace)."""
-    root = cast(z, get(memory, TILE) ** 0.5)
+    root = cast(z, get(memory.iterates, TILE) ** 0.5)
     for i in range(part, d, num_parts):
         for j in range(d):
             put(whitener, i * d + j, get(z, i * ld + j) / root)
@@ -254,9 +317,9 @@ def _start(args, memory, cov, part, num_parts):
     if trace < args.smallest_normal:  # without eps, the covariance of constant channels is 0
         trace = args.smallest_normal
     if part == 0:
-        clear(memory, 0, 1, TILE)
-        put(memory, TILE, trace)
-    r, z, ld, divisor = _matrix(memory, 0, dp), _matrix(memory, 2, dp), dp + LD_PADDING, cast(cov, trace)
+        clear(memory.iterates, 0, 1, TILE)
+        put(memory.iterates, TILE, trace)
+    r, z, ld, divisor = _r(memory, 0), _z(memory, 0), dp + LD_PADDING, cast(cov, trace)
     of_identity, of_r = (1.0, 0.0) if args.steps == 2 else (1.5, -1.5)
     for i in range(part, dp, num_parts):
         row, z_row, cov_row = at(r, i * ld), at(z, i * ld), at(cov, i * d)
@@ -264,7 +327,7 @@ def _start(args, memory, cov, part, num_parts):
         clear(z_row, 0, 1, dp)
         if i < d:
             for j in range(d):
-                value = get(cov_row, j) / divisor / cast(r, 3.0)
+                value = get(cov_row, j) / divisor * cast(r, 1 / 3)
                 put(row, j, value)
                 put(z_row, j, cast(r, of_r) * value)
             diagonal = (get(cov_row, i) + eps) / trace / 3
@@ -273,22 +336,25 @@ def _start(args, memory, cov, part, num_parts):
 
 
 @device_function
-def _start_derivative(args, memory, block, part, num_parts):
-    """Store the derivatives of r and Z along the symmetric part of the gradient, whose rows are scaled first."""
-    d, dp, grad = args.d, padded(args.d), at(args.grad, block * args.d * args.d)
-    dr, dz, ld = _matrix(memory, 4, dp), _matrix(memory, 6, dp), dp + LD_PADDING
-    row_scale = _block_values(args.row_scale, block * d)
-    of_both = 0.0 if args.steps == 2 else -0.25
+def _load_gradient(args, memory, block, part, num_parts):
+    """Store a sixth of the gradient, whose rows are scaled first."""
+    d, dp, grad = args.d, memory.dp, at(args.grad, block * args.d * args.d)
+    sixth, row_scale = _derivative(memory, 6), _block_values(args.row_scale, block * d)
     for i in range(part, dp, num_parts):
-        row, z_row = at(dr, i * ld), at(dz, i * ld)
+        row = at(sixth, i * (dp + LD_PADDING))
         clear(row, 0, 1, dp)
-        clear(z_row, 0, 1, dp)
         if i < d:
-            factor = _value_or_one(row_scale, i)
+            factor = cast(row, _value_or_one(row_scale, i) / 6.0)
             for j in range(d):
-                both = factor * get(grad, i * d + j) + _value_or_one(row_scale, j) * get(grad, j * d + i)
-                put(row, j, both / cast(dr, 6.0))
-                put(z_row, j, cast(dr, of_both) * both)
+                put(row, j, factor * get(grad, i * d + j))
+
+
+@device_function
+def _start_derivative(memory, steps, part, num_parts):
+    """Store the derivatives of r and Z along the symmetric part of the gradient."""
+    dp, ld, dr, dz = memory.dp, memory.dp + LD_PADDING, _dr(memory, 0), _dz(memory, 0)
+    _add_transposed(dr, _derivative(memory, 6), 1.0, dp, ld, part, num_parts)
+    _add_scaled(dz, 0.0 if steps == 2 else -1.5, dr, 0.0, dr, dp, ld, part, num_parts)
 
 
 @device_function
