@@ -14,11 +14,9 @@ import numpy as np
 
 from polywhiten.cpu.arguments import InverseSqrtArgs, unpack
 from polywhiten.cpu.device.device_function import device_function
-from polywhiten.cpu.device.gemm_microkernel import TILE_PAIR, Matrix, StridedMatrix, gemm_microkernel
 from polywhiten.cpu.device.panels import padded
-from polywhiten.cpu.device.pointers import as_int64, at, cast, clear, get, is_null, put
-from polywhiten.cpu.device.prefetch import PrefetchList
-from polywhiten.cpu.device.simd import add_transposed_tile, transpose_tile
+from polywhiten.cpu.device.pointers import at, cast, clear, get, is_null, put
+from polywhiten.cpu.device.square_matrices import add_scaled, add_transposed, product
 from polywhiten.cpu.tuning import LD_PADDING, TILE
 
 _DERIVATIVES = 7  # matrices that the derivative works on
@@ -178,16 +176,16 @@ def _iterate(args, memory, phase, block, part, num_parts):
     step, q = _step(phase, args.steps, False), _q(memory)
     r, next_r = _r(memory, step.number), _r(memory, step.number + 1)
     if step.phase == 0:
-        _product(q, 1.5 if step.is_last else 1.0, r, -1.0, r, r, dp, ld, True, True, zeros, part, num_parts)
+        product(q, 1.5 if step.is_last else 1.0, r, -1.0, r, r, dp, ld, True, True, zeros, part, num_parts)
     elif step.is_last and step.phase == 1:
-        _add_scaled(next_r, 23 / 32, r, 27 / 16, q, dp, ld, part, num_parts)
+        add_scaled(next_r, 23 / 32, r, 27 / 16, q, dp, ld, part, num_parts)
     elif not step.changes_z:
         beta, base, b = (1.0, next_r, q) if step.is_last else (2.25, q, r)
-        _product(next_r, beta, base, -2.25, q, b, dp, ld, True, True, zeros, part, num_parts)
+        product(next_r, beta, base, -2.25, q, b, dp, ld, True, True, zeros, part, num_parts)
     if step.changes_z:
         z, next_z = _z(memory, step.changes), _z(memory, step.changes + 1)
         factor, b = (2.25, next_r) if step.is_last else (1.5, r)
-        _product(next_z, factor, z, -factor, z, b, dp, ld, True, True, zeros, part, num_parts)
+        product(next_z, factor, z, -factor, z, b, dp, ld, True, True, zeros, part, num_parts)
 
 
 @device_function(inline="always")
@@ -212,32 +210,32 @@ def _iterate_derivative(args, memory, phase, block, part, num_parts):
     r, next_r, dr, next_dr = _r(memory, number), _r(memory, number + 1), _dr(memory, number), _dr(memory, number + 1)
     p, more, half = _derivative(memory, 4), _derivative(memory, 5), _derivative(memory, 6)
     if step.phase == 0:
-        _product(p, 0.75 if is_last else 1 / 3, dr, -1.0, dr, r, dp, ld, False, False, zeros, part, num_parts)
+        product(p, 0.75 if is_last else 1 / 3, dr, -1.0, dr, r, dp, ld, False, False, zeros, part, num_parts)
         if computes_iterates:
-            _product(q, 1.5 if is_last else 1.0, r, -1.0, r, r, dp, ld, True, True, zeros, part, num_parts)
+            product(q, 1.5 if is_last else 1.0, r, -1.0, r, r, dp, ld, True, True, zeros, part, num_parts)
     elif step.phase == 1:
         # the derivative of q if this step is the last one, else (dr - 2 dr r - r dr) / 2
-        _add_transposed(more, p, 1.0 if is_last else 0.5, dp, ld, part, num_parts)
+        add_transposed(more, p, 1.0 if is_last else 0.5, dp, ld, part, num_parts)
         if is_last:
-            _add_scaled(half, 23 / 64, dr, 27 / 32, more, dp, ld, part, num_parts)
+            add_scaled(half, 23 / 64, dr, 27 / 32, more, dp, ld, part, num_parts)
         if is_last and computes_iterates:
-            _add_scaled(next_r, 23 / 32, r, 27 / 16, q, dp, ld, part, num_parts)
+            add_scaled(next_r, 23 / 32, r, 27 / 16, q, dp, ld, part, num_parts)
     elif step.phase == 2:
         scale, half_base, half_b = (1.0, half, q) if is_last else (2.25, more, r)
-        _product(half, scale, half_base, -2.25, more, half_b, dp, ld, False, False, zeros, part, num_parts)
+        product(half, scale, half_base, -2.25, more, half_b, dp, ld, False, False, zeros, part, num_parts)
         if computes_iterates:
             scale, base, b = (1.0, next_r, q) if is_last else (2.25, q, r)
-            _product(next_r, scale, base, -2.25, q, b, dp, ld, True, True, zeros, part, num_parts)
+            product(next_r, scale, base, -2.25, q, b, dp, ld, True, True, zeros, part, num_parts)
     elif step.phase == 3:
-        _add_transposed(next_dr, half, 1.0, dp, ld, part, num_parts)
+        add_transposed(next_dr, half, 1.0, dp, ld, part, num_parts)
     if step.changes_z:
         z, next_z = _z(memory, changes), _z(memory, changes + 1)
         dz, next_dz = _dz(memory, changes), _dz(memory, changes + 1)
         factor, b, db = (2.25, next_r, next_dr) if is_last else (1.5, r, dr)
-        _product(next_dz, factor, dz, -factor, dz, b, dp, ld, True, False, zeros, part, num_parts)
-        _product(next_dz, 1.0, next_dz, -factor, z, db, dp, ld, True, True, zeros, part, num_parts)
+        product(next_dz, factor, dz, -factor, dz, b, dp, ld, True, False, zeros, part, num_parts)
+        product(next_dz, 1.0, next_dz, -factor, z, db, dp, ld, True, True, zeros, part, num_parts)
         if computes_iterates:
-            _product(next_z, factor, z, -factor, z, b, dp, ld, True, True, zeros, part, num_parts)
+            product(next_z, factor, z, -factor, z, b, dp, ld, True, True, zeros, part, num_parts)
 
 
 @device_function
@@ -353,56 +351,5 @@ def _load_gradient(args, memory, block, part, num_parts):
 def _start_derivative(memory, steps, part, num_parts):
     """Store the derivatives of r and Z along the symmetric part of the gradient."""
     dp, ld, dr, dz = memory.dp, memory.dp + LD_PADDING, _dr(memory, 0), _dz(memory, 0)
-    _add_transposed(dr, _derivative(memory, 6), 1.0, dp, ld, part, num_parts)
-    _add_scaled(dz, 0.0 if steps == 2 else -1.5, dr, 0.0, dr, dp, ld, part, num_parts)
-
-
-@device_function
-def _product(target, beta, base, alpha, a, b, n, ld, upper, mirrors, zeros, part, num_parts):
-    """Compute target = beta base + alpha A B; the target may be the base, but not A or B.
-
-    If `upper`, only the tiles on and above the diagonal are computed. If `mirrors`, they are copied below it.
-    """
-    step = TILE_PAIR if n >= 2 * TILE_PAIR * num_parts else TILE
-    strips = (n + step - 1) // step
-    for turn in range((strips + num_parts - 1) // num_parts):
-        place = turn * num_parts + (part if turn % 2 == 0 else num_parts - 1 - part)
-        # the longest strips come first, so that those that some workers wait for in the end are short
-        left = step * (strips - 1 - place)
-        rows = 0 if left < 0 else min(n, left + step) if upper else n
-        for i in range(0, rows, TILE):
-            j = left + TILE if upper and i > left else left
-            columns = min(n, left + step) - j
-            gemm_microkernel(
-                Matrix(at(target, i * ld + j), ld),
-                beta,
-                Matrix(at(base, i * ld + j), ld),
-                alpha,
-                StridedMatrix(at(a, i * ld), ld, 1),
-                Matrix(at(b, j), ld),
-                n,
-                columns,
-                False,
-                PrefetchList(as_int64(zeros), 0, 0, 0),
-            )
-            for k in range(j, j + columns, TILE):
-                if mirrors and i < k:
-                    transpose_tile(at(target, k * ld + i), ld, at(target, i * ld + k), ld, ())
-
-
-@device_function
-def _add_transposed(target, m, factor, n, ld, part, num_parts):
-    """Compute target = M + factor M'."""
-    for j in range(part * TILE, n, num_parts * TILE):
-        for i in range(0, n, TILE):
-            add_transposed_tile(at(target, i * ld + j), at(m, i * ld + j), at(m, j * ld + i), factor, ld)
-
-
-@device_function
-def _add_scaled(target, alpha, a, beta, b, n, ld, part, num_parts):
-    """Compute target = alpha A + beta B."""
-    for j in range(part * TILE, n, num_parts * TILE):
-        for i in range(n):
-            row, a_row, b_row = at(target, i * ld + j), at(a, i * ld + j), at(b, i * ld + j)
-            for l in range(TILE):
-                put(row, l, cast(row, alpha) * get(a_row, l) + cast(row, beta) * get(b_row, l))
+    add_transposed(dr, _derivative(memory, 6), 1.0, dp, ld, part, num_parts)
+    add_scaled(dz, 0.0 if steps == 2 else -1.5, dr, 0.0, dr, dp, ld, part, num_parts)
