@@ -86,6 +86,7 @@ def _multiply(like, a, b, c, zeros, product, times):
 
 def rate(call: Callable[[int], object], flops: int) -> float:
     """Return the GFLOP/s of a call that is given how often to do its work: the fastest of several measurements."""
+    call(1)  # compiles
     times = 1
     while seconds(call, times) < SECONDS:
         times *= 2
