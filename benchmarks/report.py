@@ -4,7 +4,7 @@ from itertools import product
 from pathlib import Path
 
 import click
-from bars import verdicts
+from bars import AVX2, verdicts
 from marked import inserted
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,6 +15,7 @@ from records import SUBJECT, Record, read
 HERE = Path(__file__).parent
 MARK = "speed"
 NAMES = {"iter_norm": "IterNorm", "group_whiten": "group whitening", "input": "the input's bytes, kept for backward"}
+DEVICES = {AVX2: "AVX2"}
 FRAMEWORKS = {"torch": "PyTorch", "tensorflow": "TensorFlow", "jax": "JAX", "numpy": "NumPy"}
 SHOWN_GROUPS = 32  # the number of groups in the figures; one is enough
 # The marker and colour of each competitor, the same in all figures. Colour-blind readers can tell the colours apart.
@@ -75,9 +76,9 @@ def panel(axes: Axes, records: list[Record]) -> None:
 
 def table(records: list[Record]) -> str:
     """Return the bars and what was measured as Markdown."""
-    by_run = {r.backend: (r.machine, r.versions) for r in records}
+    by_run = {(r.backend, r.device): (r.machine, r.versions) for r in records}
     machines: dict[str, list[str]] = {}
-    for backend, (machine, _) in by_run.items():
+    for (backend, _), (machine, _) in by_run.items():
         machines.setdefault(machine, []).append(FRAMEWORKS[backend])
     where = "; ".join(
         machine if len(machines) == 1 else f"{machine} ({', '.join(frameworks)})"
@@ -100,11 +101,11 @@ def table(records: list[Record]) -> str:
         elif high < float("inf"):
             competitor += f", below {high:g} channels"
         mode = "" if found.mode == "eager" else f" ({found.mode})"
-        mode += "" if found.device == "cpu" else f", {found.device}"
+        mode += "" if found.device == "cpu" else f", {DEVICES.get(found.device, found.device)}"
         value = f"{found.value:.3g}" + ("" if found.met else ", missed")
         goal = f" (goal {bar.goal:g})" if bar.goal else ""
         case = f"{FRAMEWORKS[bar.backend]}{mode}: {NAMES[bar.what]}, {bar.measure}"
-        lines.append(f"| {case} | {competitor} | {bar.statistic} | {bar.limit:.3g}{goal} | {value} |")
+        lines.append(f"| {case} | {competitor} | {bar.statistic} | {found.limit:.3g}{goal} | {value} |")
     return "\n".join([*lines, "", f"On {where}, with {', '.join(versions)}."])
 
 

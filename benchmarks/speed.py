@@ -25,6 +25,7 @@ import numpy as np
 from alternating import Failures, first_lines, host_timer, in_turns
 from bars import FLOOR, Verdict, barred, verdicts
 from competitors import BACKENDS, SAME_TRAFFIC, TEXTBOOK, Framework, Step, framework
+from instruction_sets import INSTRUCTION_SETS, run_again_restricted
 from problems import GROUP_WHITEN, ITER_NORM, LAYOUTS, MEMORY_SHAPES, SHAPES, Problem, problems
 from records import SUBJECT, Record, written
 from rich.console import Console
@@ -61,10 +62,13 @@ class Case:
         return f"{self.blank.backend} {self.mode} {self.measure}, {self.problem}"
 
 
-def cases_of(backend: str, device: str, found: list[Problem], measures: list[str], guard: bool) -> Iterator[Case]:
+def cases_of(
+    backend: str, device: str, isa: str | None, found: list[Problem], measures: list[str], guard: bool
+) -> Iterator[Case]:
     """Yield the cases, the most useful first in case the run is stopped; for the guard, only those with a bar."""
     library = framework(backend, device)
     about = machine.description() + (f"; {library.device_name()}" if device == "cuda" else "")
+    about += f", restricted to {isa.upper()}" if isa else ""
     for measure, mode, problem in product(measures, library.MODES, found):
         if measure == "evaluation" and problem.what != ITER_NORM:
             continue  # group whitening does the same in training and in evaluation
@@ -72,11 +76,16 @@ def cases_of(backend: str, device: str, found: list[Problem], measures: list[str
             continue
         shape = "x".join(map(str, problem.shape))
         layer = problem.what, problem.group, mode, measure, shape, problem.layout, "float32"
-        blank = Record(about, library.versions(), backend, device, *layer, competitor=SUBJECT)
+        blank = Record(about, library.versions(), backend, device_in_files(device, isa), *layer, competitor=SUBJECT)
         if not guard:
             yield Case(library, problem, mode, measure, blank)
         elif only := needed(backend, problem.what, measure):
             yield Case(library, problem, mode, measure, blank, only)
+
+
+def device_in_files(device: str, isa: str | None) -> str:
+    """Return the name of a device, with the instruction set that it is restricted to, in rows and names of files."""
+    return f"{device}-{isa}" if isa else device
 
 
 def needed(backend: str, what: str, measure: str) -> frozenset[str]:
@@ -175,7 +184,7 @@ def summary(found: list[Verdict]) -> Table:
     )
     for verdict in found:
         bar = verdict.bar
-        limit = f"{bar.limit:.3g}" + (f", goal {bar.goal:g}" if bar.goal else "")
+        limit = f"{verdict.limit:.3g}" + (f", goal {bar.goal:g}" if bar.goal else "")
         value = f"{verdict.value:.3g}" + ("" if verdict.met else " !")
         table.add_row(bar.backend, verdict.mode, str(bar), value, limit, verdict.worst)
     return table
@@ -215,6 +224,11 @@ def parsed_layouts(context: click.Context, parameter: click.Parameter, value: st
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option(
+    "--isa",
+    type=click.Choice(INSTRUCTION_SETS),
+    help="Restrict polywhiten and all competitors to an older instruction set than the processor's.",
+)
+@click.option(
     "--shapes",
     "sets",
     multiple=True,
@@ -250,6 +264,7 @@ def parsed_layouts(context: click.Context, parameter: click.Parameter, value: st
 def main(
     backends: tuple[str, ...],
     device: str,
+    isa: str | None,
     sets: tuple[str, ...],
     layouts: list[str],
     measures: tuple[str, ...],
@@ -264,6 +279,13 @@ def main(
     """
     if "tiny" in sets and out is None and not guard:
         raise click.UsageError("--shapes tiny is a trial and would replace the real results: give a folder with --out")
+    if isa:
+        if device != "cpu":
+            raise click.UsageError(f"--isa restricts the CPU, not the device {device}")
+        try:
+            run_again_restricted()
+        except ValueError as error:
+            raise click.UsageError(f"--isa {isa}: {error}") from error
     warnings.simplefilter("ignore", InfeasibleWarning)  # small shapes with many groups are timed too
     console = Console() if sys.stdout.isatty() else Console(width=140)
     names = list(dict.fromkeys(sets))
@@ -278,10 +300,10 @@ def main(
             for problem in found
             if backend != "numpy" or large or not problem.is_picture or prod(problem.shape) <= NUMPY_ELEMENTS
         ]
-        cases = list(cases_of(backend, device, kept, list(dict.fromkeys(measures)) or list(MEASURES), guard))
+        cases = list(cases_of(backend, device, isa, kept, list(dict.fromkeys(measures)) or list(MEASURES), guard))
         if not cases:
             continue  # without replacing the file of an earlier run
-        path = None if folder is None else folder / f"speed-{backend}-{device}.csv"
+        path = None if folder is None else folder / f"speed-{backend}-{device_in_files(device, isa)}.csv"
         records += run(cases, path, seconds, rate, console)
     judged = verdicts(records)
     if not records:

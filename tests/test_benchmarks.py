@@ -83,6 +83,13 @@ def test_bars_are_of_their_channels(script):
     assert [(v.bar.limit, v.met) for v in verdicts([wide])] == [(0.25, False)]
 
 
+def test_bars_may_differ_with_avx2(script):
+    bars = script("bars")
+    mean = next(b for b in bars.BARS if (b.backend, b.what, b.competitor) == ("torch", "iter_norm", "textbook"))
+    records = [record(script, "textbook", 0.38, device=device) for device in ("cpu", bars.AVX2)]
+    assert [(v.device, v.met) for v in bars.verdicts(records, [mean])] == [("cpu", True), (bars.AVX2, False)]
+
+
 def test_kept_bytes_are_a_share_of_the_inputs(script):
     kept = {"measure": "memory", "kept_bytes": 4 * 32 * 64 * 56 * 56 // 50}
     (verdict,) = script("bars").verdicts([record(script, "polywhiten", None, **kept)])

@@ -127,6 +127,7 @@ class InverseSqrtArgs(NamedTuple):
     """Arguments of `inverse_sqrt` and `inverse_sqrt_adjoint`; the former reads nothing after the whitener."""
 
     phase: int  # -1 for all of them, one after another
+    kept: int  # where in a part's workspace all iterates are kept for the adjoint, in elements; -1 if they aren't
     blocks: int
     d: int
     steps: int

@@ -19,7 +19,13 @@ from polywhiten.cpu.arguments import GradientTermsArgs, ScaleWhitenerArgs, TermA
 from polywhiten.cpu.device.channels import Channels
 from polywhiten.cpu.device.gradients import gradient_terms, scale_whitener
 from polywhiten.cpu.device.panels import Layout
-from polywhiten.cpu.geometry import newton_workspace_size, num_panels, padded, panel_workspace_size
+from polywhiten.cpu.geometry import (
+    newton_iterates_size,
+    newton_workspace_size,
+    num_panels,
+    padded,
+    panel_workspace_size,
+)
 from polywhiten.cpu.launches import Address, LaunchBuilder, Program
 from polywhiten.cpu.layout import layout_of, sample_order, split
 from polywhiten.cpu.library import ArrayKey, Library, Strided
@@ -224,8 +230,10 @@ def backward_plan(
     work = _work(spec, x.layout, channels, np.dtype(dtype).itemsize, num_threads)
     if not (known.weight or known.bias):
         channels = NO_CHANNELS
-    # as many elements as 2 float64 of each channel take at most
-    builder = work.builder(dtype, x.layout, True, 4 * channels.number)
+    more = 4 * channels.number  # as many elements as 2 float64 of each channel take at most
+    if channels.number and not known.whitener:
+        work, more = _keeping_iterates(work, x.layout.d, more, np.dtype(dtype).itemsize)
+    builder = work.builder(dtype, x.layout, True, more)
     sums, weight, constants = None, WEIGHT if known.weight else 0, []
     if channels.number:
         begin = worker_size(x.layout.d, work.newton, True) * builder.itemsize
@@ -239,6 +247,21 @@ def backward_plan(
     vectors = dx.layout.blocks, dx.layout.d
     sizes, size = (vectors, (*vectors, vectors[1])), builder.workspace_bytes
     return Plan(result, *sizes, orders_x, orders_dy, size, programs, sums, tuple(constants))
+
+
+def _keeping_iterates(work: Work, d: int, more: int, itemsize: int) -> tuple[Work, int]:
+    """Let the adjoint find the iterates that the whitener is computed by, if that is in the same part and cache.
+
+    Return the work, and how many elements each worker's workspace has in addition, `more` of them for something else.
+    """
+    if work.newton is None or not work.by_block:
+        return work, more
+    size = newton_iterates_size(d, work.newton.steps)
+    if size * itemsize > tuning.MAX_CACHED_BLOCK_BYTES:
+        return work, more
+    others = worker_size(d, work.newton, True)
+    kept = padded(others + more)
+    return work._replace(newton=work.newton._replace(kept=kept)), kept + size - others
 
 
 class _BackwardArrays(NamedTuple):

@@ -50,6 +50,7 @@ class NewtonSteps(NamedTuple):
     steps: int
     eps: float
     shares_phases: bool  # whether all workers work on each matrix together, else each on its own matrices
+    kept: int = -1  # where in each worker's workspace all iterates are kept, in elements; -1 if they aren't
 
 
 class ChannelAffine(NamedTuple):
@@ -183,7 +184,10 @@ def add_inverse_sqrt_adjoint(
     row_scale: Pointer = 0,
     whitener: Pointer = 0,
 ) -> None:
-    """Add the gradient with respect to cov, where the rows of that of W are scaled first; W itself if asked for."""
+    """Add the gradient with respect to cov, where the rows of that of W are scaled first; W itself if asked for.
+
+    If iterates are kept, `add_inverse_sqrt` has computed them.
+    """
     args = _iteration_args(builder, how, blocks, d, cov)
     args = args._replace(whitener=whitener, grad=grad, row_scale=row_scale, dcov=dcov)
     _add_iteration(builder, how, args, True)
@@ -192,6 +196,7 @@ def add_inverse_sqrt_adjoint(
 def _iteration_args(builder: LaunchBuilder, how: NewtonSteps, blocks: int, d: int, cov: Address) -> InverseSqrtArgs:
     return InverseSqrtArgs(
         phase=-1,
+        kept=how.kept,
         blocks=blocks,
         d=d,
         steps=how.steps,

@@ -1,6 +1,7 @@
 """Constants that were tuned, and what they were measured on.
 
-"EPYC" is two cores of an AMD EPYC with AVX-512, "Xeon" two of an Intel Xeon with AVX-512; both with float32.
+"EPYC" is two cores of an AMD EPYC with AVX-512, "Xeon" two of an Intel Xeon with AVX-512, and "AVX2" is that EPYC
+restricted to AVX2; all with float32.
 `benchmarks/README.md` has more of these measurements.
 """
 
@@ -11,7 +12,8 @@
 TILE = 16
 
 # Vectors of results in a row of a block, whose products share an element of A. Xeon, one core, blocks of 8 x 2 and not
-# 16 x 1 vectors, with workspaces aligned to cache lines: 117 to 145 GFLOP/s became 146 to 180, by shape.
+# 16 x 1 vectors, with workspaces aligned to cache lines: 117 to 145 GFLOP/s became 146 to 180, by shape. AVX2, one
+# core, blocks of 6 x 2 and 5 x 2 and not 4 x 2: 82 to 89 GFLOP/s became 105 to 112.
 VECTORS_PER_ROW = 2
 
 # Steps of a product between prefetches, a few lines each. Xeon: training steps in 0.86 to 1.05 of the time that bursts

@@ -20,8 +20,11 @@ from polywhiten.cpu.tuning import PREFETCH_INTERVAL, TILE, VECTORS_PER_ROW
 
 TILE_PAIR = 2 * TILE  # columns of two tiles side by side
 
-# Vectors of results in a block: half of the registers or a little less, which leaves room for the vectors of B.
-_MAX_RESULT_VECTORS = 8 if "+sse" in FEATURES and VECTOR_BYTES < 64 else 16
+# Vectors of results in a block, beside which two vectors of B and an element of A are in registers: x86 has 32 with
+# AVX-512, and 16 without.
+_MAX_RESULT_VECTORS = 12 if "+sse" in FEATURES and VECTOR_BYTES < 64 else 16
+# Rows of A whose addresses are computed from one pointer: x86 adds a register times 1 or 2 within an instruction.
+_ROWS_PER_POINTER = 3
 _INT = ir.IntType(64)
 
 
@@ -43,7 +46,9 @@ class StridedMatrix(NamedTuple):
 @intrinsic
 def blocks_per_tile(typingctx: Any, like: Any) -> Any:
     """Return how many blocks a tile of TILE columns has, which are computed one after another."""
-    count = _INT(TILE * TILE // (_MAX_RESULT_VECTORS * vector_length(like.dtype)))
+    length = vector_length(like.dtype)
+    width = min(VECTORS_PER_ROW, TILE // length)
+    count = _INT(sum(count for _, count in _block_heights(width)) * TILE // (width * length))
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
         return count
@@ -126,9 +131,10 @@ class _Block(NamedTuple):
     width: int  # vectors in each row
     prefetch_begin: ir.Value
 
-    def row_pointers(self, builder: ir.IRBuilder, data: ir.Value, stride: ir.Value) -> list[ir.Value]:
-        """Return pointers to the first elements of the block's rows."""
-        return [builder.gep(data, [builder.mul(stride, builder.add(self.top, _INT(i)))]) for i in range(self.height)]
+    def row_pointers(self, builder: ir.IRBuilder, a: StridedMatrix) -> list[ir.Value]:
+        """Return pointers to the first elements of every _ROWS_PER_POINTER-th of the block's rows."""
+        tops = [builder.add(self.top, _INT(i)) for i in range(0, self.height, _ROWS_PER_POINTER)]
+        return [builder.gep(a.data, [builder.mul(a.row_stride, top)]) for top in tops]
 
     def vector_pointers(self, builder: ir.IRBuilder, matrix: Matrix, length: int) -> list[ir.Value]:
         """Return pointers to the block's vectors, row by row."""
@@ -137,56 +143,73 @@ class _Block(NamedTuple):
         return [builder.gep(row, [_INT(j * length)]) for row in rows for j in range(self.width)]
 
 
+def _block_heights(width: int) -> list[tuple[int, int]]:
+    """Return heights of blocks, and how many there are of each, that cut TILE rows as evenly as possible."""
+    number = -(-TILE * width // _MAX_RESULT_VECTORS)
+    height, higher = divmod(TILE, number)
+    return [(height + 1, higher), (height, number - higher)] if higher else [(height, number)]
+
+
 def _multiply(builder: ir.IRBuilder, vector: Vector, width: int, x: _Operands) -> None:
     """Emit `gemm_microkernel` in blocks with that number of vectors in each row."""
-    height = min(TILE, _MAX_RESULT_VECTORS // width)
+    heights = _block_heights(width)
+    number = sum(count for _, count in heights)
+    with cgutils.for_range_slice(builder, _INT(0), x.columns, _INT(width * vector.length), _INT) as (left, across):
+        index, top = builder.mul(across, _INT(number)), 0
+        for height, count in heights:
+            end = top + height * count
+            with cgutils.for_range_slice(builder, _INT(top), _INT(end), _INT(height), _INT) as (row, down):
+                _multiply_block(builder, vector, x, (row, left, height, width), builder.add(index, down))
+            index, top = builder.add(index, _INT(count)), end
+
+
+def _multiply_block(
+    builder: ir.IRBuilder, vector: Vector, x: _Operands, place: tuple[ir.Value, ir.Value, int, int], index: ir.Value
+) -> None:
+    """Emit the computation of one block, before which `index` others of the tile are computed."""
     intervals = builder.udiv(builder.add(x.k, _INT(PREFETCH_INTERVAL - 1)), _INT(PREFETCH_INTERVAL))
-    with (
-        cgutils.for_range_slice(builder, _INT(0), x.columns, _INT(width * vector.length), _INT) as (left, across),
-        cgutils.for_range_slice(builder, _INT(0), _INT(TILE), _INT(height), _INT) as (top, down),
-    ):
-        index = builder.add(builder.mul(across, _INT(TILE // height)), down)
-        prefetched = builder.mul(builder.mul(index, intervals), x.prefetch.per_interval)
-        block = _Block(top, left, height, width, builder.add(x.prefetch.begin, prefetched))
-        targets = block.vector_pointers(builder, x.c, vector.length)
-        bases = block.vector_pointers(builder, x.base, vector.length)
-        sums = _accumulate(builder, vector, block, x)
-        factor, base_factor = vector.broadcast(x.alpha), vector.broadcast(x.beta)
-        results = [
-            vector.multiply_add(factor, value, builder.fmul(base_factor, vector.load(base)))
-            for value, base in zip(sums, bases, strict=True)
-        ]
-        with builder.if_else(x.nontemporal) as branches:
-            for branch, is_nontemporal in zip(branches, (True, False), strict=True):
-                with branch:
-                    for target, value in zip(targets, results, strict=True):
-                        vector.store(value, target, is_nontemporal)
+    prefetched = builder.mul(builder.mul(index, intervals), x.prefetch.per_interval)
+    block = _Block(*place, builder.add(x.prefetch.begin, prefetched))
+    targets = block.vector_pointers(builder, x.c, vector.length)
+    bases = block.vector_pointers(builder, x.base, vector.length)
+    sums = _accumulate(builder, vector, block, x)
+    factor, base_factor = vector.broadcast(x.alpha), vector.broadcast(x.beta)
+    results = [
+        vector.multiply_add(factor, value, builder.fmul(base_factor, vector.load(base)))
+        for value, base in zip(sums, bases, strict=True)
+    ]
+    with builder.if_else(x.nontemporal) as branches:
+        for branch, is_nontemporal in zip(branches, (True, False), strict=True):
+            with branch:
+                for target, value in zip(targets, results, strict=True):
+                    vector.store(value, target, is_nontemporal)
 
 
 def _accumulate(builder: ir.IRBuilder, vector: Vector, block: _Block, x: _Operands) -> list[ir.Value]:
     """Emit the loop over k, in intervals that begin with prefetches; return the block of A B."""
     sums = [vector.zero] * (block.height * block.width)
-    a_pointers = block.row_pointers(builder, x.a.data, x.a.row_stride)
+    pointers = [*block.row_pointers(builder, x.a), builder.gep(x.b.data, [block.left])]
     before = builder.block
     names = "interval", "products", "interval_end", "results"
     interval, loop, interval_end, after = (builder.append_basic_block(name) for name in names)
     builder.branch(interval)
 
     builder.position_at_end(interval)
-    state = [_phis(builder, values, before) for values in ([_INT(0), block.prefetch_begin], sums, a_pointers)]
-    (begin, prefetch_index), sums, a_pointers = state
+    state = [_phis(builder, values, before) for values in ([_INT(0), block.prefetch_begin], sums, pointers)]
+    (begin, prefetch_index), sums, pointers = state
     _prefetch_some(builder, x.prefetch, prefetch_index)
     stop = _minimum(builder, builder.add(begin, _INT(PREFETCH_INTERVAL)), x.k)
     inner = builder.block
     builder.branch(loop)
 
     builder.position_at_end(loop)
-    (step,), sums, a_pointers = (_phis(builder, values, inner) for values in ([begin], sums, a_pointers))
-    new_sums = _add_products(builder, vector, block, x.b, step, sums, a_pointers)
+    (step,), sums, pointers = (_phis(builder, values, inner) for values in ([begin], sums, pointers))
+    new_sums = _add_products(builder, vector, block, x.a.row_stride, sums, pointers)
     next_step = builder.add(step, _INT(1))
-    moved = [builder.gep(pointer, [x.a.column_stride]) for pointer in a_pointers]
-    _continue(loop, [step, *sums, *a_pointers], [next_step, *new_sums, *moved])
-    builder.cbranch(builder.icmp_signed("<", next_step, stop), loop, interval_end)
+    moved = [builder.gep(pointer, [x.a.column_stride]) for pointer in pointers[:-1]]
+    moved.append(builder.gep(pointers[-1], [x.b.ld]))
+    _continue(loop, [step, *sums, *pointers], [next_step, *new_sums, *moved])
+    _not_unrolled(builder, builder.cbranch(builder.icmp_signed("<", next_step, stop), loop, interval_end))
 
     builder.position_at_end(interval_end)
     next_index = builder.add(prefetch_index, x.prefetch.per_interval)
@@ -201,20 +224,29 @@ def _add_products(
     builder: ir.IRBuilder,
     vector: Vector,
     block: _Block,
-    b: Matrix,
-    step: ir.Value,
+    row_stride: ir.Value,
     sums: Sequence[ir.Value],
-    a_pointers: Sequence[ir.Value],
+    pointers: Sequence[ir.Value],
 ) -> list[ir.Value]:
-    """Return the sums plus the products of a column of A and a row of B."""
-    row = builder.gep(b.data, [builder.add(block.left, builder.mul(step, b.ld))])
-    b_vectors = [vector.load(builder.gep(row, [_INT(j * vector.length)])) for j in range(block.width)]
+    """Return the sums plus the products of a column of A and a row of B; the last pointer is to this row."""
+    *a_pointers, b_row = pointers
+    b_vectors = [vector.load(builder.gep(b_row, [_INT(j * vector.length)])) for j in range(block.width)]
     result = []
-    for i, pointer in enumerate(a_pointers):
+    for i in range(block.height):
+        near, distance = divmod(i, _ROWS_PER_POINTER)
+        pointer = builder.gep(a_pointers[near], [builder.mul(row_stride, _INT(distance))])
         element = vector.broadcast(builder.load(pointer))
         for j, b_vector in enumerate(b_vectors):
             result.append(vector.multiply_add(element, b_vector, sums[i * block.width + j]))
     return result
+
+
+def _not_unrolled(builder: ir.IRBuilder, branch: ir.Instruction) -> None:
+    """Leave a loop as it is: unrolled, it would need more addresses than there are registers."""
+    disable = builder.module.add_metadata([ir.MetaDataString(builder.module, "llvm.loop.unroll.disable")])
+    loop = builder.module.add_metadata([disable])
+    loop.operands = (loop, disable)  # the first operand of a loop's metadata is itself
+    branch.set_metadata("llvm.loop", loop)
 
 
 def _prefetch_some(builder: ir.IRBuilder, prefetch: PrefetchList, index: ir.Value) -> None:

@@ -44,8 +44,8 @@ def pack_columns(target, ld, panel, centre, workspace):
 @device_function
 def _pack_interleaved(target, ld, layout, source, n, centre, workspace):
     """Pack n positions along the outer axis, each with (d, inner) adjacent elements."""
-    size, lds, zeros = layout.d * layout.inner, layout.outer_stride, at(workspace, 2 * TILE * TILE)
-    clear(workspace, TILE, 2 * TILE + 1, TILE)
+    size, lds = layout.d * layout.inner, layout.outer_stride
+    clear(workspace, TILE, 2 * TILE, TILE)
     for o in range(0, n, TILE):
         for k in range(0, size, TILE):
             rows, columns = min(TILE, n - o), min(TILE, size - k)
@@ -56,7 +56,7 @@ def _pack_interleaved(target, ld, layout, source, n, centre, workspace):
                         put(workspace, i * TILE + j, get(tile, i * lds + j))
                 tile, ld_tile = workspace, TILE
             transposed = at(workspace, TILE * TILE)
-            transpose_tile(transposed, TILE, tile, ld_tile, (zeros,))
+            transpose_tile(transposed, TILE, tile, ld_tile, ())
             c, j = divmod(k, layout.inner)
             for i in range(columns):
                 row, line, middle = at(target, c * ld + j * n + o), at(transposed, i * TILE), get(centre, c)
@@ -97,8 +97,8 @@ def unpack_columns(panel, columns, ld, shift, workspace):
 @device_function
 def _unpack_interleaved(target, layout, n, columns, ld, shift, workspace):
     """Write n positions along the outer axis, each with (d, inner) adjacent elements."""
-    size, ldt, zeros = layout.d * layout.inner, layout.outer_stride, at(workspace, 2 * TILE * TILE)
-    clear(workspace, TILE, 2 * TILE + 1, TILE)
+    size, ldt = layout.d * layout.inner, layout.outer_stride
+    clear(workspace, TILE, 2 * TILE, TILE)
     for o in range(0, n, TILE):
         for k in range(0, size, TILE):
             rows, used = min(TILE, n - o), min(TILE, size - k)
@@ -115,10 +115,10 @@ def _unpack_interleaved(target, layout, n, columns, ld, shift, workspace):
                     c, j = c + 1, 0
             tile = at(target, o * ldt + k)
             if rows == TILE and used == TILE:
-                transpose_tile(tile, ldt, workspace, TILE, (zeros,))
+                transpose_tile(tile, ldt, workspace, TILE, ())
             else:
                 transposed = at(workspace, TILE * TILE)
-                transpose_tile(transposed, TILE, workspace, TILE, (zeros,))
+                transpose_tile(transposed, TILE, workspace, TILE, ())
                 for i in range(rows):
                     for j in range(used):
                         put(tile, i * ldt + j, get(transposed, i * TILE + j))

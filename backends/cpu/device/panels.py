@@ -14,7 +14,7 @@ from polywhiten.cpu.device.pointers import at
 from polywhiten.cpu.tuning import LD_PADDING, PANEL_WIDTH, TILE
 
 # elements of workspace that packing and `gather_channels` need
-TILE_WORKSPACE = max(3 * TILE * TILE, 2 * PANEL_WIDTH)
+TILE_WORKSPACE = max(2 * TILE * TILE, 2 * PANEL_WIDTH)
 
 
 class Layout(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -22,7 +22,7 @@ _INT = ir.IntType(64)
 
 @intrinsic
 def transpose_tile(typingctx: Any, target: Any, ldt: Any, source: Any, lds: Any, centres: Any) -> Any:
-    """Write TILE rows of TILE elements as columns, less one or two centres of each row.
+    """Write TILE rows of TILE elements as columns, less up to two centres of each row.
 
     Two centres, subtracted one after another, preserve the accuracy that rounding their large sum would lose.
     """
@@ -31,24 +31,59 @@ def transpose_tile(typingctx: Any, target: Any, ldt: Any, source: Any, lds: Any,
         target, ldt, source, lds, _ = args
         centres = cgutils.unpack_tuple(builder, args[4])
         vector = Vector.of(context, builder, signature)
-        n = vector.length
-        with (
-            cgutils.for_range_slice(builder, _INT(0), _INT(TILE), _INT(n), _INT) as (top, _),
-            cgutils.for_range_slice(builder, _INT(0), _INT(TILE), _INT(n), _INT) as (left, _),
-        ):
-            rows = []
-            for i in range(n):
-                k = builder.add(top, _INT(i))
-                row = vector.load(builder.gep(source, [builder.add(builder.mul(k, lds), left)]))
-                for centre in centres:
-                    row = builder.fsub(row, vector.broadcast(builder.load(builder.gep(centre, [k]))))
-                rows.append(row)
-            for i, row in enumerate(vector.transposed(rows)):
-                k = builder.add(left, _INT(i))
-                vector.store(row, builder.gep(target, [builder.add(builder.mul(k, ldt), top)]))
+
+        def load(row: ir.Value, k: ir.Value) -> ir.Value:
+            value = vector.load(row)
+            for centre in centres:
+                value = builder.fsub(value, vector.broadcast(builder.load(builder.gep(centre, [k]))))
+            return value
+
+        for row, k, left in _transposed_rows(builder, vector, source, lds, load):
+            vector.store(row, builder.gep(target, [builder.add(builder.mul(k, ldt), left)]))
         return context.get_dummy_value()
 
     return types.void(target, types.int64, source, types.int64, centres), generate
+
+
+@intrinsic
+def add_transposed_tile(typingctx: Any, target: Any, given: Any, source: Any, factor: Any, ld: Any) -> Any:
+    """Write a tile plus a factor times the columns of another one as rows; all have lines of the same length."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[Any]) -> Any:
+        target, given, source, factor, ld = args
+        vector = Vector.of(context, builder, signature)
+        factors = vector.broadcast(factor)
+        for row, k, left in _transposed_rows(builder, vector, source, ld, lambda row, _: vector.load(row)):
+            place = [builder.add(builder.mul(k, ld), left)]
+            value = vector.multiply_add(row, factors, vector.load(builder.gep(given, place)))
+            vector.store(value, builder.gep(target, place))
+        return context.get_dummy_value()
+
+    return types.void(target, given, source, target.dtype, types.int64), generate
+
+
+def _transposed_rows(
+    builder: ir.IRBuilder,
+    vector: Vector,
+    source: ir.Value,
+    ld: ir.Value,
+    load: Callable[[ir.Value, ir.Value], ir.Value],
+) -> Iterator[tuple[ir.Value, ir.Value, ir.Value]]:
+    """Emit loops over the transposition of a tile; yield vectors of its rows, with their row and first column.
+
+    `load` returns a vector of the source at a pointer, which is in the given row of it.
+    """
+    n = vector.length
+    with (
+        cgutils.for_range_slice(builder, _INT(0), _INT(TILE), _INT(n), _INT) as (top, _),
+        cgutils.for_range_slice(builder, _INT(0), _INT(TILE), _INT(n), _INT) as (left, _),
+    ):
+        rows = []
+        for i in range(n):
+            k = builder.add(top, _INT(i))
+            rows.append(load(builder.gep(source, [builder.add(builder.mul(k, ld), left)]), k))
+        for i, row in enumerate(vector.transposed(rows)):
+            yield row, builder.add(left, _INT(i)), top
 
 
 @intrinsic
