@@ -118,7 +118,11 @@ class TensorFlowKernels(Kernels):
             s, k = groups.joined(list(map(sums_of_rows, gradients))), groups.joined(products)
         else:
             s, k = super().cross_moments(dy, x, centre, block_axis)
-        return s, k if centre is mean else k - s[..., :, None] * (mean - centre)[..., None, :]
+        if centre is mean:
+            return s, k
+        corrected = k - s[..., :, None] * (mean - centre)[..., None, :]
+        corrected.set_shape(k.shape)  # which s doesn't know if dy has unknown channels
+        return s, corrected
 
     def _first_mean(self, x: Tensor, block_axis: int) -> Tensor:
         """Return the mean that `moments` corrects."""
