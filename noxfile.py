@@ -33,13 +33,15 @@ COMPANIONS = {
 }
 # Packages of networks, which tests put the layers into; installed without dependencies, which include another PyTorch.
 NETWORKS = {"torch": ["timm", "torchvision"]}
-# Tests compile much and compute little. JAX keeps all that it compiles, for other processes and for the next run.
+# Tests compile much and compute little. JAX keeps all that it compiles, for other processes and for the next run, and
+# XLA generates code for CPUs in its older and quicker way.
 COMPILE_QUICKLY = {
     "OMP_NUM_THREADS": "1",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".nox" / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
 }
 # Imports all modules but those of frameworks that aren't installed.
 IMPORT_EVERYTHING = """
