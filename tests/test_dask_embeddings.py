@@ -48,7 +48,12 @@ def cluster():
         "host": "127.0.0.1",
         "silence_logs": logging.CRITICAL,
     }
-    with distributed.LocalCluster(n_workers=3, memory_limit=None, **options) as cluster:
+    # or a result that was copied to another worker, where it is added, may stay there alone, and be lost with it
+    one_owner = {"distributed.scheduler.active-memory-manager.start": False}
+    with (
+        dask.config.set(one_owner),
+        distributed.LocalCluster(n_workers=3, memory_limit=None, **options) as cluster,
+    ):
         yield cluster
 
 
