@@ -44,6 +44,11 @@ KERNELS = {
     )
 }
 LOOPS = {loop.__name__: loop for loop in (workers.in_numba_threads, workers.openmp_region, workers.in_one_thread)}
+_MAX_PROCESSES = 4  # more wait for the kernel that takes longest
+_PATIENCE_SECONDS = 60.0  # for another process that compiles
+_EVALUATION = {"pack_matrices", "affine_map"}  # the kernels that run without any others
+_first_use_lock = Lock()
+_tried: list[list[Job]] = []
 
 
 class Job(NamedTuple):
@@ -102,8 +107,9 @@ def compile_at_first_use(kernels: Sequence[Callable[..., None]], dtype: str) -> 
         return
     asked = [Job(kernel.__name__, dtype) for kernel in kernels]
     with _first_use_lock:
-        kept_in = folder(dtype) if missing(asked) else None
-        wanted = _wanted_with(asked, dtype)
+        if not missing(asked):
+            return
+        kept_in, wanted = folder(dtype), _wanted_with(asked, dtype)
         if kept_in is None or wanted in _tried:
             return
         _tried.append(wanted)
@@ -113,13 +119,6 @@ def compile_at_first_use(kernels: Sequence[Callable[..., None]], dtype: str) -> 
                 todo = missing(wanted) if is_locked else []
                 if todo:
                     _compile_and_load(todo, number)
-
-
-_MAX_PROCESSES = 4  # more wait for the kernel that takes longest
-_PATIENCE_SECONDS = 60.0  # for another process that compiles
-_EVALUATION = {"pack_matrices", "affine_map"}  # the kernels that run without any others
-_first_use_lock = Lock()
-_tried: list[list[Job]] = []
 
 
 def _wanted_with(asked: list[Job], dtype: str) -> list[Job]:

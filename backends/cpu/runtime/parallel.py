@@ -51,21 +51,19 @@ def num_threads() -> int:
 
     PyTorch has one in the worker processes of a `DataLoader`, which share the cores.
     """
-    if FORKED:
-        return 1
-    num_torch_threads = _num_torch_threads()
-    if num_torch_threads == 1:
+    most = max_threads()
+    if most == 1:
         return 1
     _start_numba_threads()
-    num_numba_threads = int(numba.get_num_threads())
-    return num_numba_threads if num_torch_threads is None else min(num_numba_threads, num_torch_threads)
+    return min(most, int(numba.get_num_threads()))
 
 
 def max_threads() -> int:
     """Return how many threads `num_threads` may return, without starting any."""
-    num_torch_threads = _num_torch_threads()
-    most = int(numba.config.NUMBA_NUM_THREADS)
-    return 1 if FORKED else most if num_torch_threads is None else min(most, num_torch_threads)
+    if FORKED:
+        return 1
+    num_torch_threads, most = _num_torch_threads(), int(numba.config.NUMBA_NUM_THREADS)
+    return most if num_torch_threads is None else min(most, num_torch_threads)
 
 
 def address(array: np.ndarray[Any, Any]) -> int:
