@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("numba")
 
+from array_pointers import pointer
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
@@ -290,16 +291,6 @@ def test_memory_of_workers_begins_where_lines_do(dtype):
     builder = launches.LaunchBuilder(dtype, num_workers=3, worker_size=17)
     assert workspace.workspace(builder.workspace_bytes).address % CACHE_LINE == builder.worker_bytes % CACHE_LINE == 0
     assert builder.temporary(5).offset % CACHE_LINE == builder.temporary(5).offset % CACHE_LINE == 0
-
-
-@intrinsic
-def pointer(typingctx, address, like):
-    """The address of an array, as a pointer to its dtype."""
-
-    def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like.dtype)(types.int64, like), generate
 
 
 @njit

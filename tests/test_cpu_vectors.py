@@ -6,6 +6,7 @@ All of `test_cpu.py` runs for such a processor if NUMBA_CPU_FEATURES is set for 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,8 +23,10 @@ BYTES = {"AVX2": 32, "SSE": 16}
 SCRIPT = """
 import sys
 import numpy as np
-from numba import njit, types
-from numba.extending import intrinsic
+
+sys.path.append(sys.argv[2])  # the folder of these tests
+from array_pointers import pointer
+from numba import njit
 from polywhiten.cpu.device import simd
 from polywhiten.cpu.device.gemm import Sizes, multiply_add_listed
 from polywhiten.cpu.device.gemm_microkernel import Matrix, StridedMatrix
@@ -31,14 +34,6 @@ from polywhiten.cpu.device.pointers import as_int64
 from polywhiten.cpu.device.prefetch import PrefetchList
 
 assert simd.VECTOR_BYTES == int(sys.argv[1])
-
-
-@intrinsic
-def pointer(typingctx, address, like):
-    def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like.dtype)(types.int64, like), generate
 
 
 @njit
@@ -70,6 +65,6 @@ def test_products_are_right_with_shorter_vectors(name):
     for feature in features:
         features[feature] &= not feature.startswith(BEYOND[name])
     restricted = os.environ | {"NUMBA_CPU_FEATURES": features.flatten(), "NUMBA_CPU_NAME": "x86-64"}
-    command = [sys.executable, "-P", "-c", SCRIPT, str(BYTES[name])]
+    command = [sys.executable, "-P", "-c", SCRIPT, str(BYTES[name]), str(Path(__file__).parent)]
     result = subprocess.run(command, env=restricted, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
