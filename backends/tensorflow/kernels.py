@@ -157,8 +157,10 @@ class NearZeroKernels(TensorFlowKernels):
 
     def cross_moments(self, dy: Tensor, x: Tensor, mean: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
         dy, x = self.to_accumulation_dtype(dy), self.to_accumulation_dtype(x)
-        s = self._sums(dy, block_axis)
-        return s, self._products(dy, x, block_axis) - s[..., :, None] * mean[..., None, :]
+        s, products = self._sums(dy, block_axis), self._products(dy, x, block_axis)
+        k = products - s[..., :, None] * mean[..., None, :]
+        k.set_shape(products.shape)  # which s doesn't know if dy has unknown channels
+        return s, k
 
 
 def unrecorded(tensor: Tensor) -> Tensor:
