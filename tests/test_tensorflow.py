@@ -222,9 +222,33 @@ def test_group_whitening_of_a_float32_graph(affine, axis):
         np.testing.assert_allclose(gradient, wanted[name], rtol=1e-4, atol=1e-4 * np.max(np.abs(wanted[name])))
 
 
+@pytest.mark.parametrize("axis", [1, -1], ids=["channels first", "channels last"])
+@pytest.mark.parametrize("first", [0, 30], ids=["alike", "first samples apart"])
+def test_a_float32_graph_of_iter_norm_loses_no_digits_to_a_large_mean(first, axis):
+    """A graph shifts data to about zero by some samples' mean, however far these are from the others."""
+    x, dy = normal(2, 32, 8, 5, 6)
+    x[:4] += first
+    x, dy = (np.moveaxis(a, 1, axis).astype("float32") for a in (x + 1e4, dy))
+
+    @tf.function
+    def train(x, dy):
+        weight, bias = tf.linspace(0.5, 2.0, 8), tf.zeros(8)
+        stats = pw.whitening_stats(x, axis=axis, group_size=4)
+        return *value_and_gradients("iter_norm", x, weight, bias, dy, axis=axis, group_size=4), stats.covariance
+
+    exact = {"weight": np.linspace(0.5, 2, 8), "bias": np.zeros(8)}
+    y, pullback = pw.iter_norm_vjp(np.float64(x), **exact, axis=axis, group_size=4)
+    cov = pw.whitening_stats(np.float64(x), axis=axis, group_size=4).covariance
+    for actual, wanted in zip(train(x, dy), (y, *pullback(np.float64(dy)), cov), strict=True):
+        np.testing.assert_allclose(actual, wanted, atol=1e-5 * np.max(np.abs(wanted)))
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_a_gradient_computes_nothing_twice(name):
-    """Newton's step takes 3 products, and 7 with its derivative, of which a training graph shares 3 with forward."""
+    """Newton's step takes 3 products, and 7 with its derivative, of which a training graph shares 3 with forward.
+
+    The samples whose mean IterNorm subtracts are gathered once.
+    """
     from tensorflow.python.eager import context  # there is no public way to see what is left of a graph
 
     def forward(x):
@@ -236,16 +260,17 @@ def test_a_gradient_computes_nothing_twice(name):
             y = forward(x)
         return y, tape.gradient(y, x)
 
-    def products(function):
+    def count(operation, function):
         context.context().enable_graph_collection()
         tf.function(function, autograph=False)(tf.ones((8, 36, 5)))
         run = context.context().export_run_metadata()
         context.context().disable_graph_collection()
-        return sum("MatMul" in node.op for graph in run.partition_graphs for node in graph.node)
+        return sum(operation in node.op for graph in run.partition_graphs for node in graph.node)
 
     steps = 4  # the first of five has no products
-    assert 3 * steps < products(forward)
-    assert products(train) - products(forward) < 7 * steps
+    assert 3 * steps < count("MatMul", forward)
+    assert count("MatMul", train) - count("MatMul", forward) < 7 * steps
+    assert count("Gather", train) == (name == "iter_norm")
 
 
 AXES = [(rank, axis) for rank in range(2, 6) for axis in range(rank)]

@@ -43,6 +43,10 @@ class TensorFlowKernels(Kernels):
 
     def _products(self, a: Tensor, b: Tensor, block_axis: int) -> Tensor:
         """Return A B' of every block, by products with one batch axis: XLA is slow with more of them."""
+        if _is_channels_last(b, block_axis):
+            groups = _Groups.of(b)
+            pairs = zip(groups.rows(a), groups.rows(b), strict=True)
+            return groups.joined([tf.matmul(left, right, transpose_a=True) for left, right in pairs])
         if not self.is_wide(b):
             return super()._products(a, b, block_axis)
         p, q, d, l = self.shape(b)  # of x: a gradient's may be unknown
@@ -58,18 +62,27 @@ class TensorFlowKernels(Kernels):
         return tf.reshape(tf.reshape(matrices, (p * q, d, d)) @ tf.reshape(x, (p * q, d, l)), (p, q, d, l))
 
     def moments(self, x: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
-        """Return mean and covariance; channels-last arrays are summed by products, which use all cores."""
+        """Return mean and covariance."""
+        x = self.to_accumulation_dtype(x)
+        mean = self.mean(x, block_axis)
+        residual, cov = self._moments_about_zero(x - along(mean, block_axis), block_axis)
+        return mean + residual, cov
+
+    def mean(self, x: Tensor, block_axis: int) -> Tensor:
+        """Return the mean as a plain sum gives it."""
+        return self._sums(x, block_axis) / self.sample_count(x, block_axis, least=1)
+
+    def _moments_about_zero(self, x: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
+        """Return mean and covariance of an array whose mean is small, so that it isn't centred."""
+        mean, count = self.mean(x, block_axis), self.sample_count(x, block_axis, least=1)
+        return mean, self._products(x, x, block_axis) / count - outer_square(mean)
+
+    def _sums(self, x: Tensor, block_axis: int) -> Tensor:
+        """Return the sums of the samples; those of channels-last arrays by a product, which uses all cores."""
         if not _is_channels_last(x, block_axis):
-            return super().moments(x, block_axis)
-        groups, count = _Groups.of(x), self.sample_count(x, block_axis, least=1)
-        means, covs = [], []
-        for rows in groups.rows(self.to_accumulation_dtype(x)):
-            mean = sums_of_rows(rows) / count
-            centred = rows - mean[..., None, :]
-            lost = sums_of_rows(centred) / count
-            means.append(mean + lost)
-            covs.append(tf.matmul(centred, centred, transpose_a=True) / count - outer_square(lost))
-        return groups.joined(means), groups.joined(covs)
+            return xp.sum(x, axis=(1 - block_axis, 3))
+        p, q, d, _ = self.shape(x)
+        return tf.reshape(sums_of_rows(tf.reshape(x, (p, q * d))), (q, d))
 
     def affine_map(
         self,
@@ -105,32 +118,10 @@ class TensorFlowKernels(Kernels):
         return tf.cast(groups.restored(sums), dtype)
 
     def cross_moments(self, dy: Tensor, x: Tensor, mean: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
-        """Return s and K; channels-last arrays are summed by products.
-
-        In graphs x is centred as in `moments`, by a mean that is less exact, so that a graph with both does it once.
-        """
-        centre = mean if tf.executing_eagerly() else self._first_mean(x, block_axis)
-        if _is_channels_last(x, block_axis):
-            groups = _Groups.of(x)
-            gradients, samples = (groups.rows(self.to_accumulation_dtype(array)) for array in (dy, x))
-            triples = zip(gradients, samples, groups.each(centre), strict=True)
-            products = [tf.matmul(dy, x - each[..., None, :], transpose_a=True) for dy, x, each in triples]
-            s, k = groups.joined(list(map(sums_of_rows, gradients))), groups.joined(products)
-        else:
-            s, k = super().cross_moments(dy, x, centre, block_axis)
-        if centre is mean:
-            return s, k
-        corrected = k - s[..., :, None] * (mean - centre)[..., None, :]
-        corrected.set_shape(k.shape)  # which s doesn't know if dy has unknown channels
-        return s, corrected
-
-    def _first_mean(self, x: Tensor, block_axis: int) -> Tensor:
-        """Return the mean that `moments` corrects."""
-        x, count = self.to_accumulation_dtype(x), self.sample_count(x, block_axis, least=1)
-        if not _is_channels_last(x, block_axis):
-            return xp.sum(x, axis=(1 - block_axis, 3)) / count
-        groups = _Groups.of(x)
-        return groups.joined([sums_of_rows(rows) / count for rows in groups.rows(x)])
+        """Return s and K."""
+        dy = self.to_accumulation_dtype(dy)
+        centred = self.to_accumulation_dtype(x) - along(mean, block_axis)
+        return self._sums(dy, block_axis), self._products(dy, centred, block_axis)
 
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
         """Return W = (cov + eps I)^(-1/2), whose gradient is the solver's adjoint."""
@@ -155,6 +146,21 @@ class TensorFlowKernels(Kernels):
             return ds, lambda direction: adjoint_vjp(xp, cov, grad, direction)
 
         return run(cov, grad)
+
+
+@dataclass(frozen=True)
+class NearZeroKernels(TensorFlowKernels):
+    """Kernels for arrays whose means are no more than a few standard deviations: they make no centred copy."""
+
+    def moments(self, x: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
+        return self._moments_about_zero(self.to_accumulation_dtype(x), block_axis)
+
+    def cross_moments(self, dy: Tensor, x: Tensor, mean: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
+        dy, x = self.to_accumulation_dtype(dy), self.to_accumulation_dtype(x)
+        s, products = self._sums(dy, block_axis), self._products(dy, x, block_axis)
+        k = products - s[..., :, None] * mean[..., None, :]
+        k.set_shape(products.shape)  # which s doesn't know if dy has unknown channels
+        return s, k
 
 
 def unrecorded(tensor: Tensor) -> Tensor:
