@@ -164,7 +164,7 @@ class Training:
             with self._covariances.evaluating():
                 by_covariance = self._accuracy()
         if evaluate and self._settings.recomputed_over and has_averages(self.model):
-            with recomputed(self.model, self._first_batches()):
+            with recomputed(self.model, self._first_batches(number)):
                 by_recomputed = self._accuracy()
         return Epoch(loss, accuracy, own, by_covariance, by_recomputed, ms, time.perf_counter() - start)
 
@@ -210,12 +210,13 @@ class Training:
             return self._data.standardized(self._data.x_train[batch])
         return self._data.augmented(batch, moves, self._settings.shift)
 
-    def _first_batches(self) -> Iterator[Tensor]:
-        """Yield the pictures that statistics are computed again for, without augmentation."""
+    def _first_batches(self, number: int) -> Iterator[Tensor]:
+        """Yield the pictures that statistics are computed again for, augmented as in training."""
         size = self._settings.batch_size
-        for part in self._data.x_train[: self._settings.recomputed_over].split(size):
-            if len(part) == size:
-                yield self._data.standardized(part)
+        chosen = torch.arange(self._settings.recomputed_over // size * size, device=self._device).reshape(-1, size)
+        moves = self._moves(number, chosen.shape)
+        for step, batch in enumerate(chosen):
+            yield self._pictures(batch, None if moves is None else moves[step])
 
     @torch.no_grad()
     def _accuracy(self) -> float:
