@@ -9,8 +9,6 @@ usually none.
 
 from __future__ import annotations
 
-from typing import Any
-
 import tensorflow as tf
 
 from polywhiten.blocks import ChannelGroups
@@ -29,7 +27,7 @@ NEAR_ZERO = Reference(NearZeroKernels(xp))
 class ChannelWhitening(Reference):
     """IterNorm in graphs. An eager tape would keep the shifted copy in addition to the input."""
 
-    name = "graph"
+    name = "graphs"
 
     def supports(self, spec: WhiteningSpec | None, x: Tensor, *others: Tensor | None) -> bool:
         """Return whether a graph whitens channels of one worker's samples; several workers would need one shift."""
