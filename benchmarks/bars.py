@@ -91,7 +91,8 @@ BARS = [
     Bar("torch", "group_whiten", "textbook", MEAN, 1 / 2.5, avx2_limit=0.42),
     Bar("torch", "group_whiten", "textbook", WORST, 1, avx2_limit=0.9),
     Bar("torch", "group_whiten", INPUT, WORST, 0.01, "memory"),
-    Bar("tensorflow", "iter_norm", "textbook", MEAN, 1 / 1.5),
+    Bar("tensorflow", "iter_norm", "textbook", MEAN, 0.65),
+    Bar("tensorflow", "group_whiten", "textbook", MEAN, 0.8),
     Bar("jax", "iter_norm", "textbook", MEAN, 1 / 1.5),
     Bar("numpy", "iter_norm", "textbook", MEAN, 1 / 2),
 ]

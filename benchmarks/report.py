@@ -4,7 +4,7 @@ from itertools import product
 from pathlib import Path
 
 import click
-from bars import AVX2, verdicts
+from bars import AVX2, Verdict, verdicts
 from marked import inserted
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -85,28 +85,48 @@ def table(records: list[Record]) -> str:
         for machine, frameworks in machines.items()
     )
     versions = list(dict.fromkeys(part for _, of_run in by_run.values() for part in of_run.split(", ")))
+    found = verdicts(records)
+    devices = sorted({verdict.device for verdict in found}, key=lambda device: (device != "cpu", device))
+    columns = [name for device in devices for name in (f"bar{on(device)}", f"measured{on(device)}")]
     lines = [
         "Time of polywhiten divided by that of a competitor in the same run, in float32. Training is forward and "
         "backward. The bar is the largest ratio that the project accepts.",
         "",
-        "| | competitor | statistic over shapes | bar | measured |",
-        "| --- | --- | --- | --- | --- |",
+        f"| | competitor | statistic over shapes | {' | '.join(columns)} |",
+        f"| --- | --- | --- |{' --- |' * len(columns)}",
     ]
-    for found in verdicts(records):
-        bar = found.bar
-        low, high = bar.channels
-        competitor = NAMES.get(bar.competitor, bar.competitor)
-        if low > 1:
-            competitor += f", {low:g} channels and more"
-        elif high < float("inf"):
-            competitor += f", below {high:g} channels"
-        mode = "" if found.mode == "eager" else f" ({found.mode})"
-        mode += "" if found.device == "cpu" else f", {DEVICES.get(found.device, found.device)}"
-        value = f"{found.value:.3g}" + ("" if found.met else ", missed")
-        goal = f" (goal {bar.goal:g})" if bar.goal else ""
-        case = f"{FRAMEWORKS[bar.backend]}{mode}: {NAMES[bar.what]}, {bar.measure}"
-        lines.append(f"| {case} | {competitor} | {bar.statistic} | {found.limit:.3g}{goal} | {value} |")
+    by_row: dict[tuple[str, ...], dict[str, Verdict]] = {}
+    for verdict in found:
+        by_row.setdefault(row_name(verdict), {})[verdict.device] = verdict
+    for name, by_device in by_row.items():
+        lines.append(f"| {' | '.join(name)} | {' | '.join(cells(by_device.get(device)) for device in devices)} |")
     return "\n".join([*lines, "", f"On {where}, with {', '.join(versions)}."])
+
+
+def on(device: str) -> str:
+    """Return what the names of a device's columns have in addition."""
+    return "" if device == "cpu" else f", {DEVICES.get(device, device)}"
+
+
+def row_name(verdict: Verdict) -> tuple[str, str, str]:
+    """Return the first cells of a verdict's row, which are the same for all devices."""
+    bar = verdict.bar
+    low, high = bar.channels
+    competitor = NAMES.get(bar.competitor, bar.competitor)
+    if low > 1:
+        competitor += f", {low:g} channels and more"
+    elif high < float("inf"):
+        competitor += f", below {high:g} channels"
+    mode = "" if verdict.mode == "eager" else f" ({verdict.mode})"
+    return f"{FRAMEWORKS[bar.backend]}{mode}: {NAMES[bar.what]}, {bar.measure}", competitor, bar.statistic
+
+
+def cells(verdict: Verdict | None) -> str:
+    """Return the bar and what was measured; empty cells for what wasn't measured on a device."""
+    if verdict is None:
+        return " | "
+    goal = f" (goal {verdict.bar.goal:g})" if verdict.bar.goal else ""
+    return f"{verdict.limit:.3g}{goal} | {verdict.value:.3g}{'' if verdict.met else ', missed'}"
 
 
 @click.command()

@@ -90,6 +90,17 @@ def test_bars_may_differ_with_avx2(script):
     assert [(v.device, v.met) for v in bars.verdicts(records, [mean])] == [("cpu", True), (bars.AVX2, False)]
 
 
+def test_the_table_has_the_processors_side_by_side(script):
+    report, avx2 = script("report"), script("bars").AVX2
+    records = [record(script, "textbook", ratio, device=device) for device, ratio in ((avx2, 0.38), ("cpu", 0.2))]
+    records.append(record(script, "textbook", 0.5, backend="jax", mode="jit"))
+    lines = report.table(records).splitlines()
+    assert "| | competitor | statistic over shapes | bar | measured | bar, AVX2 | measured, AVX2 |" in lines
+    mean = "| PyTorch: IterNorm, training | textbook | geometric mean | 0.4 | 0.2 | 0.36 | 0.38, missed |"
+    assert [line for line in lines if "PyTorch: IterNorm" in line and "mean" in line] == [mean]
+    assert "| JAX (jit): IterNorm, training | textbook | geometric mean | 0.667 | 0.5 |  |  |" in lines
+
+
 def test_kept_bytes_are_a_share_of_the_inputs(script):
     kept = {"measure": "memory", "kept_bytes": 4 * 32 * 64 * 56 * 56 // 50}
     (verdict,) = script("bars").verdicts([record(script, "polywhiten", None, **kept)])

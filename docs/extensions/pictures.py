@@ -115,6 +115,7 @@ DRAWN: dict[str, Callable[[], Figure]] = {
     "training": training,
     "gpu": gpu,
     **{f"speed-{name}": partial(speed, f"{name}-cpu") for name in ("torch", "tensorflow", "jax", "numpy")},
+    "speed-torch-avx2": partial(speed, "torch-cpu-avx2"),
 }
 
 
