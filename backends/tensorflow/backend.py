@@ -11,7 +11,7 @@ from polywhiten import checks
 from polywhiten.backend import Backend
 from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import Statistics
-from polywhiten.tensorflow.channel_whitening import ChannelWhitening
+from polywhiten.tensorflow.channel_whitening import NEAR_ZERO_KERNELS, ChannelWhitening
 from polywhiten.tensorflow.kernels import KERNELS, unrecorded
 from polywhiten.tensorflow.namespace import Tensor
 from polywhiten.tensorflow.sample_whitening import supports, whiten_samples
@@ -68,4 +68,4 @@ class TensorFlowBackend(Backend):
         return y, Statistics(*stats)
 
 
-BACKEND = TensorFlowBackend(KERNELS, ChannelWhitening(KERNELS))
+BACKEND = TensorFlowBackend(KERNELS, ChannelWhitening(NEAR_ZERO_KERNELS))

@@ -21,7 +21,8 @@ from polywhiten.tensorflow.namespace import Tensor, xp
 
 EVERY = 8  # the shift is the mean of one in so many samples
 
-NEAR_ZERO = Reference(NearZeroKernels(xp))
+NEAR_ZERO_KERNELS = NearZeroKernels(xp)
+NEAR_ZERO = Reference(NEAR_ZERO_KERNELS)
 
 
 class ChannelWhitening(Reference):
@@ -59,13 +60,13 @@ class ChannelWhitening(Reference):
     ) -> Gradients:
         """Return the gradients; the graph computes once what `forward` computes too, the shifted copy and its mean."""
         shifted, _ = self._shifted(spec, x)
-        stats = stats._replace(mean=NEAR_ZERO.kernels.mean(NEAR_ZERO.kernels.split(spec.blocks, shifted), 1))
+        stats = stats._replace(mean=NEAR_ZERO_KERNELS.mean(NEAR_ZERO_KERNELS.split(spec.blocks, shifted), 1))
         dx, dweight, dbias = NEAR_ZERO.backward(spec, shifted, weight, bias, stats, dy, dstats)
         return tf.cast(dx, x.dtype), dweight, dbias
 
     def _shifted(self, spec: WhiteningSpec, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return x minus the shift, and the shift (groups, d), which is a constant for derivatives."""
-        kernels, axis = self.kernels, 0 if spec.blocks.axis else 1  # samples, or what is there beside the channels
+        kernels, axis = NEAR_ZERO_KERNELS, 0 if spec.blocks.axis else 1  # samples, or what is beside the channels
         full = kernels.to_accumulation_dtype(x)
         part = tf.gather(full, tf.range(0, kernels.shape(x)[axis], EVERY), axis=axis)  # slices with a step are slow
         shift = tf.stop_gradient(kernels.mean(kernels.split(spec.blocks, part), 1))
