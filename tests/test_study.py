@@ -272,12 +272,16 @@ def test_several_findings_give_one_verdict(study, verdicts, together):
     assert findings.verdict_of(findings.Finding("", "", "", verdict) for verdict in verdicts) == together
 
 
-def test_a_claim_is_stated_once_and_the_larger_scale_decides(study):
+@pytest.mark.parametrize(
+    ("at_larger", "verdict"), [("held", "held"), ("one seed", "not held at the small scale")], ids=["seeds", "one seed"]
+)
+def test_a_claim_is_stated_once_and_the_larger_scale_decides(study, at_larger, verdict):
+    """One seed decides nothing, so the verdict is then that of the small scale, and says so."""
     findings, report = study("findings"), study("report")
     small = [("5,000 images", findings.Finding("It works", "VGG", "-1 points", "not held"))]
-    large = [("50,000 images", findings.Finding("It works", "VGG", "+2 points", "held"))]
+    large = [("50,000 images", findings.Finding("It works", "VGG", "+2 points", at_larger))]
     *_, line = report.claims({"It works": {"small": small, "gpu": large}})
-    assert line == "| It works | *5,000 images.* VGG: -1 points. | *50,000 images.* VGG: +2 points. | held |"
+    assert line == f"| It works | *5,000 images.* VGG: -1 points. | *50,000 images.* VGG: +2 points. | {verdict} |"
 
 
 def test_report_has_a_picture_and_tables_of_what_is_there(study, place, tmp_path):

@@ -11,7 +11,7 @@ from study.claims import FINDINGS
 from study.conditioning import Conditioning
 from study.disturbance import Disturbance
 from study.figures import FIGURES
-from study.findings import Finding, verdict_of
+from study.findings import ONE_SEED, Finding, verdict_of
 from study.fitting import Fit
 from study.runs import Experiment, Rows
 from study.tables import heads, line, tables
@@ -76,6 +76,8 @@ def claims(found: dict[str, dict[str, list[Scaled]]]) -> Iterator[str]:
         small = next((by_size[size] for size in ("small", "tiny") if size in by_size), [])
         large = next((by_size[size] for size in reversed(LARGER) if size in by_size), [])
         verdict = verdict_of(finding for _, finding in large or small)
+        if verdict == ONE_SEED and small:
+            verdict = f"{verdict_of(finding for _, finding in small)} at the small scale"
         yield line(claim, cell(small), cell(large), verdict)
 
 
