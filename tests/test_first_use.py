@@ -24,6 +24,7 @@ SMALL = "gradient_terms", "scale_whitener"  # which take a moment each
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """Keep kernels in an empty folder, have only two, and forget what this process knows of them."""
+    numba.config.reload_config()  # or the next compilation does it, if an earlier test has changed the environment
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(ahead, "KERNELS", {name: ahead.KERNELS[name] for name in SMALL})
     monkeypatch.setattr(ahead, "LOOPS", {})

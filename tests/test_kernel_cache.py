@@ -44,7 +44,8 @@ def doubled(request, tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _new_process(monkeypatch):
-    """Forget what a process says only once."""
+    """Forget what a process says only once, and what an earlier test has set in the environment."""
+    numba.config.reload_config()  # or the next compilation does it, and undoes what the test sets
     kernel_files.warn_that_nothing_is_kept.cache_clear()
     monkeypatch.setattr(first_use, "_explained", [])
 
