@@ -21,6 +21,7 @@ COLOURS = {"bn": "#0072B2", "gn": "#E69F00", "iternorm": "#D55E00", "gw": "#009E
 MARKERS = {"bn": "o", "gn": "s", "iternorm": "^", "gw": "D", "dbn": "v"}
 SHADES = ("-", "--", ":", "-.")
 NORM_FIELDS = tuple(vars(bn()))
+PANELS = {"train_losses": "training loss", "test_accuracies": "test accuracy, %"}
 
 
 def figure(title: str, columns: int, lines: int = 1) -> tuple[Figure, Any]:
@@ -160,10 +161,12 @@ def ends(
 def of_training(rows: list[Fit], size: str) -> Figure:
     compares_averages = any(row.recomputed_accuracies for row in rows)
     title = f"VGG-style network on {rows[0].pictures} pictures of CIFAR-10: mean, and range over seeds"
-    found, grid = figure(title, 4, 2 + compares_averages)
     plan, high = training.SIZES[size], training.HIGH_LR
     batch_size = plan.batch_size
     usual = {"batch_size": batch_size, "lr": scaled_lr(batch_size)}
+    if not plan.variants:
+        return of_one_setting(rows, plan.compared, usual, title)
+    found, grid = figure(title, 4, 2 + compares_averages)
     for line, (name, value, y) in enumerate(
         [("train_losses", train_loss, "training loss"), ("test_accuracies", accuracy, "test accuracy, %")]
     ):
@@ -192,6 +195,17 @@ def of_training(rows: list[Fit], size: str) -> Figure:
         finish(batches, "batch size", "pictures", y)
     if compares_averages:
         averages(grid[2], rows, plan.compared, usual)
+    return found
+
+
+def of_one_setting(rows: list[Fit], shown: Sequence[Norm], usual: dict[str, Any], title: str) -> Figure:
+    """Draw the curves of training and each kind of average, where norms are compared at one setting alone."""
+    found, grid = figure(title, 3, 2)
+    for axes, (name, y) in zip(grid[0], PANELS.items(), strict=False):
+        curves(axes, rows, [*shown], name, **usual)
+        finish(axes, f"batch size {usual['batch_size']}", "epoch", y)
+    grid[0][len(PANELS)].set_axis_off()
+    averages(grid[1], rows, shown, usual)
     return found
 
 
@@ -249,8 +263,7 @@ def of_groups(rows: list[Fit], size: str) -> Figure:
 
 def of_resnet(rows: list[Fit], size: str) -> Figure:
     found, grid = figure(f"Residual network on {rows[0].pictures} pictures of CIFAR-10: mean, and range over seeds", 2)
-    panels = {"train_losses": "training loss", "test_accuracies": "test accuracy, %"}
-    for axes, (name, y) in zip(grid[0], panels.items(), strict=True):
+    for axes, (name, y) in zip(grid[0], PANELS.items(), strict=True):
         for number, where in enumerate(dict.fromkeys(row.where for row in rows)):
             mine = [row for row in rows if row.where == where]
             curves(axes, mine, norms_of(mine), name, suffix="" if where == "all" else f", {where}", shade=number)
