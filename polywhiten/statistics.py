@@ -66,11 +66,15 @@ def join_matrices(xp: Namespace, parts: list[Array]) -> Array:
     return xp.concat([first, xp.concat([top, eye[:, d:, :]], axis=1)])
 
 
-def batch_statistics(kernels: Kernels, spec: WhiteningSpec, x: Array) -> Statistics:
-    """Return mean, covariance and W = (covariance + eps I)^(-1/2) of equal blocks, over all workers."""
+def batch_statistics(kernels: Kernels, spec: WhiteningSpec, x: Array, shift: Array | None = None) -> Statistics:
+    """Return mean, covariance and W = (covariance + eps I)^(-1/2) of equal blocks, over all workers.
+
+    The samples are those of x plus `shift` (blocks, d), which may be another one for each worker.
+    """
     block_axis = spec.blocks.block_axis
     x4 = kernels.split(spec.blocks, x)
     mean, cov = kernels.moments(x4, block_axis)
+    mean = mean if shift is None else mean + shift
     if spec.all_reduce is not None:
         count = kernels.sample_count(x4, block_axis)
         total_count, total = sum_over_workers(kernels, spec.all_reduce, count, mean * count)

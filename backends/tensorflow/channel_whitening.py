@@ -15,7 +15,7 @@ from polywhiten.blocks import ChannelGroups
 from polywhiten.kernels import along
 from polywhiten.reference import Gradients, Reference
 from polywhiten.spec import WhiteningSpec
-from polywhiten.statistics import NO_STATISTICS, Statistics
+from polywhiten.statistics import NO_STATISTICS, Statistics, batch_statistics
 from polywhiten.tensorflow.kernels import NearZeroKernels
 from polywhiten.tensorflow.namespace import Tensor, xp
 
@@ -31,22 +31,19 @@ class ChannelWhitening(Reference):
     name = "graphs"
 
     def supports(self, spec: WhiteningSpec | None, x: Tensor, *others: Tensor | None) -> bool:
-        """Return whether a graph whitens channels of one worker's samples; several workers would need one shift."""
-        if spec is None or tf.executing_eagerly():
-            return False
-        return isinstance(spec.blocks, ChannelGroups) and spec.all_reduce is None
+        return spec is not None and isinstance(spec.blocks, ChannelGroups) and not tf.executing_eagerly()
 
     def statistics(self, spec: WhiteningSpec, x: Tensor) -> Statistics:
         shifted, shift = self._shifted(spec, x)
-        stats = NEAR_ZERO.statistics(spec, shifted)
-        return stats._replace(mean=stats.mean + shift)
+        return batch_statistics(NEAR_ZERO_KERNELS, spec, shifted, shift)
 
     def forward(
         self, spec: WhiteningSpec, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Statistics]:
-        shifted, shift = self._shifted(spec, x)
-        y, stats = NEAR_ZERO.forward(spec, shifted, weight, bias)
-        return tf.cast(y, x.dtype), stats._replace(mean=stats.mean + shift)
+        stats = self.statistics(spec, x)
+        shifted, mean = self._near_zero(spec, x, stats)
+        y = NEAR_ZERO.apply(spec.blocks, shifted, mean, stats.whitener, weight, bias)
+        return tf.cast(y, x.dtype), stats
 
     def backward(
         self,
@@ -59,10 +56,16 @@ class ChannelWhitening(Reference):
         dstats: Statistics = NO_STATISTICS,
     ) -> Gradients:
         """Return the gradients; the graph computes once what `forward` computes too, the shifted copy and its mean."""
-        shifted, _ = self._shifted(spec, x)
-        stats = stats._replace(mean=NEAR_ZERO_KERNELS.mean(NEAR_ZERO_KERNELS.split(spec.blocks, shifted), 1))
-        dx, dweight, dbias = NEAR_ZERO.backward(spec, shifted, weight, bias, stats, dy, dstats)
+        shifted, mean = self._near_zero(spec, x, stats)
+        dx, dweight, dbias = NEAR_ZERO.backward(spec, shifted, weight, bias, stats._replace(mean=mean), dy, dstats)
         return tf.cast(dx, x.dtype), dweight, dbias
+
+    def _near_zero(self, spec: WhiteningSpec, x: Tensor, stats: Statistics) -> tuple[Tensor, Tensor]:
+        """Return x minus the shift, and the mean of that: of all workers' samples, from which the shift may be far."""
+        shifted, shift = self._shifted(spec, x)
+        if spec.all_reduce is not None:
+            return shifted, stats.mean - shift
+        return shifted, NEAR_ZERO_KERNELS.mean(NEAR_ZERO_KERNELS.split(spec.blocks, shifted), 1)
 
     def _shifted(self, spec: WhiteningSpec, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return x minus the shift, and the shift (groups, d), which is a constant for derivatives."""
