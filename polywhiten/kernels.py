@@ -34,13 +34,12 @@ class Kernels:
 
     def moments(self, x: Array, block_axis: int) -> tuple[Array, Array]:
         """Return mean and covariance (divided by M) of every block, in the accumulation dtype."""
-        xp, axes = self.xp, (1 - block_axis, 3)
         count = self.sample_count(x, block_axis, least=1)  # a worker's part of a batch may be empty
         x = self.to_accumulation_dtype(x)
-        mean = xp.sum(x, axis=axes) / count
+        mean = self._sums(x, block_axis) / count
         centred = x - along(mean, block_axis)
         # What a plain sum over many samples has lost. It is about the rounding of the spread now, not of the mean.
-        residual = xp.sum(centred, axis=axes) / count
+        residual = self._sums(centred, block_axis) / count
         cov = self._products(centred, centred, block_axis) / count - outer_square(residual)
         return mean + residual, cov
 
@@ -81,7 +80,7 @@ class Kernels:
         """Return s = dY 1 (blocks, d) and K = dY (X - mean)' (blocks, d, d)."""
         dy = self.to_accumulation_dtype(dy)
         centred = self.to_accumulation_dtype(x) - along(mean, block_axis)
-        return self.xp.sum(dy, axis=(1 - block_axis, 3)), self._products(dy, centred, block_axis)
+        return self._sums(dy, block_axis), self._products(dy, centred, block_axis)
 
     def scaled(self, terms: Sequence[Term], row_scale: Array | None) -> Sequence[Term]:
         """Return the terms with the rows of a single one's matrix multiplied by `row_scale`, if there is one."""
@@ -116,6 +115,10 @@ class Kernels:
         """Return whether one product for each of (p, q) is efficient, which a long row of small products isn't."""
         d, l = x.shape[2:]
         return bool(l > 1 and l >= d)
+
+    def _sums(self, x: Array, block_axis: int) -> Array:
+        """Return the sum of every block's samples, (blocks, d)."""
+        return self.xp.sum(x, axis=(1 - block_axis, 3))
 
     def _products(self, a: Array, b: Array, block_axis: int) -> Array:
         """Return A B' of every block."""

@@ -61,26 +61,10 @@ class TensorFlowKernels(Kernels):
         matrices = tf.broadcast_to(tf.expand_dims(matrix, 1 - block_axis), (p, q, d, d))
         return tf.reshape(tf.reshape(matrices, (p * q, d, d)) @ tf.reshape(x, (p * q, d, l)), (p, q, d, l))
 
-    def moments(self, x: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
-        """Return mean and covariance."""
-        x = self.to_accumulation_dtype(x)
-        mean = self.mean(x, block_axis)
-        residual, cov = self._moments_about_zero(x - along(mean, block_axis), block_axis)
-        return mean + residual, cov
-
-    def mean(self, x: Tensor, block_axis: int) -> Tensor:
-        """Return the mean as a plain sum gives it."""
-        return self._sums(x, block_axis) / self.sample_count(x, block_axis, least=1)
-
-    def _moments_about_zero(self, x: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
-        """Return mean and covariance of an array whose mean is small, so that it isn't centred."""
-        mean, count = self.mean(x, block_axis), self.sample_count(x, block_axis, least=1)
-        return mean, self._products(x, x, block_axis) / count - outer_square(mean)
-
     def _sums(self, x: Tensor, block_axis: int) -> Tensor:
         """Return the sums of the samples; those of channels-last arrays by a product, which uses all cores."""
         if not _is_channels_last(x, block_axis):
-            return xp.sum(x, axis=(1 - block_axis, 3))
+            return super()._sums(x, block_axis)
         p, q, d, _ = self.shape(x)
         return tf.reshape(sums_of_rows(tf.reshape(x, (p, q * d))), (q, d))
 
@@ -117,12 +101,6 @@ class TensorFlowKernels(Kernels):
             sums = list(map(plus, products, others))
         return tf.cast(groups.restored(sums), dtype)
 
-    def cross_moments(self, dy: Tensor, x: Tensor, mean: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
-        """Return s and K."""
-        dy = self.to_accumulation_dtype(dy)
-        centred = self.to_accumulation_dtype(x) - along(mean, block_axis)
-        return self._sums(dy, block_axis), self._products(dy, centred, block_axis)
-
     def inverse_sqrt(self, solver: Solver, cov: Tensor, eps: float = 0.0) -> Tensor:
         """Return W = (cov + eps I)^(-1/2), whose gradient is the solver's adjoint."""
 
@@ -152,8 +130,13 @@ class TensorFlowKernels(Kernels):
 class NearZeroKernels(TensorFlowKernels):
     """Kernels for arrays whose means are no more than a few standard deviations: they make no centred copy."""
 
+    def mean(self, x: Tensor, block_axis: int) -> Tensor:
+        return self._sums(x, block_axis) / self.sample_count(x, block_axis, least=1)
+
     def moments(self, x: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
-        return self._moments_about_zero(self.to_accumulation_dtype(x), block_axis)
+        x, count = self.to_accumulation_dtype(x), self.sample_count(x, block_axis, least=1)
+        mean = self.mean(x, block_axis)
+        return mean, self._products(x, x, block_axis) / count - outer_square(mean)
 
     def cross_moments(self, dy: Tensor, x: Tensor, mean: Tensor, block_axis: int) -> tuple[Tensor, Tensor]:
         dy, x = self.to_accumulation_dtype(dy), self.to_accumulation_dtype(x)
