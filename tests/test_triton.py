@@ -62,23 +62,43 @@ SEPARATE, EXACT = AnywhereSeparate(), Reference(EXACT_KERNELS)
 HALF = (torch.float16, torch.bfloat16)
 
 
+def in_float32(operand):
+    """Return an operand of Triton's interpreter, which keeps the bits of bfloat16 as integers."""
+    values = np.ascontiguousarray(operand.data)
+    if operand.dtype.scalar.is_bf16():
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
+
+
 def cut_off(values):
     """Return the values without the binary digits that TF32 has no room for."""
-    return (values.astype(np.float32).view(np.int32) & -8192).view(np.float32).astype(np.float64)
+    return (values.view(np.int32) & -8192).view(np.float32).astype(np.float64)
+
+
+@pytest.fixture(autouse=IS_INTERPRETED)
+def products_of_bfloat16(monkeypatch):
+    """Let Triton's interpreter multiply numbers in bfloat16, not their bits."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def dot(self, a, b, total, input_precision, max_num_imprecise_acc):
+        return TensorHandle(in_float32(a) @ in_float32(b) + total.data, total.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
 
 
 @pytest.fixture
 def tensor_cores(monkeypatch):
-    """Let Triton's interpreter multiply as tensor cores do: in TF32, with sums whose last digits are cut off."""
+    """Let Triton's interpreter multiply as tensor cores do: in TF32 or 16 bits, and cut off the last digits of sums."""
     if not IS_INTERPRETED:
         return
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def dot(self, a, b, total, input_precision, max_num_imprecise_acc):
-        left, right = cut_off(np.ascontiguousarray(a.data)), cut_off(np.ascontiguousarray(b.data))
+        left, right = cut_off(in_float32(a)), cut_off(in_float32(b))  # which has room for numbers of 16 bits
         result = total.data.astype(np.float32)
-        for k in range(0, left.shape[-1], 8):
-            exact = result + left[:, k : k + 8] @ right[k : k + 8]
+        at_once = 256 // a.dtype.primitive_bitwidth
+        for k in range(0, left.shape[-1], at_once):
+            exact = result + left[:, k : k + at_once] @ right[k : k + at_once]
             result = exact.astype(np.float32)
             result = np.where(np.abs(result) > np.abs(exact), np.nextafter(result, np.float32(0)), result)
         return TensorHandle(result, total.dtype.scalar)
@@ -536,6 +556,19 @@ EAGER, INDUCTOR = ("i32", "fp32"), ("i64", "fp64")  # the types of the integers 
 def compile_offline(kernel, arguments, constants, capability, scalars=EAGER):
     """Compile a kernel as Triton would for a launch; return its registers, spilled bytes and shared memory."""
     from triton.backends import nvidia
+
+    result = compile_kernel(kernel, arguments, constants, capability, scalars)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(result.asm["cubin"])
+        cubin.flush()
+        tool = Path(nvidia.__file__).with_name("bin") / "cuobjdump"
+        usage = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True)
+    numbers = dict(re.findall(r"(REG|STACK):(\d+)", usage.stdout.rpartition("Function")[2]))
+    return int(numbers["REG"]), int(numbers["STACK"]), result.metadata.shared
+
+
+def compile_kernel(kernel, arguments, constants, capability, scalars=EAGER):
+    """Compile a kernel as Triton would for a launch."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -556,14 +589,7 @@ def compile_offline(kernel, arguments, constants, capability, scalars=EAGER):
         if kind in POINTERS.values() or (kind == scalars[0] and is_specialized and value % 16 == 0):
             multiples_of_16[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, fixed, multiples_of_16)
-    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(result.asm["cubin"])
-        cubin.flush()
-        tool = Path(nvidia.__file__).with_name("bin") / "cuobjdump"
-        usage = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True)
-    numbers = dict(re.findall(r"(REG|STACK):(\d+)", usage.stdout.rpartition("Function")[2]))
-    return int(numbers["REG"]), int(numbers["STACK"]), result.metadata.shared
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The joined kernels in Triton: as exact as the separate ones, deterministic, and with few launches."""
 
+import re
 import warnings
 from collections import Counter
 from contextlib import suppress
@@ -9,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
+tl = triton.language
 
 from test_triton import (  # noqa: E402  # fixtures too
     DEVICE,
@@ -23,12 +25,14 @@ from test_triton import (  # noqa: E402  # fixtures too
     SHARED_MEMORY,
     check_captured_steps,
     check_second_derivatives_and_transforms,
+    compile_kernel,
     compile_offline,
     compiled,
     error,
     in_float64,
     needs_device,
     normal,
+    products_of_bfloat16,  # noqa: F401
     runs,
     tensor_cores,  # noqa: F401
     triton_backend,  # noqa: F401
@@ -44,13 +48,15 @@ from polywhiten.torch import GroupWhitening, IterNorm  # noqa: E402
 from polywhiten.torch.averages import RunningAverages  # noqa: E402
 from polywhiten.torch.triton import (  # noqa: E402
     joined_gradient_map,
+    joined_tiles,
     last_program,
     plan_cache,
     prepared_launch,
-    register_iteration,
     sample_parts,
+    support,
     tiles,
 )
+from polywhiten.torch.triton.bfloat16_parts import add_square, multiply_parts  # noqa: E402
 from polywhiten.torch.triton.joined_problem import JoinedProblem  # noqa: E402
 from polywhiten.torch.triton.joined_whitening import JoinedWhitening  # noqa: E402
 
@@ -124,6 +130,7 @@ WHITENINGS = [
     pytest.param((1000, 6), ChannelGroups(1, 6), id="IterNorm, one array of rows"),
     pytest.param((2, 12, 5, 7), SampleGroups(1, 4), id="group whitening, channels first"),
     pytest.param((2, 5, 7, 60), SampleGroups(3, 20), id="group whitening, channels last"),
+    pytest.param((2, 5, 7, 16), SampleGroups(3, 4), id="group whitening, channels last, a power of 2"),
     pytest.param((3, 24), SampleGroups(1, 4), id="group whitening, rows"),
     pytest.param((1, 8, 500), SampleGroups(1, 4), id="group whitening, one large sample"),
 ]
@@ -270,6 +277,46 @@ def test_newton_in_registers_and_its_gradient_are_those_of_float64(d, rank, eps,
 def test_a_mean_far_above_the_standard_deviation_costs_no_digits():
     x = normal(40, 16, 9, mean=1e3)
     assert error(pw.iter_norm(x, group_size=16), pw.iter_norm(x.double(), group_size=16)) < 1e-3
+
+
+@runs
+@pytest.mark.usefixtures("tensor_cores")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mean", [0, 3, 5, 100])
+@pytest.mark.parametrize("blocks", [ChannelGroups(1, 16), SampleGroups(1, 16)], ids=["IterNorm", "group whitening"])
+def test_sums_of_half_precision_have_more_digits_than_their_arrays(blocks, mean, dtype):
+    """Only what is stored in half precision is rounded to it: neither a large mean nor the products cost digits."""
+    x, dy = normal(4, 16, 200, mean=mean, dtype=dtype), normal(4, 16, 200, mean=0, seed=1, dtype=dtype)
+    weight, whitening = torch.ones(16, device=DEVICE), joined_of(blocks)
+    _, saved = whitening.forward(x, weight, None)
+    _, dweight, _ = whitening.backward(x, weight, None, saved, dy)
+    spec, given = WhiteningSpec(blocks, solver_for("newton", 3), 1e-3), in_float64(x, weight, None)
+    _, stats = EXACT.forward(spec, *given)
+    _, exact_dweight, _ = EXACT.backward(spec, *given, stats, dy.double())
+    cov = saved[0][: stats.covariance.numel()].view_as(stats.covariance)
+    assert error(cov, stats.covariance) < 5e-4
+    assert error(dweight, exact_dweight) < 2e-4
+
+
+@runs
+@pytest.mark.usefixtures("tensor_cores")
+@pytest.mark.parametrize(("precision", "limit"), [("bf16x6", 1e-6), ("bf16x3", 1e-4)])
+def test_products_of_parts_in_bfloat16_are_as_exact_as_the_precision_says(precision, limit):
+    a, b = normal(64, 64, mean=0), normal(64, 64, mean=0, seed=1)
+    product, square = torch.empty_like(a), torch.empty_like(a)
+    _multiply_by_parts[(1,)](a, b, product, square, PRECISION=precision, SIZE=64)
+    for actual, exact in ((product, a.double() @ b.double()), (square, a.double() @ a.double().mT)):
+        assert error(actual, exact) < limit
+
+
+@triton.jit
+def _multiply_by_parts(a, b, product, square, PRECISION: tl.constexpr, SIZE: tl.constexpr):  # noqa: N803
+    offsets = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    zeros = tl.zeros((SIZE, SIZE), tl.float32)
+    a, b = tl.load(a + offsets), tl.load(b + offsets)
+    tl.store(product + offsets, multiply_parts(a, b, zeros, PRECISION))
+    squares, mixed = add_square(a, zeros, zeros, PRECISION)
+    tl.store(square + offsets, squares + mixed + tl.trans(mixed))
 
 
 @runs
@@ -664,7 +711,7 @@ def test_kernels_compile_within_the_resources_of_devices(
     case, capability, scalars, noted, monkeypatch, record_property
 ):
     """The scalars of torch.compile have 64 bits; kept so, they would take twice as many registers."""
-    monkeypatch.setattr(register_iteration, "_capability", lambda device: divmod(capability, 10))
+    monkeypatch.setattr(support, "capability", lambda device: divmod(capability, 10))
     note_a_step(case)
     assert len(noted) >= 3
     for kernel, arguments, constants in noted:
@@ -676,6 +723,41 @@ def test_kernels_compile_within_the_resources_of_devices(
         )
         assert shared <= SHARED_MEMORY[capability], kernel.__name__
         assert spilled <= MAX_SPILL, kernel.__name__
+
+
+@compiled
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize(
+    ("shape", "blocks", "dtype", "num_bytes"),
+    [
+        pytest.param((16, 128, 28, 28), ChannelGroups(1, 64), torch.float32, 16, id="channels first"),
+        pytest.param((16, 64, 14, 14), ChannelGroups(1, 64), torch.float32, 16, id="14 x 14"),
+        pytest.param((16, 64, 14, 14), ChannelGroups(1, 64), torch.bfloat16, 8, id="14 x 14, bfloat16"),
+        pytest.param((16, 28, 28, 128), ChannelGroups(3, 64), torch.bfloat16, 16, id="channels last"),
+        pytest.param((4, 256, 28, 28), SampleGroups(1, 32), torch.float32, 16, id="group whitening, channels first"),
+        pytest.param((4, 28, 28, 256), SampleGroups(3, 32), torch.bfloat16, 16, id="group whitening, channels last"),
+    ],
+)
+def test_samples_are_copied_as_many_bytes_at_a_time_as_are_aligned(shape, blocks, dtype, num_bytes, noted):
+    x = torch.empty(shape, dtype=dtype)
+    joined_of(blocks).forward(x, None, None)
+    assert names(noted)[-1] == "joined_map"
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x(\w+),", compile_kernel(*noted[-1], 90).asm["ptx"])
+    assert copies
+    assert {int(size, 16) for size in copies} == {num_bytes}
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 7, 64])
+def test_no_program_of_a_large_layer_waits_for_others_to_end(blocks):
+    """So many programs as a device holds at a time share the samples: with one more, all others would wait for it."""
+    given, device = (blocks, 64, 400_000 // blocks, torch.float32), torch.device("cpu")
+    for tiles_of, at_once, others in (
+        (joined_tiles.tiles_of_sums(*given, device), 2, 0),
+        (joined_tiles.tiles_of_sums(*given, device, other_programs=1), 2, 1),
+        (joined_tiles.tiles_of_map(*given, device), 3, 0),
+        (joined_tiles.tiles_of_map(*given, device, of_gradient=True), 2, 0),
+    ):
+        assert 0.9 <= blocks * (tiles_of.num_parts + others) / (at_once * joined_tiles._MULTIPROCESSORS) <= 1
 
 
 class _Driver:

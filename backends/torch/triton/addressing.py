@@ -17,6 +17,24 @@ def narrow(number):
 
 
 @triton.jit
+def narrow_multiple(number, DIVISOR: tl.constexpr):
+    # Return a multiple of DIVISOR in 32 bits, in a way that shows the compiler that it is one.
+    if DIVISOR == 1:
+        return narrow(number)
+    else:
+        return narrow(number) // DIVISOR * DIVISOR
+
+
+@triton.jit
+def rows_of_block(block, d, total_rows, HAS_SMALLER_BLOCK: tl.constexpr):
+    # Return the number of a block's rows. If all have d, the compiler knows that masks of rows are the same for many.
+    if HAS_SMALLER_BLOCK:
+        return tl.minimum(d, total_rows - block * d).to(tl.int32)
+    else:
+        return d
+
+
+@triton.jit
 def narrow_strides(array):
     # Return the same array with strides of 32 bits, whichever its axes are.
     pointer, first, second, third = array
@@ -32,9 +50,15 @@ def tile_pointers(array, rows, m, inner):
 
 
 @triton.jit
+def load_samples(array, rows, m, inner, valid):
+    # Return the samples m of some rows; 0 where they are not valid.
+    return tl.load(tile_pointers(array, rows, m, inner), mask=valid, other=0.0)
+
+
+@triton.jit
 def load_tile(array, rows, m, inner, valid):
     # Return the samples m of some rows in float32; 0 where they are not valid.
-    return tl.load(tile_pointers(array, rows, m, inner), mask=valid, other=0.0).to(tl.float32)
+    return load_samples(array, rows, m, inner, valid).to(tl.float32)
 
 
 @triton.jit

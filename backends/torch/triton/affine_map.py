@@ -13,13 +13,13 @@ from torch import Tensor
 from polywhiten.kernels import Term
 from polywhiten.torch.triton.addressing import (
     load_matrix,
-    load_tile,
+    load_samples,
     load_vector,
     narrow,
     narrow_strides,
     tile_pointers,
 )
-from polywhiten.torch.triton.tf32 import multiply_add
+from polywhiten.torch.triton.bfloat16_parts import multiply_parts
 from polywhiten.torch.triton.tiles import Strides, Tiles, precision
 
 _MAX_ROWS = 64  # of the matrices that a program keeps in registers while the samples pass
@@ -115,16 +115,54 @@ def load_channels(values, rows, channel, channels, valid):
 
 
 @triton.jit
+def _known_values(values, rows, d, channels, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
+    # Return the values of the channels of every tile with CHANNELS "same", where a tile begins with the first channel.
+    if values is None or CHANNELS != "same":
+        return 0.0
+    else:
+        return load_channels(values, rows, tl.arange(0, WIDTH) % channels, channels, (rows < d)[:, None])
+
+
+@triton.jit
+def _channel_values(values, known, rows, d, samples, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
+    # Return the values of the channels of a tile of samples (start, end, inner, channels, positions). With CHANNELS
+    # "two" it has at most two channels, and with "same" always the `known` ones.
+    start, end, inner, channels, positions = samples
+    m = start + tl.arange(0, WIDTH)
+    if CHANNELS == "same":
+        return known
+    elif CHANNELS == "two":
+        first = start // positions
+        pointers = values + rows * channels + first
+        first_value = tl.load(pointers, mask=rows < d, other=0.0).to(tl.float32)
+        has_second = rows < tl.where(first + 1 < channels, d, 0)
+        second_value = tl.load(pointers + 1, mask=has_second, other=0.0).to(tl.float32)
+        return tl.where((m < (first + 1) * positions)[None, :], first_value[:, None], second_value[:, None])
+    else:
+        valid = (rows < d)[:, None] & (m < end)[None, :]
+        return load_channels(values, rows, (m % inner) // positions, channels, valid)
+
+
+@triton.jit
 def _load_term(matrix, centre, rows, variables, d):
     # Return the rows of a matrix for some variables, and the centre of these.
     return load_matrix(matrix, rows, variables, d).to(tl.float32), load_vector(centre, variables, d)
 
 
 @triton.jit
+def _add_term(result, a, values, c, PRECISION: tl.constexpr):
+    # Return result + a (values - c); meaningless where values are not valid.
+    if PRECISION == "bf16x6" and values.dtype == tl.bfloat16:  # a c is subtracted in float32: bfloat16 has less digits
+        return multiply_parts(a, values, result - tl.sum(a * c[None, :], axis=1)[:, None], PRECISION)
+    else:
+        return multiply_parts(a, values.to(tl.float32) - c[:, None], result, PRECISION)
+
+
+@triton.jit
 def map_samples(
     y, term, second_term, row_scale, row_bias, input_weight, weight, bias, channels, positions,
     inner, d, begin, end, first_row,
-    HEIGHT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    HEIGHT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     # Store ROWS rows of the affine map of the samples of a block from `begin` to `end`. A term is (matrix, x, centre);
     # the second one may be None, as may row_scale and all that follows up to the bias.
@@ -143,32 +181,35 @@ def map_samples(
         scale = load_vector(row_scale, rows, d)
     if row_bias is not None:
         offset = load_vector(row_bias, rows, d)
+    known_input_weight = _known_values(input_weight, rows, d, channels, WIDTH, CHANNELS)
+    known_weight = _known_values(weight, rows, d, channels, WIDTH, CHANNELS)
+    known_bias = _known_values(bias, rows, d, channels, WIDTH, CHANNELS)
     for start in range(begin, end, WIDTH):
-        m = start + tl.arange(0, WIDTH)
-        channel = (m % inner) // positions
+        m, tile = start + tl.arange(0, WIDTH), (start, end, inner, channels, positions)
         result = tl.zeros((ROWS, WIDTH), tl.float32)
         for first_variable in tl.static_range(0, HEIGHT, ROWS):
             variables = first_variable + tl.arange(0, ROWS)
             valid = (variables < d)[:, None] & (m < end)[None, :]
             if HEIGHT != ROWS:
                 a, c = _load_term(matrix, centre, rows, variables, d)
-            values = load_tile(x, variables, m, inner, valid)
+            values = load_samples(x, variables, m, inner, valid)
             if input_weight is not None:
-                values *= load_channels(input_weight, variables, channel, channels, valid)
-            result = multiply_add(a, values - c[:, None], result, PRECISION)  # meaningless outside, and not stored
+                factors = _channel_values(input_weight, known_input_weight, rows, d, tile, WIDTH, CHANNELS)
+                values = values.to(tl.float32) * factors
+            result = _add_term(result, a, values, c, PRECISION)
             if second_term is not None:
                 if HEIGHT != ROWS:
                     a2, c2 = _load_term(matrix2, centre2, rows, variables, d)
-                result = multiply_add(a2, load_tile(x2, variables, m, inner, valid) - c2[:, None], result, PRECISION)
+                result = _add_term(result, a2, load_samples(x2, variables, m, inner, valid), c2, PRECISION)
         valid = (rows < d)[:, None] & (m < end)[None, :]
         if row_scale is not None:
             result *= scale[:, None]
         if row_bias is not None:
             result += offset[:, None]
         if weight is not None:
-            result *= load_channels(weight, rows, channel, channels, valid)
+            result *= _channel_values(weight, known_weight, rows, d, tile, WIDTH, CHANNELS)
         if bias is not None:
-            result += load_channels(bias, rows, channel, channels, valid)
+            result += _channel_values(bias, known_bias, rows, d, tile, WIDTH, CHANNELS)
         pointers = tile_pointers(y, rows, m, inner)
         tl.store(pointers, result.to(pointers.dtype.element_ty), mask=valid)
 
@@ -216,4 +257,5 @@ def _affine_map(
         ROWS=ROWS,
         WIDTH=WIDTH,
         PRECISION=PRECISION,
+        CHANNELS="any",
     )

@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
-from polywhiten.torch.triton.addressing import narrow
+from polywhiten.torch.triton.addressing import narrow, narrow_multiple, rows_of_block
 from polywhiten.torch.triton.joined_adjoint import gradient_operands, store_gradient_operands
+from polywhiten.torch.triton.joined_sums import sum_shifted_cross_moments
 from polywhiten.torch.triton.last_program import combine_parts
 from polywhiten.torch.triton.newton_in_registers import store_iterates
-from polywhiten.torch.triton.partial_cross_moments import sum_cross_moments
 
 
 @triton.jit(do_not_specialize=["total_rows", "cluster_size", "counters_per_block", "iterations"])
@@ -19,14 +19,15 @@ def joined_cross_moments(
     cluster_size, workspace_per_block, matrices_offset, counters_per_block, eps, iterations,
     LEVELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
     SMALLEST: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, MATRIX_PRECISION: tl.constexpr,
-    IN_REGISTERS: tl.constexpr, HAS_ITERATES: tl.constexpr,
+    IN_REGISTERS: tl.constexpr, HAS_ITERATES: tl.constexpr, STAGES: tl.constexpr,
+    HAS_SMALLER_BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     # With HAS_ITERATES, the first program of a block computes Newton's iterates while the others sum.
     block = tl.program_id(0).to(tl.int64)
     part, num_parts = tl.program_id(1) - HAS_ITERATES, tl.num_programs(1) - HAS_ITERATES
     workspace_per_block, matrices_offset = narrow(workspace_per_block), narrow(matrices_offset)
     samples, d, part_size, eps = narrow(samples), narrow(d), narrow(part_size), tl.cast(eps, tl.float32)
-    block_d = tl.minimum(d, total_rows - block * d).to(tl.int32)
+    block_d = rows_of_block(block, d, total_rows, HAS_SMALLER_BLOCK)
     workspace += block * workspace_per_block
     matrices = workspace + matrices_offset
     total = tl.zeros((HEIGHT,), tl.float32)
@@ -35,16 +36,18 @@ def joined_cross_moments(
         if HAS_ITERATES:  # known when the kernel is compiled
             store_iterates(cov + block * d * d, d, matrices, block_d, eps, iterations, SMALLEST, HEIGHT)
     else:
-        total, moment = sum_cross_moments(
-            (dy + block * dy_stride_block, dy_stride_outer, dy_stride_row, dy_stride_inner),
-            (x + block * x_stride_block, x_stride_outer, x_stride_row, x_stride_inner),
+        total, moment = sum_shifted_cross_moments(
+            (dy + block * dy_stride_block, dy_stride_outer, narrow_multiple(dy_stride_row, ALIGNMENT), dy_stride_inner),
+            (x + block * x_stride_block, x_stride_outer, narrow_multiple(x_stride_row, ALIGNMENT), x_stride_inner),
             mean + block * d,
-            inner,
+            (cov + block * d * d, d + 1),
+            narrow_multiple(inner, ALIGNMENT),
             block_d,
             begin=part * part_size,
             end=tl.minimum(samples, (part + 1) * part_size),
             HEIGHT=HEIGHT,
             WIDTH=WIDTH,
+            STAGES=STAGES,
             PRECISION=PRECISION,
         )
     _, _, _, slots = gradient_operands(workspace, HEIGHT)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from polywhiten.torch.triton.addressing import narrow
+from polywhiten.torch.triton.addressing import narrow, narrow_multiple, rows_of_block
 from polywhiten.torch.triton.affine_map import map_samples
 from polywhiten.torch.triton.joined_adjoint import gradient_operands
 
@@ -35,27 +35,28 @@ def joined_gradient_map(
     inner, samples, total_rows, d, part_size, workspace_per_block,
     channels, positions, num_parameter_parts, total_channels,
     HEIGHT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SMALLER_BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     # Store A' (weight dy - s / M) + B (x - mean) of every block; only group whitening has a weight here, and parts.
     block, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     workspace_per_block = narrow(workspace_per_block)
     samples, d, part_size = narrow(samples), narrow(d), narrow(part_size)
-    block_d = tl.minimum(d, total_rows - block * d).to(tl.int32)
+    block_d = rows_of_block(block, d, total_rows, HAS_SMALLER_BLOCK)
     if dweight_parts is not None:
         _sum_rows(dweight_parts, num_parameter_parts, total_channels, dweight)
     if dbias_parts is not None:
         _sum_rows(dbias_parts, num_parameter_parts, total_channels, dbias)
     a_transposed, b, mean_s, _ = gradient_operands(workspace + block * workspace_per_block, HEIGHT)
     map_samples(
-        (dx + block * dx_stride_block, dx_stride_outer, dx_stride_row, dx_stride_inner),
+        (dx + block * dx_stride_block, dx_stride_outer, narrow_multiple(dx_stride_row, ALIGNMENT), dx_stride_inner),
         (
             (a_transposed, HEIGHT, 1),
-            (dy + block * dy_stride_block, dy_stride_outer, dy_stride_row, dy_stride_inner),
+            (dy + block * dy_stride_block, dy_stride_outer, narrow_multiple(dy_stride_row, ALIGNMENT), dy_stride_inner),
             mean_s,
         ),
         (
             (b, HEIGHT, 1),
-            (x + block * x_stride_block, x_stride_outer, x_stride_row, x_stride_inner),
+            (x + block * x_stride_block, x_stride_outer, narrow_multiple(x_stride_row, ALIGNMENT), x_stride_inner),
             mean + block * d,
         ),
         None,
@@ -65,7 +66,7 @@ def joined_gradient_map(
         None,
         channels,
         positions,
-        inner,
+        narrow_multiple(inner, ALIGNMENT),
         block_d,
         begin=part * part_size,
         end=tl.minimum(samples, (part + 1) * part_size),
@@ -74,4 +75,5 @@ def joined_gradient_map(
         ROWS=ROWS,
         WIDTH=WIDTH,
         PRECISION=PRECISION,
+        CHANNELS=CHANNELS,
     )

@@ -11,6 +11,17 @@ from polywhiten.torch.triton.joined_map import joined_map
 from polywhiten.torch.triton.joined_problem import BlockSizes, JoinedProblem, Shape, Stride
 from polywhiten.torch.triton.joined_sample_cross_moments import joined_sample_cross_moments
 from polywhiten.torch.triton.joined_statistics import joined_statistics
+from polywhiten.torch.triton.joined_tiles import (
+    SUM_STAGES,
+    alignment,
+    channels_of_tiles,
+    map_stages,
+    parts_of_sums,
+    products,
+    sample_alignment,
+    tiles_of_map,
+    tiles_of_sums,
+)
 from polywhiten.torch.triton.last_program import Clusters
 from polywhiten.torch.triton.layouts import Layout
 from polywhiten.torch.triton.memory_regions import MemoryRegions
@@ -19,7 +30,7 @@ from polywhiten.torch.triton.newton_in_registers import num_iterates
 from polywhiten.torch.triton.partial_moments import SHIFT_SAMPLES
 from polywhiten.torch.triton.prepared_launch import PreparedLaunch
 from polywhiten.torch.triton.register_iteration import fits_registers
-from polywhiten.torch.triton.sample_parts import GroupStrides, SampleParts, is_small_sample
+from polywhiten.torch.triton.sample_parts import GroupStrides, is_small_sample
 from polywhiten.torch.triton.tiles import Tiles
 
 Types = tuple[Any, ...]  # the dtypes of the tensors, None for those that are None, and the device last
@@ -56,8 +67,8 @@ def plan_forward(
 ) -> JoinedForward:
     """Plan a forward pass; `averaging` is the momentum, and whether covariances are averaged instead of whiteners."""
     sizes, layout = problem.sizes(shape), problem.layout(shape, x_stride, y_stride)
-    x, y = layout.strides
-    tiles = Tiles.of(sizes.num_blocks, sizes.d, layout.samples)
+    dtype, *_, device = types
+    tiles = tiles_of_sums(sizes.num_blocks, sizes.d, layout.samples, dtype, device)
     maps_samples = problem.of_samples and is_small_sample(sizes.d, layout.samples)
     if maps_samples:
         tiles = tiles._replace(num_parts=1, part_size=layout.samples)
@@ -67,25 +78,26 @@ def plan_forward(
     num_matrices = 0 if constants["IN_REGISTERS"] else NEWTON_MATRICES
     workspace_per_block = matrices_offset + num_matrices * tiles.height**2
     momentum, tracks_covariance = averaging or (None, False)
-    scalars = {**_sample_scalars(sizes, layout, tiles), **_channel_scalars(layout), **x.named("x"), **y.named("y")}
     statistics = PreparedLaunch(
         joined_statistics,
         (tiles.num_blocks, tiles.num_parts, 1),
-        {**scalars, **_block_scalars(problem, clusters, workspace_per_block, matrices_offset), "momentum": momentum},
+        {
+            **_forward_scalars(sizes, layout, tiles),
+            **_block_scalars(problem, clusters, workspace_per_block, matrices_offset),
+            "momentum": momentum,
+        },
         {
             "TRACKS_COVARIANCE": tracks_covariance,
             "MAPS_SAMPLES": maps_samples,
             "LEVELS": clusters.levels,
-            "WIDTH": tiles.width,
             "SHIFT_SAMPLES": SHIFT_SAMPLES,
-            "PRECISION": x_precision,
+            "CHANNELS": channels_of_tiles(layout, tiles.width),
+            **_sum_constants(sizes, layout, tiles, x_precision, types),
             **constants,
             "num_warps": tiles.num_warps,
         },
     )
-    map_launch = None
-    if not maps_samples:
-        map_launch = PreparedLaunch(joined_map, map_grid(tiles), scalars, map_constants(tiles, x_precision))
+    map_launch = None if maps_samples else _map_launch(sizes, layout, x_precision, types)
     # each block has an averaging factor besides
     workspace = MemoryRegions.of(sizes.num_blocks * workspace_per_block, sizes.num_blocks)
     num_counters = sizes.num_blocks * clusters.num_counters
@@ -96,11 +108,7 @@ def plan_frozen(
     problem: JoinedProblem, shape: Shape, x_stride: Stride, y_stride: Stride, x_precision: str, types: Types
 ) -> PreparedLaunch:
     """Plan the whitening of groups of channels by frozen statistics."""
-    sizes, layout = problem.sizes(shape), problem.layout(shape, x_stride, y_stride)
-    x, y = layout.strides
-    tiles = Tiles.of(sizes.num_blocks, sizes.d, layout.samples)
-    scalars = {**_sample_scalars(sizes, layout, tiles), **_channel_scalars(layout), **x.named("x"), **y.named("y")}
-    return PreparedLaunch(joined_map, map_grid(tiles), scalars, map_constants(tiles, x_precision))
+    return _map_launch(problem.sizes(shape), problem.layout(shape, x_stride, y_stride), x_precision, types)
 
 
 def plan_channels_backward(
@@ -115,9 +123,12 @@ def plan_channels_backward(
     """Plan IterNorm's backward pass; the types are those of x, weight, bias and dy."""
     sizes, layout = problem.sizes(shape), problem.layout(shape, dy_stride, x_stride, dx_stride)
     dy, x, _ = layout.strides
-    tiles = Tiles.of(sizes.num_blocks, sizes.d, layout.samples)
-    clusters = Clusters.of(tiles.num_parts)
+    dtype, *_, device = types
     constants = _newton_constants(sizes.d, types)
+    tiles = tiles_of_sums(
+        sizes.num_blocks, sizes.d, layout.samples, dtype, device, other_programs=int(constants["IN_REGISTERS"])
+    )
+    clusters = Clusters.of(tiles.num_parts)
     has_iterates = int(constants["IN_REGISTERS"] and clusters.levels > 0)  # by a program that has no part of the sums
     matrices_offset = _gradient_matrices_offset(tiles.height, clusters)
     workspace_per_block = matrices_offset + _adjoint_matrices(problem, constants) * tiles.height**2
@@ -132,14 +143,13 @@ def plan_channels_backward(
         },
         {
             "LEVELS": clusters.levels,
-            "WIDTH": tiles.width,
-            "PRECISION": x_precision,
+            **_sum_constants(sizes, layout, tiles, x_precision, types),
             **constants,
             "HAS_ITERATES": has_iterates,
             "num_warps": tiles.num_warps,
         },
     )
-    map_launch = _gradient_map_launch(sizes, layout, workspace_per_block, x_precision)
+    map_launch = _gradient_map_launch(sizes, layout, workspace_per_block, x_precision, types)
     workspace = MemoryRegions.of(sizes.num_blocks * workspace_per_block)
     num_counters = sizes.num_blocks * clusters.num_counters
     return JoinedBackward(cross_moments, map_launch, sizes.statistics(), workspace, num_counters)
@@ -163,7 +173,8 @@ def plan_samples_backward(
         GroupStrides(sample, channels * channel, channel, position)
         for sample, channel, position in (problem.sample_strides(shape, each) for each in (dy_stride, x_stride))
     )
-    parts = SampleParts.of(sizes.num_blocks, sizes.d, channels, positions, x)
+    dtype, *_, device = types
+    parts = parts_of_sums(sizes.num_blocks, sizes.d, channels, positions, x, dtype, device)
     clusters = Clusters.of(parts.num_parts)
     constants = _newton_constants(sizes.d, types)
     matrices_offset = _gradient_matrices_offset(constants["HEIGHT"], clusters)
@@ -185,13 +196,15 @@ def plan_samples_backward(
             "LEVELS": clusters.levels,
             "CHANNELS": parts.tile_channels,
             "POSITIONS": parts.tile_positions,
-            "PRECISION": x_precision,
+            "WHOLE_TILES": channels % parts.tile_channels == 0,
+            "STAGES": SUM_STAGES,
+            "ALIGNMENT": sample_alignment(parts.tile_channels, positions, (dy, x)),
+            "PRECISION": products(x_precision, sizes.d, dtype, device),
             **constants,
-            "num_stages": 2,
         },
     )
     num_parts = sizes.num_blocks * parts.num_position_parts
-    map_launch = _gradient_map_launch(sizes, layout, workspace_per_block, x_precision, num_parts, total_channels)
+    map_launch = _gradient_map_launch(sizes, layout, workspace_per_block, x_precision, types, num_parts, total_channels)
     _, weight_type, bias_type, *_ = types
     parameter_sizes = (0 if each is None else num_parts * total_channels for each in (weight_type, bias_type))
     workspace = MemoryRegions.of(sizes.num_blocks * workspace_per_block, *parameter_sizes)
@@ -207,6 +220,11 @@ def _sample_scalars(sizes: BlockSizes, layout: Layout, tiles: Tiles) -> dict[str
         "d": sizes.d,
         "part_size": tiles.part_size,
     }
+
+
+def _forward_scalars(sizes: BlockSizes, layout: Layout, tiles: Tiles) -> dict[str, Any]:
+    x, y = layout.strides
+    return {**_sample_scalars(sizes, layout, tiles), **_channel_scalars(layout), **x.named("x"), **y.named("y")}
 
 
 def _channel_scalars(layout: Layout) -> dict[str, Any]:
@@ -226,16 +244,52 @@ def _block_scalars(
     }
 
 
+def _layout_constants(sizes: BlockSizes, layout: Layout) -> dict[str, Any]:
+    """Return what kernels know of blocks and of memory when they are compiled, to load several numbers at a time."""
+    return {"HAS_SMALLER_BLOCK": sizes.total_rows % sizes.d != 0, "ALIGNMENT": alignment(layout)}
+
+
+def _sum_constants(sizes: BlockSizes, layout: Layout, tiles: Tiles, x_precision: str, types: Types) -> dict[str, Any]:
+    dtype, *_, device = types
+    return {
+        "WIDTH": tiles.width,
+        "STAGES": SUM_STAGES,
+        "PRECISION": products(x_precision, sizes.d, dtype, device),
+        **_layout_constants(sizes, layout),
+    }
+
+
+def _map_constants(sizes: BlockSizes, layout: Layout, tiles: Tiles, x_precision: str, types: Types) -> dict[str, Any]:
+    dtype, *_, device = types
+    precision = products(x_precision, sizes.d, dtype, device)
+    constants = map_constants(tiles, precision) | _layout_constants(sizes, layout)
+    constants["CHANNELS"] = channels_of_tiles(layout, constants["WIDTH"])
+    return constants | ({"num_stages": map_stages(device)} if constants["num_stages"] > 1 else {})
+
+
+def _map_launch(sizes: BlockSizes, layout: Layout, x_precision: str, types: Types) -> PreparedLaunch:
+    dtype, *_, device = types
+    tiles = tiles_of_map(sizes.num_blocks, sizes.d, layout.samples, dtype, device)
+    return PreparedLaunch(
+        joined_map,
+        map_grid(tiles),
+        _forward_scalars(sizes, layout, tiles),
+        _map_constants(sizes, layout, tiles, x_precision, types),
+    )
+
+
 def _gradient_map_launch(
     sizes: BlockSizes,
     layout: Layout,
     workspace_per_block: int,
     x_precision: str,
+    types: Types,
     num_parameter_parts: int = 0,
     total_channels: int = 0,
 ) -> PreparedLaunch:
     dy, x, dx = layout.strides
-    tiles = Tiles.of(sizes.num_blocks, sizes.d, layout.samples)
+    dtype, *_, device = types
+    tiles = tiles_of_map(sizes.num_blocks, sizes.d, layout.samples, dtype, device, of_gradient=True)
     scalars = {
         **_sample_scalars(sizes, layout, tiles),
         **_channel_scalars(layout),
@@ -246,7 +300,8 @@ def _gradient_map_launch(
         **dy.named("dy"),
         **x.named("x"),
     }
-    return PreparedLaunch(joined_gradient_map, map_grid(tiles), scalars, map_constants(tiles, x_precision))
+    constants = _map_constants(sizes, layout, tiles, x_precision, types)
+    return PreparedLaunch(joined_gradient_map, map_grid(tiles), scalars, constants)
 
 
 def _newton_constants(d: int, types: Types) -> dict[str, Any]:

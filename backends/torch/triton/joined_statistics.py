@@ -7,12 +7,12 @@ outside of its own rows and columns, and workspaces with 0.
 import triton
 import triton.language as tl
 
-from polywhiten.torch.triton.addressing import narrow
+from polywhiten.torch.triton.addressing import narrow, narrow_multiple, rows_of_block
 from polywhiten.torch.triton.affine_map import map_samples
+from polywhiten.torch.triton.joined_sums import sum_shifted_moments
 from polywhiten.torch.triton.last_program import combine_parts
 from polywhiten.torch.triton.newton_in_memory import newton
 from polywhiten.torch.triton.newton_in_registers import newton_in_registers
-from polywhiten.torch.triton.partial_moments import sum_moments
 from polywhiten.torch.triton.running_averages import averaging_factor
 
 
@@ -60,18 +60,21 @@ def joined_statistics(
     channels, positions, inner, samples, total_rows, d, part_size,
     cluster_size, workspace_per_block, matrices_offset, counters_per_block, eps, momentum, iterations,
     TRACKS_COVARIANCE: tl.constexpr, MAPS_SAMPLES: tl.constexpr, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
+    STAGES: tl.constexpr, HAS_SMALLER_BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, CHANNELS: tl.constexpr,
     SHIFT_SAMPLES: tl.constexpr, PRECISION: tl.constexpr, SMALLEST: tl.constexpr, HEIGHT: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, MATRIX_PRECISION: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     block, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     workspace_per_block, matrices_offset = narrow(workspace_per_block), narrow(matrices_offset)
     samples, d, part_size, eps = narrow(samples), narrow(d), narrow(part_size), tl.cast(eps, tl.float32)
-    block_d = tl.minimum(d, total_rows - block * d).to(tl.int32)
+    block_d = rows_of_block(block, d, total_rows, HAS_SMALLER_BLOCK)
     begin, end = part * part_size, tl.minimum(samples, (part + 1) * part_size)
     workspace += block * workspace_per_block
+    inner = narrow_multiple(inner, ALIGNMENT)
+    x_stride_row = narrow_multiple(x_stride_row, ALIGNMENT)
     block_x = (x + block * x_stride_block, x_stride_outer, x_stride_row, x_stride_inner)
-    shift, total, square = sum_moments(
-        block_x, inner, samples, block_d, begin, end, HEIGHT, WIDTH, SHIFT_SAMPLES, PRECISION
+    shift, total, square = sum_shifted_moments(
+        block_x, inner, samples, block_d, begin, end, HEIGHT, WIDTH, STAGES, SHIFT_SAMPLES, PRECISION
     )
     if LEVELS > 0:
         counters += block * counters_per_block
@@ -89,9 +92,9 @@ def joined_statistics(
         if MAPS_SAMPLES:
             tl.debug_barrier()
             map_samples(
-                (y + block * y_stride_block, y_stride_outer, y_stride_row, y_stride_inner),
+                (y + block * y_stride_block, y_stride_outer, narrow_multiple(y_stride_row, ALIGNMENT), y_stride_inner),
                 ((whitener + block * d * d, d, 1), block_x, mean + block * d),
                 None,
                 None, None, None, weight, bias, channels, positions,
-                inner, d, 0, samples, 0, HEIGHT, HEIGHT, WIDTH, PRECISION,
+                inner, d, 0, samples, 0, HEIGHT, HEIGHT, WIDTH, PRECISION, CHANNELS,
             )  # fmt: skip

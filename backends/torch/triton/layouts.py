@@ -75,12 +75,10 @@ def sample_strides(shape: Sequence[int], stride: Sequence[int], axis: int) -> Sa
 def sample_layout(channels: int, positions: int, arrays: Sequence[SampleStrides]) -> Layout:
     """Return the layout of samples as blocks, whose rows are groups of `channels` channels at so many positions."""
     has_one_axis = all(array.channel == positions * array.position for array in arrays)
-    strides = tuple(
-        Strides(sample, position, channels * channel, position if has_one_axis else channel)
-        for sample, channel, position in arrays
-    )
-    if has_one_axis:
+    if has_one_axis:  # nothing lies on the outer one
+        strides = tuple(Strides(sample, 0, channels * channel, position) for sample, channel, position in arrays)
         return Layout(channels * positions, channels * positions, strides, channels, positions)
+    strides = tuple(Strides(sample, position, channels * channel, channel) for sample, channel, position in arrays)
     return Layout(channels, channels * positions, strides, channels, 1)
 
 

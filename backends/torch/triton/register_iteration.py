@@ -7,16 +7,16 @@ from typing import Any
 import torch
 
 from polywhiten.gpu_launches import JOINED, gpu_launches
-from polywhiten.torch._internals import assume_constant_result
 from polywhiten.torch.triton.newton_in_memory import newton_constants
+from polywhiten.torch.triton.support import multiplies_from_shared_memory
 
 _MAX_VARIABLES = 64
 _NUM_WARPS = 4  # 8 spill more: 560 bytes of the adjoint's stack instead of 80 (compiled for 9.0, not measured)
 
 
 def fits_registers(height: int, device: torch.device) -> bool:
-    """Return whether programs can iterate in registers: before 9.0, operands of 64 variables take most of them."""
-    return height <= 32 or (height == _MAX_VARIABLES and _capability(device) >= (9, 0))
+    """Return whether programs can iterate in registers; where these also hold all operands, 64 variables take most."""
+    return height <= 32 or (height == _MAX_VARIABLES and multiplies_from_shared_memory(device))
 
 
 def iterates_in_registers(d: int, device: torch.device) -> bool:
@@ -28,9 +28,3 @@ def register_constants(d: int) -> dict[str, Any]:
     """Return the constants and the options of these kernels."""
     constants = newton_constants(d)
     return {**{name: constants[name] for name in ("SMALLEST", "HEIGHT", "num_stages")}, "num_warps": _NUM_WARPS}
-
-
-@assume_constant_result
-def _capability(device: torch.device) -> tuple[int, int]:
-    """Return 9.0, as the newest, for Triton's interpreter, which has no device."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)

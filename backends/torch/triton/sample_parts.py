@@ -57,13 +57,24 @@ class SampleParts(NamedTuple):
         return self.num_channel_parts * self.num_position_parts
 
     @classmethod
-    def of(cls, num_blocks: int, d: int, channels: int, positions: int, strides: GroupStrides) -> SampleParts:
-        """Cut samples of d groups with `channels` channels each."""
-        width = tile_width(d) // 2  # this kernel keeps more in registers than others
+    def of(
+        cls,
+        num_blocks: int,
+        d: int,
+        channels: int,
+        positions: int,
+        strides: GroupStrides,
+        max_parts: int | None = None,
+        width: int | None = None,
+    ) -> SampleParts:
+        """Cut samples of d groups with `channels` channels each into at most `max_parts`, but for a limit on size."""
+        max_parts = max_parts or ceil_div(TARGET_PROGRAMS, num_blocks)
         are_adjacent = positions == 1 or strides.channel < strides.position
+        if width is None or are_adjacent:  # more would be kept in registers than there are
+            width = (width or tile_width(d)) // 2
         tile_channels = min(triton.next_power_of_2(channels), width) if are_adjacent else 1
         tile_positions = width // tile_channels
-        num_parts = max(ceil_div(TARGET_PROGRAMS, num_blocks), ceil_div(channels * positions, MAX_PART_SAMPLES))
+        num_parts = max(max_parts, ceil_div(channels * positions, MAX_PART_SAMPLES))
         part_channels = _part_size(channels, tile_channels, num_parts)
         num_channel_parts = ceil_div(channels, part_channels)
         part_positions = _part_size(positions, tile_positions, ceil_div(num_parts, num_channel_parts))

@@ -54,13 +54,15 @@ class Tiles(NamedTuple):
     num_warps: int
 
     @classmethod
-    def of(cls, num_blocks: int, d: int, samples: int) -> Tiles:
-        height, width = tile_height(d), tile_width(d)
-        num_parts = min(ceil_div(TARGET_PROGRAMS, num_blocks), ceil_div(samples, _MIN_TILES_PER_PART * width))
+    def of(cls, num_blocks: int, d: int, samples: int, max_parts: int | None = None, width: int | None = None) -> Tiles:
+        """Cut so many samples of a block into at most `max_parts` parts, but for a limit on their size."""
+        height, width = tile_height(d), width or tile_width(d)
+        max_parts = max_parts or ceil_div(TARGET_PROGRAMS, num_blocks)
+        num_parts = min(max_parts, ceil_div(samples, _MIN_TILES_PER_PART * tile_width(d)))
         num_parts = min(max(num_parts, ceil_div(samples, MAX_PART_SAMPLES)), _MAX_PARTS)
         part_size = ceil_div(ceil_div(samples, num_parts), width) * width
         num_parts = ceil_div(samples, part_size)
-        return cls(num_blocks, num_parts, part_size, height, width, num_warps=8 if height > 64 else 4)
+        return cls(num_blocks, num_parts, part_size, height, width, num_warps(d))
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -76,6 +78,11 @@ def tile_height(d: int) -> int:
 def tile_width(d: int) -> int:
     """Return the number of samples in a tile of d variables."""
     return _TILE_ELEMENTS // tile_height(d)
+
+
+def num_warps(d: int) -> int:
+    """Return the number of warps of a program for d variables."""
+    return 8 if tile_height(d) > 64 else 4
 
 
 def fits_32_bits(shape: Sequence[int], strides: Sequence[int]) -> bool:
