@@ -175,6 +175,15 @@ def test_too_few_rows_and_constant_dimensions_warn_and_give_finite_outputs(metho
     assert method == "pca" or np.abs(y[:, 2]).max() < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore::polywhiten.RankWarning")
+def test_directions_without_variance_are_divided_by_the_root_of_eps_and_not_by_rounding_errors():
+    x = np.random.default_rng(0).uniform(size=(9, 30))
+    whitening = pw.Whitening(eps=1e-6, relative_eps=False).fit(x)
+    within = np.linalg.svd(x - x.mean(axis=0))[2][:8]  # the directions with variance
+    outside = np.eye(30) - within.T @ within
+    np.testing.assert_allclose(outside @ whitening.matrix_, outside / 1e-3, rtol=0, atol=1e-9)
+
+
 def test_directions_without_variance_become_zero_without_eps():
     x = data() @ np.diag([1, 1, 1, 1, 0, 0])
     with pytest.warns(pw.RankWarning, match=r"2 dimensions are constant \(4, 5\)"):

@@ -70,15 +70,16 @@ def whitening_matrix(
     mean_variance = np.trace(cov) / len(cov)
     if not mean_variance > 0:
         return np.zeros((n_components if method == "pca" else len(cov), len(cov)))
-    regularized = cov + eps * (mean_variance if relative_eps else 1.0) * np.eye(len(cov))
-    of_method: dict[str, Callable[[Float64], Float64]] = {
-        "zca": _zca,
-        "pca": partial(_pca, n_components=n_components),
-        "cholesky": _cholesky,
-        "zca_cor": _zca_cor,
-        "newton": partial(inverse_sqrt, iterations=iterations),
+    added = eps * (mean_variance if relative_eps else 1.0)
+    regularized = cov + added * np.eye(len(cov))
+    of_method: dict[str, Callable[[], Float64]] = {
+        "zca": partial(_zca, cov, added),
+        "pca": partial(_pca, cov, added, n_components),
+        "cholesky": partial(_cholesky, regularized),
+        "zca_cor": partial(_zca_cor, regularized),
+        "newton": partial(inverse_sqrt, regularized, iterations=iterations),
     }
-    matrix = of_method[method](regularized)
+    matrix = of_method[method]()
     if method != "pca" and n_components < len(cov):
         matrix = matrix @ _projection(cov, n_components)
     return matrix
@@ -96,15 +97,15 @@ def _projection(cov: Float64, n_components: int) -> Float64:
     return vectors @ vectors.T
 
 
-def _zca(cov: Float64) -> Float64:
+def _zca(cov: Float64, added: float) -> Float64:
     values, vectors = np.linalg.eigh(cov)
-    matrix: Float64 = (vectors * _inverse_sqrt_or_zero(values)) @ vectors.T
+    matrix: Float64 = (vectors * _inverse_sqrt_or_zero(values, added)) @ vectors.T
     return matrix
 
 
-def _pca(cov: Float64, n_components: int) -> Float64:
+def _pca(cov: Float64, added: float, n_components: int) -> Float64:
     values, vectors = np.linalg.eigh(cov)
-    rows = (vectors * _inverse_sqrt_or_zero(values)).T[::-1][:n_components]
+    rows = (vectors * _inverse_sqrt_or_zero(values, added)).T[::-1][:n_components]
     largest = np.argmax(np.abs(vectors.T[::-1][:n_components]), axis=1)  # is made positive, as scikit-learn's PCA does
     signs = np.sign(vectors.T[::-1][np.arange(n_components), largest])
     return np.ascontiguousarray(rows * signs[:, None])
@@ -124,10 +125,14 @@ def _cholesky(cov: Float64) -> Float64:
 def _zca_cor(cov: Float64) -> Float64:
     deviation = np.sqrt(np.diag(cov))
     inverse = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 0)
-    return _zca(cov * inverse[:, None] * inverse) * inverse
+    return _zca(cov * inverse[:, None] * inverse, 0.0) * inverse
 
 
-def _inverse_sqrt_or_zero(values: Float64) -> Float64:
-    """Return values^(-1/2), and 0 for those that are 0 up to the rounding of an eigendecomposition."""
+def _inverse_sqrt_or_zero(values: Float64, added: float) -> Float64:
+    """Return (values + added)^(-1/2), and 0 where this is 0 up to the rounding of an eigendecomposition.
+
+    Values that are 0 up to rounding are taken as 0: relative to a small number that is added, their digits are noise.
+    """
     smallest = len(values) * np.finfo(float).eps * values[-1]
-    return np.where(values > smallest, values, np.inf) ** -0.5
+    sums = np.where(np.abs(values) > smallest, values, 0.0) + added
+    return np.where(sums > smallest, sums, np.inf) ** -0.5
