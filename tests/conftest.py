@@ -13,6 +13,8 @@ settings.register_profile(
     "slow-library", max_examples=10, **_COMMON
 )  # which compiles for every new shape, or builds graphs
 
+# Convolutions with channels first need oneDNN on CPUs. TensorFlow uses it by itself on newer processors only.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker has one core; torch.compile would start a process for every core
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 

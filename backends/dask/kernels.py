@@ -13,6 +13,7 @@ from array_api_compat import array_namespace
 from polywhiten._types import Array, Namespace
 from polywhiten.kernels import Kernels
 from polywhiten.solvers import Solver
+from polywhiten.solvers.iteration import symmetric_part
 
 compat: Namespace = array_api_compat.dask.array
 
@@ -53,13 +54,18 @@ xp = _Namespace("polywhiten.dask")
 
 
 class DaskKernels(Kernels):
-    """Kernels that run solvers in the library of the chunks, which has an eigendecomposition."""
+    """Kernels that run solvers in the library of the chunks, which has an eigendecomposition.
+
+    Covariances are made symmetric before. Where channels lie in several chunks, the two halves come from different
+    products, which round differently, and Newton's gradient at a singular covariance would be off by percents.
+    """
 
     def inverse_sqrt(self, solver: Solver, cov: Array, eps: float = 0.0) -> Array:
         """Return W = (cov + eps I)^(-1/2), computed in one task."""
 
         def solve(cov: Array) -> Array:
-            return Kernels(array_namespace(cov)).inverse_sqrt(solver, cov, eps)
+            xp = array_namespace(cov)
+            return Kernels(xp).inverse_sqrt(solver, symmetric_part(xp, cov), eps)
 
         return xpx.lazy_apply(solve, cov, shape=cov.shape, dtype=cov.dtype, xp=compat)
 
@@ -67,6 +73,7 @@ class DaskKernels(Kernels):
         """Return the gradient with respect to cov, computed in one task."""
 
         def solve(cov: Array, grad: Array) -> Array:
-            return Kernels(array_namespace(cov)).inverse_sqrt_adjoint(solver, cov, grad, eps)
+            xp = array_namespace(cov)
+            return Kernels(xp).inverse_sqrt_adjoint(solver, symmetric_part(xp, cov), grad, eps)
 
         return xpx.lazy_apply(solve, cov, grad, shape=cov.shape, dtype=cov.dtype, xp=compat)
