@@ -152,7 +152,7 @@ def _load_term(matrix, centre, rows, variables, d):
 @triton.jit
 def _add_term(result, a, values, c, PRECISION: tl.constexpr):
     # Return result + a (values - c); meaningless where values are not valid.
-    if PRECISION == "bf16x6" and values.dtype == tl.bfloat16:  # a c is subtracted in float32: bfloat16 has less digits
+    if PRECISION == "bf16x6" and values.dtype == tl.bfloat16:  # a c is subtracted in float32: bfloat16 has fewer digits
         return multiply_parts(a, values, result - tl.sum(a * c[None, :], axis=1)[:, None], PRECISION)
     else:
         return multiply_parts(a, values.to(tl.float32) - c[:, None], result, PRECISION)

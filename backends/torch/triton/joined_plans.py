@@ -15,9 +15,9 @@ from polywhiten.torch.triton.joined_tiles import (
     SUM_STAGES,
     alignment,
     channels_of_tiles,
+    joined_precision,
     map_stages,
     parts_of_sums,
-    products,
     sample_alignment,
     tiles_of_map,
     tiles_of_sums,
@@ -199,7 +199,7 @@ def plan_samples_backward(
             "WHOLE_TILES": channels % parts.tile_channels == 0,
             "STAGES": SUM_STAGES,
             "ALIGNMENT": sample_alignment(parts.tile_channels, positions, (dy, x)),
-            "PRECISION": products(x_precision, sizes.d, dtype, device),
+            "PRECISION": joined_precision(x_precision, sizes.d, dtype, device),
             **constants,
         },
     )
@@ -254,14 +254,14 @@ def _sum_constants(sizes: BlockSizes, layout: Layout, tiles: Tiles, x_precision:
     return {
         "WIDTH": tiles.width,
         "STAGES": SUM_STAGES,
-        "PRECISION": products(x_precision, sizes.d, dtype, device),
+        "PRECISION": joined_precision(x_precision, sizes.d, dtype, device),
         **_layout_constants(sizes, layout),
     }
 
 
 def _map_constants(sizes: BlockSizes, layout: Layout, tiles: Tiles, x_precision: str, types: Types) -> dict[str, Any]:
     dtype, *_, device = types
-    precision = products(x_precision, sizes.d, dtype, device)
+    precision = joined_precision(x_precision, sizes.d, dtype, device)
     constants = map_constants(tiles, precision) | _layout_constants(sizes, layout)
     constants["CHANNELS"] = channels_of_tiles(layout, constants["WIDTH"])
     return constants | ({"num_stages": map_stages(device)} if constants["num_stages"] > 1 else {})

@@ -12,6 +12,7 @@ from polywhiten.torch.triton.addressing import load_matrix, load_vector, narrow,
 from polywhiten.torch.triton.affine_map import load_channels
 from polywhiten.torch.triton.bfloat16_parts import multiply_parts
 from polywhiten.torch.triton.joined_sums import cross_moments_shift, shift_back
+from polywhiten.torch.triton.partial_sample_cross_moments import load_grouped
 
 
 @triton.jit
@@ -24,14 +25,6 @@ def grouped_samples(
         return pointer, stride_row, narrow_multiple(stride_channel, ALIGNMENT), narrow(stride_position)
     else:
         return pointer, stride_row, narrow(stride_channel), narrow_multiple(stride_position, ALIGNMENT)
-
-
-@triton.jit
-def _load_grouped_samples(array, rows, channel, position, valid):
-    # Return samples of (pointer, stride_row, stride_channel, stride_position); 0 where they are not valid.
-    pointer, stride_row, stride_channel, stride_position = array
-    columns = channel * stride_channel + position * stride_position
-    return tl.load(pointer + (rows[:, None] * stride_row + columns[None, :]), mask=valid, other=0.0)
 
 
 @triton.jit
@@ -59,8 +52,8 @@ def sum_channel_by_channel(
         for start in tl.range(first_position, end_position, POSITIONS, num_stages=STAGES):
             position = start + tl.arange(0, POSITIONS)
             valid = (rows < d)[:, None] & (position < end_position)[None, :]
-            gradient = _load_grouped_samples(dy, rows, channel, position, valid)
-            shifted = shift_back(_load_grouped_samples(x, rows, channel, position, valid), shift)
+            gradient = load_grouped(dy, rows, channel, position, valid)
+            shifted = shift_back(load_grouped(x, rows, channel, position, valid), shift)
             sums += gradient.to(tl.float32)
             product = multiply_parts(gradient, tl.trans(shifted), product, PRECISION)
         channel_sum = tl.sum(sums, axis=1)
@@ -108,8 +101,8 @@ def sum_adjacent_channels(
             valid = (rows < d)[:, None] & (position < end_position)[None, :]
             if not WHOLE_TILES:
                 valid = valid & (channel < end_channel)[None, :]
-            gradient = _load_grouped_samples(dy, rows, channel, position, valid).to(tl.float32)
-            shifted = shift_back(_load_grouped_samples(x, rows, channel, position, valid), shift)
+            gradient = load_grouped(dy, rows, channel, position, valid).to(tl.float32)
+            shifted = shift_back(load_grouped(x, rows, channel, position, valid), shift)
             bias_sums += gradient
             if dweight is not None:
                 white = tl.zeros((HEIGHT, CHANNELS * POSITIONS), tl.float32) + white_shift[:, None]

@@ -1,4 +1,7 @@
-"""How the joined kernels cut samples into tiles and parts, by the dtype, the memory order and the device."""
+"""How the joined kernels cut samples into tiles and parts, and what they are compiled for besides.
+
+Both depend on the dtype, the memory order and the device.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def _width(d: int, dtype: torch.dtype) -> int:
     return tile_width(d) * (4 // dtype.itemsize)  # tiles of all dtypes have the same number of bytes
 
 
-def products(x_precision: str, d: int, dtype: torch.dtype, device: torch.device) -> str:
+def joined_precision(x_precision: str, d: int, dtype: torch.dtype, device: torch.device) -> str:
     """Return how tensor cores multiply x with matrices in float32, where `tiles.precision` is `x_precision`.
 
     Where they read tiles from shared memory, those in TF32 have to lie there in a certain order, and parts in bfloat16

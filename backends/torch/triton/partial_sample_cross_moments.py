@@ -73,11 +73,11 @@ def partial_sample_cross_moments(
 
 
 @triton.jit
-def _load_grouped(array, rows, channel, position, valid):
-    # Return samples of (pointer, stride_row, stride_channel, stride_position) in float32; 0 where they are not valid.
+def load_grouped(array, rows, channel, position, valid):
+    # Return samples of (pointer, stride_row, stride_channel, stride_position); 0 where they are not valid.
     pointer, stride_row, stride_channel, stride_position = array
     columns = channel * stride_channel + position * stride_position
-    return tl.load(pointer + (rows[:, None] * stride_row + columns[None, :]), mask=valid, other=0.0).to(tl.float32)
+    return tl.load(pointer + (rows[:, None] * stride_row + columns[None, :]), mask=valid, other=0.0)
 
 
 @triton.jit
@@ -108,8 +108,9 @@ def sum_sample_cross_moments(
         for start in range(first_position, end_position, POSITIONS):
             position = start + column // CHANNELS
             valid = (rows < d)[:, None] & ((channel < end_channel) & (position < end_position))[None, :]
-            centred = _load_grouped(x, rows, channel, position, valid) - centre[:, None]  # not 0 outside, but dy is
-            gradient = _load_grouped(dy, rows, channel, position, valid)
+            x_tile = load_grouped(x, rows, channel, position, valid).to(tl.float32)
+            centred = x_tile - centre[:, None]  # not 0 outside, but dy is
+            gradient = load_grouped(dy, rows, channel, position, valid).to(tl.float32)
             if dbias is not None:
                 bias_sums += tl.sum(tl.reshape(gradient, (HEIGHT, POSITIONS, CHANNELS)), axis=1)
             if dweight is not None:
