@@ -66,24 +66,40 @@ def static_bound(kernel):
     name, first_type, *_, size = re.findall(r"\w+", kernel)
     joined = {"joined_statistics": passes.STATISTICS_STATIC, "joined_gradient": passes.GRADIENT_STATIC}.get(name)
     if joined:
-        return joined[int(size)] * 1024 * (2 if first_type == "double" else 1)
+        return joined[8 if first_type == "double" else 4][int(size)] * 1024
     return 4096 if name in ("affine_map", "newton", "newton_adjoint", "whiten", "input_gradient") else 48 * 1024
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def spill_bound(kernel):
+    """Return how many bytes a kernel may spill: what joined kernels know of their launch while sums need all registers.
+
+    The sums of products of 64 variables with 64 others take 128 of 255 registers.
+    """
+    if kernel.startswith("joined_gradient") and kernel.endswith("64>"):
+        return 320
+    return 32 if kernel.startswith(("joined", "whiten", "input_gradient")) else 0
+
+
+def compiled_variants(file, arch):
+    """Return those to compile for an architecture, which takes long: 7.5 has no tensor cores for float32."""
+    types = {"sm_75": ("float",), "sm_80": ("half", "float"), "sm_90": ("float", "double")}[arch]
+    if file.startswith("joined"):
+        types = {"sm_75": ("float",), "sm_80": ("half",)}.get(arch, types)
+    return [name for name in VARIANTS[file] if re.split("[<,]", name)[1] in types and (arch != "sm_75" or "64" in name)]
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
 @pytest.mark.parametrize("file", VARIANTS)
 def test_every_variant_compiles_and_keeps_to_its_registers_and_shared_memory(file, arch, record_property):
     from cupy.cuda.compiler import _NVRTCProgram  # the public function asks for a device
 
-    names = VARIANTS[file]
-    if file.startswith("joined"):  # they take long, and float16 differs from float32 only in its loads
-        names = [name for name in names if ("half" in name) == (arch == "sm_80")]
+    names = compiled_variants(file, arch)
     log = StringIO()
     program = _NVRTCProgram(launcher.source(file), file, name_expressions=names, method="cubin")
     _, mangled = program.compile((*launcher.OPTIONS, f"--gpu-architecture={arch}", "--ptxas-options=-v"), log)
     kernels = {name: kernel for kernel, name in mangled.items()}
     report = re.findall(
-        r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers(?:.*?(\d+) bytes smem)?",
+        r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?",
         log.getvalue().replace("\0", ""),
         re.DOTALL,
     )
@@ -91,8 +107,7 @@ def test_every_variant_compiles_and_keeps_to_its_registers_and_shared_memory(fil
     for name, *numbers in report:
         spilled, registers, shared = (int(number or 0) for number in numbers)
         record_property("resources", f"{kernels[name]:<36} {arch} {registers:>3} registers, {shared:>6} bytes shared")
-        # joined kernels may spill what they know of their launch while the sums need all registers
-        assert spilled <= (32 if file.startswith("joined") else 0), kernels[name]
+        assert spilled <= spill_bound(kernels[name]), kernels[name]
         assert shared <= static_bound(kernels[name]), kernels[name]
 
 
@@ -181,14 +196,14 @@ LAYOUTS = {
 }
 
 
-def draw(machine, shape, dtype, order=(0, 1, 2, 3), seed=0, mean=3.0):
-    """Return random values as every second element of an array whose others are NaN, and NumPy's float64 of them."""
+def draw(machine, shape, dtype, order=(0, 1, 2, 3), seed=0, mean=3.0, step=2):
+    """Return random values and NumPy's float64 of them: every `step`-th element of an array whose others are NaN."""
     rng = np.random.default_rng(seed)
     spread = [shape[i] for i in order]
-    values = rng.normal(mean, 1, [*spread[:-1], 2 * spread[-1]]).astype(dtype)
-    values[..., 1::2] = np.nan
+    values = np.full([*spread[:-1], step * spread[-1]], np.nan, dtype)
+    values[..., ::step] = rng.normal(mean, 1, spread)
     back = np.argsort(order)
-    return machine.array(values)[..., ::2].transpose(back), np.float64(values[..., ::2].transpose(back))
+    return machine.array(values)[..., ::step].transpose(back), np.float64(values[..., ::step].transpose(back))
 
 
 def check(machine, actual, expected, tolerance):
@@ -256,12 +271,12 @@ def test_whitening_and_its_gradient_over_these_kernels(machine, structure, block
         check(machine, actual, expected, 10 * TOLERANCE[dtype] if dtype != "float16" else 5e-3)
 
 
-def check_whitening(machine, blocks, shape, dtype, parameter_dtypes, order=None):
+def check_whitening(machine, blocks, shape, dtype, parameter_dtypes, order=None, dy_order=None, step=2):
     """Compare forward and backward with the plain kernels in float64."""
     rng = np.random.default_rng(0)
     order = order or tuple(range(len(shape)))
-    x, exact_x = draw(machine, shape, dtype, order)
-    dy, exact_dy = draw(machine, shape, dtype, order, seed=1, mean=0.5)
+    x, exact_x = draw(machine, shape, dtype, order, step=step)
+    dy, exact_dy = draw(machine, shape, dtype, dy_order or order, seed=1, mean=0.5, step=step)
     channels = shape[blocks.axis]
     exact = [None if name is None else rng.uniform(1, 2, channels).astype(name) for name in parameter_dtypes]
     # not contiguous, as slices of larger arrays aren't
@@ -312,6 +327,64 @@ def test_many_parts_of_each_block(machine, structure, layout):
     """Joined launches combine them by a tree, and give them different channels."""
     blocks, shape, order = WHITENED[layout]
     check_whitening(larger(machine), blocks, shape, "float64", ("float64", "float64"), order)
+
+
+FIRST, LAST = (0, 1, 2, 3), (0, 2, 3, 1)
+# The order of the axes of x and dy in memory, and their step.
+TENSORS = {
+    "channels first": (FIRST, FIRST, 1),
+    "channels first, strided": (FIRST, FIRST, 2),
+    "channels last": (LAST, LAST, 1),
+    "channels last, strided": (LAST, LAST, 2),
+    "channels first and last": (FIRST, LAST, 1),
+}
+
+
+@pytest.mark.parametrize("layout", TENSORS)
+@pytest.mark.parametrize("kind", [ChannelGroups, SampleGroups])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_tensor_cores_load_and_store_arrays_of_any_strides(machine, dtype, kind, layout):
+    """Four numbers at a time where these are adjacent and aligned, else each alone; and more than a warp has at once.
+
+    64 samples of 5 x 5 are not aligned, and 48 or 20 variables are fewer than a variant has.
+    """
+    order, dy_order, step = TENSORS[layout]
+    with use_gpu_launches("joined"):
+        for d, sides in ((16, (8, 12)), (20, (5, 5)), (32, (12, 12)), (48, (8, 8)), (64, (16, 20))):
+            channels = d if kind is SampleGroups and d == 64 else 2 * d
+            shape = (3, channels, *sides)
+            check_whitening(machine, kind(1, d), shape, dtype, ("float32", dtype), order, dy_order, step)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_large_mean_leaves_tensor_cores_the_digits_of_the_variance(machine, dtype):
+    """Squares of x would lose them all: the mean is 100 standard deviations in float16, and 10,000 in float32."""
+    mean = 100 if dtype == "float16" else 10_000
+    x, exact = draw(machine, (40, 32, 6, 6), dtype, mean=mean, step=1)
+    spec = WhiteningSpec(ChannelGroups(1, 32), NEWTON, 1e-3)
+    with use_gpu_launches("joined"):
+        _, stats = machine.backend.forward(spec, x, None, None)
+    _, exact_stats = EXACT_BACKEND.forward(spec, exact, None, None)
+    check(machine, stats.covariance, exact_stats.covariance, 3e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_reach_the_gradients(machine, dtype, value):
+    """Training in half precision looks for them. In y they concern the group whose statistics they enter."""
+    x, dy = (np.random.default_rng(seed).normal(size=(40, 32)).astype(dtype) for seed in (0, 1))
+    dy[3, 20] = value
+    weight = np.ones(32, dtype)
+    spec = WhiteningSpec(ChannelGroups(1, 16), NEWTON, 1e-3)
+    with use_gpu_launches("joined"):
+        x, dy, weight = (machine.array(a) for a in (x, dy, weight))
+        y, stats = machine.backend.forward(spec, x, weight, weight)
+        gradients = machine.backend.backward(spec, x, weight, weight, stats, dy)
+    dx, dweight, dbias = (np.isfinite(machine.numpy(a)) for a in gradients)
+    assert not dx[:, 16:].any()
+    assert dx[:, :16].all()
+    assert not dweight[20]
+    assert not dbias[20]
 
 
 class NotingLauncher:

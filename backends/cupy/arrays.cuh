@@ -21,6 +21,13 @@ __device__ inline void assign(half& to, float x) { to = to_half(x); }
 __device__ inline void assign(float& to, float x) { to = x; }
 __device__ inline void assign(double& to, double x) { to = x; }
 
+// Returns the number of type T that is nearest to x.
+template <typename T> __device__ accumulator<T> rounded_to(accumulator<T> x) {
+    T result;
+    assign(result, x);
+    return widen(result);
+}
+
 // 16 bytes, the most that a thread moves between shared memory and registers in one instruction.
 template <typename T> struct alignas(16) Pack {
     static constexpr int size = 16 / sizeof(T);
@@ -53,6 +60,14 @@ struct Cursor {
     int outer, inner;
 
     __device__ Cursor(int sample, int length) : outer(sample / length), inner(sample % length) {}
+
+    // Moves on to the next sample.
+    __device__ void increase(int length) {
+        if (++inner == length) {
+            inner = 0;
+            ++outer;
+        }
+    }
 
     // Moves on by as many samples as `step` is from the first one. So a thread divides only once, where it begins.
     __device__ void advance(const Cursor& step, int length) {

@@ -16,3 +16,6 @@ __device__ inline half to_half(float value) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
     return result;
 }
+
+__device__ inline unsigned short bits_of(half value) { return value.bits; }
+__device__ inline half half_of(unsigned short bits) { return {bits}; }

@@ -3,6 +3,8 @@
 // finish a block combines the parts and computes the adjoint of Newton's iteration.
 
 #include "products.cuh"
+#include "tensor_cores.cuh"
+#include "tensor_sums.cuh"
 #include "newton.cuh"
 #include "pass.cuh"
 #include "combine_parts.cuh"
@@ -35,7 +37,7 @@ __device__ void add_channel(const A* k, const A* s, const A* w, const Parameter<
 
 // Fills `memory`, which is laid out like Workspace. The weight may be null.
 template <typename T, int D>
-__global__ void __launch_bounds__(THREADS, sizeof(accumulator<T>) == 4 ? 2 : 1)
+__global__ void __launch_bounds__(THREADS, residency<T, D>)
     joined_gradient(const T* dy, const T* x, const accumulator<T>* covariance, const accumulator<T>* mean,
                     const accumulator<T>* whitener, const void* weight_values, Pass pass, double eps, long long steps,
                     accumulator<T>* memory, unsigned* counters) {
@@ -68,9 +70,15 @@ __global__ void __launch_bounds__(THREADS, sizeof(accumulator<T>) == 4 ? 2 : 1)
         const long long position = channel * pass.positions;
         const auto dy_block = block_of(dy + position * pass.dy.inner, pass.dy, index);
         const auto x_block = block_of(x + position * pass.x.inner, pass.x, index);
-        Loader<T, D, LOADS> dy_loader(dy_block, pass.dy.along_samples, d, zero);
-        Loader<T, D, LOADS> x_loader(x_block, pass.x.along_samples, d, centre);
-        sum_products<T, T, D, LOADS, false>(dy_loader, x_loader, pass.positions, begin, end, k, s);
+        if constexpr (uses_tensor_cores<T, D>) {
+            const bool along_samples = pass.dy.along_samples && pass.x.along_samples;
+            sum_products_on_tensor_cores<T, D, false>(dy_block, x_block, along_samples, centre, d, pass.positions,
+                                                      begin, end, k, s);
+        } else {
+            Loader<T, D, LOADS> dy_loader(dy_block, pass.dy.along_samples, d, zero);
+            Loader<T, D, LOADS> x_loader(x_block, pass.x.along_samples, d, centre);
+            sum_products<T, T, D, LOADS, false>(dy_loader, x_loader, pass.positions, begin, end, k, s);
+        }
         __syncthreads();
         add_channel<A>(k, s, w, weight, pass, index, channel, row, memory, products, sums);
         __syncthreads();

@@ -3,19 +3,7 @@
 
 #include "maps.cuh"
 #include "pass.cuh"
-
-// A transform of an array's elements: times the weight of their channel, plus its bias.
-template <typename A> struct ChannelAffine {
-    const Parameter<A> weight, bias;
-    const Pass& pass;
-    const int index;
-
-    __device__ A operator()(A element, int v, int inner) const {
-        if (!weight.values && !bias.values) return element;
-        const int channel = pass.channel(index, v, inner / int(pass.positions));
-        return element * weight.factor(channel) + bias.summand(channel);
-    }
-};
+#include "joined_tensor_maps.cuh"
 
 // Computes y = weight W (x - mean) + bias. Part p of a block takes tiles p, p + map_parts, and so on. Weight and bias
 // may be null.
@@ -26,6 +14,8 @@ __global__ void __launch_bounds__(THREADS, sizeof(accumulator<T>) == 4 ? 3 : 1)
     using A = accumulator<T>;
     using Shape = Tile<A, D>;
     extern __shared__ __align__(16) unsigned char shared_memory[];
+    if constexpr (uses_tensor_cores<T, D>)
+        return whiten_on_tensor_cores<T, D>(x, mean, whitener, weight, bias, pass, y, shared_memory);
     A* tile = reinterpret_cast<A*>(shared_memory);
     A* matrix = tile + D * Shape::stride;
     __shared__ A centre[D];
@@ -89,7 +79,7 @@ __device__ void combine_parameter_gradient(const A* partial, const Pass& pass, v
 // covariance. The first few thread blocks complete the gradients of weight and bias instead. `weight`, `dweight` and
 // `dbias` may be null; the latter two have the dtypes of weight and bias.
 template <typename T, int D>
-__global__ void __launch_bounds__(THREADS, sizeof(accumulator<T>) == 4 ? 3 : 1)
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : uses_tensor_cores<T, D> && D == 64 ? 2 : 3)
     input_gradient(const T* dy, const T* x, const accumulator<T>* mean, const accumulator<T>* whitener,
                    const void* weight, Pass pass, accumulator<T>* memory, T* dx, void* dweight, void* dbias) {
     using A = accumulator<T>;
@@ -107,6 +97,8 @@ __global__ void __launch_bounds__(THREADS, sizeof(accumulator<T>) == 4 ? 3 : 1)
         if (dbias) combine_parameter_gradient(workspace.dbias, pass, dbias, pass.half_bias);
         return;
     }
+    if constexpr (uses_tensor_cores<T, D>)
+        return map_gradient_on_tensor_cores<T, D>(dy, x, mean, whitener, weight, pass, workspace, dx, shared_memory);
     const int d = pass.d, thread = threadIdx.x, count = pass.count();
     const unsigned thread_block = blockIdx.x - pass.parameter_thread_blocks;
     const unsigned num_parts = pass.map_parts, index = thread_block / num_parts, part = thread_block % num_parts;

@@ -2,6 +2,8 @@
 // last one to finish a block combines the parts and does Newton's iteration.
 
 #include "products.cuh"
+#include "tensor_cores.cuh"
+#include "tensor_sums.cuh"
 #include "shift.cuh"
 #include "newton.cuh"
 #include "pass.cuh"
@@ -25,7 +27,7 @@ __device__ void combine_moments(const A* products, const A* sums, const A* shift
 
 // The outputs hold one mean or matrix for each block.
 template <typename T, int D>
-__global__ void __launch_bounds__(THREADS, sizeof(accumulator<T>) == 4 ? 2 : 1)
+__global__ void __launch_bounds__(THREADS, residency<T, D>)
     joined_statistics(const T* x, Pass pass, double eps, long long steps, accumulator<T>* partial_sums,
                       unsigned* counters, accumulator<T>* means, accumulator<T>* covariances,
                       accumulator<T>* whiteners) {
@@ -33,7 +35,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(accumulator<T>) == 4 ? 2 : 1)
     constexpr int LOADS = D > 4 ? 8 : 4;
     extern __shared__ __align__(16) unsigned char shared_memory[];
     __shared__ A shift[D];
-    const int d = pass.d, inner = pass.inner(), count = pass.count(), length = d * d + d;
+    const int d = pass.d, inner = pass.inner(), count = pass.count(), length = d * d + d, thread = threadIdx.x;
     const unsigned num_parts = pass.num_parts, index = blockIdx.x / num_parts, part = blockIdx.x % num_parts;
     const auto block = block_of(x, pass.x, index);
     load_shift<T, D>(shift, block, d, inner, count);
@@ -41,14 +43,22 @@ __global__ void __launch_bounds__(THREADS, sizeof(accumulator<T>) == 4 ? 2 : 1)
     const int begin = part * pass.samples_per_part;
     const int end = count - begin < pass.samples_per_part ? count : begin + pass.samples_per_part;
     A* products = partial_sums + (long long)blockIdx.x * length;
-    Loader<T, D, LOADS> loader(block, pass.x.along_samples, d, shift);
-    sum_products<T, T, D, LOADS, true>(loader, loader, inner, begin, end, products, products + d * d);
+    if constexpr (uses_tensor_cores<T, D>) {
+        if (thread < D) shift[thread] = rounded_to<T>(shift[thread]);  // it takes the place of samples past the end
+        __syncthreads();
+        sum_products_on_tensor_cores<T, D, true>(block, block, pass.x.along_samples, shift, d, inner, begin, end,
+                                                 products, products + d * d);
+    } else {
+        Loader<T, D, LOADS> loader(block, pass.x.along_samples, d, shift);
+        sum_products<T, T, D, LOADS, true>(loader, loader, inner, begin, end, products, products + d * d);
+    }
     partial_sums += (long long)index * num_parts * length;
     unsigned* block_counters = counters + index * pass.num_counters;
     if (!combine_parts(partial_sums, length, part, num_parts, pass.fan_in, block_counters)) return;
 
     const long long first = (long long)index * d * d;
     A* covariance = covariances + first;
-    combine_moments<A, D>(partial_sums, partial_sums + d * d, shift, count, d, means + (long long)index * d, covariance);
+    A* mean = means + (long long)index * d;
+    combine_moments<A, D>(partial_sums, partial_sums + d * d, shift, count, d, mean, covariance);
     inverse_sqrt<A, D, THREADS>(covariance, whiteners + first, eps, steps, d, shared_memory);
 }

@@ -13,9 +13,9 @@ def sum_parts(multiprocessors: int, blocks: int, count: int, tile: int, resident
     return split_evenly(count, tile, parts_per_block(multiprocessors, blocks, -(-count // (8 * tile)), resident))
 
 
-def map_parts(multiprocessors: int, blocks: int, count: int) -> int:
+def map_parts(multiprocessors: int, blocks: int, count: int, resident: int = 3) -> int:
     """Return the number of parts of a block's `count` samples for an affine map."""
-    return parts_per_block(multiprocessors, blocks, -(-count // MAP_TILE), resident=3)
+    return parts_per_block(multiprocessors, blocks, -(-count // MAP_TILE), resident)
 
 
 def parts_per_block(multiprocessors: int, blocks: int, most: int, resident: int) -> int:

@@ -54,3 +54,18 @@ template <typename A> struct Parameter {
     __device__ A factor(int channel) const { return values ? at(channel) : A(1); }
     __device__ A summand(int channel) const { return values ? at(channel) : A(0); }
 };
+
+// A transform of an array's elements: times the weight of their channel, plus its bias.
+template <typename A> struct ChannelAffine {
+    const Parameter<A> weight, bias;
+    const Pass& pass;
+    const int index;
+
+    __device__ bool is_identity() const { return !weight.values && !bias.values; }
+
+    __device__ A operator()(A element, int v, int inner) const {
+        if (is_identity()) return element;
+        const int channel = pass.channel(index, v, inner / int(pass.positions));
+        return element * weight.factor(channel) + bias.summand(channel);
+    }
+};

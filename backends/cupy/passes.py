@@ -31,8 +31,9 @@ _COUNTS = (
 )
 PASS_ARGS = np.dtype([*((name, _STRIDES) for name in ("x", "dy", "result")), *((name, np.int64) for name in _COUNTS)])
 
-# Bounds in KiB of the static shared memory of the sums in float32, by the variant's size. In float64 they are doubled.
-STATISTICS_STATIC, GRADIENT_STATIC = {4: 14, 16: 15, 32: 13, 64: 12}, {4: 26, 16: 14, 32: 12, 64: 11}
+# Bounds in KiB of the static shared memory of the sums, by the item size of statistics and the variant's size.
+STATISTICS_STATIC = {4: {4: 14, 16: 15, 32: 19, 64: 36}, 8: {4: 28, 16: 30, 32: 26, 64: 24}}
+GRADIENT_STATIC = {4: {4: 26, 16: 14, 32: 18, 64: 35}, 8: {4: 52, 16: 28, 32: 24, 64: 22}}
 _RESERVED_BYTES = 1024  # of each thread block, beside its own shared memory
 _MAX_FLAT_PARTS = 16  # that one level of the tree adds up
 _CHANNELS_PER_THREAD_BLOCK = 32  # of those that complete the gradients of weight and bias
@@ -129,7 +130,7 @@ def backward_pass(
         count // arrays.channels, tile, max(1, wanted_parts // channel_parts)
     )
     num_parts = channel_parts * position_parts
-    maps = map_parts(multiprocessors, blocks, count)
+    maps = map_parts(multiprocessors, blocks, count, 2 if size == 64 else 3)
     counts = _counts(
         arrays,
         num_parts=num_parts,
@@ -172,13 +173,14 @@ def _sum_bytes(size: int, itemsize: int, backward: bool) -> tuple[int, int]:
     """Return the dynamic shared memory of a thread block of the sums, and all of its shared memory."""
     dynamic = newton_bytes(size, itemsize, ADJOINT_MATRICES if backward else ROOT_MATRICES)
     static = GRADIENT_STATIC if backward else STATISTICS_STATIC
-    return dynamic, dynamic + static[size] * 1024 * itemsize // 4
+    return dynamic, dynamic + static[itemsize][size] * 1024
 
 
 def _sum_residency(size: int, itemsize: int, max_shared_memory: int, backward: bool) -> tuple[int, int]:
     """Return the dynamic shared memory of the sums, and how many thread blocks of them fit a multiprocessor."""
     dynamic, total = _sum_bytes(size, itemsize, backward)
-    return dynamic, min(2, (max_shared_memory + _RESERVED_BYTES) // (total + _RESERVED_BYTES))
+    most = 1 if size == 64 and itemsize == 4 else 2  # as registers allow
+    return dynamic, min(most, (max_shared_memory + _RESERVED_BYTES) // (total + _RESERVED_BYTES))
 
 
 def _counts(arrays: Arrays, num_parts: int, **others: int) -> dict[str, int]:

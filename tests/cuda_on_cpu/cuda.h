@@ -1,7 +1,7 @@
-// Enough of CUDA to run kernels on a CPU. Thread blocks run one after the other. The threads of one are fibers that
-// take turns at every __syncthreads. Each launch runs twice: in order, and with threads reversed and thread blocks
-// shuffled. If the results differ, there is a race. The order of the thread blocks also decides which of them is the
-// last to count.
+// Enough of CUDA to run kernels on a CPU. Thread blocks run one after the other. The threads of one are fibers, each of
+// which runs until it waits for its warp or for all others. Each launch runs twice: in order, and with threads reversed
+// and thread blocks shuffled. If the results differ, there is a race. The order of the thread blocks also decides which
+// of them is the last to count.
 
 #include <link.h>
 #include <setjmp.h>
@@ -32,12 +32,13 @@ static Index threadIdx, blockIdx;
 namespace emulator {
 
 constexpr size_t STACK = 128 * 1024;
+constexpr unsigned WARP = 32;
 
 struct Fiber {
     ucontext_t entry;
     jmp_buf context;  // swapcontext would be simpler, but calls the kernel of the operating system
     std::vector<char> stack = std::vector<char>(STACK);
-    bool begun, done;
+    bool begun, done, waits_for_warp;
 };
 
 static std::vector<Fiber> fibers;
@@ -73,24 +74,44 @@ static void poison() {
     dl_iterate_phdr(fill, shared_memory);
 }
 
-// Runs a thread block. Returns 1 if some threads ended while others wait for them, else 0.
+// Runs the threads of a warp until they wait for other warps or end. Returns how many end, or -1 if some threads of the
+// warp wait for it while others don't.
+static int run_warp(unsigned first, unsigned threads, bool reverse) {
+    for (;;) {
+        unsigned done = 0, wait = 0;
+        for (unsigned i = 0; i < threads; ++i) {
+            threadIdx.x = first + (reverse ? threads - 1 - i : i);
+            Fiber& fiber = fibers[threadIdx.x];
+            fiber.waits_for_warp = false;
+            resume(fiber);
+            done += fiber.done;
+            wait += fiber.waits_for_warp;
+        }
+        if (!wait) return done;
+        if (wait < threads) return -1;
+    }
+}
+
+// Runs a thread block. Returns 1 if some threads wait in vain for others, else 0.
 static int run_block(unsigned threads, bool reverse) {
     poison();
     if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
     for (unsigned i = 0; i < threads; ++i) {
         Fiber& fiber = fibers[i];
-        fiber.begun = fiber.done = false;
+        fiber.begun = fiber.done = fiber.waits_for_warp = false;
         getcontext(&fiber.entry);
         fiber.entry.uc_stack.ss_sp = fiber.stack.data();
         fiber.entry.uc_stack.ss_size = STACK;
         makecontext(&fiber.entry, run, 0);
     }
+    const unsigned warps = (threads + WARP - 1) / WARP;
     for (;;) {
         unsigned done = 0;
-        for (unsigned i = 0; i < threads; ++i) {
-            threadIdx.x = reverse ? threads - 1 - i : i;
-            resume(fibers[threadIdx.x]);
-            done += fibers[threadIdx.x].done;
+        for (unsigned i = 0; i < warps; ++i) {
+            const unsigned first = (reverse ? warps - 1 - i : i) * WARP;
+            const int done_of_warp = run_warp(first, threads - first < WARP ? threads - first : WARP, reverse);
+            if (done_of_warp < 0) return 1;
+            done += done_of_warp;
         }
         if (done) return done < threads;
     }
@@ -117,6 +138,11 @@ int launch(void (*kernel)(P...), unsigned thread_blocks, unsigned threads, bool 
 
 inline void __syncthreads() {
     if (!_setjmp(emulator::fibers[threadIdx.x].context)) _longjmp(emulator::scheduler, 1);
+}
+
+inline void __syncwarp() {
+    emulator::fibers[threadIdx.x].waits_for_warp = true;
+    __syncthreads();
 }
 
 // There is nothing to do, as thread blocks run one after the other.

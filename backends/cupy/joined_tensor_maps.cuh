@@ -1,0 +1,108 @@
+// The maps of a joined pass on tensor cores. Include maps.cuh and pass.cuh before this file.
+
+#include "tensor_cores.cuh"
+#include "tensor_maps.cuh"
+
+// Applies an affine transform to adjacent samples of a lane's variables: element(i, e) is sample e of variable(i).
+template <int VARIABLES, int COUNT, typename Element, typename Variable>
+__device__ __forceinline__ void transform(const ChannelAffine<float>& affine, Cursor cursor, const Element& element,
+                                          const Variable& variable) {
+    if (affine.is_identity()) return;
+    const Pass& pass = affine.pass;
+    const int length = pass.inner(), positions = pass.positions;
+    int places[COUNT];  // of the samples' channels among those of their variable
+#pragma unroll
+    for (int e = 0; e < COUNT; ++e, cursor.increase(length))
+        places[e] = pass.channels > 1 ? cursor.inner / positions : 0;
+#pragma unroll
+    for (int i = 0; i < VARIABLES; ++i) {
+        if (variable(i) >= pass.d) continue;
+        float factor, summand;
+#pragma unroll
+        for (int e = 0; e < COUNT; ++e) {
+            if (e == 0 || places[e] != places[e - 1]) {
+                const int channel = pass.channel(affine.index, variable(i), places[e]);
+                factor = affine.weight.factor(channel);
+                summand = affine.bias.summand(channel);
+            }
+            element(i, e) = element(i, e) * factor + summand;
+        }
+    }
+}
+
+// Calls map(cursor of the 4 samples that a lane loads, how many of them exist, the same for the 8 that it stores) for
+// every chunk of the warp. Part p of a block takes tiles p, p + map_parts, and so on.
+template <typename Map> __device__ void for_each_chunk(const Pass& pass, unsigned part, const Map& map) {
+    const int length = pass.inner(), count = pass.count(), lane = threadIdx.x % 32;
+    const int first = part * SAMPLES + threadIdx.x / 32 * WARP_SAMPLES, step = pass.map_parts * SAMPLES;
+    const Cursor between_tiles(step, length);
+    Cursor load(first + lane / 4 * 4, length), store(first + lane % 4 * 8, length);
+    for (int at = first; at < count; at += step) {
+        map(load, count - at - lane / 4 * 4, store, count - at - lane % 4 * 8);
+        load.advance(between_tiles, length);
+        store.advance(between_tiles, length);
+    }
+}
+
+// Does what `whiten` does.
+template <typename T, int D>
+__device__ void whiten_on_tensor_cores(const T* x, const float* mean, const float* whitener, const void* weight,
+                                       const void* bias, const Pass& pass, T* y, unsigned char* memory) {
+    using Shape = MapShape<D>;
+    const int d = pass.d, length = pass.inner();
+    const unsigned index = blockIdx.x / pass.map_parts, part = blockIdx.x % pass.map_parts;
+    const auto in = block_of(x, pass.x, index);
+    const auto out = block_of(y, pass.result, index);
+    const Access in_access(in, pass.x.along_samples, d, length), out_access(out, pass.result.along_samples, d, length);
+    const ChannelAffine<float> affine{{weight, bool(pass.half_weight)}, {bias, bool(pass.half_bias)}, pass, int(index)};
+    const TensorMatrix<D> matrix{reinterpret_cast<Words<4>*>(memory)};
+    matrix.load(whitener + (long long)index * d * d, d, 1, d);
+    mean += (long long)index * d;
+    __syncthreads();
+    for_each_chunk(pass, part, [&](const Cursor& load, int left, const Cursor& store, int left_to_store) {
+        MapInput<T, D> input;
+        MapOutput<D> output;
+        input.fetch(in, in_access, d, length, load, left);
+        input.unpack(in_access);
+        input.subtract(mean, d);
+        output.add(matrix, input);
+        transform<Shape::rows, 8>(affine, store, [&](int i, int e) -> float& { return output.element(i, e); },
+                                  [](int i) { return Shape::row(i); });
+        output.store(out, out_access, d, length, store, left_to_store);
+    });
+}
+
+// Does what `input_gradient` does in the thread blocks that map samples.
+template <typename T, int D>
+__device__ void map_gradient_on_tensor_cores(const T* dy, const T* x, const float* mean, const float* whitener,
+                                             const void* weight, const Pass& pass, const Workspace<float>& workspace,
+                                             T* dx, unsigned char* memory) {
+    using Shape = MapShape<D>;
+    const int d = pass.d, length = pass.inner(), thread_block = blockIdx.x - pass.parameter_thread_blocks;
+    const int index = thread_block / pass.map_parts, part = thread_block % pass.map_parts;
+    const auto in1 = block_of(dy, pass.dy, index), in2 = block_of(x, pass.x, index);
+    const auto out = block_of(dx, pass.result, index);
+    const Access access1(in1, pass.dy.along_samples, d, length), access2(in2, pass.x.along_samples, d, length);
+    const Access out_access(out, pass.result.along_samples, d, length);
+    const ChannelAffine<float> scaled{{weight, bool(pass.half_weight)}, {nullptr, false}, pass, index};
+    const TensorMatrix<D> matrix1{reinterpret_cast<Words<4>*>(memory)}, matrix2{matrix1.memory + matrix1.size};
+    matrix1.load(whitener + (long long)index * d * d, 1, d, d);
+    matrix2.load(workspace.b + (long long)index * d * d, d, 1, d);
+    const float *dy_mean = workspace.dy_means + (long long)index * d, *x_mean = mean + (long long)index * d;
+    __syncthreads();
+    for_each_chunk(pass, part, [&](const Cursor& load, int left, const Cursor& store, int left_to_store) {
+        MapInput<T, D> input1, input2;
+        MapOutput<D> output;
+        input1.fetch(in1, access1, d, length, load, left);
+        input2.fetch(in2, access2, d, length, load, left);
+        input1.unpack(access1);
+        transform<Shape::columns, 4>(scaled, load, [&](int i, int e) -> float& { return input1.elements[i][e]; },
+                                     [](int i) { return Shape::column(i); });
+        input1.subtract(dy_mean, d);
+        output.add(matrix1, input1);
+        input2.unpack(access2);
+        input2.subtract(x_mean, d);
+        output.add(matrix2, input2);
+        output.store(out, out_access, d, length, store, left_to_store);
+    });
+}
