@@ -101,11 +101,13 @@ class JoinedImplementation(Reference):
         x4, dy4 = kernels.split(spec.blocks, x), kernels.split(spec.blocks, dy)
         arrays = _properties(spec.blocks, x, x4, kernel_weight, kernel_bias)
         has_parameters = weight is not None or bias is not None
-        launches = backward_pass(arrays, dy4.strides, has_parameters, launch.multiprocessors, launch.max_shared_memory)
+        newton = float(spec.eps), spec.solver.newton_steps(x.itemsize)
+        launches = backward_pass(
+            arrays, dy4.strides, has_parameters, newton[1], launch.multiprocessors, launch.max_shared_memory
+        )
         dx, workspace = empty(x.shape, dtype=x.dtype), empty((launches.workspace,), dtype=mean.dtype)
         dweight, dbias = (None if p is None else empty(p.shape, dtype=p.dtype) for p in (kernel_weight, kernel_bias))
         common = mean, whitener, _or_null(kernel_weight), launches.args
-        newton = float(spec.eps), spec.solver.newton_steps(x.itemsize)
         counters = self._counters(launches.num_counters)
         self._launch(launches.sums, dy4, x4, cov, *common, *newton, workspace, counters)
         self._launch(launches.maps, dy4, x4, *common, workspace, dx, _or_null(dweight), _or_null(dbias))

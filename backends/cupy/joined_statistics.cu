@@ -6,6 +6,7 @@
 #include "tensor_sums.cuh"
 #include "shift.cuh"
 #include "newton.cuh"
+#include "tensor_newton.cuh"
 #include "pass.cuh"
 #include "combine_parts.cuh"
 
@@ -60,5 +61,8 @@ __global__ void __launch_bounds__(THREADS, residency<T, D>)
     A* covariance = covariances + first;
     A* mean = means + (long long)index * d;
     combine_moments<A, D>(partial_sums, partial_sums + d * d, shift, count, d, mean, covariance);
-    inverse_sqrt<A, D, THREADS>(covariance, whiteners + first, eps, steps, d, shared_memory);
+    if constexpr (iterates_on_tensor_cores<T, D>)
+        inverse_sqrt_on_tensor_cores<D, THREADS>(covariance, whiteners + first, eps, steps, d, shared_memory);
+    else
+        inverse_sqrt<A, D, THREADS>(covariance, whiteners + first, eps, steps, d, shared_memory);
 }

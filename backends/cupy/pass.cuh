@@ -34,13 +34,15 @@ template <typename A> struct Workspace {
     A* dy_means;          // mean of weight dy of each block
     A *dweight, *dbias;   // rows of partial gradients
     A* partial_sums;      // of the parts
+    A* iterates;          // of Newton's iteration on tensor cores
 
     __device__ Workspace(A* memory, const Pass& pass)
         : b(memory),
           dy_means(b + pass.blocks * pass.d * pass.d),
           dweight(dy_means + pass.blocks * pass.d),
           dbias(dweight + pass.gradient_rows * pass.all_channels),
-          partial_sums(dbias + pass.gradient_rows * pass.all_channels) {}
+          partial_sums(dbias + pass.gradient_rows * pass.all_channels),
+          iterates(partial_sums + pass.blocks * pass.num_parts * (pass.d * pass.d + pass.d)) {}
 };
 
 // Weight or bias: absent, float16 or of the dtype of statistics.

@@ -14,6 +14,7 @@ from polywhiten.cupy.variants import (
     MAP_THREADS,
     PRODUCT_THREADS,
     ROOT_MATRICES,
+    SIZES,
     STATIC_BYTES,
     TYPES,
     along_samples,
@@ -112,7 +113,12 @@ def forward_pass(arrays: Arrays, multiprocessors: int, max_shared_memory: int) -
 
 @lru_cache(maxsize=1024)
 def backward_pass(
-    arrays: Arrays, dy_strides: Strides, has_parameters: bool, multiprocessors: int, max_shared_memory: int
+    arrays: Arrays,
+    dy_strides: Strides,
+    has_parameters: bool,
+    newton_steps: int,
+    multiprocessors: int,
+    max_shared_memory: int,
 ) -> Pass:
     """Return the launches that compute the cross moments and map dy and x.
 
@@ -124,12 +130,17 @@ def backward_pass(
     shared, resident = _sum_residency(size, itemsize, max_shared_memory, backward=True)
     tile = min(1024 // size, 256)
     wanted_parts, _ = sum_parts(multiprocessors, blocks, count, tile, resident)
+    keeps_iterates = size == SIZES[-1] and itemsize == 4
+    at_once = multiprocessors * resident // blocks  # thread blocks for each block
+    iterates_apart = keeps_iterates and at_once >= 4
+    if iterates_apart:
+        wanted_parts = min(wanted_parts, at_once - 1)
     channels_per_part = -(-arrays.channels // wanted_parts)
     channel_parts = -(-arrays.channels // channels_per_part)
     position_parts, samples_per_part = split_evenly(
         count // arrays.channels, tile, max(1, wanted_parts // channel_parts)
     )
-    num_parts = channel_parts * position_parts
+    num_parts = channel_parts * position_parts + iterates_apart
     maps = map_parts(multiprocessors, blocks, count, 2 if size == 64 else 3)
     counts = _counts(
         arrays,
@@ -145,6 +156,7 @@ def backward_pass(
     map_thread_blocks = counts["parameter_thread_blocks"] + blocks * maps
     variant = f"<{TYPES[arrays.dtype]}, {size}>"
     strides = {"x": arrays.strides, "dy": dy_strides, "result": _dense_strides(arrays)}
+    iterates = 2 * newton_steps * size**2 if keeps_iterates else 0  # two matrices a step
     return Pass(
         blocks=blocks,
         d=d,
@@ -158,7 +170,8 @@ def backward_pass(
         ),
         args=_structure(counts, **{name: _strides(arrays, values) for name, values in strides.items()}),
         num_counters=blocks * counts["num_counters"],
-        workspace=blocks * (num_parts + 1) * (d * d + d) + 2 * counts["gradient_rows"] * counts["all_channels"],
+        workspace=blocks * ((num_parts + 1) * (d * d + d) + iterates)
+        + 2 * counts["gradient_rows"] * counts["all_channels"],
     )
 
 

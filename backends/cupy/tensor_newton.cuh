@@ -1,0 +1,159 @@
+// Newton's iteration for 64 variables in float32, on tensor cores, and its adjoint. The recurrence is that of
+// polywhiten/solvers/newton.py with r = R / 3, whose matrices are symmetric and commute. The adjoint goes backwards
+// through the steps: one takes four products, where a derivative forwards takes nine.
+//
+// Include newton.cuh and tensor_cores.cuh before this file.
+
+template <typename T, int D> constexpr bool iterates_on_tensor_cores = uses_tensor_cores<T, D> && D == 64;
+
+// A product of two matrices in shared memory, which are laid out as MatrixLayout says. The right one is symmetric, so
+// that both are read along their rows. Each warp has 16 rows and some columns.
+template <int D, int THREADS> struct TensorProduct {
+    static constexpr int stride = MatrixLayout<float, D>::stride;
+    static constexpr int tiles = D * D / 128 / (THREADS / 32);  // of 16 rows and 8 columns, for each warp
+
+    float total[tiles][4] = {};
+
+    static __device__ int first_row() { return threadIdx.x / 32 * tiles / (D / 8) * 16; }
+    static __device__ int first_column() { return threadIdx.x / 32 * tiles % (D / 8) * 8; }
+
+    __device__ void add(const float* left, const float* right) {
+        const int group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+        left += (first_row() + group) * stride + member;
+        right += (first_column() + group) * stride + member;
+#pragma unroll 4
+        for (int k = 0; k < D; k += 8) {
+            const float* rows = left + k;
+            const Parts<2> a[4] = {Parts<2>(rows[0]), Parts<2>(rows[8 * stride]), Parts<2>(rows[4]),
+                                   Parts<2>(rows[8 * stride + 4])};
+#pragma unroll
+            for (int j = 0; j < tiles; ++j) {
+                const float* columns = right + j * 8 * stride + k;
+                multiply_add(total[j], a, {Parts<2>(columns[0]), Parts<2>(columns[4])});
+            }
+        }
+    }
+
+    // Calls use(index in a matrix, element) for every element.
+    template <typename Use> __device__ void for_each(const Use& use) const {
+        const int row = first_row() + threadIdx.x % 32 / 4, column = first_column() + threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int j = 0; j < tiles; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) use((row + i / 2 * 8) * stride + column + j * 8 + i % 2, total[j][i]);
+    }
+};
+
+// Calls write(index, element of left right) for every element, after all threads have read the operands.
+template <int D, int THREADS, typename Write>
+__device__ void multiply_symmetric(const float* left, const float* right, const Write& write) {
+    TensorProduct<D, THREADS> product;
+    product.add(left, right);
+    __syncthreads();
+    product.for_each(write);
+    __syncthreads();
+}
+
+// Calls use(index, index in the transpose, row, column) for every element, which threads share.
+template <int D, int THREADS, typename Use> __device__ void for_each_element(const Use& use) {
+    constexpr int stride = MatrixLayout<float, D>::stride;
+    for (int i = threadIdx.x; i < D * D; i += THREADS) use(i / D * stride + i % D, i % D * stride + i / D, i / D, i % D);
+    __syncthreads();
+}
+
+// Does all steps on r, z and v, and calls keep() after each, when r and z are those of the step.
+template <int D, int THREADS, typename Keep>
+__device__ void take_steps(const float* matrix, float trace, float eps, int steps, int d, float* r, float* z, float* v,
+                           const Keep& keep) {
+    for_each_element<D, THREADS>([&](int at, int, int row, int column) {
+        r[at] = element(matrix, row, column, d, eps) / trace / 3;
+        z[at] = 1.5f * ((row == column && row < d) - r[at]);
+    });
+    keep();
+    for (int step = 1; step < steps; ++step) {
+        multiply_symmetric<D, THREADS>(r, r, [&](int at, float product) { v[at] = r[at] - product; });
+        multiply_symmetric<D, THREADS>(v, r, [&](int at, float product) { r[at] = 2.25f * (v[at] - product); });
+        multiply_symmetric<D, THREADS>(z, r, [&](int at, float product) { z[at] = 1.5f * (z[at] - product); });
+        keep();
+    }
+}
+
+// Does what inverse_sqrt does. `memory` holds three matrices.
+template <int D, int THREADS>
+__device__ void inverse_sqrt_on_tensor_cores(const float* matrix, float* root, float eps, int steps, int d,
+                                             unsigned char* memory) {
+    using Shape = MatrixLayout<float, D>;
+    float* r = reinterpret_cast<float*>(memory);
+    float *z = r + Shape::size, *v = z + Shape::size;
+    const float trace = bounded_trace<float, THREADS>(matrix, d, eps);
+    take_steps<D, THREADS>(matrix, trace, eps, steps, d, r, z, v, [] {});
+    for (int i = threadIdx.x; i < d * d; i += THREADS) root[i] = z[i / d * Shape::stride + i % d] / sqrt(trace);
+}
+
+// Leaves half of 9/4 (dr - 2 (r dr + dr r) + r r dr + r dr r + dr r r) in p, which is a sum with its own transpose.
+template <int D, int THREADS> __device__ void take_step_back(const float* dr, const float* r, float* p, float* q) {
+    multiply_symmetric<D, THREADS>(dr, r, [&](int at, float product) { p[at] = product; });
+    for_each_element<D, THREADS>([&](int at, int t, int, int) { q[at] = dr[at] - p[at] - (p[at] + p[t]); });
+    multiply_symmetric<D, THREADS>(q, r, [&](int at, float product) { p[at] = 1.125f * (q[at] - product); });
+}
+
+// Stores r and then Z of every step in `iterates`, which has room for 2 steps D D numbers. `memory` holds three matrices.
+template <int D, int THREADS>
+__device__ void store_iterates(const float* matrix, float eps, int steps, int d, float* iterates,
+                               unsigned char* memory) {
+    constexpr int size = MatrixLayout<float, D>::size;
+    float* r = reinterpret_cast<float*>(memory);
+    float *z = r + size, *v = z + size;
+    const float trace = bounded_trace<float, THREADS>(matrix, d, eps);
+    take_steps<D, THREADS>(matrix, trace, eps, steps, d, r, z, v, [&] {
+        for_each_element<D, THREADS>([&](int at, int, int row, int column) {
+            iterates[row * D + column] = r[at];
+            iterates[D * D + row * D + column] = z[at];
+        });
+        iterates += 2 * D * D;
+    });
+}
+
+// Loads what this thread block or another one has stored.
+template <int D, int THREADS> __device__ void load_iterate(float* to, const float* iterate) {
+    for_each_element<D, THREADS>(
+        [&](int at, int, int row, int column) { to[at] = __ldcg(iterate + row * D + column); });
+}
+
+// Does what inverse_sqrt_adjoint does, with the stored iterates. `memory` holds six matrices.
+template <int D, int THREADS, typename Write>
+__device__ void inverse_sqrt_adjoint_on_tensor_cores(const float* matrix, const float* gradient, float eps, int steps,
+                                                     int d, const float* iterates, unsigned char* memory,
+                                                     const Write& write) {
+    constexpr int size = MatrixLayout<float, D>::size, stride = MatrixLayout<float, D>::stride;
+    float* r = reinterpret_cast<float*>(memory);
+    float *z = r + size, *dr = z + size, *dz = dr + size, *p = dz + size, *q = p + size;
+    const float trace = bounded_trace<float, THREADS>(matrix, d, eps);
+    load_iterate<D, THREADS>(z, iterates + (2 * steps - 1) * D * D);
+    float along_scale = 0;
+    for_each_element<D, THREADS>([&](int at, int, int row, int column) {
+        dz[at] = (element(gradient, row, column, d, 0.f) + element(gradient, column, row, d, 0.f)) / 2;
+        along_scale += dz[at] * z[at] / 2;
+        dr[at] = 0;
+    });
+    for (int step = steps - 1; step > 0; --step) {
+        load_iterate<D, THREADS>(r, iterates + 2 * step * D * D);
+        load_iterate<D, THREADS>(z, iterates + (2 * step - 1) * D * D);  // of the step before
+        take_step_back<D, THREADS>(dr, r, p, q);
+        multiply_symmetric<D, THREADS>(dz, z, [&](int at, float product) { p[at] -= 0.75f * product; });
+        for_each_element<D, THREADS>([&](int at, int t, int, int) { dr[at] = p[at] + p[t]; });
+        multiply_symmetric<D, THREADS>(dz, r, [&](int at, float product) { p[at] = product; });
+        for_each_element<D, THREADS>([&](int at, int t, int, int) { dz[at] = 1.5f * dz[at] - 0.75f * (p[at] + p[t]); });
+    }
+    load_iterate<D, THREADS>(r, iterates);
+    take_step_back<D, THREADS>(dr, r, p, q);
+    for_each_element<D, THREADS>([&](int at, int t, int row, int column) {
+        q[at] = (p[at] + p[t] - 1.5f * dz[at]) / 3;
+        along_scale += q[at] * (element(matrix, row, column, d, eps) / trace);
+    });
+    along_scale = sum_over_threads<float, THREADS>(along_scale);
+    for (int i = threadIdx.x; i < d * d; i += THREADS) {
+        const float ds = q[i / d * stride + i % d] - (i / d == i % d ? along_scale : 0.f);
+        write(i, ds / trace / sqrt(trace), ds / trace / sqrt(trace));
+    }
+}
