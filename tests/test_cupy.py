@@ -421,7 +421,10 @@ class NotingLauncher:
 
 @pytest.mark.sanitized
 def test_every_kernel_runs_in_both_memory_orders(machine):
-    """compute-sanitizer, which is slow, is given this test alone. So it has to launch every kernel."""
+    """compute-sanitizer, which is slow, is given this test alone. So it has to launch every kernel.
+
+    Variants for 16 to 64 variables use tensor cores in joined launches.
+    """
     launch = NotingLauncher(machine.kernels.launch)
     noting = replace(machine, kernels=CupyKernels(machine.kernels.xp, launch))
     for structure in CHOICES:
@@ -429,6 +432,10 @@ def test_every_kernel_runs_in_both_memory_orders(machine):
             for blocks in (ChannelGroups(1, 5), SampleGroups(1, 5)):
                 for order in (None, (0, 2, 3, 1)):
                     check_whitening(noting, blocks, (3, 10, 4, 9), "float32", ("float32", "float32"), order)
+    with use_gpu_launches("joined"):
+        for d, dtype in ((64, "float32"), (64, "float16"), (32, "float32")):
+            for order in (FIRST, LAST):
+                check_whitening(noting, ChannelGroups(1, d), (3, d, 8, 12), dtype, (dtype, dtype), order, step=1)
     assert launch.noted == {kernel for kernels in KERNELS.values() for kernel in kernels}
 
 
