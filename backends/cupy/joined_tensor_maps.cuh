@@ -3,17 +3,44 @@
 #include "tensor_cores.cuh"
 #include "tensor_maps.cuh"
 
+// Loads a number of each variable into shared memory; 0 past d.
+template <int D> __device__ void load_numbers(float (&to)[D], const float* from, int d) {
+    for (int v = threadIdx.x; v < D; v += THREADS) to[v] = v < d ? from[v] : 0.f;
+}
+
+// The weight and bias of every variable, if each is one channel, in shared memory; 0 past d.
+template <int D> struct AffineOfVariables {
+    float factors[D], summands[D];
+
+    __device__ void load(const ChannelAffine<float>& affine, int d) {
+        if (affine.pass.channels > 1) return;
+        for (int v = threadIdx.x; v < D; v += THREADS) {
+            const int channel = affine.pass.channel(affine.index, v, 0);
+            factors[v] = v < d ? affine.weight.factor(channel) : 0.f;
+            summands[v] = v < d ? affine.bias.summand(channel) : 0.f;
+        }
+    }
+};
+
 // Applies an affine transform to adjacent samples of a lane's variables: element(i, e) is sample e of variable(i).
-template <int VARIABLES, int COUNT, typename Element, typename Variable>
-__device__ __forceinline__ void transform(const ChannelAffine<float>& affine, Cursor cursor, const Element& element,
-                                          const Variable& variable) {
+template <int VARIABLES, int COUNT, int D, typename Element, typename Variable>
+__device__ __forceinline__ void transform(const ChannelAffine<float>& affine, const AffineOfVariables<D>& of_variables,
+                                          Cursor cursor, const Element& element, const Variable& variable) {
     if (affine.is_identity()) return;
     const Pass& pass = affine.pass;
+    if (pass.channels == 1) {
+#pragma unroll
+        for (int i = 0; i < VARIABLES; ++i)
+#pragma unroll
+            for (int e = 0; e < COUNT; ++e)
+                element(i, e) =
+                    element(i, e) * of_variables.factors[variable(i)] + of_variables.summands[variable(i)];
+        return;
+    }
     const int length = pass.inner(), positions = pass.positions;
     int places[COUNT];  // of the samples' channels among those of their variable
 #pragma unroll
-    for (int e = 0; e < COUNT; ++e, cursor.increase(length))
-        places[e] = pass.channels > 1 ? cursor.inner / positions : 0;
+    for (int e = 0; e < COUNT; ++e, cursor.increase(length)) places[e] = cursor.inner / positions;
 #pragma unroll
     for (int i = 0; i < VARIABLES; ++i) {
         if (variable(i) >= pass.d) continue;
@@ -56,18 +83,22 @@ __device__ void whiten_on_tensor_cores(const T* x, const float* mean, const floa
     const Access in_access(in, pass.x.along_samples, d, length), out_access(out, pass.result.along_samples, d, length);
     const ChannelAffine<float> affine{{weight, bool(pass.half_weight)}, {bias, bool(pass.half_bias)}, pass, int(index)};
     const TensorMatrix<D> matrix{reinterpret_cast<Words<4>*>(memory)};
+    __shared__ float centre[D];
+    __shared__ AffineOfVariables<D> of_variables;
     matrix.load(whitener + (long long)index * d * d, d, 1, d);
-    mean += (long long)index * d;
+    load_numbers(centre, mean + (long long)index * d, d);
+    of_variables.load(affine, d);
     __syncthreads();
     for_each_chunk(pass, part, [&](const Cursor& load, int left, const Cursor& store, int left_to_store) {
         MapInput<T, D> input;
         MapOutput<D> output;
         input.fetch(in, in_access, d, length, load, left);
         input.unpack(in_access);
-        input.subtract(mean, d);
+        input.subtract(centre);
         output.add(matrix, input);
-        transform<Shape::rows, 8>(affine, store, [&](int i, int e) -> float& { return output.element(i, e); },
-                                  [](int i) { return Shape::row(i); });
+        transform<Shape::rows, 8>(
+            affine, of_variables, store, [&](int i, int e) -> float& { return output.element(i, e); },
+            [](int i) { return Shape::row(i); });
         output.store(out, out_access, d, length, store, left_to_store);
     });
 }
@@ -88,7 +119,11 @@ __device__ void map_gradient_on_tensor_cores(const T* dy, const T* x, const floa
     const TensorMatrix<D> matrix1{reinterpret_cast<Words<4>*>(memory)}, matrix2{matrix1.memory + matrix1.size};
     matrix1.load(whitener + (long long)index * d * d, 1, d, d);
     matrix2.load(workspace.b + (long long)index * d * d, d, 1, d);
-    const float *dy_mean = workspace.dy_means + (long long)index * d, *x_mean = mean + (long long)index * d;
+    __shared__ float centre1[D], centre2[D];
+    __shared__ AffineOfVariables<D> of_variables;
+    load_numbers(centre1, workspace.dy_means + (long long)index * d, d);
+    load_numbers(centre2, mean + (long long)index * d, d);
+    of_variables.load(scaled, d);
     __syncthreads();
     for_each_chunk(pass, part, [&](const Cursor& load, int left, const Cursor& store, int left_to_store) {
         MapInput<T, D> input1, input2;
@@ -96,12 +131,13 @@ __device__ void map_gradient_on_tensor_cores(const T* dy, const T* x, const floa
         input1.fetch(in1, access1, d, length, load, left);
         input2.fetch(in2, access2, d, length, load, left);
         input1.unpack(access1);
-        transform<Shape::columns, 4>(scaled, load, [&](int i, int e) -> float& { return input1.elements[i][e]; },
-                                     [](int i) { return Shape::column(i); });
-        input1.subtract(dy_mean, d);
+        transform<Shape::columns, 4>(
+            scaled, of_variables, load, [&](int i, int e) -> float& { return input1.elements[i][e]; },
+            [](int i) { return Shape::column(i); });
+        input1.subtract(centre1);
         output.add(matrix1, input1);
         input2.unpack(access2);
-        input2.subtract(x_mean, d);
+        input2.subtract(centre2);
         output.add(matrix2, input2);
         output.store(out, out_access, d, length, store, left_to_store);
     });

@@ -110,13 +110,12 @@ template <typename T, int D> struct MapInput {
                                                      : element_of<T>(vectors[i].at, e);
     }
 
-    __device__ void subtract(const float* centre, int d) {
+    // Subtracts a number of each variable.
+    __device__ void subtract(const float* centres) {
 #pragma unroll
-        for (int i = 0; i < Shape::columns; ++i) {
-            const float own_centre = Shape::column(i) < d ? centre[Shape::column(i)] : 0.f;
+        for (int i = 0; i < Shape::columns; ++i)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) elements[i][e] -= own_centre;
-        }
+            for (int e = 0; e < 4; ++e) elements[i][e] -= centres[Shape::column(i)];
     }
 
   private:

@@ -57,7 +57,10 @@ __device__ void multiply_symmetric(const float* left, const float* right, const 
 // Calls use(index, index in the transpose, row, column) for every element, which threads share.
 template <int D, int THREADS, typename Use> __device__ void for_each_element(const Use& use) {
     constexpr int stride = MatrixLayout<float, D>::stride;
-    for (int i = threadIdx.x; i < D * D; i += THREADS) use(i / D * stride + i % D, i % D * stride + i / D, i / D, i % D);
+    for (int i = threadIdx.x; i < D * D; i += THREADS) {
+        const int row = i / D, column = i % D;
+        use(row * stride + column, column * stride + row, row, column);
+    }
     __syncthreads();
 }
 
@@ -97,7 +100,8 @@ template <int D, int THREADS> __device__ void take_step_back(const float* dr, co
     multiply_symmetric<D, THREADS>(q, r, [&](int at, float product) { p[at] = 1.125f * (q[at] - product); });
 }
 
-// Stores r and then Z of every step in `iterates`, which has room for 2 steps D D numbers. `memory` holds three matrices.
+// Stores r and then Z of every step in `iterates`, which has room for 2 steps D D numbers. `memory` holds three
+// matrices.
 template <int D, int THREADS>
 __device__ void store_iterates(const float* matrix, float eps, int steps, int d, float* iterates,
                                unsigned char* memory) {
