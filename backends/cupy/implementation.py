@@ -72,7 +72,7 @@ class JoinedImplementation(Reference):
         empty, launch = kernels.xp.empty, kernels.launch
         weight, bias = self._parameter(weight, dtype), self._parameter(bias, dtype)
         x4 = kernels.split(spec.blocks, x)
-        arrays = _properties(spec.blocks, x, x4, weight, bias)
+        arrays = _properties(spec.blocks, x, x4)
         launches = forward_pass(arrays, launch.multiprocessors, launch.max_shared_memory)
         blocks, d = launches.blocks, launches.d
         y = empty(x.shape, dtype=x.dtype)
@@ -99,7 +99,7 @@ class JoinedImplementation(Reference):
         empty, launch = kernels.xp.empty, kernels.launch
         kernel_weight, kernel_bias = self._parameter(weight, mean.dtype), self._parameter(bias, mean.dtype)
         x4, dy4 = kernels.split(spec.blocks, x), kernels.split(spec.blocks, dy)
-        arrays = _properties(spec.blocks, x, x4, kernel_weight, kernel_bias)
+        arrays = _properties(spec.blocks, x, x4)
         has_parameters = weight is not None or bias is not None
         newton = float(spec.eps), spec.solver.newton_steps(x.itemsize)
         launches = backward_pass(
@@ -128,10 +128,8 @@ class JoinedImplementation(Reference):
         )
 
     def _parameter(self, values: Array | None, dtype: Any) -> Array | None:
-        """Return weight or bias as the kernels read it: contiguous, and float16 or of the given dtype."""
-        if values is None:
-            return None
-        return self.kernels.contiguous(values, values.dtype if _is_half(values) else dtype)
+        """Return weight or bias as the kernels read it: contiguous, and of the dtype of statistics."""
+        return None if values is None else self.kernels.contiguous(values, dtype)
 
     def _counters(self, count: int) -> Array | int:
         return self.kernels.launch.counters(count) if count else 0
@@ -157,13 +155,9 @@ def _has_dtypes(dtype: Any, accumulation_dtype: Any, dy: Array, *stats: Array | 
     return True
 
 
-def _properties(blocks: Blocks, x: Array, x4: Array, weight: Array | None, bias: Array | None) -> Arrays:
+def _properties(blocks: Blocks, x: Array, x4: Array) -> Arrays:
     channels = 1 if isinstance(blocks, ChannelGroups) else x.shape[blocks.axis] // blocks.num_groups
-    return Arrays(blocks.block_axis, channels, x4.shape, x4.strides, x4.dtype.char, _is_half(weight), _is_half(bias))
-
-
-def _is_half(values: Array | None) -> bool:
-    return values is not None and values.dtype.char == "e"
+    return Arrays(blocks.block_axis, channels, x4.shape, x4.strides, x4.dtype.char)
 
 
 def _or_null(values: Array | None) -> Array | int:

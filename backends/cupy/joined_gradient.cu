@@ -95,10 +95,10 @@ __device__ void replace_by_gradient(accumulator<T>* b, const accumulator<T>* cov
 
 // Fills `memory`, which is laid out like Workspace. The weight may be null.
 template <typename T, int D>
-__global__ void __launch_bounds__(THREADS, residency<T, D>)
+__global__ void __launch_bounds__(THREADS, sum_residency<T, D>)
     joined_gradient(const T* dy, const T* x, const accumulator<T>* covariance, const accumulator<T>* mean,
-                    const accumulator<T>* whitener, const void* weight_values, Pass pass, double eps, long long steps,
-                    accumulator<T>* memory, unsigned* counters) {
+                    const accumulator<T>* whitener, const accumulator<T>* weight_values, Pass pass, double eps,
+                    long long steps, accumulator<T>* memory, unsigned* counters) {
     using A = accumulator<T>;
     extern __shared__ __align__(16) unsigned char shared_memory[];
     A* k = reinterpret_cast<A*>(shared_memory);
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(THREADS, residency<T, D>)
     __syncthreads();
 
     const GradientPart part(pass, index, part_index);
-    const Parameter<A> weight{weight_values, bool(pass.half_weight)};
+    const Parameter<A> weight{weight_values};
     for (int channel = part.first_channel; channel < part.end_channel; ++channel) {
         sum_channel<T, D>(dy, x, pass, index, channel, part, zero, centre, k, s);
         __syncthreads();

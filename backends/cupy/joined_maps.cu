@@ -8,9 +8,9 @@
 // Computes y = weight W (x - mean) + bias. Part p of a block takes tiles p, p + map_parts, and so on. Weight and bias
 // may be null.
 template <typename T, int D>
-__global__ void __launch_bounds__(THREADS, sizeof(accumulator<T>) == 4 ? 3 : 1)
-    whiten(const T* x, const accumulator<T>* mean, const accumulator<T>* whitener, const void* weight,
-           const void* bias, Pass pass, T* y) {
+__global__ void __launch_bounds__(THREADS, map_residency<T, D>)
+    whiten(const T* x, const accumulator<T>* mean, const accumulator<T>* whitener, const accumulator<T>* weight,
+           const accumulator<T>* bias, Pass pass, T* y) {
     using A = accumulator<T>;
     using Shape = Tile<A, D>;
     extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(accumulator<T>) == 4 ? 3 : 1)
     const unsigned num_parts = pass.map_parts, index = blockIdx.x / num_parts, part = blockIdx.x % num_parts;
     const auto in = block_of(x, pass.x, index);
     const auto out = block_of(y, pass.result, index);
-    const ChannelAffine<A> affine{{weight, bool(pass.half_weight)}, {bias, bool(pass.half_bias)}, pass, int(index)};
+    const ChannelAffine<A> affine{{weight}, {bias}, pass, int(index)};
     load_matrix<A, D>(matrix, whitener + (long long)index * d * d, d, 1, d);
     if (thread < D) centre[thread] = thread < d ? mean[index * d + thread] : A(0);
 
@@ -48,17 +48,9 @@ __global__ void __launch_bounds__(THREADS, sizeof(accumulator<T>) == 4 ? 3 : 1)
     }
 }
 
-// Assigns an element to an array that has the dtype of a parameter.
-template <typename A> __device__ void assign_parameter(void* to, long long channel, bool is_half, A element) {
-    if (is_half)
-        assign(static_cast<half*>(to)[channel], element);
-    else
-        assign(static_cast<A*>(to)[channel], element);
-}
-
 // Adds up the partial gradients of weight or bias in a fixed order. Each thread block has some adjacent channels.
 template <typename A>
-__device__ void combine_parameter_gradient(const A* partial, const Pass& pass, void* gradient, bool is_half) {
+__device__ void combine_parameter_gradient(const A* partial, const Pass& pass, A* gradient) {
     constexpr int across = 32, lanes = THREADS / across;
     __shared__ A sums[lanes][across];
     const int column = threadIdx.x % across, lane = threadIdx.x / across;
@@ -72,16 +64,17 @@ __device__ void combine_parameter_gradient(const A* partial, const Pass& pass, v
     __syncthreads();
     if (lane > 0 || channel >= pass.all_channels) return;
     for (int other = 1; other < lanes; ++other) sum += sums[other][column];
-    assign_parameter(gradient, channel, is_half, sum);
+    gradient[channel] = sum;
 }
 
 // Computes dx = W' (weight dy - its mean) + B (x - mean), where B = (dS + dS') / M and dS is the gradient of the
 // covariance. The first few thread blocks complete the gradients of weight and bias instead. `weight`, `dweight` and
-// `dbias` may be null; the latter two have the dtypes of weight and bias.
+// `dbias` may be null.
 template <typename T, int D>
-__global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : uses_tensor_cores<T, D> && D == 64 ? 2 : 3)
+__global__ void __launch_bounds__(THREADS, map_residency<T, D>)
     input_gradient(const T* dy, const T* x, const accumulator<T>* mean, const accumulator<T>* whitener,
-                   const void* weight, Pass pass, accumulator<T>* memory, T* dx, void* dweight, void* dbias) {
+                   const accumulator<T>* weight, Pass pass, accumulator<T>* memory, T* dx, accumulator<T>* dweight,
+                   accumulator<T>* dbias) {
     using A = accumulator<T>;
     using Shape = Tile<A, D>;
     extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -93,8 +86,8 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : uses_tensor_core
 
     const Workspace<A> workspace(memory, pass);
     if (blockIdx.x < pass.parameter_thread_blocks) {
-        if (dweight) combine_parameter_gradient(workspace.dweight, pass, dweight, pass.half_weight);
-        if (dbias) combine_parameter_gradient(workspace.dbias, pass, dbias, pass.half_bias);
+        if (dweight) combine_parameter_gradient(workspace.dweight, pass, dweight);
+        if (dbias) combine_parameter_gradient(workspace.dbias, pass, dbias);
         return;
     }
     if constexpr (uses_tensor_cores<T, D>)
@@ -104,7 +97,7 @@ __global__ void __launch_bounds__(THREADS, sizeof(T) == 8 ? 1 : uses_tensor_core
     const unsigned num_parts = pass.map_parts, index = thread_block / num_parts, part = thread_block % num_parts;
     const auto in1 = block_of(dy, pass.dy, index), in2 = block_of(x, pass.x, index);
     const auto out = block_of(dx, pass.result, index);
-    const ChannelAffine<A> scaled{{weight, bool(pass.half_weight)}, {nullptr, false}, pass, int(index)};
+    const ChannelAffine<A> scaled{{weight}, {nullptr}, pass, int(index)};
     load_matrix<A, D>(first_matrix, whitener + (long long)index * d * d, 1, d, d);
     load_matrix<A, D>(second_matrix, workspace.b + (long long)index * d * d, d, 1, d);
     if (thread < D) {

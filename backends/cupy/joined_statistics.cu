@@ -28,7 +28,7 @@ __device__ void combine_moments(const A* products, const A* sums, const A* shift
 
 // The outputs hold one mean or matrix for each block.
 template <typename T, int D>
-__global__ void __launch_bounds__(THREADS, residency<T, D>)
+__global__ void __launch_bounds__(THREADS, sum_residency<T, D>)
     joined_statistics(const T* x, Pass pass, double eps, long long steps, accumulator<T>* partial_sums,
                       unsigned* counters, accumulator<T>* means, accumulator<T>* covariances,
                       accumulator<T>* whiteners) {

@@ -44,16 +44,9 @@ __device__ __forceinline__ void transform(const ChannelAffine<float>& affine, co
 #pragma unroll
     for (int i = 0; i < VARIABLES; ++i) {
         if (variable(i) >= pass.d) continue;
-        float factor, summand;
+        const int first_channel = pass.channel(affine.index, variable(i), 0);
 #pragma unroll
-        for (int e = 0; e < COUNT; ++e) {
-            if (e == 0 || places[e] != places[e - 1]) {
-                const int channel = pass.channel(affine.index, variable(i), places[e]);
-                factor = affine.weight.factor(channel);
-                summand = affine.bias.summand(channel);
-            }
-            element(i, e) = element(i, e) * factor + summand;
-        }
+        for (int e = 0; e < COUNT; ++e) element(i, e) = affine.apply(element(i, e), first_channel + places[e]);
     }
 }
 
@@ -73,15 +66,15 @@ template <typename Map> __device__ void for_each_chunk(const Pass& pass, unsigne
 
 // Does what `whiten` does.
 template <typename T, int D>
-__device__ void whiten_on_tensor_cores(const T* x, const float* mean, const float* whitener, const void* weight,
-                                       const void* bias, const Pass& pass, T* y, unsigned char* memory) {
+__device__ void whiten_on_tensor_cores(const T* x, const float* mean, const float* whitener, const float* weight,
+                                       const float* bias, const Pass& pass, T* y, unsigned char* memory) {
     using Shape = MapShape<D>;
     const int d = pass.d, length = pass.inner();
     const unsigned index = blockIdx.x / pass.map_parts, part = blockIdx.x % pass.map_parts;
     const auto in = block_of(x, pass.x, index);
     const auto out = block_of(y, pass.result, index);
     const Access in_access(in, pass.x.along_samples, d, length), out_access(out, pass.result.along_samples, d, length);
-    const ChannelAffine<float> affine{{weight, bool(pass.half_weight)}, {bias, bool(pass.half_bias)}, pass, int(index)};
+    const ChannelAffine<float> affine{{weight}, {bias}, pass, int(index)};
     const TensorMatrix<D> matrix{reinterpret_cast<Words<4>*>(memory)};
     __shared__ float centre[D];
     __shared__ AffineOfVariables<D> of_variables;
@@ -106,7 +99,7 @@ __device__ void whiten_on_tensor_cores(const T* x, const float* mean, const floa
 // Does what `input_gradient` does in the thread blocks that map samples.
 template <typename T, int D>
 __device__ void map_gradient_on_tensor_cores(const T* dy, const T* x, const float* mean, const float* whitener,
-                                             const void* weight, const Pass& pass, const Workspace<float>& workspace,
+                                             const float* weight, const Pass& pass, const Workspace<float>& workspace,
                                              T* dx, unsigned char* memory) {
     using Shape = MapShape<D>;
     const int d = pass.d, length = pass.inner(), thread_block = blockIdx.x - pass.parameter_thread_blocks;
@@ -115,7 +108,7 @@ __device__ void map_gradient_on_tensor_cores(const T* dy, const T* x, const floa
     const auto out = block_of(dx, pass.result, index);
     const Access access1(in1, pass.dy.along_samples, d, length), access2(in2, pass.x.along_samples, d, length);
     const Access out_access(out, pass.result.along_samples, d, length);
-    const ChannelAffine<float> scaled{{weight, bool(pass.half_weight)}, {nullptr, false}, pass, index};
+    const ChannelAffine<float> scaled{{weight}, {nullptr}, pass, index};
     const TensorMatrix<D> matrix1{reinterpret_cast<Words<4>*>(memory)}, matrix2{matrix1.memory + matrix1.size};
     matrix1.load(whitener + (long long)index * d * d, 1, d, d);
     matrix2.load(workspace.b + (long long)index * d * d, d, 1, d);

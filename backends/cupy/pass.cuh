@@ -17,7 +17,6 @@ struct Pass {
     long long channels_per_part, position_parts, samples_per_part;
     long long map_parts, parameter_thread_blocks;  // the latter complete the gradients of weight and bias
     long long gradient_rows;                       // of partial gradients of weight and bias
-    long long half_weight, half_bias;              // whether they are float16
 
     __device__ int inner() const { return channels * positions; }
     __device__ int count() const { return outer * channels * positions; }
@@ -45,16 +44,12 @@ template <typename A> struct Workspace {
           iterates(partial_sums + pass.blocks * pass.num_parts * (pass.d * pass.d + pass.d)) {}
 };
 
-// Weight or bias: absent, float16 or of the dtype of statistics.
+// Weight or bias of the channels, or null.
 template <typename A> struct Parameter {
-    const void* values;
-    bool is_half;
+    const A* values;
 
-    __device__ A at(int channel) const {
-        return is_half ? A(widen(static_cast<const half*>(values)[channel])) : static_cast<const A*>(values)[channel];
-    }
-    __device__ A factor(int channel) const { return values ? at(channel) : A(1); }
-    __device__ A summand(int channel) const { return values ? at(channel) : A(0); }
+    __device__ A factor(int channel) const { return values ? values[channel] : A(1); }
+    __device__ A summand(int channel) const { return values ? values[channel] : A(0); }
 };
 
 // A transform of an array's elements: times the weight of their channel, plus its bias.
@@ -65,9 +60,11 @@ template <typename A> struct ChannelAffine {
 
     __device__ bool is_identity() const { return !weight.values && !bias.values; }
 
-    __device__ A operator()(A element, int v, int inner) const {
-        if (is_identity()) return element;
-        const int channel = pass.channel(index, v, inner / int(pass.positions));
+    __device__ A apply(A element, int channel) const {
         return element * weight.factor(channel) + bias.summand(channel);
+    }
+
+    __device__ A operator()(A element, int v, int inner) const {
+        return is_identity() ? element : apply(element, pass.channel(index, v, inner / int(pass.positions)));
     }
 };

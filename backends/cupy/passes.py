@@ -28,7 +28,7 @@ _STRIDES = np.dtype([(name, np.int64) for name in ("block", "outer", "variable",
 _COUNTS = (
     *("blocks", "d", "outer", "channels", "positions", "block_channels", "all_channels"),
     *("num_parts", "fan_in", "num_counters", "channels_per_part", "position_parts", "samples_per_part"),
-    *("map_parts", "parameter_thread_blocks", "gradient_rows", "half_weight", "half_bias"),
+    *("map_parts", "parameter_thread_blocks", "gradient_rows"),
 )
 PASS_ARGS = np.dtype([*((name, _STRIDES) for name in ("x", "dy", "result")), *((name, np.int64) for name in _COUNTS)])
 
@@ -44,15 +44,13 @@ Structure = np.ndarray[tuple[int, ...], np.dtype[np.void]]  # with one element, 
 
 
 class Arrays(NamedTuple):
-    """The properties of x (p, q, d, l), weight and bias that a pass depends on."""
+    """The properties of x (p, q, d, l) that a pass depends on."""
 
     block_axis: int
     channels: int  # of each variable
     shape: tuple[int, int, int, int]
     strides: Strides  # in bytes
     dtype: str  # NumPy's letter
-    half_weight: bool
-    half_bias: bool
 
 
 class Launch(NamedTuple):
@@ -90,7 +88,7 @@ def forward_pass(arrays: Arrays, multiprocessors: int, max_shared_memory: int) -
     blocks, count, d, size, itemsize = _sizes(arrays)
     shared, resident = _sum_residency(size, itemsize, max_shared_memory, backward=False)
     num_parts, samples_per_part = sum_parts(multiprocessors, blocks, count, min(2048 // size, 256), resident)
-    maps = map_parts(multiprocessors, blocks, count)
+    maps = map_parts(multiprocessors, blocks, count, _map_residency(size))
     counts = _counts(
         arrays,
         num_parts=num_parts,
@@ -141,7 +139,7 @@ def backward_pass(
         count // arrays.channels, tile, max(1, wanted_parts // channel_parts)
     )
     num_parts = channel_parts * position_parts + iterates_apart
-    maps = map_parts(multiprocessors, blocks, count, 2 if size == 64 else 3)
+    maps = map_parts(multiprocessors, blocks, count, _map_residency(size))
     counts = _counts(
         arrays,
         num_parts=num_parts,
@@ -192,8 +190,13 @@ def _sum_bytes(size: int, itemsize: int, backward: bool) -> tuple[int, int]:
 def _sum_residency(size: int, itemsize: int, max_shared_memory: int, backward: bool) -> tuple[int, int]:
     """Return the dynamic shared memory of the sums, and how many thread blocks of them fit a multiprocessor."""
     dynamic, total = _sum_bytes(size, itemsize, backward)
-    most = 1 if size == 64 and itemsize == 4 else 2  # as registers allow
+    most = 1 if size == SIZES[-1] and itemsize == 4 else 2  # as registers allow
     return dynamic, min(most, (max_shared_memory + _RESERVED_BYTES) // (total + _RESERVED_BYTES))
+
+
+def _map_residency(size: int) -> int:
+    """Return how many thread blocks of a map fit a multiprocessor, as registers allow."""
+    return 2 if size == SIZES[-1] else 3
 
 
 def _counts(arrays: Arrays, num_parts: int, **others: int) -> dict[str, int]:
@@ -214,8 +217,6 @@ def _counts(arrays: Arrays, num_parts: int, **others: int) -> dict[str, int]:
         "num_counters": 1 + -(-num_parts // fan_in) if num_parts > 1 else 0,
         "parameter_thread_blocks": 0,
         "gradient_rows": 0,
-        "half_weight": arrays.half_weight,
-        "half_bias": arrays.half_bias,
         **others,
     }
 

@@ -12,9 +12,10 @@
 // Whether kernels for arrays of T with variants of size D use tensor cores. Four variables are too few.
 template <typename T, int D> constexpr bool uses_tensor_cores = TENSOR_CORES && sizeof(T) <= 4 && D >= 16;
 
-// How many thread blocks of a kernel for sums fit a multiprocessor.
-template <typename T, int D>
-constexpr int residency = sizeof(T) == 8 || (uses_tensor_cores<T, D> && D == 64) ? 1 : 2;
+// How many thread blocks of a kernel for sums, and of one for maps, fit a multiprocessor.
+template <typename T, int D> constexpr bool is_large = uses_tensor_cores<T, D> && D == 64;
+template <typename T, int D> constexpr int sum_residency = sizeof(T) == 8 || is_large<T, D> ? 1 : 2;
+template <typename T, int D> constexpr int map_residency = sizeof(T) == 8 ? 1 : is_large<T, D> ? 2 : 3;
 
 // A number as tensor cores take it. TF32 keeps 10 of the 23 binary digits of float32, as many as float16 has; tensor
 // cores ignore the others. float32 is the sum of two parts, and the product of two second parts is too small to matter.
