@@ -73,11 +73,11 @@ def static_bound(kernel):
 def spill_bound(kernel):
     """Return how many bytes a kernel may spill: what joined kernels know of their launch while sums need all registers.
 
-    The sums of products of 64 variables with 64 others take 128 of 255 registers.
+    The sums of products of 64 variables take 80 or 128 of 255 registers.
     """
-    if kernel.startswith("joined_gradient") and kernel.endswith("64>"):
-        return 320
-    return 64 if kernel.startswith(("joined", "whiten", "input_gradient")) else 0
+    if kernel.startswith("joined") and kernel.endswith("64>"):
+        return 600
+    return 100 if kernel.startswith(("joined", "whiten", "input_gradient")) else 0
 
 
 def compiled_variants(file, arch):
@@ -366,6 +366,17 @@ def test_a_large_mean_leaves_tensor_cores_the_digits_of_the_variance(machine, dt
         _, stats = machine.backend.forward(spec, x, None, None)
     _, exact_stats = EXACT_BACKEND.forward(spec, exact, None, None)
     check(machine, stats.covariance, exact_stats.covariance, 3e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_variance_of_many_samples_is_not_biased(machine, dtype):
+    """Tensor cores cut off the digits that don't fit, and many samples would make variances too small."""
+    x, exact = draw(machine, (32768, 16), dtype, (0, 1), mean=0.37, step=1)
+    with use_gpu_launches("joined"):
+        _, stats = machine.backend.forward(WhiteningSpec(ChannelGroups(1, 16), NEWTON, 1e-3), x, None, None)
+    variances = np.diagonal(machine.numpy(stats.covariance)[0])
+    errors = variances / exact.var(axis=0) - 1
+    assert abs(errors.mean()) < (1e-4 if dtype == "float16" else 1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 8])

@@ -24,12 +24,12 @@ template <int PARTS> struct Parts {
 
     __device__ Parts() {}
     __device__ explicit Parts(float x) {
-        constexpr unsigned half_of_last_digit = 0x1000;  // rounds to the nearest, but would make -0 of NaN
         if (PARTS == 1) {
-            at[0] = x == x ? bits_of(x) + half_of_last_digit : bits_of(x);
+            const float scaled = 8193 * x;  // by 2^13 + 1, which leaves the digits that TF32 keeps, rounded to even
+            at[0] = bits_of(__fsub_rn(scaled, __fsub_rn(scaled, x)));
         } else {
             at[0] = bits_of(x) & 0xffffe000;
-            at[PARTS - 1] = bits_of(x - float_of(at[0])) + half_of_last_digit;
+            at[PARTS - 1] = bits_of(x - float_of(at[0])) + 0x1000;  // rounded, but makes 0 of NaN, which at[0] keeps
         }
     }
 };

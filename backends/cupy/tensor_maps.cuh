@@ -24,10 +24,9 @@ template <int D> struct MapShape {
 template <int D> struct TensorMatrix {
     using Shape = MapShape<D>;
     static constexpr int tiles = D / 8;  // of 8 columns
-
     static constexpr int size = D * D / 2;
 
-    Words<4>* const memory;
+    Words<4>* const memory;  // `size` of them
 
     __device__ void load(const float* matrix, long long row_stride, long long column_stride, int d) const {
         for (int i = threadIdx.x; i < D * D; i += THREADS) {

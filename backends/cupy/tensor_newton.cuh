@@ -93,7 +93,7 @@ __device__ void inverse_sqrt_on_tensor_cores(const float* matrix, float* root, f
     for (int i = threadIdx.x; i < d * d; i += THREADS) root[i] = z[i / d * Shape::stride + i % d] / sqrt(trace);
 }
 
-// Leaves half of 9/4 (dr - 2 (r dr + dr r) + r r dr + r dr r + dr r r) in p, which is a sum with its own transpose.
+// Makes p such that p + p' is the gradient of the r before, 9/4 (dr - 2 (r dr + dr r) + r r dr + r dr r + dr r r).
 template <int D, int THREADS> __device__ void take_step_back(const float* dr, const float* r, float* p, float* q) {
     multiply_symmetric<D, THREADS>(dr, r, [&](int at, float product) { p[at] = product; });
     for_each_element<D, THREADS>([&](int at, int t, int, int) { q[at] = dr[at] - p[at] - (p[at] + p[t]); });
@@ -138,19 +138,19 @@ __device__ void inverse_sqrt_adjoint_on_tensor_cores(const float* matrix, const 
     for_each_element<D, THREADS>([&](int at, int, int row, int column) {
         dz[at] = (element(gradient, row, column, d, 0.f) + element(gradient, column, row, d, 0.f)) / 2;
         along_scale += dz[at] * z[at] / 2;
-        dr[at] = 0;
+        p[at] = 0;
     });
     for (int step = steps - 1; step > 0; --step) {
         load_iterate<D, THREADS>(r, iterates + 2 * step * D * D);
         load_iterate<D, THREADS>(z, iterates + (2 * step - 1) * D * D);  // of the step before
-        take_step_back<D, THREADS>(dr, r, p, q);
+        if (step < steps - 1) take_step_back<D, THREADS>(dr, r, p, q);
         multiply_symmetric<D, THREADS>(dz, z, [&](int at, float product) { p[at] -= 0.75f * product; });
         for_each_element<D, THREADS>([&](int at, int t, int, int) { dr[at] = p[at] + p[t]; });
         multiply_symmetric<D, THREADS>(dz, r, [&](int at, float product) { p[at] = product; });
         for_each_element<D, THREADS>([&](int at, int t, int, int) { dz[at] = 1.5f * dz[at] - 0.75f * (p[at] + p[t]); });
     }
     load_iterate<D, THREADS>(r, iterates);
-    take_step_back<D, THREADS>(dr, r, p, q);
+    if (steps > 1) take_step_back<D, THREADS>(dr, r, p, q);
     for_each_element<D, THREADS>([&](int at, int t, int row, int column) {
         q[at] = (p[at] + p[t] - 1.5f * dz[at]) / 3;
         along_scale += q[at] * (element(matrix, row, column, d, eps) / trace);

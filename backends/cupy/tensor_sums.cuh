@@ -15,44 +15,58 @@ template <typename T, int D, bool SYMMETRIC, bool ALONG_SAMPLES> struct TensorSu
     static constexpr int run = is_tight && sizeof(T) == 4 ? 2 : 4, vectors = is_tight || sizeof(T) == 4 ? 1 : 2;
     using Samples = WarpSamples<T, D, run, vectors, ALONG_SAMPLES>;
     static constexpr int rows = D / 8, pairs = rows / 2;
+    static constexpr int step = sizeof(T) == 4 ? Samples::elements : 2;  // samples of a lane multiplied at a time
 
-    // A chunk of samples, minus their centres if there are some.
-    struct Chunk {
+    // A chunk of samples, minus their centres if CENTRED.
+    template <bool CENTRED> struct Chunk {
         Samples samples;
         const float* centres;
 
         __device__ float element(int row, int e) const {
-            return samples.element(row, e) - (centres ? centres[Samples::variable(row)] : 0.f);
+            return samples.element(row, e) - (CENTRED ? centres[Samples::variable(row)] : 0.f);
         }
     };
 
-    float products[pairs][rows][4] = {};  // of two rows of a, and a row of b
+    float products[pairs][rows][4] = {};  // in tiles of 16 x 8: two rows of a, and a row of b
     float sums[rows] = {};                // of the elements of a
 
     // Only tiles on and above the diagonal of x x' are computed.
     static __device__ constexpr bool is_computed(int pair, int row) { return !SYMMETRIC || row >= 2 * pair; }
 
-    // Adds the products of samples e and e + 1 of each lane.
-    __device__ __forceinline__ void add_two(const Chunk& a, const Chunk& b, int e) {
-        Number<T> left[rows][2];
+    // Adds the products of a lane's samples from `first` on, as many as `step`.
+    __device__ __forceinline__ void add_step(const Chunk<SYMMETRIC>& a, const Chunk<true>& b, int first) {
+        Number<T> left[rows][step];
 #pragma unroll
         for (int row = 0; row < rows; ++row)
 #pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const float element = a.element(row, e + k);
+            for (int e = 0; e < step; ++e) {
+                const float element = a.element(row, first + e);
                 sums[row] += element;
-                left[row][k] = Number<T>(element);
+                left[row][e] = Number<T>(element);
             }
 #pragma unroll
         for (int row = 0; row < rows; ++row) {
-            const Number<T> right[2] = {SYMMETRIC ? left[row][0] : Number<T>(b.element(row, e)),
-                                        SYMMETRIC ? left[row][1] : Number<T>(b.element(row, e + 1))};
+            Number<T> right[step];
+#pragma unroll
+            for (int e = 0; e < step; ++e) right[e] = SYMMETRIC ? left[row][e] : Number<T>(b.element(row, first + e));
 #pragma unroll
             for (int i = 0; i < pairs; ++i)
-                if (is_computed(i, row))
-                    multiply_add(products[i][row],
-                                 {left[2 * i][0], left[2 * i + 1][0], left[2 * i][1], left[2 * i + 1][1]}, right);
+                if (is_computed(i, row)) add_tile(products[i][row], left[2 * i], left[2 * i + 1], right);
         }
+    }
+
+    // Tensor cores cut off what they add up. Variances of float32, whose terms are all positive, would be too small by
+    // 1e-4 after some thousand samples. So only a step is summed on them, and steps are added by rounding additions.
+    static __device__ void add_tile(float (&total)[4], const Number<T> (&upper)[step], const Number<T> (&lower)[step],
+                                    const Number<T> (&right)[step]) {
+        float sum[4] = {};
+        auto& sum_of_step = *(sizeof(T) == 4 ? &sum : &total);
+#pragma unroll
+        for (int e = 0; e < step; e += 2)
+            multiply_add(sum_of_step, {upper[e], lower[e], upper[e + 1], lower[e + 1]}, {right[e], right[e + 1]});
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+            if (sizeof(T) == 4) total[k] += sum[k];
     }
 
     // Adds the products of every WARPS-th chunk of samples `begin` to `end`. WIDE ones are whole, and each is loaded
@@ -60,11 +74,11 @@ template <typename T, int D, bool SYMMETRIC, bool ALONG_SAMPLES> struct TensorSu
     template <bool WIDE>
     __device__ void add_chunks(const Block<const T>& a_block, const Block<const T>& b_block, const float* centres,
                                int d, int length, int begin, int end) {
-        constexpr int step = WARPS * Samples::samples;
+        constexpr int between = WARPS * Samples::samples;
         const int first = begin + threadIdx.x / 32 * Samples::samples;
         int sample = first + threadIdx.x % 4 * run;
         Cursor cursor(sample, length);
-        const Cursor between_chunks(step, length), between_vectors(4 * run, length);
+        const Cursor between_chunks(between, length), between_vectors(4 * run, length);
         Samples next_a, next_b;
         const auto fetch = [&] {
             if (WIDE) {
@@ -75,16 +89,17 @@ template <typename T, int D, bool SYMMETRIC, bool ALONG_SAMPLES> struct TensorSu
                 next_a.fetch(a_block, d, length, cursor, between_vectors, end - sample, SYMMETRIC ? centres : nullptr);
                 if (!SYMMETRIC) next_b.fetch(b_block, d, length, cursor, between_vectors, end - sample, nullptr);
             }
-            sample += step;
+            sample += between;
             cursor.advance(between_chunks, length);
         };
         if (WIDE && first < end) fetch();
-        for (int at = first; at < end; at += step) {
+        for (int at = first; at < end; at += between) {
             if (!WIDE) fetch();
-            const Chunk a{next_a, SYMMETRIC ? centres : nullptr}, b{next_b, centres};
-            if (WIDE && at + step < end) fetch();
+            const Chunk<SYMMETRIC> a{next_a, centres};
+            const Chunk<true> b{next_b, centres};
+            if (WIDE && at + between < end) fetch();
 #pragma unroll
-            for (int e = 0; e < Samples::elements; e += 2) add_two(a, b, e);
+            for (int e = 0; e < Samples::elements; e += step) add_step(a, b, e);
         }
     }
 

@@ -7,6 +7,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -153,5 +154,7 @@ inline unsigned atomicAdd(unsigned* counter, unsigned increment) {
     *counter += increment;
     return before;
 }
+
+inline float __fsub_rn(float a, float b) { return a - b; }
 
 template <typename T> T __ldcg(const T* pointer) { return *pointer; }
