@@ -8,7 +8,8 @@ template <int D> __device__ void load_numbers(float (&to)[D], const float* from,
     for (int v = threadIdx.x; v < D; v += THREADS) to[v] = v < d ? from[v] : 0.f;
 }
 
-// The weight and bias of every variable, if each is one channel, in shared memory; 0 past d.
+// The weight and bias of every variable, if each is one channel, in shared memory; 0 past d. There may be too many
+// channels for it otherwise, and `transform` looks them up.
 template <int D> struct AffineOfVariables {
     float factors[D], summands[D];
 

@@ -6,8 +6,8 @@
 
 template <typename T, int D> constexpr bool iterates_on_tensor_cores = uses_tensor_cores<T, D> && D == 64;
 
-// A product of two matrices in shared memory, which are laid out as MatrixLayout says. The right one is symmetric, so
-// that both are read along their rows. Each warp has 16 rows and some columns.
+// A product of two matrices in shared memory, which are laid out as MatrixLayout says. The right one is
+// symmetric but for rounding, so that both are read along their rows. Each warp has 16 rows and some columns.
 template <int D, int THREADS> struct TensorProduct {
     static constexpr int stride = MatrixLayout<float, D>::stride;
     static constexpr int tiles = D * D / 128 / (THREADS / 32);  // of 16 rows and 8 columns, for each warp
