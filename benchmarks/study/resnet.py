@@ -9,10 +9,11 @@ GPU |= {"warmup": 2.0, "recomputed_over": 10_000}
 SIZES = {
     "tiny": {"width": 16, "depth": 1, "side": 8, "pictures": 128, "test_pictures": 64, "epochs": 2},  # a quick trial
     "small": {"width": 16, "depth": 2, "side": 16, "pictures": 5000, "test_pictures": 2000, "epochs": 12},
+    "cpu": GPU | {"side": 16, "epochs": 5, "shift": 2},  # the network of "small" on all pictures
     "gpu": GPU,
     "large": GPU,
 }
-BATCH_SIZES = {"gpu": 256, "large": 256}  # 64 for the others
+BATCH_SIZES = {"cpu": 256, "gpu": 256, "large": 256}  # 64 for the others
 BN, GW = (bn(), "all"), (gw(16), "middle")
 ITER_NORM_FIRST, ITER_NORM = (iter_norm(), "first"), (iter_norm(), "all")
 
@@ -34,6 +35,6 @@ EXPERIMENT = Experiment(
     Fit,
     plan,
     fit,
-    sizes=("tiny", "small", "gpu", "large"),
+    sizes=("tiny", "small", "cpu", "gpu", "large"),
     seeds={},
 )
