@@ -12,8 +12,10 @@
 // Whether kernels for arrays of T with variants of size D use tensor cores. Four variables are too few.
 template <typename T, int D> constexpr bool uses_tensor_cores = TENSOR_CORES && sizeof(T) <= 4 && D >= 16;
 
-// How many thread blocks of a kernel for sums, and of one for maps, fit a multiprocessor.
+// Whether the sums of a variant take most registers.
 template <typename T, int D> constexpr bool is_large = uses_tensor_cores<T, D> && D == 64;
+
+// How many thread blocks of a kernel for sums, and of one for maps, fit a multiprocessor.
 template <typename T, int D> constexpr int sum_residency = sizeof(T) == 8 || is_large<T, D> ? 1 : 2;
 template <typename T, int D> constexpr int map_residency = sizeof(T) == 8 ? 1 : is_large<T, D> ? 2 : 3;
 

@@ -64,33 +64,36 @@ template <int D, int THREADS, typename Use> __device__ void for_each_element(con
     __syncthreads();
 }
 
-// Does all steps on r, z and v, and calls keep() after each, when r and z are those of the step.
+// Does all steps, and calls keep(r, z) after each. Returns the trace by which the matrix was divided. `memory` holds
+// three matrices.
 template <int D, int THREADS, typename Keep>
-__device__ void take_steps(const float* matrix, float trace, float eps, int steps, int d, float* r, float* z, float* v,
-                           const Keep& keep) {
+__device__ float take_steps(const float* matrix, float eps, int steps, int d, unsigned char* memory, const Keep& keep) {
+    constexpr int size = MatrixLayout<float, D>::size;
+    float* r = reinterpret_cast<float*>(memory);
+    float *z = r + size, *v = z + size;
+    const float trace = bounded_trace<float, THREADS>(matrix, d, eps);
     for_each_element<D, THREADS>([&](int at, int, int row, int column) {
         r[at] = element(matrix, row, column, d, eps) / trace / 3;
         z[at] = 1.5f * ((row == column && row < d) - r[at]);
     });
-    keep();
+    keep(r, z);
     for (int step = 1; step < steps; ++step) {
         multiply_symmetric<D, THREADS>(r, r, [&](int at, float product) { v[at] = r[at] - product; });
         multiply_symmetric<D, THREADS>(v, r, [&](int at, float product) { r[at] = 2.25f * (v[at] - product); });
         multiply_symmetric<D, THREADS>(z, r, [&](int at, float product) { z[at] = 1.5f * (z[at] - product); });
-        keep();
+        keep(r, z);
     }
+    return trace;
 }
 
 // Does what inverse_sqrt does. `memory` holds three matrices.
 template <int D, int THREADS>
 __device__ void inverse_sqrt_on_tensor_cores(const float* matrix, float* root, float eps, int steps, int d,
                                              unsigned char* memory) {
-    using Shape = MatrixLayout<float, D>;
-    float* r = reinterpret_cast<float*>(memory);
-    float *z = r + Shape::size, *v = z + Shape::size;
-    const float trace = bounded_trace<float, THREADS>(matrix, d, eps);
-    take_steps<D, THREADS>(matrix, trace, eps, steps, d, r, z, v, [] {});
-    for (int i = threadIdx.x; i < d * d; i += THREADS) root[i] = z[i / d * Shape::stride + i % d] / sqrt(trace);
+    constexpr int stride = MatrixLayout<float, D>::stride;
+    const float* last = nullptr;
+    const float trace = take_steps<D, THREADS>(matrix, eps, steps, d, memory, [&](auto, const float* z) { last = z; });
+    for (int i = threadIdx.x; i < d * d; i += THREADS) root[i] = last[i / d * stride + i % d] / sqrt(trace);
 }
 
 // Makes p such that p + p' is the gradient of the r before, 9/4 (dr - 2 (r dr + dr r) + r r dr + r dr r + dr r r).
@@ -105,11 +108,7 @@ template <int D, int THREADS> __device__ void take_step_back(const float* dr, co
 template <int D, int THREADS>
 __device__ void store_iterates(const float* matrix, float eps, int steps, int d, float* iterates,
                                unsigned char* memory) {
-    constexpr int size = MatrixLayout<float, D>::size;
-    float* r = reinterpret_cast<float*>(memory);
-    float *z = r + size, *v = z + size;
-    const float trace = bounded_trace<float, THREADS>(matrix, d, eps);
-    take_steps<D, THREADS>(matrix, trace, eps, steps, d, r, z, v, [&] {
+    take_steps<D, THREADS>(matrix, eps, steps, d, memory, [&](const float* r, const float* z) {
         for_each_element<D, THREADS>([&](int at, int, int row, int column) {
             iterates[row * D + column] = r[at];
             iterates[D * D + row * D + column] = z[at];
