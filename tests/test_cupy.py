@@ -402,6 +402,23 @@ def test_tensor_cores_iterate_in_the_precision_of_float32(machine, d, steps):
         check(each, dx, exact_dx, 1e-5)
 
 
+@pytest.mark.parametrize(("steps", "limit"), [(1, 1.5e-6), (12, 3e-4)])
+def test_tensor_cores_whiten_data_of_few_dimensions_in_the_precision_of_float32(machine, steps, limit):
+    """Many steps multiply rounding errors where the data have no variance: y must not contain them."""
+    rng = np.random.default_rng(steps)
+    few = rng.normal(size=(8, 64)) * np.geomspace(1, 1e-3, 8)[:, None]
+    x = (rng.normal(size=(600, 8)) @ few).astype("float32")
+    dy = rng.normal(size=x.shape).astype("float32")
+    spec = WhiteningSpec(ChannelGroups(1, 64), solver_for("newton", steps), 1e-10)
+    exact_y, exact_stats = EXACT_BACKEND.forward(spec, np.float64(x), None, None)
+    exact_dx, *_ = EXACT_BACKEND.backward(spec, np.float64(x), None, None, exact_stats, np.float64(dy))
+    with use_gpu_launches("joined"):
+        y, stats = machine.backend.forward(spec, machine.array(x), None, None)
+        dx, *_ = machine.backend.backward(spec, machine.array(x), None, None, stats, machine.array(dy))
+    check(machine, y, exact_y, limit)
+    check(machine, dx, exact_dx, limit)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_numbers_that_are_not_finite_reach_the_gradients(machine, dtype, value):

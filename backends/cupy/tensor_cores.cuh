@@ -49,3 +49,13 @@ __device__ void multiply_add(float (&c)[4], const Parts<A> (&a)[4], const Parts<
             if (i + j < 2)
                 multiply_add_tf32(c, a[0].at[i], a[1].at[i], a[2].at[i], a[3].at[i], b[0].at[j], b[1].at[j]);
 }
+
+// The same with a rounding addition to c. Tensor cores cut off what they add up, so the errors of their additions don't
+// cancel.
+template <int A, int B>
+__device__ void add_rounded_product(float (&c)[4], const Parts<A> (&a)[4], const Parts<B> (&b)[2]) {
+    float product[4] = {};
+    multiply_add(product, a, b);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] += product[i];
+}

@@ -163,7 +163,11 @@ template <int D> struct MapOutput {
                 Parts<2> left[4];
                 matrix.read(left, rows, i / 2);
 #pragma unroll
-                for (int e = 0; e < 4; ++e) multiply_add(total[rows][e], left, right[e]);
+                for (int e = 0; e < 4; ++e)
+                    if (sizeof(T) == 4)
+                        add_rounded_product(total[rows][e], left, right[e]);
+                    else
+                        multiply_add(total[rows][e], left, right[e]);
             }
         }
     }
