@@ -274,6 +274,20 @@ def test_newton_in_registers_and_its_gradient_are_those_of_float64(d, rank, eps,
 
 
 @runs
+@pytest.mark.usefixtures("tensor_cores")
+def test_many_steps_whiten_data_of_few_dimensions_as_float64_does():
+    """They multiply rounding errors where the data have no variance, and the whitened data must not contain these."""
+    few = normal(8, 64, mean=0) * torch.logspace(0, -3, 8, device=DEVICE)[:, None]
+    x = normal(600, 8, seed=1, mean=0) @ few
+    cov, solver = x.mT @ x / 600, solver_for("newton", 12)
+    whitener, exact = (
+        kernels.inverse_sqrt(solver, given[None], 1e-10)[0].double()
+        for kernels, given in ((KERNELS, cov), (EXACT_KERNELS, cov.double()))
+    )
+    assert error(x.double() @ whitener.mT, x.double() @ exact) < 2e-4
+
+
+@runs
 def test_a_mean_far_above_the_standard_deviation_costs_no_digits():
     x = normal(40, 16, 9, mean=1e3)
     assert error(pw.iter_norm(x, group_size=16), pw.iter_norm(x.double(), group_size=16)) < 1e-3
