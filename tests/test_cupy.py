@@ -276,7 +276,7 @@ def test_whitening_and_its_gradient_over_these_kernels(machine, structure, block
         check(machine, actual, expected, 10 * TOLERANCE[dtype] if dtype != "float16" else 5e-3)
 
 
-def check_whitening(machine, blocks, shape, dtype, parameter_dtypes, order=None, dy_order=None, step=2):
+def check_whitening(machine, blocks, shape, dtype, parameter_dtypes, order=None, dy_order=None, step=2, solver=NEWTON):
     """Compare forward and backward with the plain kernels in float64."""
     rng = np.random.default_rng(0)
     order = order or tuple(range(len(shape)))
@@ -287,7 +287,7 @@ def check_whitening(machine, blocks, shape, dtype, parameter_dtypes, order=None,
     # not contiguous, as slices of larger arrays aren't
     parameters = [None if values is None else machine.array(np.repeat(values, 2))[::2] for values in exact]
     exact = [None if values is None else np.float64(values) for values in exact]
-    spec = WhiteningSpec(blocks, NEWTON, 1e-3)
+    spec = WhiteningSpec(blocks, solver, 1e-3)
     y, stats = machine.backend.forward(spec, x, *parameters)
     gradients = machine.backend.backward(spec, x, *parameters, stats, dy)
     exact_y, exact_stats = EXACT_BACKEND.forward(spec, exact_x, *exact)
@@ -351,14 +351,38 @@ TENSORS = {
 def test_tensor_cores_load_and_store_arrays_of_any_strides(machine, dtype, kind, layout):
     """Four numbers at a time where these are adjacent and aligned, else each alone; and more than a warp has at once.
 
-    64 samples of 5 x 5 are not aligned, and 48 or 20 variables are fewer than a variant has.
+    Images of 5 x 5 are not aligned, and 48 or 20 variables are fewer than a variant has.
     """
     order, dy_order, step = TENSORS[layout]
+    two_steps = solver_for("newton", 2)  # the iteration knows nothing of strides, and takes the emulator long
     with use_gpu_launches("joined"):
         for d, sides in ((16, (8, 12)), (20, (5, 5)), (32, (12, 12)), (48, (8, 8)), (64, (16, 20))):
             channels = d if kind is SampleGroups and d == 64 else 2 * d
-            shape = (3, channels, *sides)
-            check_whitening(machine, kind(1, d), shape, dtype, ("float32", dtype), order, dy_order, step)
+            shape = (2, channels, *sides)
+            check_whitening(machine, kind(1, d), shape, dtype, ("float32", dtype), order, dy_order, step, two_steps)
+
+
+@pytest.mark.parametrize("begin", [0, 1], ids=["aligned", "not aligned"])
+@pytest.mark.parametrize(
+    ("blocks", "shape"),
+    [(SampleGroups(3, 8), (3, 5, 5, 32)), (SampleGroups(1, 8), (3, 32, 2, 10)), (SampleGroups(1, 8), (3, 24, 3, 5))],
+    ids=["adjacent channels", "one channel", "any channels"],
+)
+def test_four_adjacent_samples_have_the_weights_and_biases_of_their_channels(machine, blocks, shape, begin):
+    """A variable of group whitening has several channels. Tensor cores' maps look four samples up at a time."""
+    rng = np.random.default_rng(0)
+    (x, exact_x), (dy, exact_dy) = (draw(machine, shape, "float32", range(len(shape)), seed, step=1) for seed in (0, 1))
+    exact = [rng.uniform(1, 2, begin + shape[blocks.axis]).astype("float32") for _ in range(2)]
+    weight, bias = (machine.array(values)[begin:] for values in exact)
+    exact_weight, exact_bias = (np.float64(values[begin:]) for values in exact)
+    spec = WhiteningSpec(blocks, NEWTON, 1e-3)
+    with use_gpu_launches("joined"):
+        y, stats = machine.backend.forward(spec, x, weight, bias)
+        dx, *_ = machine.backend.backward(spec, x, weight, bias, stats, dy)
+    exact_y, exact_stats = EXACT_BACKEND.forward(spec, exact_x, exact_weight, exact_bias)
+    exact_dx, *_ = EXACT_BACKEND.backward(spec, exact_x, exact_weight, exact_bias, exact_stats, exact_dy)
+    check(machine, y, exact_y, 1e-5)
+    check(machine, dx, exact_dx, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -23,6 +23,45 @@ template <int D> struct AffineOfVariables {
     }
 };
 
+// Returns four numbers of a parameter that begin at a channel; all are `missing` if there is no parameter.
+__device__ inline Pack<float> four_of(const Parameter<float>& parameter, int channel, float missing) {
+    return parameter.values ? pack(parameter.values + channel) : Pack<float>{missing, missing, missing, missing};
+}
+
+// Does what `transform` does with four samples, the first of which is a multiple of four, by the weight and bias of
+// channels in global memory. Mostly the samples have one channel, or adjacent ones.
+template <int VARIABLES, typename Element, typename Variable>
+__device__ __forceinline__ void transform_four(const ChannelAffine<float>& affine, Cursor sample,
+                                               const Element& element, const Variable& variable) {
+    const Pass& pass = affine.pass;
+    const int length = pass.inner(), positions = pass.positions, channels = pass.channels, d = pass.d;
+    const int first = pass.channel(affine.index, 0, 0);
+    const auto for_each_variable = [&](const auto& use) {
+        const int place = first + sample.inner / positions;
+#pragma unroll
+        for (int i = 0; i < VARIABLES; ++i)
+            if (variable(i) < d) use(i, place + variable(i) * channels);
+    };
+    if (positions % 4 == 0) {
+        for_each_variable([&](int i, int channel) {
+            const float factor = affine.weight.factor(channel), summand = affine.bias.summand(channel);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) element(i, e) = element(i, e) * factor + summand;
+        });
+    } else if (positions == 1 && length % 4 == 0 && affine.is_aligned()) {
+        for_each_variable([&](int i, int channel) {
+            const Pack<float> factors = four_of(affine.weight, channel, 1.f);
+            const Pack<float> summands = four_of(affine.bias, channel, 0.f);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) element(i, e) = element(i, e) * factors.at[e] + summands.at[e];
+        });
+    } else {
+#pragma unroll
+        for (int e = 0; e < 4; ++e, sample.increase(length))
+            for_each_variable([&](int i, int channel) { element(i, e) = affine.apply(element(i, e), channel); });
+    }
+}
+
 // Applies an affine transform to adjacent samples of a lane's variables: element(i, e) is sample e of variable(i).
 template <int VARIABLES, int COUNT, int D, typename Element, typename Variable>
 __device__ __forceinline__ void transform(const ChannelAffine<float>& affine, const AffineOfVariables<D>& of_variables,
@@ -38,17 +77,10 @@ __device__ __forceinline__ void transform(const ChannelAffine<float>& affine, co
                     element(i, e) * of_variables.factors[variable(i)] + of_variables.summands[variable(i)];
         return;
     }
-    const int length = pass.inner(), positions = pass.positions;
-    int places[COUNT];  // of the samples' channels among those of their variable
+    const Cursor four(4, pass.inner());
 #pragma unroll
-    for (int e = 0; e < COUNT; ++e, cursor.increase(length)) places[e] = cursor.inner / positions;
-#pragma unroll
-    for (int i = 0; i < VARIABLES; ++i) {
-        if (variable(i) >= pass.d) continue;
-        const int first_channel = pass.channel(affine.index, variable(i), 0);
-#pragma unroll
-        for (int e = 0; e < COUNT; ++e) element(i, e) = affine.apply(element(i, e), first_channel + places[e]);
-    }
+    for (int first = 0; first < COUNT; first += 4, cursor.advance(four, pass.inner()))
+        transform_four<VARIABLES>(affine, cursor, [&](int i, int e) -> float& { return element(i, first + e); }, variable);
 }
 
 // Calls map(cursor of the 4 samples that a lane loads, how many of them exist, the same for the 8 that it stores) for

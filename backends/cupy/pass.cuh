@@ -60,6 +60,13 @@ template <typename A> struct ChannelAffine {
 
     __device__ bool is_identity() const { return !weight.values && !bias.values; }
 
+    // Returns whether packs of weight and bias that begin at multiples of their size are aligned.
+    __device__ bool is_aligned() const {
+        const auto addresses = reinterpret_cast<unsigned long long>(weight.values) |
+                               reinterpret_cast<unsigned long long>(bias.values);
+        return addresses % sizeof(Pack<A>) == 0;
+    }
+
     __device__ A apply(A element, int channel) const {
         return element * weight.factor(channel) + bias.summand(channel);
     }

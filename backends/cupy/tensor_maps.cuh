@@ -213,6 +213,6 @@ template <int D> struct MapOutput {
         Words<COUNT / per_word<T>> vector;
 #pragma unroll
         for (int k = 0; k < COUNT; k += per_word<T>) vector.at[k / per_word<T>] = word_of(elements + k);
-        *reinterpret_cast<Words<COUNT / per_word<T>>*>(to) = vector;
+        store_words(reinterpret_cast<unsigned*>(to), vector.at);
     }
 };

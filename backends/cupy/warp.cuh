@@ -1,4 +1,4 @@
-// The instructions of a warp that C++ has no name for.
+// Instructions that C++ has no name for.
 
 #if __CUDA_ARCH__ >= 800
 constexpr bool TENSOR_CORES = true;
@@ -17,4 +17,16 @@ __device__ inline void multiply_add_tf32(float (&c)[4], unsigned a0, unsigned a1
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Stores adjacent words at an aligned address by one instruction. The compiler makes several of some assignments.
+__device__ inline void store_words(unsigned* to, const unsigned (&words)[1]) { *to = words[0]; }
+__device__ inline void store_words(unsigned* to, const unsigned (&words)[2]) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(to), "r"(words[0]), "r"(words[1]) : "memory");
+}
+__device__ inline void store_words(unsigned* to, const unsigned (&words)[4]) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
 }

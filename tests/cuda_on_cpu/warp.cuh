@@ -16,6 +16,11 @@ inline float float_of(unsigned bits) {
     return x;
 }
 
+template <int COUNT> void store_words(unsigned* to, const unsigned (&words)[COUNT]) {
+    assert(reinterpret_cast<std::size_t>(to) % sizeof words == 0);
+    std::memcpy(to, words, sizeof words);
+}
+
 // What the lanes of each warp give to a product. Two products take turns, so that no lane overwrites what others read.
 struct Operands {
     float a[4], b[2];
@@ -23,14 +28,28 @@ struct Operands {
 static Operands all_operands[2][1024];
 static bool turns[1024];
 
+// Returns the power of 2 that a normal number begins with.
+inline double power_of_2(double x) {
+    unsigned long long bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    bits &= 0x7ff0000000000000;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 inline float cut_off_sum(const double (&addends)[5]) {
+    constexpr double digits = 1 << 24;
     double largest = 0, sum = 0;
     for (double addend : addends) largest = std::max(largest, std::abs(addend));
-    const double unit = std::ldexp(1., std::ilogb(largest) - 24);
-    for (double addend : addends)
-        sum += std::isnormal(largest) && std::isfinite(addend) ? std::trunc(addend / unit) * unit : addend;
-    const float result = sum;
-    return std::abs(result) > std::abs(sum) ? std::nextafter(result, 0.f) : result;
+    if (!std::isnormal(largest)) {  // or NaN, which std::max may have passed over
+        for (double addend : addends) sum += addend;
+        return sum;
+    }
+    const double unit = power_of_2(largest) / digits, per_unit = 1 / unit;
+    for (double addend : addends) sum += std::isnan(addend) ? addend : (long long)(addend * per_unit) * unit;
+    float result = sum;
+    if (std::abs(result) > std::abs(sum)) result = float_of(bits_of(result) - 1);
+    return result;
 }
 
 inline void multiply_add_tf32(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
