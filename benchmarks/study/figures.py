@@ -1,6 +1,7 @@
 """Draws a figure for each experiment."""
 
 from collections.abc import Callable, Iterable, Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ PANELS = {"train_losses": "training loss", "test_accuracies": "test accuracy, %"
 
 def figure(title: str, columns: int, lines: int = 1) -> tuple[Figure, Any]:
     found = Figure(figsize=(4.6 * columns, 0.6 + 3.6 * lines), layout="constrained")
-    found.suptitle(title)
+    found.suptitle(fill(title, 45 * columns))
     return found, found.subplots(lines, columns, squeeze=False)
 
 
@@ -160,17 +161,17 @@ def ends(
 
 def of_training(rows: list[Fit], size: str) -> Figure:
     compares_averages = any(row.recomputed_accuracies for row in rows)
-    title = f"VGG-style network on {rows[0].pictures} pictures of CIFAR-10: mean, and range over seeds"
-    plan, high = training.SIZES[size], training.HIGH_LR
+    title = f"VGG-style network on {rows[0].pictures} images of CIFAR-10: mean, and range over seeds"
+    plan = training.SIZES[size]
     batch_size = plan.batch_size
     usual = {"batch_size": batch_size, "lr": scaled_lr(batch_size)}
     if not plan.variants:
         return of_one_setting(rows, plan.compared, usual, title)
-    found, grid = figure(title, 4, 2 + compares_averages)
+    found, grid = figure(title, 3 + bool(plan.batch_sizes), 2 + compares_averages)
     for line, (name, value, y) in enumerate(
         [("train_losses", train_loss, "training loss"), ("test_accuracies", accuracy, "test accuracy, %")]
     ):
-        curve, iterations, sizes, batches = grid[line]
+        curve, iterations, sizes, *others = grid[line]
         curves(curve, rows, [*plan.compared, dbn(0), iter_norm(0)], name, **usual)
         finish(curve, f"batch size {batch_size}", "epoch", y)
         tried = sorted({row.iterations for row in rows if row.iterations})
@@ -183,19 +184,26 @@ def of_training(rows: list[Fit], size: str) -> Figure:
             ends(sizes, points, value, kind(), label)
         sizes.set_xscale("log", base=2)
         finish(sizes, "group size (the last: all channels)", "channels", y)
-        for norm in plan.compared:
-            tried_sizes = sorted({batch_size, *plan.batch_sizes})
-            points = {m: runs(rows, norm, batch_size=m, lr=scaled_lr(m)) for m in tried_sizes}
-            ends(batches, points, value, norm, norm.label)
-        for norm in plan.compared if plan.high_lr else ():
-            fast = runs(rows, norm, batch_size=batch_size, lr=scaled_lr(batch_size, high))
-            values, label = [value(run) for run in fast.values()], f"{norm.label}, lr x {high}"
-            batches.plot([batch_size] * len(values), values, "x", color=COLOURS[norm.norm], label=label)
-        batches.set_xscale("log", base=2)
-        finish(batches, "batch size", "pictures", y)
+        for batches in others:
+            by_batch_size(batches, rows, plan, value)
+            finish(batches, "batch size", "images", y)
     if compares_averages:
         averages(grid[2], rows, plan.compared, usual)
     return found
+
+
+def by_batch_size(axes: Axes, rows: list[Fit], plan: training.Size, value: Callable[[Any], float]) -> None:
+    """Draw what runs with other batch sizes ended with, and beside them those with a high learning rate."""
+    for norm in plan.compared:
+        points = {
+            m: runs(rows, norm, batch_size=m, lr=scaled_lr(m)) for m in sorted({plan.batch_size, *plan.batch_sizes})
+        }
+        ends(axes, points, value, norm, norm.label)
+    for norm in plan.compared if plan.high_lr else ():
+        fast = runs(rows, norm, batch_size=plan.batch_size, lr=scaled_lr(plan.batch_size, training.HIGH_LR))
+        values, label = [value(run) for run in fast.values()], f"{norm.label}, lr x {training.HIGH_LR}"
+        axes.plot([plan.batch_size] * len(values), values, "x", color=COLOURS[norm.norm], label=label)
+    axes.set_xscale("log", base=2)
 
 
 def of_one_setting(rows: list[Fit], shown: Sequence[Norm], usual: dict[str, Any], title: str) -> Figure:
@@ -240,7 +248,7 @@ def of_evaluation(rows: list[Fit], size: str) -> Figure:
 
 def of_groups(rows: list[Fit], size: str) -> Figure:
     plan, name = groups.SIZES[size], "Perceptron" if rows[0].network == "mlp" else "VGG-style network"
-    title = f"{name} of width {rows[0].width} on {rows[0].pictures} pictures of CIFAR-10"
+    title = f"{name} of width {rows[0].width} on {rows[0].pictures} images of CIFAR-10"
     found, grid = figure(title, 1 + bool(plan.groups), 2)
     for (by_batch, *others), (value, y) in zip(
         grid, [(train_accuracy, "training accuracy"), (accuracy, "test accuracy")], strict=True
@@ -249,7 +257,7 @@ def of_groups(rows: list[Fit], size: str) -> Figure:
             points = {m: runs(rows, norm, batch_size=m) for m in plan.batch_sizes}
             ends(by_batch, points, value, norm, norm.label)
         by_batch.set_xscale("log", base=2)
-        finish(by_batch, "batch size", "pictures", f"{y}, %")
+        finish(by_batch, "batch size", "images", f"{y}, %")
         for by_groups in others:
             for kind, label, bound in ((gn, "GN", "group_norm"), (gw, "GW", "group_whitening")):
                 points = {g: runs(rows, kind(g), batch_size=groups.BATCH_SIZE) for g in plan.groups}
@@ -262,7 +270,7 @@ def of_groups(rows: list[Fit], size: str) -> Figure:
 
 
 def of_resnet(rows: list[Fit], size: str) -> Figure:
-    found, grid = figure(f"Residual network on {rows[0].pictures} pictures of CIFAR-10: mean, and range over seeds", 2)
+    found, grid = figure(f"Residual network on {rows[0].pictures} images of CIFAR-10: mean, and range over seeds", 2)
     for axes, (name, y) in zip(grid[0], PANELS.items(), strict=True):
         for number, where in enumerate(dict.fromkeys(row.where for row in rows)):
             mine = [row for row in rows if row.where == where]
@@ -273,12 +281,13 @@ def of_resnet(rows: list[Fit], size: str) -> Figure:
 
 def of_steps(rows: list[Steps], size: str) -> Figure:
     """Draw the time of a step of each network, and its peak of memory where that was measured."""
-    found, grid = figure(f"A training step: {rows[0].about}", 2)
     names = [f"{row.network}, {row.label}, {row.where}, batch {row.batch_size}" for row in rows]
-    colours = [COLOURS[row.norm] for row in rows]
-    grid[0][0].barh(names, [row.median_ms for row in rows], color=colours)
-    grid[0][1].barh(names, [(row.peak_bytes or 0) / 2**20 for row in rows], color=colours)
-    for axes, x in zip(grid[0], ("milliseconds", "peak memory, MiB"), strict=True):
+    measures = {"milliseconds": [row.median_ms for row in rows]}
+    if any(row.peak_bytes is not None for row in rows):
+        measures["peak memory, MiB"] = [(row.peak_bytes or 0) / 2**20 for row in rows]
+    found, grid = figure(f"A training step: {rows[0].about}", len(measures))
+    for axes, (x, values) in zip(grid[0], measures.items(), strict=False):
+        axes.barh(names, values, color=[COLOURS[row.norm] for row in rows])
         axes.invert_yaxis()
         axes.tick_params(labelsize=6)
         finish(axes, "", x, "")

@@ -25,6 +25,7 @@ VGG = {"network": "vgg", "depth": 4, "width": 64, "side": 32, "pictures": 10_000
 SIZES = {
     "tiny": Size(MLP | {"side": 8, "pictures": 256, "test_pictures": 64, "epochs": 1}, 8, (2, 32, 256), (8, 64)),
     "small": Size(MLP | {"side": 16, "pictures": 2000, "epochs": 8}, 8, BATCH_SIZES, GROUPS),
+    "cpu": Size(VGG | {"width": 16, "shift": 4}, 8, BATCH_SIZES[::2] + BATCH_SIZES[-1:]),
     "gpu": Size(VGG | {"shift": 4}, 16, BATCH_SIZES[::2] + BATCH_SIZES[-1:]),
     "large": Size(VGG | {"shift": 4}, 16, BATCH_SIZES),
 }
@@ -52,6 +53,6 @@ EXPERIMENT = Experiment(
     Fit,
     plan,
     fit,
-    sizes=("tiny", "small", "gpu", "large"),
+    sizes=("tiny", "small", "cpu", "gpu", "large"),
     seeds={"gpu": 1},
 )

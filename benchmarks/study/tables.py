@@ -125,9 +125,10 @@ def conditioning_table(rows: list[Conditioning]) -> Iterator[str]:
 def fit_table(rows: list[Fit], size: str, measured_steps: Sequence[Steps]) -> Iterator[str]:
     """Yield a table of trained networks. Times and memory are those of an idle device, if they were measured there."""
     alone = {steps.EXPERIMENT.settings_of(row): row for row in measured_steps}
+    has_memory = any(row.peak_bytes is not None for row in measured_steps)
     yield "Mean and standard deviation over the seeds after the last epoch."
     yield ""
-    extra = ("peak MiB",) if alone else ()
+    extra = ("peak MiB",) if has_memory else ()
     values = "training loss", "training accuracy", "test accuracy", "ms per step"
     yield from heads("", "batch", "learning rate", "seeds", *values, *extra)
     for mine in cases(rows):
@@ -138,7 +139,7 @@ def fit_table(rows: list[Fit], size: str, measured_steps: Sequence[Steps]) -> It
         means = [spread([value(row) for row in mine], form) for value, form in measures]
         step = alone.get(steps.step_settings(first, steps.SECONDS.get(size, 1.0)))
         ms = np.median([row.ms_per_step for row in mine]) if step is None else step.median_ms
-        memory = ("" if step is None or step.peak_bytes is None else f"{step.peak_bytes / MIB:.0f}",) if alone else ()
+        memory = [mebibytes(step and step.peak_bytes)] if has_memory else []
         yield line(named(first), first.batch_size, rate_of(first), seeds, *means, f"{ms:.3g}", *memory)
 
 
@@ -187,14 +188,20 @@ def averages_table(rows: list[Fit]) -> Iterator[str]:
 
 
 def steps_table(rows: list[Steps]) -> Iterator[str]:
-    yield f"Time of a step on {rows[0].about}, and the peak of the device's memory."
+    has_memory = any(row.peak_bytes is not None for row in rows)
+    yield f"Time of a step on {rows[0].about}" + (", and the peak of the device's memory." if has_memory else ".")
     yield ""
-    yield from heads("network", "", "norms replaced", "batch", "ms", "between the quartiles", "peak MiB")
+    extra = ("peak MiB",) if has_memory else ()
+    yield from heads("network", "", "norms replaced", "batch", "ms", "between the quartiles", *extra)
     for row in rows:
-        memory = "" if row.peak_bytes is None else f"{row.peak_bytes / MIB:.0f}"
+        memory = [mebibytes(row.peak_bytes)] if has_memory else []
         yield line(
-            row.network, row.label, row.where, row.batch_size, f"{row.median_ms:.3g}", f"{row.iqr_ms:.2g}", memory
+            row.network, row.label, row.where, row.batch_size, f"{row.median_ms:.3g}", f"{row.iqr_ms:.2g}", *memory
         )
+
+
+def mebibytes(number: int | None) -> str:
+    return "" if number is None else f"{number / MIB:.0f}"
 
 
 def spread(values: list[float], form: str) -> str:

@@ -42,7 +42,13 @@ SIZES = {
         batch_sizes=(32,),
     ),
     "small": Size(SMALL, 64, IN_BATCHES, SMALL_VARIANTS, True, (16, 256), True, True),
-    "cpu": Size(ALL_PICTURES | {"width": 16, "epochs": 5}, 256, (bn(), iter_norm(), dbn(16), gn(8), gw(8))),
+    "cpu": Size(
+        ALL_PICTURES | {"width": 16, "epochs": 5},
+        256,
+        (bn(), iter_norm(), dbn(16), gn(8), gw(8)),
+        (iter_norm(iterations=7), iter_norm(iterations=3), dbn(0)),
+        True,
+    ),
     "gpu": Size(GPU, 256, FIVE, VARIANTS),
     "large": Size(GPU, 256, FIVE, (*VARIANTS, dbn(0)), True, (64, 1024, 16), True),
 }
