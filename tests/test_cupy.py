@@ -365,7 +365,7 @@ def test_tensor_cores_load_and_store_arrays_of_any_strides(machine, dtype, kind,
 @pytest.mark.parametrize("begin", [0, 1], ids=["aligned", "not aligned"])
 @pytest.mark.parametrize(
     ("blocks", "shape"),
-    [(SampleGroups(3, 8), (3, 5, 5, 32)), (SampleGroups(1, 8), (3, 32, 2, 10)), (SampleGroups(1, 8), (3, 24, 3, 5))],
+    [(SampleGroups(3, 8), (3, 5, 5, 64)), (SampleGroups(1, 8), (3, 32, 2, 10)), (SampleGroups(1, 8), (3, 24, 3, 5))],
     ids=["adjacent channels", "one channel", "any channels"],
 )
 def test_four_adjacent_samples_have_the_weights_and_biases_of_their_channels(machine, blocks, shape, begin):

@@ -28,19 +28,18 @@ __device__ inline Pack<float> four_of(const Parameter<float>& parameter, int cha
     return parameter.values ? pack(parameter.values + channel) : Pack<float>{missing, missing, missing, missing};
 }
 
-// Does what `transform` does with four samples, the first of which is a multiple of four, by the weight and bias of
+// Does what `transform` does with four samples, whose first index is a multiple of four, by the weight and bias of
 // channels in global memory. Mostly the samples have one channel, or adjacent ones.
 template <int VARIABLES, typename Element, typename Variable>
 __device__ __forceinline__ void transform_four(const ChannelAffine<float>& affine, Cursor sample,
                                                const Element& element, const Variable& variable) {
     const Pass& pass = affine.pass;
     const int length = pass.inner(), positions = pass.positions, channels = pass.channels, d = pass.d;
-    const int first = pass.channel(affine.index, 0, 0);
-    const auto for_each_variable = [&](const auto& use) {
-        const int place = first + sample.inner / positions;
+    const auto for_each_variable = [&](const auto& use) {  // all blocks have the same channels here
+        const int place = sample.inner / positions;
 #pragma unroll
         for (int i = 0; i < VARIABLES; ++i)
-            if (variable(i) < d) use(i, place + variable(i) * channels);
+            if (variable(i) < d) use(i, variable(i) * channels + place);
     };
     if (positions % 4 == 0) {
         for_each_variable([&](int i, int channel) {
@@ -80,7 +79,8 @@ __device__ __forceinline__ void transform(const ChannelAffine<float>& affine, co
     const Cursor four(4, pass.inner());
 #pragma unroll
     for (int first = 0; first < COUNT; first += 4, cursor.advance(four, pass.inner()))
-        transform_four<VARIABLES>(affine, cursor, [&](int i, int e) -> float& { return element(i, first + e); }, variable);
+        transform_four<VARIABLES>(
+            affine, cursor, [&](int i, int e) -> float& { return element(i, first + e); }, variable);
 }
 
 // Calls map(cursor of the 4 samples that a lane loads, how many of them exist, the same for the 8 that it stores) for

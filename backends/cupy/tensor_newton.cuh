@@ -33,7 +33,8 @@ template <int D, int THREADS> struct TensorProduct {
 #pragma unroll
             for (int j = 0; j < tiles; ++j) {
                 const float* columns = right + k * stride + j * 8;
-                add_rounded_product(total[j], a, {Parts<2>(columns[first * stride]), Parts<2>(columns[second * stride])});
+                const Parts<2> b[2] = {Parts<2>(columns[first * stride]), Parts<2>(columns[second * stride])};
+                add_rounded_product(total[j], a, b);
             }
         }
     }

@@ -19,7 +19,8 @@ __device__ inline void multiply_add_tf32(float (&c)[4], unsigned a0, unsigned a1
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Stores adjacent words at an aligned address by one instruction. The compiler makes several of some assignments.
+// Stores adjacent words at an aligned address in global memory by one instruction. The compiler makes several of some
+// assignments.
 __device__ inline void store_words(unsigned* to, const unsigned (&words)[1]) { *to = words[0]; }
 __device__ inline void store_words(unsigned* to, const unsigned (&words)[2]) {
     asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(to), "r"(words[0]), "r"(words[1]) : "memory");

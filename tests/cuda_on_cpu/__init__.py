@@ -90,7 +90,7 @@ class CpuLauncher:
             source = self._build / f"{unfinished.name}.cpp"
             source.write_text(f'#include "{HERE / "cuda.h"}"\n{self._text(file)}\n{exports}\n')
             options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-extern-tls-init"]
-            options += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # as devices do
+            options += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # misaligned access is fatal
             subprocess.run([COMPILER, *options, source, "-o", unfinished], check=True)
             unfinished.replace(library)
         loaded = ctypes.CDLL(str(library))

@@ -42,11 +42,11 @@ def _scale_by_trace(cov, d, eps, SMALLEST: tl.constexpr, HEIGHT: tl.constexpr):
 def _next_r(r, high, low, step, HEIGHT: tl.constexpr):
     # Return 9/4 r (1 - r)^2 of r = high + low. Products read a right matrix as its transpose, from which rounding makes
     # it differ. So the matrices don't quite commute, and steps multiply the error: by the 12th, it is a hundred times
-    # that of symmetric matrices where the data have few dimensions. Up to the fifth it is small.
-    STEPS_UNTIL_SYMMETRIC: tl.constexpr = 5
+    # that of symmetric matrices where the data have few dimensions. So every fifth r is made symmetric.
+    UPDATES_UNTIL_SYMMETRIC: tl.constexpr = 5
     v = r - multiply_split(high, low, high, low, HEIGHT)
     r = 2.25 * (v - multiply_symmetric(v, high, low, HEIGHT))
-    if step % STEPS_UNTIL_SYMMETRIC == 0:
+    if step % UPDATES_UNTIL_SYMMETRIC == 0:
         r = 0.5 * (r + tl.trans(r))
     return r
 

@@ -34,8 +34,9 @@ def multiply_add(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def multiply_split(a_high, a_low, b_high, b_low, SIZE: tl.constexpr):
-    # Return a b of square matrices that are split already, in the precision of float32. b is symmetric: its transpose
-    # is the operand, because Hopper's tensor cores read it from shared memory in that order, as it is stored.
+    # Return a b of square matrices that are split already, in the precision of float32. b is symmetric but for
+    # rounding: its transpose is the operand, because Hopper's tensor cores read it from shared memory in that order, as
+    # it is stored.
     total = tl.dot(a_low, tl.trans(b_high), tl.zeros((SIZE, SIZE), tl.float32), input_precision="tf32")
     total = tl.dot(a_high, tl.trans(b_low), total, input_precision="tf32")
     return tl.dot(a_high, tl.trans(b_high), total, input_precision="tf32")
