@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from polywhiten.analysis import max_num_groups
 from study import groups, training
@@ -33,6 +34,8 @@ def figure(title: str, columns: int, lines: int = 1) -> tuple[Figure, Any]:
 
 def finish(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set(title=title, xlabel=x, ylabel=y)
+    if x in ("epoch", "T"):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     if axes.get_legend_handles_labels()[0]:

@@ -42,7 +42,7 @@ def train_loss(run: Fit) -> float:
 
 
 def lower(mean: float, error: float) -> str:
-    return f"loss lower by {mean:.3f} ± {error:.3f}"
+    return f"loss {'lower' if mean >= 0 else 'higher'} by {abs(mean):.3f} ± {error:.3f}"
 
 
 def times(mean: float, error: float) -> str:
