@@ -1,5 +1,6 @@
 """The code of the README and of the documentation runs as it stands there, and their links and tables are right."""
 
+import logging
 import os
 import re
 import subprocess
@@ -46,7 +47,10 @@ def test_example_runs(shown, tmp_path, monkeypatch):
     skip_without_device(shown)
     monkeypatch.setenv("MPLBACKEND", "agg")  # figures are drawn, but no window is opened
     monkeypatch.chdir(tmp_path)  # where it may leave files
-    shown.run()
+    try:
+        shown.run()
+    finally:
+        logging.getLogger("polywhiten").setLevel(logging.NOTSET)  # which an example changes
 
 
 def test_example_runs_at_the_root_of_a_checkout(first):
