@@ -276,6 +276,12 @@ def test_whitening_and_its_gradient_over_these_kernels(machine, structure, block
         check(machine, actual, expected, 10 * TOLERANCE[dtype] if dtype != "float16" else 5e-3)
 
 
+def both_passes(backend, spec, x, weight, bias, dy):
+    """Return mean, covariance and whitener, y, and the gradients of x, weight and bias."""
+    y, stats = backend.forward(spec, x, weight, bias)
+    return (*stats, y, *backend.backward(spec, x, weight, bias, stats, dy))
+
+
 def check_whitening(machine, blocks, shape, dtype, parameter_dtypes, order=None, dy_order=None, step=2, solver=NEWTON):
     """Compare forward and backward with the plain kernels in float64."""
     rng = np.random.default_rng(0)
@@ -288,17 +294,15 @@ def check_whitening(machine, blocks, shape, dtype, parameter_dtypes, order=None,
     parameters = [None if values is None else machine.array(np.repeat(values, 2))[::2] for values in exact]
     exact = [None if values is None else np.float64(values) for values in exact]
     spec = WhiteningSpec(blocks, solver, 1e-3)
-    y, stats = machine.backend.forward(spec, x, *parameters)
-    gradients = machine.backend.backward(spec, x, *parameters, stats, dy)
-    exact_y, exact_stats = EXACT_BACKEND.forward(spec, exact_x, *exact)
-    exact_gradients = EXACT_BACKEND.backward(spec, exact_x, *exact, exact_stats, exact_dy)
+    results = both_passes(machine.backend, spec, x, *parameters, dy)
+    exact_results = both_passes(EXACT_BACKEND, spec, exact_x, *exact, exact_dy)
     tolerance = 5e-3 if "float16" in (dtype, *parameter_dtypes) else {"float32": 1e-4, "float64": 1e-11}[dtype]
-    for actual, expected in zip((*stats, y, *gradients), (*exact_stats, exact_y, *exact_gradients), strict=True):
+    for actual, expected in zip(results, exact_results, strict=True):
         if expected is None:
             assert actual is None
         else:
             check(machine, actual, expected, tolerance)
-    assert [None if values is None else values.dtype.name for values in (y, *gradients)] == [
+    assert [None if values is None else values.dtype.name for values in results[3:]] == [
         dtype,
         dtype,
         *parameter_dtypes,
@@ -377,10 +381,8 @@ def test_four_adjacent_samples_have_the_weights_and_biases_of_their_channels(mac
     exact_weight, exact_bias = (np.float64(values[begin:]) for values in exact)
     spec = WhiteningSpec(blocks, NEWTON, 1e-3)
     with use_gpu_launches("joined"):
-        y, stats = machine.backend.forward(spec, x, weight, bias)
-        dx, *_ = machine.backend.backward(spec, x, weight, bias, stats, dy)
-    exact_y, exact_stats = EXACT_BACKEND.forward(spec, exact_x, exact_weight, exact_bias)
-    exact_dx, *_ = EXACT_BACKEND.backward(spec, exact_x, exact_weight, exact_bias, exact_stats, exact_dy)
+        *_, y, dx, _, _ = both_passes(machine.backend, spec, x, weight, bias, dy)
+    *_, exact_y, exact_dx, _, _ = both_passes(EXACT_BACKEND, spec, exact_x, exact_weight, exact_bias, exact_dy)
     check(machine, y, exact_y, 1e-5)
     check(machine, dx, exact_dx, 1e-5)
 
@@ -434,11 +436,9 @@ def test_tensor_cores_whiten_data_of_few_dimensions_in_the_precision_of_float32(
     x = (rng.normal(size=(600, 8)) @ few).astype("float32")
     dy = rng.normal(size=x.shape).astype("float32")
     spec = WhiteningSpec(ChannelGroups(1, 64), solver_for("newton", steps), 1e-10)
-    exact_y, exact_stats = EXACT_BACKEND.forward(spec, np.float64(x), None, None)
-    exact_dx, *_ = EXACT_BACKEND.backward(spec, np.float64(x), None, None, exact_stats, np.float64(dy))
+    *_, exact_y, exact_dx, _, _ = both_passes(EXACT_BACKEND, spec, np.float64(x), None, None, np.float64(dy))
     with use_gpu_launches("joined"):
-        y, stats = machine.backend.forward(spec, machine.array(x), None, None)
-        dx, *_ = machine.backend.backward(spec, machine.array(x), None, None, stats, machine.array(dy))
+        *_, y, dx, _, _ = both_passes(machine.backend, spec, machine.array(x), None, None, machine.array(dy))
     check(machine, y, exact_y, limit)
     check(machine, dx, exact_dx, limit)
 
