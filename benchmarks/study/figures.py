@@ -168,8 +168,6 @@ def of_training(rows: list[Fit], size: str) -> Figure:
     plan = training.SIZES[size]
     batch_size = plan.batch_size
     usual = {"batch_size": batch_size, "lr": scaled_lr(batch_size)}
-    if not plan.variants:
-        return of_one_setting(rows, plan.compared, usual, title)
     found, grid = figure(title, 3 + bool(plan.batch_sizes), 2 + compares_averages)
     for line, (name, value, y) in enumerate(
         [("train_losses", train_loss, "training loss"), ("test_accuracies", accuracy, "test accuracy, %")]
@@ -207,17 +205,6 @@ def by_batch_size(axes: Axes, rows: list[Fit], plan: training.Size, value: Calla
         values, label = [value(run) for run in fast.values()], f"{norm.label}, lr x {training.HIGH_LR}"
         axes.plot([plan.batch_size] * len(values), values, "x", color=COLOURS[norm.norm], label=label)
     axes.set_xscale("log", base=2)
-
-
-def of_one_setting(rows: list[Fit], shown: Sequence[Norm], usual: dict[str, Any], title: str) -> Figure:
-    """Draw the curves of training and each kind of average, where norms are compared at one setting alone."""
-    found, grid = figure(title, 3, 2)
-    for axes, (name, y) in zip(grid[0], PANELS.items(), strict=False):
-        curves(axes, rows, [*shown], name, **usual)
-        finish(axes, f"batch size {usual['batch_size']}", "epoch", y)
-    grid[0][len(PANELS)].set_axis_off()
-    averages(grid[1], rows, shown, usual)
-    return found
 
 
 def averages(line: Sequence[Axes], rows: list[Fit], shown: Sequence[Norm], usual: dict[str, Any]) -> None:

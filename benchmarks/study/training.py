@@ -17,7 +17,7 @@ class Size:
     fixed: dict[str, Any]
     batch_size: int  # where nothing else is said
     compared: tuple[Norm, ...]  # with all seeds
-    variants: tuple[Norm, ...] = ()  # of one of these
+    variants: tuple[Norm, ...]  # of one of these
     variants_have_all_seeds: bool = False
     batch_sizes: tuple[int, ...] = ()  # others, for the norms that are compared
     high_lr: bool = False  # whether they are compared at HIGH_LR times the learning rate too
@@ -70,7 +70,7 @@ def plan(size: str, seeds: int) -> list[list[FitSettings]]:
         rounds.append([settings(norm, seed, factor=HIGH_LR) for seed in of_others for norm in plan.compared])
     for batch_size in plan.batch_sizes:
         rounds.append([settings(norm, seed, batch_size) for seed in of_others for norm in plan.compared])
-    return [part for part in rounds if part]
+    return rounds
 
 
 EXPERIMENT = Experiment(
