@@ -51,7 +51,7 @@ template <int D, int THREADS> struct TensorProduct {
 
 // Calls write(index, element of left right) for every element, after all threads have read the operands.
 template <int D, int THREADS, typename Write>
-__device__ void multiply_symmetric(const float* left, const float* right, const Write& write) {
+__device__ void multiply_on_tensor_cores(const float* left, const float* right, const Write& write) {
     TensorProduct<D, THREADS> product;
     product.add(left, right);
     __syncthreads();
@@ -83,9 +83,9 @@ __device__ float take_steps(const float* matrix, float eps, int steps, int d, un
     });
     keep(r, z);
     for (int step = 1; step < steps; ++step) {
-        multiply_symmetric<D, THREADS>(r, r, [&](int at, float product) { v[at] = r[at] - product; });
-        multiply_symmetric<D, THREADS>(v, r, [&](int at, float product) { r[at] = 2.25f * (v[at] - product); });
-        multiply_symmetric<D, THREADS>(z, r, [&](int at, float product) { z[at] = 1.5f * (z[at] - product); });
+        multiply_on_tensor_cores<D, THREADS>(r, r, [&](int at, float product) { v[at] = r[at] - product; });
+        multiply_on_tensor_cores<D, THREADS>(v, r, [&](int at, float product) { r[at] = 2.25f * (v[at] - product); });
+        multiply_on_tensor_cores<D, THREADS>(z, r, [&](int at, float product) { z[at] = 1.5f * (z[at] - product); });
         keep(r, z);
     }
     return trace;
@@ -103,9 +103,9 @@ __device__ void inverse_sqrt_on_tensor_cores(const float* matrix, float* root, f
 
 // Makes p such that p + p' is the gradient of the r before, 9/4 (dr - 2 (r dr + dr r) + r r dr + r dr r + dr r r).
 template <int D, int THREADS> __device__ void take_step_back(const float* dr, const float* r, float* p, float* q) {
-    multiply_symmetric<D, THREADS>(dr, r, [&](int at, float product) { p[at] = product; });
+    multiply_on_tensor_cores<D, THREADS>(dr, r, [&](int at, float product) { p[at] = product; });
     for_each_element<D, THREADS>([&](int at, int t, int, int) { q[at] = dr[at] - p[at] - (p[at] + p[t]); });
-    multiply_symmetric<D, THREADS>(q, r, [&](int at, float product) { p[at] = 1.125f * (q[at] - product); });
+    multiply_on_tensor_cores<D, THREADS>(q, r, [&](int at, float product) { p[at] = 1.125f * (q[at] - product); });
 }
 
 // Stores r and then Z of every step in `iterates`, which has room for 2 steps D D numbers. `memory` holds three
@@ -148,9 +148,9 @@ __device__ void inverse_sqrt_adjoint_on_tensor_cores(const float* matrix, const 
         load_iterate<D, THREADS>(r, iterates + 2 * step * D * D);
         load_iterate<D, THREADS>(z, iterates + (2 * step - 1) * D * D);  // of the step before
         if (step < steps - 1) take_step_back<D, THREADS>(dr, r, p, q);
-        multiply_symmetric<D, THREADS>(dz, z, [&](int at, float product) { p[at] -= 0.75f * product; });
+        multiply_on_tensor_cores<D, THREADS>(dz, z, [&](int at, float product) { p[at] -= 0.75f * product; });
         for_each_element<D, THREADS>([&](int at, int t, int, int) { dr[at] = p[at] + p[t]; });
-        multiply_symmetric<D, THREADS>(dz, r, [&](int at, float product) { p[at] = product; });
+        multiply_on_tensor_cores<D, THREADS>(dz, r, [&](int at, float product) { p[at] = product; });
         for_each_element<D, THREADS>([&](int at, int t, int, int) { dz[at] = 1.5f * dz[at] - 0.75f * (p[at] + p[t]); });
     }
     load_iterate<D, THREADS>(r, iterates);
