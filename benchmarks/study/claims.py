@@ -8,7 +8,7 @@ from typing import Any
 
 from polywhiten.analysis import max_num_groups
 from study import conditioning, groups, resnet, training
-from study.disturbance import DATA_LABELS, Disturbance
+from study.disturbance import DATA_LABELS, Disturbance, positions_of
 from study.findings import (
     ERRORS,
     HELD,
@@ -41,7 +41,7 @@ def of_disturbance(rows: list[Disturbance], size: str) -> Iterator[Finding]:
         grouped = [row for row in mine if row.network is not None or row.group_size]
         for whitening, label in (("iternorm", "IterNorm"), ("dbn", "DBN")):
             found = [row for row in grouped if row.norm == whitening and row.iterations in (None, 5)]
-            enough = [row for row in found if row.network is not None or row.batch_size >= 2 * group_of(row)]
+            enough = [row for row in found if vectors_of(row) >= 2 * group_of(row)]
             yield from ordered(f"{label}'s disturbance grows with group size", name, enough, group_of, 1)
             yield from ordered(f"{label}'s disturbance falls with batch size", name, enough, batch_of, -1)
         whole = [row for row in mine if row.norm == "iternorm" and row.group_size == 0]
@@ -55,6 +55,11 @@ def of_disturbance(rows: list[Disturbance], size: str) -> Iterator[Finding]:
 
 def group_of(row: Disturbance) -> int:
     return row.group_size or row.dimension
+
+
+def vectors_of(row: Disturbance) -> int:
+    """Return how many vectors a batch has, one for each position of its images."""
+    return row.batch_size * math.prod(positions_of(row.network, row.layer))
 
 
 def batch_of(row: Disturbance) -> int:

@@ -4,6 +4,7 @@ Small runs normalize independent Gaussian features, and outputs of a linear laye
 Runs on a GPU normalize what a trained network gives its norms, and Gaussian data of the same shape.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,6 +54,7 @@ class Size:
 SIZES = {
     "tiny": Size({"samples": 2, "batches": 2}, ROWS_TINY, (16, 64), Layers("tiny", (2,), (8, 32), 64)),
     "small": Size(FEW, ROWS, (16, 32, 64, 128, 256, 512)),
+    "cpu": Size(FEW, None, (), Layers("cpu", (4, 6, 8), (4, 16, 64, 256, 1024), 2000)),
     "gpu": Size(FEW, None, (), Layers("gpu", (2, 8), (4, 16, 64, 256), 2000)),
     "large": Size(MANY, ROWS, (16, 32, 64, 128, 256, 512), Layers("gpu", (2, 4, 6, 8), (4, 16, 64, 256, 1024), 4000)),
 }
@@ -161,10 +163,7 @@ def features(wanted: tuple[Any, ...], place: Place) -> Tensor:
     if data == ACTIVATIONS:
         return activations(size, number, data_size, place)
     if data == GAUSSIAN:
-        shape = (data_size, dimension)
-        if size is not None:
-            shape += tuple(inputs_of(untrained(size), number, torch.zeros(1, 3, *[first_run(size).side] * 2)).shape[2:])
-        return torch.randn(shape, generator=generator).to(place.device)
+        return torch.randn((data_size, dimension, *positions_of(size, number)), generator=generator).to(place.device)
     source = place.source.pictures(SIDE, data_size, 1)
     pictures = source.standardized(source.x_train).flatten(1)
     inputs = pictures.shape[1]
@@ -184,6 +183,20 @@ def untrained(size: str) -> nn.Module:
 
 def norms_of(size: str) -> list[Any]:
     return [part for part in untrained(size).modules() if isinstance(part, BATCH_NORMS)]
+
+
+@lru_cache
+def positions_of(size: str | None, number: int | None) -> tuple[int, ...]:
+    """Return the height and width of what a norm of the network gets, or nothing for rows of features."""
+    if size is None or number is None:
+        return ()
+    side = first_run(size).side
+    return tuple(inputs_of(untrained(size), number, torch.zeros(1, 3, side, side)).shape[2:])
+
+
+def outputs_of(settings: DisturbanceSettings) -> int:
+    """Return the number of outputs of one sample."""
+    return settings.dimension * math.prod(positions_of(settings.network, settings.layer))
 
 
 def activations(size: str, number: int, count: int, place: Place) -> Tensor:
@@ -225,7 +238,7 @@ EXPERIMENT = Experiment(
     Disturbance,
     plan,
     perform,
-    sizes=("tiny", "small", "gpu", "large"),
-    seeds=dict.fromkeys(("tiny", "small", "gpu", "large"), 1),  # enough, because each value has a standard error
+    sizes=("tiny", "small", "cpu", "gpu", "large"),
+    seeds=dict.fromkeys(("tiny", "small", "cpu", "gpu", "large"), 1),  # enough, because each value has a standard error
     together=lambda settings: (settings.network, settings.seed, settings.network is None and settings),
 )

@@ -22,6 +22,7 @@ from study.steps import Steps
 COLOURS = {"bn": "#0072B2", "gn": "#E69F00", "iternorm": "#D55E00", "gw": "#009E73", "dbn": "#CC79A7"}
 MARKERS = {"bn": "o", "gn": "s", "iternorm": "^", "gw": "D", "dbn": "v"}
 SHADES = ("-", "--", ":", "-.")
+GROUP_SHADES, T_MARKERS = {16: 1, 64: 2}, {3: "x", 7: "s"}  # of a trained network's layers
 NORM_FIELDS = tuple(vars(bn()))
 PANELS = {"train_losses": "training loss", "test_accuracies": "test accuracy, %"}
 
@@ -87,8 +88,11 @@ def of_layers(rows: list[Disturbance], layers: list[int]) -> Figure:
     for line, layer in zip(grid, layers, strict=True):
         for axes, data in zip(line, (ACTIVATIONS, GAUSSIAN), strict=True):
             mine = [row for row in rows if row.layer == layer and row.data == data]
-            for number, norm in enumerate(norms_of(mine)):
-                snd_line(axes, [r for r in mine if same(r, norm)], "batch_size", norm.label, look(norm, number))
+            for norm in norms_of(mine):
+                style = look(norm, GROUP_SHADES.get(norm.group_size, 0))
+                if norm.iterations in T_MARKERS:
+                    style |= {"marker": T_MARKERS[norm.iterations], "markersize": 7}
+                snd_line(axes, [r for r in mine if same(r, norm)], "batch_size", norm.label, style)
             finish(axes, f"norm {layer}, {DATA_LABELS[data]}", "batch size", "SND")
     return found
 
@@ -200,7 +204,7 @@ def by_batch_size(axes: Axes, rows: list[Fit], plan: training.Size, value: Calla
             m: runs(rows, norm, batch_size=m, lr=scaled_lr(m)) for m in sorted({plan.batch_size, *plan.batch_sizes})
         }
         ends(axes, points, value, norm, norm.label)
-    for norm in plan.compared if plan.high_lr else ():
+    for norm in plan.others if plan.high_lr else ():
         fast = runs(rows, norm, batch_size=plan.batch_size, lr=scaled_lr(plan.batch_size, training.HIGH_LR))
         values, label = [value(run) for run in fast.values()], f"{norm.label}, lr x {training.HIGH_LR}"
         axes.plot([plan.batch_size] * len(values), values, "x", color=COLOURS[norm.norm], label=label)

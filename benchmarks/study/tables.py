@@ -8,7 +8,7 @@ import numpy as np
 
 from study import steps
 from study.conditioning import FISHER_FRACTION, FRACTION, Conditioning
-from study.disturbance import DATA_LABELS, GAUSSIAN, Disturbance
+from study.disturbance import DATA_LABELS, GAUSSIAN, Disturbance, outputs_of
 from study.figures import norms_of, same
 from study.findings import accuracy, train_accuracy, train_loss
 from study.fitting import Fit, scaled_lr
@@ -55,11 +55,18 @@ def disturbance_table(rows: list[Disturbance]) -> Iterator[str]:
 
 def snd_lines(rows: list[Disturbance], sizes: list[int]) -> Iterator[str]:
     """Yield a line with the disturbance at each batch size, for all data and norms."""
+    for name, norm, mine in lines_of(rows):
+        cells = (f"{mine[m].value:.4f} ± {mine[m].standard_error:.4f}" if m in mine else "" for m in sizes)
+        yield line(name, norm.label, *cells)
+
+
+def lines_of(rows: list[Disturbance]) -> Iterator[tuple[str, Norm, dict[int, Disturbance]]]:
+    """Yield the name of the data, the norm, and the first seed's rows by batch size."""
     for data in dict.fromkeys(row.data for row in rows):
         for norm in norms_of(rows):
             mine = {r.batch_size: r for r in reversed(rows) if r.data == data and same(r, norm)}
-            cells = (f"{mine[m].value:.4f} ± {mine[m].standard_error:.4f}" if m in mine else "" for m in sizes)
-            yield line(DATA_LABELS[data], norm.label, *cells)
+            if mine:
+                yield DATA_LABELS[data], norm, mine
 
 
 def readings_table(rows: list[Disturbance]) -> Iterator[str]:
@@ -74,7 +81,7 @@ def readings_table(rows: list[Disturbance]) -> Iterator[str]:
     readings = {
         "E of the norm": lambda row: row.value * row.dimension,
         "divided by d": lambda row: row.value,
-        "divided by the norm of the output": lambda row: row.value * row.dimension / (row.output_norm or math.nan),
+        "divided by the norm of the output": relative,
     }
     yield ""
     yield (
@@ -95,11 +102,22 @@ def layers_table(rows: list[Disturbance]) -> Iterator[str]:
     for number in sorted({row.layer for row in rows if row.layer is not None}):
         mine = [row for row in rows if row.layer == number]
         sizes = sorted({row.batch_size for row in mine})
+        middle = sizes[len(sizes) // 2]
         yield ""
-        yield f"SND of what the trained network's norm {number} gets ({mine[0].dimension} channels), by batch size."
+        yield (
+            f"1000 SND of what the trained network's norm {number} gets ({mine[0].dimension} channels), by batch size; "
+            f"and for batches of {middle} the mean distance divided by the mean norm of the output."
+        )
         yield ""
-        yield from heads("data", "", *map(str, sizes))
-        yield from snd_lines(mine, sizes)
+        yield from heads("data", "", *map(str, sizes), f"{middle}, by the norm")
+        for name, norm, by_size in lines_of(mine):
+            cells = [f"{1000 * by_size[m].value:.2f} ± {1000 * by_size[m].standard_error:.2f}" for m in sizes]
+            yield line(name, norm.label, *cells, f"{relative(by_size[middle]):.3f}")
+
+
+def relative(row: Disturbance) -> float:
+    """Return the mean distance of an output from its mean, divided by the mean norm of the output."""
+    return row.value * outputs_of(row) / (row.output_norm or math.nan)
 
 
 def conditioning_table(rows: list[Conditioning]) -> Iterator[str]:

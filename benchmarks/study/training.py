@@ -19,9 +19,10 @@ class Size:
     compared: tuple[Norm, ...]  # with all seeds
     variants: tuple[Norm, ...]  # of one of these
     variants_have_all_seeds: bool = False
-    batch_sizes: tuple[int, ...] = ()  # others, for the norms that are compared
-    high_lr: bool = False  # whether they are compared at HIGH_LR times the learning rate too
-    others_have_all_seeds: bool = False  # other batch sizes and learning rates
+    others: tuple[Norm, ...] = ()  # those of `compared` that are also trained as the following fields say
+    batch_sizes: tuple[int, ...] = ()
+    high_lr: bool = False  # whether with HIGH_LR times the learning rate
+    others_have_all_seeds: bool = False
 
 
 TINY = {"network": "vgg", "depth": 4, "width": 16, "side": 8, "pictures": 256, "test_pictures": 64, "epochs": 2}
@@ -33,24 +34,30 @@ IN_BATCHES = (bn(), iter_norm(), dbn(16))
 FIVE = (bn(), iter_norm(), dbn(16), gn(16), gw(16))
 VARIANTS = (iter_norm(iterations=3), iter_norm(iterations=7), iter_norm(16), iter_norm(0), gw(8), gw(32))
 SMALL_VARIANTS = (dbn(0), *map(iter_norm, (8, 16, 0)), *(iter_norm(iterations=t) for t in (1, 3, 7, 9)))
+WITH_EIGHT = (*IN_BATCHES, gn(8), gw(8))
 SIZES = {
     "tiny": Size(  # a quick trial of everything
         TINY | {"shift": 1, "warmup": 0.5, "recomputed_over": 128},
         64,
-        (bn(), iter_norm(), dbn(16), gn(8), gw(8)),
+        WITH_EIGHT,
         VARIANTS[:2],
+        others=WITH_EIGHT,
         batch_sizes=(32,),
     ),
-    "small": Size(SMALL, 64, IN_BATCHES, SMALL_VARIANTS, True, (16, 256), True, True),
+    "small": Size(SMALL, 64, IN_BATCHES, SMALL_VARIANTS, True, IN_BATCHES, (16, 256), True, True),
     "cpu": Size(
         ALL_PICTURES | {"width": 16, "epochs": 5},
         256,
-        (bn(), iter_norm(), dbn(16), gn(8), gw(8)),
+        WITH_EIGHT,
         (iter_norm(iterations=7), iter_norm(iterations=3), dbn(0)),
         True,
+        others=IN_BATCHES,
+        batch_sizes=(16,),
+        high_lr=True,
+        others_have_all_seeds=True,
     ),
     "gpu": Size(GPU, 256, FIVE, VARIANTS),
-    "large": Size(GPU, 256, FIVE, (*VARIANTS, dbn(0)), True, (64, 1024, 16), True),
+    "large": Size(GPU, 256, FIVE, (*VARIANTS, dbn(0)), True, FIVE, (64, 1024, 16), True),
 }
 
 
@@ -63,13 +70,14 @@ def plan(size: str, seeds: int) -> list[list[FitSettings]]:
         return FitSettings(**vars(norm), **plan.fixed, batch_size=batch_size, lr=lr, seed=seed)
 
     of_variants = range(seeds if plan.variants_have_all_seeds else 1)
-    of_others = range(seeds if plan.others_have_all_seeds else 1)
+    seeds_of_others = range(seeds if plan.others_have_all_seeds else 1)
+    others = [(norm, seed) for seed in seeds_of_others for norm in plan.others]
     rounds = [[settings(norm, seed) for norm in plan.compared] for seed in range(seeds)]
     rounds.append([settings(norm, seed) for seed in of_variants for norm in plan.variants])
     if plan.high_lr:
-        rounds.append([settings(norm, seed, factor=HIGH_LR) for seed in of_others for norm in plan.compared])
+        rounds.append([settings(norm, seed, factor=HIGH_LR) for norm, seed in others])
     for batch_size in plan.batch_sizes:
-        rounds.append([settings(norm, seed, batch_size) for seed in of_others for norm in plan.compared])
+        rounds.append([settings(norm, seed, batch_size) for norm, seed in others])
     return rounds
 
 
