@@ -47,7 +47,10 @@ class Library(Protocol):
         """Return "float32" or "float64"."""
 
     def dense(self, array: Strided, shape: Shape) -> tuple[Strided, Strided]:
-        """Return how a new array lies with its axes in memory in the order of this one's, and when reshaped."""
+        """Return how a new array lies with its axes in memory in the order of this one's, and when reshaped.
+
+        Where an array in that order can't be reshaped, it lies in C order.
+        """
 
     def address(self, array: Array) -> int: ...
 

@@ -46,7 +46,11 @@ class NumPyLibrary:
     def dense(self, array: Strided, shape: Shape) -> tuple[Strided, Strided]:
         view = np.lib.stride_tricks.as_strided(np.empty(1, "u1"), array.shape, array.strides)
         result = np.empty_like(view, order="K")
-        return Strided(array.shape, result.strides), Strided(shape, result.reshape(shape).strides)
+        reshaped = result.reshape(shape)
+        if not np.may_share_memory(reshaped, result):  # in this order, the array can't be reshaped without a copy
+            result = np.empty(array.shape, view.dtype)
+            reshaped = result.reshape(shape)
+        return Strided(array.shape, result.strides), Strided(shape, reshaped.strides)
 
     def address(self, array: Array) -> int:
         return address(array)

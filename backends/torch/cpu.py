@@ -157,7 +157,11 @@ class TorchLibrary:
     def dense(self, array: Strided, shape: Shape) -> tuple[Strided, Strided]:
         # in memory that nothing touches; for the meta device, PyTorch would import SymPy, which takes a second
         result = torch.empty_like(torch.empty_strided(array.shape, array.strides, dtype=torch.bool))
-        return Strided(array.shape, result.stride()), Strided(shape, result.reshape(shape).stride())
+        reshaped = result.reshape(shape)
+        if reshaped.data_ptr() != result.data_ptr():  # in this order of axes, the array can't be reshaped without a copy
+            result = result.contiguous()
+            reshaped = result.reshape(shape)
+        return Strided(array.shape, result.stride()), Strided(shape, reshaped.stride())
 
     def address(self, array: Tensor) -> int:
         return array.data_ptr()

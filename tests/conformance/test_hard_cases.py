@@ -51,6 +51,30 @@ def test_output_and_gradient_are_finite(library, name, method, x, eps):
     assert np.all(np.isfinite(dx))
 
 
+def strided(shape, strides, seed=0):
+    """Return an array whose elements share memory, because it is smaller than its shape and strides say."""
+    size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    return np.lib.stride_tricks.as_strided(normal(size, seed=seed), shape, [8 * stride for stride in strides])
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("shape", "strides", "axis"),
+    {
+        "windows that overlap": ((61, 64), (2, 1), 1),
+        "windows as channels": ((61, 8, 16), (16, 16, 1), 1),
+        "repeated along an axis": ((16, 10, 64), (1, 0, 16), 2),
+        "repeated samples": ((6, 8, 5), (0, 5, 1), 1),
+    }.values(),
+)
+def test_elements_that_share_memory_are_read_as_any_others(library, name, shape, strides, axis):
+    x, dy = strided(shape, strides), strided(shape, strides, seed=1)
+    y, gradients = library.vjp(name, dy, x=x, axis=axis, **CALLS[name])
+    expected, expected_gradients = library.vjp(name, dy.copy(), x=x.copy(), axis=axis, **CALLS[name])
+    np.testing.assert_allclose(y, expected, atol=1e-9)
+    np.testing.assert_allclose(gradients[0], expected_gradients[0], atol=1e-9)
+
+
 STEPS = [("newton", t) for t in (12, 13, 20, 60)] + [("minimax", t) for t in (4, 5, 7, 60)] + [("eigh", None)]
 
 
