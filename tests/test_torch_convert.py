@@ -273,10 +273,20 @@ def test_layers_of_the_wanted_kind_are_left_and_reported():
     ]
 
 
-def test_a_layer_in_a_plain_list_is_refused():
+@pytest.mark.parametrize(
+    "held",
+    [
+        lambda layer: [layer],
+        lambda layer: [("norm", layer)],
+        lambda layer: {"stage": [nn.ReLU(), (layer,)]},
+        lambda layer: layer.forward,
+    ],
+    ids=["list", "pairs", "nested", "method"],
+)
+def test_a_layer_in_a_plain_container_is_refused(held):
     """The network's code could go on calling it there."""
     network = nn.Sequential(nn.BatchNorm2d(8))
-    network.order = [network[0]]
+    network.order = held(network[0])
     with pytest.raises(ValueError, match=r"layer '0' is also in the attribute 'order'.* torch.nn.ModuleList"):
         convert(network, "iter_norm", inplace=True)
     assert type(network[0]) is nn.BatchNorm2d

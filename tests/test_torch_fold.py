@@ -538,6 +538,7 @@ def test_layers_in_plain_lists_are_left():
     network.order = [network[1]]
     with pytest.warns(UserWarning, match="it is also in the attribute order"):
         fold(network)
-    network.order = [network[0]]
+    network.order = [("first", network[0])]
+    network.order.append(network.order)
     with pytest.warns(UserWarning, match="0 before it is also in the attribute order"):
         fold(network)

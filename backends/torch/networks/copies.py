@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterator
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # its own modules, parameters, buffers and hooks
 
 
 def copy_network(network: Module, *, share_parameters: bool = False) -> Module:
@@ -33,17 +35,27 @@ def evaluate(network: nn.Module, example_inputs: Any) -> Any:
 
 
 def modules_in_containers(network: nn.Module) -> dict[nn.Module, str]:
-    """Return the modules that plain attributes, lists, tuples, sets or dicts hold, and the names of these attributes.
+    """Return the modules that plain attributes and containers in them hold, and the names of these attributes.
 
-    A network's code can call modules there, but whoever replaces a module of the network doesn't replace it there.
+    Containers are lists, tuples, sets and dicts, at any depth. A method of a module holds the module. A network's code
+    can call modules there, but whoever replaces a module of the network doesn't replace it there.
     """
     found: dict[nn.Module, str] = {}
     for name, module in network.named_modules():
         for attribute, value in vars(module).items():
-            if attribute == "_modules":
-                continue
-            entries: Iterable[Any] = value.values() if isinstance(value, dict) else value
-            for entry in entries if isinstance(value, dict | list | tuple | set) else [value]:
-                if isinstance(entry, nn.Module):
-                    found.setdefault(entry, f"{name}.{attribute}" if name else attribute)
+            if attribute not in _OF_EVERY_MODULE:
+                for held in _modules_in(value, set()):
+                    found.setdefault(held, f"{name}.{attribute}" if name else attribute)
     return found
+
+
+def _modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:
+    """Yield the modules in a value, which may contain itself."""
+    if isinstance(value, MethodType):
+        value = value.__self__
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, dict | list | tuple | set | frozenset) and id(value) not in seen:
+        seen.add(id(value))
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(entry, seen)
