@@ -47,8 +47,8 @@ class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no
     ) -> None:
         super().__init__(**kwargs)
         self.axis = checks.check_integer("axis", axis)
-        self.epsilon = checks.check_eps(epsilon, "epsilon")
-        self.relative_epsilon = relative_epsilon
+        self._method, self._iterations, self._relative_epsilon = method, iterations, relative_epsilon
+        self.epsilon = epsilon
         self.center = center
         self.scale = scale
         self.beta_initializer = initializers.get(beta_initializer)
@@ -57,13 +57,36 @@ class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no
         self.gamma_regularizer = regularizers.get(gamma_regularizer)
         self.beta_constraint = constraints.get(beta_constraint)
         self.gamma_constraint = constraints.get(gamma_constraint)
-        self.method = method
-        self.iterations = iterations
-        self._solver, self._shift = regularized_solver(method, iterations, self.epsilon, relative_epsilon)
         self.gamma = None
         self.beta = None
         self.supports_masking = True
         self._notice = Notice()  # that the layer is infeasible
+
+    @property
+    def epsilon(self) -> float:
+        """The number that is added to the diagonals of covariances, or multiplied by their mean variance before."""
+        return self._epsilon
+
+    @epsilon.setter
+    def epsilon(self, epsilon: float) -> None:
+        self._epsilon = checks.check_eps(epsilon, "epsilon")
+        arguments = self._method, self._iterations, self._epsilon, self._relative_epsilon
+        self._solver, self._shift = regularized_solver(*arguments)
+
+    @property
+    def method(self) -> str:
+        """How whiteners are computed: "newton", "minimax" or "eigh"."""
+        return self._method
+
+    @property
+    def iterations(self) -> int | None:
+        """Steps of the iterative methods as they were given; None for the default, and for "eigh"."""
+        return self._iterations
+
+    @property
+    def relative_epsilon(self) -> bool:
+        """Whether `epsilon` is a fraction of the mean variance."""
+        return self._relative_epsilon
 
     def _build_affine(self, input_shape: tuple[int | None, ...], first_axis: int) -> int:
         """Add gamma and beta, and return the number of channels."""

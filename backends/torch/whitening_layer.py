@@ -52,16 +52,34 @@ class WhiteningLayer(LeafModule):
     ) -> None:
         super().__init__()
         self._notice = Notice()  # whether the layer is infeasible
-        self.eps = checks.check_eps(eps)
-        self.relative_eps = relative_eps
+        self._method, self._iterations, self._relative_eps = method, iterations, relative_eps
+        self.eps = eps
         self.affine = affine
         self.axis = checks.check_integer("axis", axis)
-        self.method = method
-        self._solver, self._shift = regularized_solver(method, iterations, self.eps, relative_eps)
         for name, shape in (("weight", weight_shape or (channels,)), ("bias", (channels,))):
             wanted = affine and (bias or name == "weight")
             values = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
             self.register_parameter(name, values)
+
+    @property
+    def eps(self) -> float:
+        """The number that is added to the diagonals of covariances, or multiplied by their mean variance before."""
+        return self._eps
+
+    @eps.setter
+    def eps(self, eps: float) -> None:
+        self._eps = checks.check_eps(eps)
+        self._solver, self._shift = regularized_solver(self._method, self._iterations, self._eps, self._relative_eps)
+
+    @property
+    def method(self) -> str:
+        """How whiteners are computed: "newton", "minimax" or "eigh"."""
+        return self._method
+
+    @property
+    def relative_eps(self) -> bool:
+        """Whether `eps` is a fraction of the mean variance."""
+        return self._relative_eps
 
     @property
     def iterations(self) -> int | None:

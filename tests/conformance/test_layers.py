@@ -50,3 +50,13 @@ def test_eps_of_every_number_type_is_kept_as_a_float(layers):
     api = layers.value.layers
     for layer in (api.iter_norm(6, eps=np.float32(0.5)), api.group_whitening(3, 6, eps=np.float32(0.5))):
         assert type(getattr(layer, "eps", None) or layer.epsilon) is float  # so that a configuration can be serialized
+
+
+def test_eps_may_be_set_at_any_time(layers):
+    """As with the frameworks' own layers."""
+    x = np.random.default_rng(0).normal(size=(40, 6, 3))
+    api = layers.value.layers
+    for make in (lambda eps: api.iter_norm(6, eps=eps), lambda eps: api.group_whitening(3, 6, eps=eps)):
+        layer = make(1e-5)
+        setattr(layer, "eps" if hasattr(layer, "eps") else "epsilon", 0.5)
+        np.testing.assert_array_equal(api.train(layer, x), api.train(make(0.5), x))
