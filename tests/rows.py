@@ -28,10 +28,11 @@ def _by_pullback(name: str, arguments: dict[str, Any], dy: Any) -> tuple[Any, Gr
 def _by_torch(name: str, arguments: dict[str, Any], dy: Any) -> tuple[Any, Gradients]:
     import torch
 
-    leaves = {k: arguments[k].detach().requires_grad_() for k in ("x", "weight", "bias") if arguments.get(k) is not None}
+    given = {k: arguments[k] for k in ("x", "weight", "bias") if arguments.get(k) is not None}
+    leaves = {k: v.detach().requires_grad_() for k, v in given.items()}  # which keep the strides
     y = getattr(pw, name)(**{**arguments, **leaves})
-    given = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
-    return y.detach(), (given["x"], given.get("weight"), given.get("bias"))
+    gradients = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
+    return y.detach(), (gradients["x"], gradients.get("weight"), gradients.get("bias"))
 
 
 def _by_tensorflow(name: str, arguments: dict[str, Any], dy: Any) -> tuple[Any, Gradients]:

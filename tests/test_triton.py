@@ -361,6 +361,20 @@ def test_nan_stays_in_its_group_and_constant_channels_are_finite():
 
 @runs
 @pytest.mark.usefixtures("triton_backend")
+@pytest.mark.parametrize("d", [8, 64])
+@pytest.mark.parametrize("structure", ["separate", "joined"])
+def test_constant_channels_without_eps_give_nothing_but_zeros(structure, d):
+    x = torch.full((4, d, 12), 7.0, requires_grad=True)
+    with use_gpu_launches(structure):
+        y = pw.iter_norm(x, group_size=d, eps=0.0)
+        (dx,) = torch.autograd.grad(y, x, normal(4, d, 12))
+        assert (pw.whitening_stats(x.detach(), group_size=d, eps=0.0).whitener == 0).all()
+    assert (y == 0).all()
+    assert (dx == 0).all()
+
+
+@runs
+@pytest.mark.usefixtures("triton_backend")
 @pytest.mark.parametrize("structure", ["separate", "joined"])
 def test_negated_views_are_read_with_their_sign(structure):
     """PyTorch negates the imaginary part of a conjugate only when it is read, as an input or as a gradient."""

@@ -47,7 +47,7 @@ class NumPyLibrary:
         view = np.lib.stride_tricks.as_strided(np.empty(1, "u1"), array.shape, array.strides)
         result = np.empty_like(view, order="K")
         reshaped = result.reshape(shape)
-        if not np.may_share_memory(reshaped, result):  # in this order, the array can't be reshaped without a copy
+        if not np.may_share_memory(reshaped, result):  # can't be reshaped in this order without a copy
             result = np.empty(array.shape, view.dtype)
             reshaped = result.reshape(shape)
         return Strided(array.shape, result.strides), Strided(shape, reshaped.strides)

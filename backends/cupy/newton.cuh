@@ -105,11 +105,12 @@ template <typename A> __device__ A element(const A* matrix, int r, int c, int d,
 }
 
 // Returns the trace, which bounds the eigenvalues, or NaN if it is NaN. The trace is 0 if eps is 0 and all channels are
-// constant; the smallest normal number takes its place.
+// constant; infinity takes its place, so that the whitener is 0.
 template <typename A, int THREADS> __device__ A bounded_trace(const A* matrix, int d, A eps) {
     A diagonal = 0;
     for (int i = threadIdx.x; i < d; i += THREADS) diagonal += element(matrix, i, i, d, eps);
     const A trace = sum_over_threads<A, THREADS>(diagonal);
+    if (trace <= 0) return A(INFINITY);
     return trace < smallest<A>() ? smallest<A>() : trace;
 }
 

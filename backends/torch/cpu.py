@@ -158,7 +158,7 @@ class TorchLibrary:
         # in memory that nothing touches; for the meta device, PyTorch would import SymPy, which takes a second
         result = torch.empty_like(torch.empty_strided(array.shape, array.strides, dtype=torch.bool))
         reshaped = result.reshape(shape)
-        if reshaped.data_ptr() != result.data_ptr():  # in this order of axes, the array can't be reshaped without a copy
+        if reshaped.data_ptr() != result.data_ptr():  # can't be reshaped in this order without a copy
             result = result.contiguous()
             reshaped = result.reshape(shape)
         return Strided(array.shape, result.stride()), Strided(shape, reshaped.stride())

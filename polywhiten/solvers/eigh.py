@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from polywhiten._types import Array, Namespace
-from polywhiten.solvers.iteration import identity_like, positive, symmetric_part, trace
+from polywhiten.solvers.iteration import divisor, identity_like, symmetric_part, trace
 from polywhiten.solvers.newton import ALL_STEPS, Newton
 from polywhiten.solvers.solver import Solver
 
@@ -56,11 +56,11 @@ def eigenpairs(xp: Namespace, cov: Array) -> tuple[Array, Array, Array]:
 
 
 def _decompose(xp: Namespace, cov: Array) -> tuple[Array, Array, Array, Array]:
-    """Return the trace t, and for S / t the eigenvalues' square roots and the rest of `eigenpairs`.
+    """Return the trace t, or infinity for 0, and for S / t the eigenvalues' square roots and the rest of `eigenpairs`.
 
     S is divided by t first, as the cubes of large variances overflow float32 and those of small ones underflow.
     """
-    t = positive(xp, trace(xp, cov), cov.dtype)
+    t = divisor(xp, trace(xp, cov), cov.dtype)
     values, vectors, poison = eigenpairs(xp, cov / t)
     # rounding can turn the smallest eigenvalues negative if the largest are much larger
     largest = xp.clip(xp.max(values, axis=-1, keepdims=True), min=1 / cov.shape[-1])  # smaller only if S is 0

@@ -44,8 +44,17 @@ def inner(xp: Namespace, a: Array, b: Array) -> Array:
 
 
 def positive(xp: Namespace, scale: Array, dtype: Any) -> Array:
-    """Replace a scale of 0, which constant channels have for eps = 0, by the dtype's smallest normal number."""
+    """Return a scale that is at least the dtype's smallest normal number."""
     return xp.clip(scale, min=float(xp.finfo(dtype).smallest_normal))
+
+
+def divisor(xp: Namespace, scale: Array, dtype: Any) -> Array:
+    """Return what a covariance of this scale is divided by: infinity for a scale of 0, so that the whitener is 0.
+
+    The scale is 0 if all channels are constant, and eps is 0 or relative to their variance. The whitener of a tiny
+    scale in its place would spoil gradients, and averages of whiteners.
+    """
+    return xp.where(scale <= 0, xp.full_like(scale, math.inf), positive(xp, scale, dtype))
 
 
 class ScaledIteration(Solver):
@@ -76,7 +85,7 @@ class ScaledIteration(Solver):
 
     def inverse_sqrt(self, xp: Namespace, cov: Array) -> Array:
         dtype, epsilon, (cov,) = self._prepare(xp, cov)
-        t = positive(xp, self.scale(xp, cov), dtype)
+        t = divisor(xp, self.scale(xp, cov), dtype)
         z, _ = self.iterate(xp, cov / t, None, epsilon)
         return xp.astype(z / xp.sqrt(t), dtype, copy=False)
 
@@ -86,7 +95,7 @@ class ScaledIteration(Solver):
         Z is a polynomial in the symmetric S, so the derivative of S -> Z is self-adjoint.
         """
         dtype, epsilon, (cov, grad) = self._prepare(xp, cov, grad)
-        t = positive(xp, self.scale(xp, cov), dtype)
+        t = divisor(xp, self.scale(xp, cov), dtype)
         s, g = cov / t, symmetric_part(xp, grad)
         z, dz = self.iterate(xp, s, g, epsilon)
         along_scale = inner(xp, dz, s) + inner(xp, g, z) / 2

@@ -115,11 +115,18 @@ def test_every_scale_that_float32_holds(library, name, method, scale):
     np.testing.assert_allclose(np.float64(dx) * scale, wanted, rtol=1e-3, atol=1e-3 * np.max(np.abs(wanted)))
 
 
+@pytest.mark.parametrize("eps", [{"eps": 0.0}, {"eps": 1e-5, "relative_eps": True}], ids=["0", "relative"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CALLS)
-def test_constant_without_eps_is_zero(library, name, method):
-    y = library.call(name, x=np.full((4, 8, 3), 7.0), method=method, eps=0.0, **CALLS[name])
-    np.testing.assert_allclose(y, 0, atol=1e-10)
+def test_constant_without_an_absolute_eps_is_zero(library, name, method, eps):
+    """So are its gradient and its whitener: large ones would spoil the layers before, and running averages."""
+    x = np.full((4, 8, 3), 7.0, "float32")
+    y, (dx, _, _) = library.vjp(name, normal(*x.shape).astype("float32"), x=x, method=method, **eps, **CALLS[name])
+    assert np.all(y == 0)
+    assert np.all(dx == 0)
+    if name == "iter_norm":
+        stats = pw.whitening_stats(library.array(x), method=method, **eps, **CALLS[name])
+        assert np.all(library.numpy(stats.whitener) == 0)
 
 
 def test_float16_near_its_maximum(library):

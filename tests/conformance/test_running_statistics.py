@@ -69,3 +69,13 @@ def test_nonfinite_batches_never_enter(layers, bad):
     assert not np.all(np.isfinite(api.train(layer, spoilt)))
     for name, value in api.running(layer).items():
         np.testing.assert_array_equal(value, before[name])
+
+
+def test_a_batch_without_variance_spoils_no_average(layers):
+    """As after a layer of which all units are dead. A relative eps is 0 then, so it bounds no whitener."""
+    api = layers.value.layers
+    layer = api.iter_norm(5, group_size=3, relative_eps=True)
+    api.train(layer, X)
+    before = np.abs(api.evaluate(layer, X)).max()
+    api.train(layer, np.full_like(X, 2.0))
+    assert np.abs(api.evaluate(layer, X)).max() < 2 * before

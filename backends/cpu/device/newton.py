@@ -312,7 +312,9 @@ def _diagonal(m, ld, d):
 def _start(args, memory, cov, part, num_parts):
     """Store r = (cov + eps I) / trace / 3, and Z = 3/2 (I - r); of two steps, which are taken as one, Z = I."""
     d, dp, eps, trace = args.d, padded(args.d), args.eps, _diagonal(cov, args.d, args.d) + args.d * args.eps
-    if trace < args.smallest_normal:  # without eps, the covariance of constant channels is 0
+    if trace <= 0:  # without eps, the covariance of constant channels is 0: then Z / sqrt(trace) is 0, too
+        trace = np.inf
+    elif trace < args.smallest_normal:
         trace = args.smallest_normal
     if part == 0:
         clear(memory.iterates, 0, 1, TILE)

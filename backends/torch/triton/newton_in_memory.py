@@ -75,7 +75,7 @@ def _start(cov, stride, y, z, d, eps, SMALLEST: tl.constexpr, HEIGHT: tl.constex
     eps = tl.cast(eps, tl.float32)  # torch.compile passes a float64
     columns = tl.arange(0, HEIGHT)
     t = tl.sum(tl.load(cov + columns * (stride + 1), mask=columns < d, other=0.0), axis=0) + d * eps
-    t = tl.where(t < SMALLEST, SMALLEST, t)  # NaN stays NaN
+    t = tl.where(t < SMALLEST, tl.where(t <= 0.0, float("inf"), SMALLEST), t)  # NaN stays NaN
     for row in range(0, HEIGHT, TILE):
         rows = row + tl.arange(0, TILE)
         eye = tl.where((rows[:, None] == columns[None, :]) & (rows < d)[:, None], 1.0, 0.0)

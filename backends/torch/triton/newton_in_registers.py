@@ -34,7 +34,7 @@ def _scale_by_trace(cov, d, eps, SMALLEST: tl.constexpr, HEIGHT: tl.constexpr):
     # Return (cov + eps I) / t and its trace t; both matrices are 0 outside of d rows and columns.
     s = cov + eps * _identity(d, HEIGHT)
     t = tl.sum(tl.sum(s * _identity(d, HEIGHT), axis=1), axis=0)
-    t = tl.where(t < SMALLEST, SMALLEST, t)  # NaN stays NaN
+    t = tl.where(t < SMALLEST, tl.where(t <= 0.0, float("inf"), SMALLEST), t)  # NaN stays NaN
     return s / t, t
 
 
