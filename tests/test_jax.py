@@ -307,6 +307,19 @@ def test_functions_with_an_axis_name_take_all_other_arguments():
         assert_close(ours, theirs, 0)
 
 
+def test_numpy_arrays_are_converted():
+    """As by JAX's own functions: batches come from NumPy, and constants in compiled functions are its arrays."""
+    x, (weight, _) = np.random.default_rng(0).normal(size=(8, 6)), affine()
+    assert_close(polywhiten.jax.iter_norm(x), pw.iter_norm(jnp.asarray(x)), 0)
+    assert_close(polywhiten.jax.group_whiten(x=x, num_groups=2), pw.group_whiten(jnp.asarray(x), num_groups=2), 0)
+    slope = jax.grad(lambda weight: (polywhiten.jax.iter_norm(x, weight=weight) ** 3).sum())
+    assert_close(jax.jit(slope)(weight), slope(weight))
+    stats = polywhiten.jax.whitening_stats(x)
+    results = stats, polywhiten.jax.apply_whitening(x, stats), polywhiten.jax.inverse_sqrt(np.eye(3))
+    results += polywhiten.jax.iter_norm_vjp(x)[0], polywhiten.jax.group_whiten_vjp(x, num_groups=2)[0]
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(results))
+
+
 def test_equal_axis_names_are_traced_once():
     traced = []
 

@@ -6,7 +6,16 @@ Gradients are polywhiten's own, registered by `jax.custom_vjp`: reverse mode can
 import polywhiten
 from polywhiten import *  # noqa: F403
 from polywhiten.jax.backend import BACKEND
-from polywhiten.jax.functional import iter_norm, iter_norm_vjp, psum, whitening_stats
+from polywhiten.jax.functional import (
+    apply_whitening,
+    group_whiten,
+    group_whiten_vjp,
+    inverse_sqrt,
+    iter_norm,
+    iter_norm_vjp,
+    psum,
+    whitening_stats,
+)
 
-__all__ = ["BACKEND", "iter_norm", "iter_norm_vjp", "psum", "whitening_stats"]
+__all__ = ["BACKEND", "psum"]
 __all__ += polywhiten.__all__

@@ -1,4 +1,4 @@
-"""Statistics shared over mapped axes: `psum`, and functions that take the name of an axis.
+"""The functions of `polywhiten` as JAX's users call them: with NumPy's arrays, too, and names of mapped axes; `psum`.
 
 A batch in four parts, each of which is whitened by the statistics of all of it:
 
@@ -22,6 +22,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax import Array
 
 import polywhiten
@@ -83,6 +84,21 @@ class _SumOverAxes:
         return _psum(x, self.axis_name, axis_index_groups=self.axis_index_groups)
 
 
+def _taking_numpy(function: Callable[..., R]) -> Callable[..., R]:
+    """Return a function of `polywhiten` whose first argument may also be a NumPy array, as JAX's functions take it."""
+    first = next(iter(inspect.signature(function).parameters))
+
+    @wraps(function)
+    def taking_numpy(*args: Any, **kwargs: Any) -> R:
+        if args and isinstance(args[0], np.ndarray):
+            args = jax.numpy.asarray(args[0]), *args[1:]
+        elif isinstance(kwargs.get(first), np.ndarray):
+            kwargs[first] = jax.numpy.asarray(kwargs[first])
+        return function(*args, **kwargs)
+
+    return taking_numpy
+
+
 def _with_axis_name(function: Callable[..., R]) -> Callable[..., R]:
     """Return a function of `polywhiten` that takes `axis_name` too, in its signature and its documentation."""
 
@@ -106,6 +122,10 @@ def _with_axis_name(function: Callable[..., R]) -> Callable[..., R]:
     return shared
 
 
-iter_norm = _with_axis_name(polywhiten.iter_norm)
-iter_norm_vjp = _with_axis_name(polywhiten.iter_norm_vjp)
-whitening_stats = _with_axis_name(polywhiten.whitening_stats)
+iter_norm = _with_axis_name(_taking_numpy(polywhiten.iter_norm))
+iter_norm_vjp = _with_axis_name(_taking_numpy(polywhiten.iter_norm_vjp))
+whitening_stats = _with_axis_name(_taking_numpy(polywhiten.whitening_stats))
+apply_whitening = _taking_numpy(polywhiten.apply_whitening)
+group_whiten = _taking_numpy(polywhiten.group_whiten)
+group_whiten_vjp = _taking_numpy(polywhiten.group_whiten_vjp)
+inverse_sqrt = _taking_numpy(polywhiten.inverse_sqrt)
