@@ -306,6 +306,57 @@ def test_it_works_in_a_pipeline_and_is_cloned_and_pickled():
     assert list(pw.Whitening().fit(x).get_feature_names_out()) == [f"x{i}" for i in range(6)]
 
 
+def test_dimensions_of_other_units_are_white_with_the_default_eps():
+    """`eps` is a fraction of each dimension's own variance, and so is `shrinkage`."""
+    x = np.random.default_rng(0).normal(size=(5000, 3))
+    x[:, 1] += x[:, 0] / 2
+    units = np.array([1.0, 1e3, 1e-2])
+    white = pw.Whitening("zca_cor").fit_transform(x * units)
+    np.testing.assert_allclose(white.T @ white / 5000, np.eye(3), atol=1e-4)
+    for parameters in ({"eps": 0.1}, {"shrinkage": 0.1}):
+        whitening = pw.Whitening("zca_cor", **parameters)
+        np.testing.assert_allclose(whitening.fit_transform(x * units), whitening.fit_transform(x), atol=1e-9)
+
+
+def test_a_small_deviation_beside_a_large_one_or_a_large_mean_is_not_called_constant():
+    x = np.random.default_rng(0).normal(size=(1000, 2)) * [1.0, 1e8]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pw.Whitening("zca_cor").fit(x)
+    with pytest.warns(pw.RankWarning, match=r"1 dimension is constant up to 1e-07 of their mean \(1\), as far as float32"):
+        pw.Whitening().fit(x * [1, 1e-8] + [0, 1e8])
+
+
+def test_an_iterator_is_not_fitted_and_transformed_at_once():
+    """The second pass would find nothing."""
+    with pytest.raises(TypeError, match="X is an iterator, which can be read only once"):
+        pw.Whitening().fit_transform(iter(np.split(data(), 4)))
+
+
+def test_an_iterator_with_a_wrong_batch_adds_nothing():
+    x = data()
+    whitening = pw.Whitening().partial_fit(x)
+    with pytest.raises(ValueError, match="NaN"):
+        whitening.partial_fit(iter([x, np.nan * x]))
+    assert whitening.n_samples_seen_ == len(x)
+    np.testing.assert_array_equal(whitening.mean_, pw.Whitening().fit(x).mean_)
+
+
+def test_an_iterator_cannot_become_a_data_frame():
+    fitted = pw.Whitening().fit(data())
+    with pytest.raises(ValueError, match=r'set_output\(transform="pandas"\) can\'t make a data frame'):
+        fitted.set_output(transform="pandas").transform(iter([data()]))
+
+
+def test_a_subclass_may_choose_the_parameters():
+    class Compressed(pw.Whitening):
+        def __init__(self):
+            super().__init__("pca", n_components=2)
+
+    x = data()
+    np.testing.assert_array_equal(Compressed().fit_transform(x), pw.Whitening("pca", n_components=2).fit_transform(x))
+
+
 def test_batches_of_an_iterator_are_transformed_one_by_one():
     x = data()
     fitted = pw.Whitening().fit(iter(np.split(x, 4)))
@@ -321,6 +372,14 @@ import numpy as np
 import polywhiten as pw
 
 x = np.random.default_rng(0).normal(size=(50, 3))
+
+class Frame:
+    def __init__(self, columns):
+        self.columns = list(columns)
+
+    def __array__(self, dtype=None, copy=None):
+        return x
+
 w = pw.Whitening("pca", eps=0.1)
 assert np.allclose(w.fit_transform(x), w.fit(x.tolist()).transform(x))
 print(w, w.get_params()["eps"])
@@ -331,6 +390,7 @@ for action in (
     lambda: w.fit([["a", "b"]]),
     lambda: w.set_params(a=1),
     lambda: pw.Whitening().transform(x),
+    lambda: w.fit(Frame("abc")).transform(Frame("acb")),
 ):
     try:
         action()
@@ -349,6 +409,8 @@ def test_it_works_without_scikit_learn():
         "TypeError X has dtype <U1: real numbers are needed",
         f"ValueError a=1 is no parameter of Whitening: use {', '.join(PARAMETERS)}",
         "NotFittedError this Whitening isn't fitted yet: call fit or partial_fit first",
+        "ValueError X has columns ['a', 'c', 'b']: they should match the feature names that were passed during fit, "
+        "['a', 'b', 'c']",
     ]
 
 

@@ -152,7 +152,7 @@ def inspect(
         whitening = Whitening(**suggestion.parameters, scale=scale, on_nonfinite=on_nonfinite)
         whitening.moments_ = moments
     before = sample.rows.astype(np.float64)
-    after = whitening.transform(before)
+    after = np.asarray(whitening.transform(before))  # scikit-learn may be set to make a data frame of it
     if scale is not None:
         before *= scale
     rank = numerical_rank(eigenvalues, norms.count, noise)

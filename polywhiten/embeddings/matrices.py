@@ -37,9 +37,10 @@ def ledoit_wolf_shrinkage(moments: Moments) -> float:
     return float(error / distance) if distance > 0 else 0.0
 
 
-def shrunk(cov: Float64, shrinkage: float) -> Float64:
-    """Return (1 - shrinkage) cov + shrinkage m I, where m is the mean variance."""
-    result: Float64 = (1 - shrinkage) * cov + shrinkage * np.trace(cov) / len(cov) * np.eye(len(cov))
+def shrunk(cov: Float64, shrinkage: float, method: str) -> Float64:
+    """Return (1 - shrinkage) cov + shrinkage T, where T is the mean variance times I, or of "zca_cor" the variances."""
+    variances = np.diag(cov) if method == "zca_cor" else np.full(len(cov), np.trace(cov) / len(cov))
+    result: Float64 = (1 - shrinkage) * cov + shrinkage * np.diag(variances)
     return result
 
 
@@ -56,7 +57,8 @@ def whitening_matrix(
     eps : float
         Is added to the diagonal of cov. Directions that have no variance even then become 0.
     relative_eps : bool
-        Whether eps is a fraction of the mean variance.
+        Whether eps is a fraction of the mean variance. Of "zca_cor" it is one of each dimension's own variance, because
+        dimensions may have different units.
     iterations : int or None
         Steps of "newton".
     n_components : int
@@ -72,11 +74,12 @@ def whitening_matrix(
         return np.zeros((n_components if method == "pca" else len(cov), len(cov)))
     added = eps * (mean_variance if relative_eps else 1.0)
     regularized = cov + added * np.eye(len(cov))
+    of_correlation = partial(_zca_cor, cov, eps) if relative_eps else partial(_zca_cor, regularized, 0.0)
     of_method: dict[str, Callable[[], Float64]] = {
         "zca": partial(_zca, cov, added),
         "pca": partial(_pca, cov, added, n_components),
         "cholesky": partial(_cholesky, regularized),
-        "zca_cor": partial(_zca_cor, regularized),
+        "zca_cor": of_correlation,
         "newton": partial(inverse_sqrt, regularized, iterations=iterations),
     }
     matrix = of_method[method]()
@@ -122,10 +125,11 @@ def _cholesky(cov: Float64) -> Float64:
     return np.triu(np.linalg.inv(lower)[::-1, ::-1])
 
 
-def _zca_cor(cov: Float64) -> Float64:
+def _zca_cor(cov: Float64, added: float) -> Float64:
+    """Return the matrix that divides by deviations and then whitens; `added` goes to the diagonal of correlations."""
     deviation = np.sqrt(np.diag(cov))
     inverse = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 0)
-    return _zca(cov * inverse[:, None] * inverse, 0.0) * inverse
+    return _zca(cov * inverse[:, None] * inverse, added) * inverse
 
 
 def _inverse_sqrt_or_zero(values: Float64, added: float) -> Float64:

@@ -16,7 +16,7 @@ from polywhiten.moments import Float64, Moments
 from polywhiten.rows import RowInput, RowMap
 
 LEDOIT_WOLF = "ledoit_wolf"
-NEARLY_CONSTANT = 1e-14  # the squared rounding error of float32
+NEARLY_CONSTANT = 1e-7  # of the mean: a smaller deviation may be nothing but rounding errors of float32
 # There is a warning below so many rows for each direction, unless eps is a large fraction of the mean variance. In the
 # study of embeddings, whitening made search far worse at one row for each direction, and slightly worse at two.
 FEW_ROWS = 2
@@ -136,7 +136,7 @@ class Recipe:
 
     def _groups(self, moments: Moments) -> Iterator[tuple[slice, Float64]]:
         """Yield the dimensions of each group, and their shrunk covariance."""
-        cov = shrunk(moments.covariance, self.shrinkage_of(moments))
+        cov = shrunk(moments.covariance, self.shrinkage_of(moments), self.method)
         size = self._group_size(len(cov))
         for start in range(0, len(cov), size):
             group = slice(start, min(start + size, len(cov)))
@@ -160,15 +160,15 @@ class Recipe:
                 stacklevel=5,
             )
         variance = np.diag(moments.covariance)
-        constant = np.flatnonzero(variance <= NEARLY_CONSTANT * (moments.mean**2 + np.mean(variance)))
-        if len(constant):
-            named = ", ".join(map(str, constant[:5])) + (", ..." if len(constant) > 5 else "")
-            are = "dimension is" if len(constant) == 1 else "dimensions are"
-            warnings.warn(
-                f"{len(constant)} {are} constant ({named}): whitening can't give them variance",
-                RankWarning,
-                stacklevel=5,
-            )
+        is_nearly = (variance > 0) & (variance <= (NEARLY_CONSTANT * moments.mean) ** 2)
+        for numbers, what in (
+            (np.flatnonzero(variance == 0), "constant ({}): whitening can't give them variance"),
+            (np.flatnonzero(is_nearly), f"constant up to {NEARLY_CONSTANT:g} of their mean ({{}}), as far as float32 goes"),
+        ):
+            if len(numbers):
+                named = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+                are = "dimension is" if len(numbers) == 1 else "dimensions are"
+                warnings.warn(f"{len(numbers)} {are} {what.format(named)}", RankWarning, stacklevel=5)
 
 
 def _checked_components(value: Any) -> int | float | None:

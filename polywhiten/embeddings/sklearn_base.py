@@ -10,15 +10,16 @@ from polywhiten import checks
 from polywhiten._types import Array
 
 try:
+    from sklearn import get_config
     from sklearn.base import BaseEstimator, TransformerMixin
     from sklearn.exceptions import NotFittedError
     from sklearn.utils.validation import validate_data
 except ImportError:
     from polywhiten.embeddings.without_sklearn import BaseEstimator, NotFittedError, TransformerMixin
 
-    validate_data = None
+    get_config = validate_data = None
 
-__all__ = ["BaseEstimator", "NotFittedError", "TransformerMixin", "validated"]
+__all__ = ["BaseEstimator", "NotFittedError", "TransformerMixin", "check_no_frames", "check_rows", "validated"]
 
 
 def validated(estimator: Any, X: Any, reset: bool) -> Array:  # noqa: N803  # scikit-learn's name
@@ -38,8 +39,36 @@ def validated(estimator: Any, X: Any, reset: bool) -> Array:  # noqa: N803  # sc
     rows = np.asarray(X)
     if rows.dtype.kind not in "fiub":
         raise TypeError(f"X has dtype {rows.dtype}: real numbers are needed")
+    _check_names(estimator, X, reset)
     check_rows(estimator, rows, reset)
     return rows
+
+
+def check_no_frames(estimator: Any) -> None:
+    """Raise ValueError if scikit-learn is set to make data frames of outputs, which it can't do of an iterator."""
+    if get_config is not None:
+        own = getattr(estimator, "_sklearn_output_config", {}).get("transform")
+        wanted = own or get_config()["transform_output"]
+        if wanted != "default":
+            raise ValueError(
+                f'X is an iterator, of which set_output(transform="{wanted}") can\'t make a data frame: transform its '
+                'batches one after the other, or use set_output(transform="default")'
+            )
+
+
+def _check_names(estimator: Any, X: Any, reset: bool) -> None:  # noqa: N803
+    """Take the names of a data frame's columns, or check that they are those of `fit`, as scikit-learn does."""
+    names = getattr(X, "columns", None)
+    named = names is not None and all(isinstance(name, str) for name in names)
+    if reset:
+        vars(estimator).pop("feature_names_in_", None)
+        if named:
+            estimator.feature_names_in_ = np.asarray(list(names), dtype=object)
+    elif named and hasattr(estimator, "feature_names_in_") and list(names) != list(estimator.feature_names_in_):
+        raise ValueError(
+            f"X has columns {list(names)}: they should match the feature names that were passed during fit, "
+            f"{list(estimator.feature_names_in_)}"
+        )
 
 
 def check_rows(estimator: Any, rows: Array, reset: bool) -> None:

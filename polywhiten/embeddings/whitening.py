@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Iterator
@@ -51,10 +52,12 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
         Added to the variances. It bounds how much noise is amplified in directions of small variance.
     relative_eps : bool
         Whether eps is a fraction of the mean variance, trace of the covariance divided by d, instead of an absolute
-        number. Embeddings of length 1 in d dimensions have variances of about 1 / d.
+        number. Embeddings of length 1 in d dimensions have variances of about 1 / d. Of "zca_cor" it is a fraction of
+        each dimension's own variance.
     shrinkage : float or "ledoit_wolf"
         Replaces the covariance by (1 - shrinkage) times itself plus shrinkage times the mean variance times the
-        identity. "ledoit_wolf" estimates the number from the data, for few rows; see `sklearn.covariance.LedoitWolf`.
+        identity, or of "zca_cor" times the diagonal of the covariance. "ledoit_wolf" estimates the number from the
+        data, for few rows; see `sklearn.covariance.LedoitWolf`.
     normalize : bool
         Whether outputs are divided by their length, as for cosine similarity.
     scale : float or array, shape (d,), optional
@@ -172,17 +175,20 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
         """Add a batch of data to the statistics; the arguments are those of `fit`.
 
         A batch may have a single row; `transform` needs two in all. The matrix is computed when it is first needed.
-        Threads need estimators of their own, which `+` merges.
+        Of an iterator, either all batches are added or, if one of them doesn't fit, none. Threads need estimators of
+        their own, which `+` merges.
         """
         del y
-        recipe = Recipe.of(self.get_params(deep=False))
+        recipe = Recipe.of(vars(self))
         if isinstance(X, Iterator):
             if sample_weight is not None:
                 raise ValueError("sample_weight is for an array X: pass batches to partial_fit, each with its weights")
+            total = copy.copy(self)
             for batch in X:
-                self.partial_fit(batch)
-            if not self.__sklearn_is_fitted__():
+                total.partial_fit(batch)
+            if not total.__sklearn_is_fitted__():
                 raise ValueError("X is an iterator without batches: at least one array (n, d) is needed")
+            self.__dict__.update(vars(total))
             return self
         known = vars(self).get("_moments")
         if known is not None:
@@ -193,6 +199,20 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
         moments = backend.moments(rows, weights, recipe.read, fourth=recipe.needs_fourth_moment)
         self.moments_ = moments if known is None else known + moments
         return self
+
+    def fit_transform(self, X: Any, y: Any = None, **fit_params: Any) -> Any:  # noqa: N803
+        """Fit to an array, and return its rows whitened; the arguments are those of `fit`.
+
+        Raises
+        ------
+        TypeError
+            X is an iterator, which can be read only once.
+        """
+        if isinstance(X, Iterator):
+            raise TypeError(
+                "X is an iterator, which can be read only once: fit to one, and transform another one of the same batches"
+            )
+        return super().fit_transform(X, y, **fit_params)
 
     def transform(self, X: Any) -> Any:  # noqa: N803
         """Whiten rows.
@@ -216,6 +236,7 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
         """
         row_map = self._fitted_map()
         if isinstance(X, Iterator):
+            sklearn_base.check_no_frames(self)
             return (self.transform(batch) for batch in X)
         backend, rows = self._rows(X, reset=False)
         return backend.map_rows(rows, row_map, self._recipe.read)
@@ -368,7 +389,7 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
 
     @moments_.setter
     def moments_(self, moments: Moments) -> None:
-        recipe, dimension = Recipe.of(self.get_params(deep=False)), len(moments.mean)
+        recipe, dimension = Recipe.of(vars(self)), len(moments.mean)
         recipe.check_dimension(dimension)
         self._moments: Moments = moments
         self._recipe = recipe
