@@ -81,7 +81,7 @@ def select(where: Where, layers: Mapping[str, Any], placements: Mapping[str, Cal
     """
     if where is None:
         return [*layers]
-    if callable(where):
+    if callable(where) and not isinstance(where, type):
         return [name for name, layer in layers.items() if where(name, layer)]
     if isinstance(where, str) and where in placements:
         return [*placements[where]()]

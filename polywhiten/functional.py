@@ -347,6 +347,8 @@ def apply_whitening(
     """
     backend, x, axis = checked_input(x, axis)
     weight, bias = backend.checked_affine(x, axis, weight, bias)
+    if not (hasattr(stats, "mean") and hasattr(stats, "whitener")):
+        raise checks.wrong_type(stats, "stats", "the WhiteningStats that whitening_stats returns")
     mean, whitener = (backend.converted(getattr(stats, name), f"stats.{name}", x) for name in ("mean", "whitener"))
     checks.check_statistics(backend.kernels.xp, x.shape[axis], mean, whitener)
     return backend.apply_frozen(axis, x, mean, whitener, weight, bias)
@@ -406,6 +408,8 @@ def _batch_spec(
     """Return what IterNorm computes of x, from arguments that are checked here."""
     solver, eps = regularized_solver(method, iterations, eps, relative_eps)
     blocks = ChannelGroups(axis, checks.check_positive("group_size", group_size))
+    if all_reduce is not None and not callable(all_reduce):
+        raise TypeError(f"all_reduce={all_reduce!r} must be a function of an array that returns its sum over workers")
     if all_reduce is None:  # otherwise the samples of all workers together count
         checks.check_batch(x, axis)
     return WhiteningSpec(blocks, solver, eps, all_reduce)

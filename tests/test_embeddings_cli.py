@@ -171,6 +171,7 @@ BAD_FITS = {
     "no such file": (["y.npy"], ["INPUT", "y.npy doesn't exist"]),
     "another suffix": (["x.npy", "--out", "w.pkl"], ["--out", "w.pkl must end with .npz or .safetensors"]),
     "no such folder": (["x.npy", "--out", "no/w.npz"], ["no can't be written to"]),
+    "too long a name": (["x.npy", "--out", f"{240 * 'w'}.npz"], [".npz.checkpoint can't be written", "too long"]),
     "unknown method": (["x.npy", "--method", "ica"], ["--method", "ica", "zca"]),
     "too many components": (["x.npy", "--method", "pca", "--components", "7"], ["--components 7", "6 dimensions"]),
     "components in words": (["x.npy", "--method", "pca", "--components", "all"], ["--components", "not a number"]),
@@ -393,12 +394,23 @@ def test_a_killed_fit_loses_no_more_than_the_time_between_checkpoints(capsys):
 
 
 @pytest.mark.usefixtures("small_batches")
-def test_a_scheduler_that_ends_the_process_stops_it_like_ctrl_c(monkeypatch, capsys):
-    interrupted_after(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    earlier = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_scheduler_or_a_lost_terminal_stops_the_process_like_ctrl_c(monkeypatch, capsys, number):
+    interrupted_after(monkeypatch, 5, lambda: os.kill(os.getpid(), number))
+    earlier = signal.getsignal(number)
     assert run("fit", "x.npy", "--out", "w.npz") == 130
     assert "stopped: 80 of 200 rows are in w.npz.checkpoint" in one_line(capsys)
-    assert signal.getsignal(signal.SIGTERM) == earlier
+    assert signal.getsignal(number) == earlier
+
+
+def test_a_process_that_ignores_lost_terminals_goes_on(monkeypatch):
+    """As nohup starts it."""
+    interrupted_after(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run("fit", "x.npy", "--out", "w.npz") == 0
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
 
 
 PEAK = """

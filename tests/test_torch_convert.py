@@ -1,6 +1,7 @@
 """`convert` replaces the normalization layers of a network, and keeps what they have learnt."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
 from polywhiten.analysis import InfeasibleWarning  # noqa: E402
-from polywhiten.torch import GroupWhitening, IterNorm, convert  # noqa: E402
+from polywhiten.torch import GroupWhitening, IterNorm, convert, freeze_stats  # noqa: E402
 
 INPUTS = {1: (40, 6, 3), 2: (12, 6, 3, 4), 3: (12, 6, 2, 3, 2)}
 BATCH_NORMS = {
@@ -176,8 +177,9 @@ def test_where_that_chooses_nothing_says_what_there_is():
         convert(network, "iter_norm", where=["0", "bn*"])
     with pytest.raises(ValueError, match=r"Sequential has no block with three: use patterns"):
         convert(network, "iter_norm", where="middle")
-    with pytest.raises(TypeError, match="where=3 is neither"):
-        convert(network, "iter_norm", where=3)
+    for wrong in (3, nn.BatchNorm2d):
+        with pytest.raises(TypeError, match=re.escape(f"where={wrong!r} is neither")):
+            convert(network, "iter_norm", where=wrong)
     with pytest.warns(UserWarning, match=r"replaces no layer of Sequential. Its normalization layers: 2 BatchNorm2d"):
         convert(network, "iter_norm", where=lambda *_: False)
 
@@ -271,6 +273,12 @@ def test_layers_of_the_wanted_kind_are_left_and_reported():
         "0      IterNorm(8, group_size=2)  (left)                     is of this kind already",
         "1      BatchNorm2d(8)             IterNorm(8, group_size=4)",
     ]
+
+
+def test_frozen_statistics_that_batch_normalization_does_not_keep_are_reported():
+    network = freeze_stats(nn.Sequential(nn.Linear(8, 8), IterNorm(8)))
+    _, report = convert(network, "batch_norm", return_report=True)
+    assert "in training the statistics are those of the batch" in str(report)
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,23 @@ def test_large_results_ask_for_large_pages(monkeypatch):
     assert y.data_ptr() <= start < start + length <= y.data_ptr() + y.nbytes < start + length + mmap.PAGESIZE
 
 
+def test_tensors_without_memory_are_not_read():
+    """PyTorch has zeros without memory as gradients, and sharded modules free the memory of their parameters."""
+    layer, x = IterNorm(8), torch.randn(16, 8)
+    assert (layer(torch._efficientzerotensor((16, 8))) == 0).all()
+    (gradient,) = torch.autograd.grad(layer(x), layer.weight, torch._efficientzerotensor((16, 8)))
+    assert (gradient == 0).all()
+    for freed in (layer.weight, layer.running_mean, x):
+        memory = freed.untyped_storage()
+        values = freed.detach().clone()
+        memory.resize_(0)
+        with pytest.raises(RuntimeError, match="has no memory, because its storage was resized to 0"):
+            layer(x)
+        memory.resize_(values.nbytes)
+        freed.detach().copy_(values)
+    layer(x)
+
+
 def test_torch_without_numba(monkeypatch):
     x = torch.randn(300, 64, dtype=torch.float64)
     wanted = pw.iter_norm(x)

@@ -17,6 +17,12 @@ from polywhiten.kernels import Kernels
 class NumPyBackend(Backend):
     """NumPy's arrays."""
 
+    def tensor(self, x: Array, name: str = "x") -> Array:
+        """Return x; raise TypeError for subclasses whose operations are others than an array's."""
+        if isinstance(x, np.ma.MaskedArray | np.matrix):
+            raise checks.wrong_type(x, name, f"a plain array, as numpy.asarray({name}), which ignores a mask")
+        return x
+
     def converted(self, values: Any, name: str, x: Array) -> Array:
         """Return what NumPy's functions convert to an array, unless their result would be of another class."""
         if isinstance(values, np.ndarray):

@@ -17,5 +17,15 @@ from polywhiten.jax.functional import (
     whitening_stats,
 )
 
-__all__ = ["BACKEND", "psum"]
+__all__ = [
+    "BACKEND",
+    "apply_whitening",
+    "group_whiten",
+    "group_whiten_vjp",
+    "inverse_sqrt",
+    "iter_norm",
+    "iter_norm_vjp",
+    "psum",
+    "whitening_stats",
+]
 __all__ += polywhiten.__all__

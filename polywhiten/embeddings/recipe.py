@@ -161,14 +161,16 @@ class Recipe:
             )
         variance = np.diag(moments.covariance)
         is_nearly = (variance > 0) & (variance <= (NEARLY_CONSTANT * moments.mean) ** 2)
-        for numbers, what in (
-            (np.flatnonzero(variance == 0), "constant ({}): whitening can't give them variance"),
-            (np.flatnonzero(is_nearly), f"constant up to {NEARLY_CONSTANT:g} of their mean ({{}}), as far as float32 goes"),
+        little = f"by less than {NEARLY_CONSTANT:g} of"
+        for found, one, several, why in (
+            (variance == 0, "is constant", "are constant", "whitening can't give them variance"),
+            (is_nearly, f"varies {little} its mean", f"vary {little} their mean", "float32 has no digits for that"),
         ):
+            numbers = np.flatnonzero(found)
             if len(numbers):
                 named = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-                are = "dimension is" if len(numbers) == 1 else "dimensions are"
-                warnings.warn(f"{len(numbers)} {are} {what.format(named)}", RankWarning, stacklevel=5)
+                what = f"1 dimension {one}" if len(numbers) == 1 else f"{len(numbers)} dimensions {several}"
+                warnings.warn(f"{what} ({named}): {why}", RankWarning, stacklevel=5)
 
 
 def _checked_components(value: Any) -> int | float | None:

@@ -210,7 +210,7 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
         """
         if isinstance(X, Iterator):
             raise TypeError(
-                "X is an iterator, which can be read only once: fit to one, and transform another one of the same batches"
+                "X is an iterator, which can be read only once: fit to one, and transform another of the same batches"
             )
         return super().fit_transform(X, y, **fit_params)
 

@@ -59,6 +59,8 @@ WRONG = {
         ValueError,
         r"bias has shape \(6, 1\)",
     ),
+    "all_reduce": ("iter_norm", {"x": X, "all_reduce": "sum"}, TypeError, "all_reduce='sum' must be a function"),
+    "statistics": ("apply_whitening", {"x": X, "stats": (0, 1)}, TypeError, "stats is a builtins.tuple: pass the Whit"),
     "square": ("inverse_sqrt", {"cov": np.ones((3, 4))}, ValueError, r"cov has shape \(3, 4\): square"),
 }
 
@@ -186,6 +188,15 @@ def test_what_is_no_array():
         pw.inverse_sqrt(1.0)
     with pytest.raises(TypeError, match="complex"):
         pw.iter_norm(X.astype(complex))
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+@pytest.mark.parametrize("kind", [np.ma.masked_array, np.matrix])
+def test_arrays_with_other_operations(kind):
+    x = kind(X[:, :, 0])
+    for call in (pw.iter_norm, pw.whitening_stats, lambda x: pw.group_whiten(x, num_groups=2)):
+        with pytest.raises(TypeError, match=rf"x is a .*{x.__class__.__name__}: pass a plain array"):
+            call(x)
 
 
 def test_a_dtype_that_numpy_does_not_know():

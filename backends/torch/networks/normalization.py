@@ -66,6 +66,8 @@ class Normalization:
         The processes that share statistics in training; None if each takes those of its own batch.
     activation : tuple of Module
         The modules (drop, act) that the layer calls at its end; empty for most layers.
+    frozen_stats : bool
+        Whether the layer normalizes by its averages in training, too, and has parameters.
     """
 
     kind: str
@@ -80,6 +82,7 @@ class Normalization:
     axis: int = 1
     process_group: ProcessGroup | str | None = None
     activation: tuple[nn.Module, ...] = ()
+    frozen_stats: bool = False
 
 
 def normalization_layers(network: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -190,6 +193,7 @@ def _read_iter_norm(layer: IterNorm) -> Normalization:
         layer.momentum,
         axis=layer.axis,
         process_group=layer.process_group,
+        frozen_stats=layer.frozen_stats,
     )
 
 

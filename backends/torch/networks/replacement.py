@@ -186,6 +186,8 @@ def _losses(old: Normalization, layer: nn.Module) -> list[str]:
         losses.append("each process takes statistics of its own batch")
     if old.weight is not None and not isinstance(old.weight, nn.Parameter):
         losses.append("weight and bias stay without gradients, but in training the statistics are those of the batch")
+    if old.frozen_stats and isinstance(layer, BatchNorm):
+        losses.append("in training the statistics are those of the batch")
     return [loss for loss in losses if loss]
 
 

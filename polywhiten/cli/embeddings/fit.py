@@ -29,6 +29,7 @@ from polywhiten.embeddings.files.errors import named
 from polywhiten.embeddings.files.writers import check_space
 from polywhiten.embeddings.matrices import METHODS
 from polywhiten.embeddings.recipe import LEDOIT_WOLF, Recipe
+from polywhiten.embeddings.replacement import check_replaceable
 from polywhiten.embeddings.storage import SUFFIXES
 
 if TYPE_CHECKING:
@@ -120,6 +121,8 @@ def fit(
     check_space(out.parent, 4 * source.dimension**2 * 8)  # the output and the checkpoint, with two matrices each
     whitening = _estimator(source.dimension, options)
     checkpoint = Checkpoint(out, source, whitening, seconds)
+    with named(checkpoint.path, "written"):  # whose name is the longest
+        check_replaceable(checkpoint.path)
     if scheduler is None:
         batch_size = rows_at_once(source, memory, matrices=MATRICES)
         progress = _start(whitening, source, checkpoint, quiet)

@@ -1,4 +1,4 @@
-"""Stop a command by SIGTERM, as schedulers and containers do, in the same way as by Ctrl-C."""
+"""Stop a command by SIGTERM or SIGHUP, as schedulers and lost terminals do, in the same way as by Ctrl-C."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows lacks one
+
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Raise KeyboardInterrupt for SIGTERM inside this `with` statement, so that files are cleaned up."""
+    """Raise KeyboardInterrupt for these signals inside this `with` statement, so that files are cleaned up.
+
+    A signal that is ignored, as nohup does with SIGHUP, stays so.
+    """
     if threading.current_thread() is not threading.main_thread():  # which alone can handle signals
         yield
         return
-    earlier = signal.signal(signal.SIGTERM, _interrupt)
+    heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    earlier = {number: signal.signal(number, _interrupt) for number in heeded}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(number: int, frame: Any) -> None:
