@@ -94,6 +94,8 @@ class IterNorm(WhiteningLayer):
         batch normalization, you may set both averages to None; then every input is whitened by its own batch.
     num_batches_tracked : Tensor, shape (), or None
         If it is None, `momentum=None` averages nothing.
+    eps, momentum : float
+        May be set at any time. `method`, `iterations` and `relative_eps` can't.
     process_group : ProcessGroup, "world" or None
         May be set at any time, in all processes alike.
     frozen_stats : bool

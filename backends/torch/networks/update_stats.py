@@ -71,7 +71,7 @@ def update_stats(
     the statistics of their own batch, and dropout is active. Each `IterNorm` gets the mean and the covariance of all
     samples in all batches, whatever the batches' sizes, and the whitener of this covariance. An average of the batches'
     whiteners, as training takes it, is different: it depends on the batch size. `num_batches_tracked` becomes the
-    number of batches.
+    number of the layer's calls, which is that of batches for a layer that is called once a pass.
 
     Batch normalization gets what `update_bn` gives it, the plain average over batches. Layers without running averages,
     and layers that `freeze_stats` has frozen, stay as they are. Modes and momenta are restored at the end. After an

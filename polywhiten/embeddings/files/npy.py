@@ -188,7 +188,7 @@ def _find_member(path: Path, archive: zipfile.ZipFile, key: str | None) -> zipfi
         raise FileError(f"{path} has no array {key}, but {held}")
     if not tables:
         raise FileError(f"{path} has {held}: an array (rows, dimension) is needed")
-    raise FileError(f"{path} has several 2-D arrays, {held}: choose one (--key NAME)")
+    raise FileError(f"{path} has several 2-D arrays among {held}: choose one (--key NAME)")
 
 
 @contextmanager
