@@ -13,7 +13,7 @@ FRAMEWORKS = {"cupy", "dask", "faiss", "flax", "jax", "keras", "numba", "onnx", 
 SHARED_BACKENDS = {"cpu"}
 USED_BY = {"flax": {"jax"}, "keras": {"jax", "tensorflow", "torch"}}
 
-MAX_CORE_LINES = 8750  # more than a quarter of them docstrings
+MAX_CORE_LINES = 8900  # more than a quarter of them docstrings
 MAX_FUNCTION_LINES = 60  # without its docstring
 MAX_FILE_LINES = 350  # without its docstrings
 

@@ -425,3 +425,20 @@ def test_a_tape_keeps_the_input_and_little_else():
     assert len(large) >= 2
     assert all(np.array_equal(t, x) or np.array_equal(t, y) for t in large)  # y is there under two names
     assert tape.gradient(y, x).shape == x.shape
+
+
+def test_numpy_arrays_are_converted():
+    """As by TensorFlow's own functions."""
+    import polywhiten.tensorflow as own
+
+    x, gamma = normal(8, 6), tf.Variable(np.linspace(0.5, 2, 6))
+    with tf.GradientTape() as tape:
+        y = own.iter_norm(x, weight=gamma)
+        loss = tf.reduce_sum(y**3)
+    assert tape.gradient(loss, gamma) is not None
+    np.testing.assert_array_equal(y, pw.iter_norm(tf.constant(x), weight=gamma))
+    np.testing.assert_allclose(tf.function(lambda: own.iter_norm(x, weight=gamma))(), y, atol=1e-12)
+    stats = own.whitening_stats(x)
+    results = (*stats, own.apply_whitening(x, stats), own.inverse_sqrt(np.eye(3)), own.group_whiten(x=x, num_groups=2))
+    results += own.iter_norm_vjp(x)[0], own.group_whiten_vjp(x, num_groups=2)[0]
+    assert all(tf.is_tensor(result) for result in results)

@@ -22,11 +22,11 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from jax import Array
 
 import polywhiten
 from polywhiten._types import AllReduce
+from polywhiten.numpy_inputs import taking_numpy
 
 AxisName = Hashable | tuple[Hashable, ...]
 R = TypeVar("R")
@@ -84,21 +84,6 @@ class _SumOverAxes:
         return _psum(x, self.axis_name, axis_index_groups=self.axis_index_groups)
 
 
-def _taking_numpy(function: Callable[..., R]) -> Callable[..., R]:
-    """Return a function of `polywhiten` whose first argument may also be a NumPy array, as JAX's functions take it."""
-    first = next(iter(inspect.signature(function).parameters))
-
-    @wraps(function)
-    def taking_numpy(*args: Any, **kwargs: Any) -> R:
-        if args and isinstance(args[0], np.ndarray):
-            args = jax.numpy.asarray(args[0]), *args[1:]
-        elif isinstance(kwargs.get(first), np.ndarray):
-            kwargs[first] = jax.numpy.asarray(kwargs[first])
-        return function(*args, **kwargs)
-
-    return taking_numpy
-
-
 def _with_axis_name(function: Callable[..., R]) -> Callable[..., R]:
     """Return a function of `polywhiten` that takes `axis_name` too, in its signature and its documentation."""
 
@@ -122,10 +107,14 @@ def _with_axis_name(function: Callable[..., R]) -> Callable[..., R]:
     return shared
 
 
-iter_norm = _with_axis_name(_taking_numpy(polywhiten.iter_norm))
-iter_norm_vjp = _with_axis_name(_taking_numpy(polywhiten.iter_norm_vjp))
-whitening_stats = _with_axis_name(_taking_numpy(polywhiten.whitening_stats))
-apply_whitening = _taking_numpy(polywhiten.apply_whitening)
-group_whiten = _taking_numpy(polywhiten.group_whiten)
-group_whiten_vjp = _taking_numpy(polywhiten.group_whiten_vjp)
-inverse_sqrt = _taking_numpy(polywhiten.inverse_sqrt)
+def _of_jax(function: Callable[..., R]) -> Callable[..., R]:
+    return taking_numpy(function, jax.numpy.asarray)
+
+
+iter_norm = _with_axis_name(_of_jax(polywhiten.iter_norm))
+iter_norm_vjp = _with_axis_name(_of_jax(polywhiten.iter_norm_vjp))
+whitening_stats = _with_axis_name(_of_jax(polywhiten.whitening_stats))
+apply_whitening = _of_jax(polywhiten.apply_whitening)
+group_whiten = _of_jax(polywhiten.group_whiten)
+group_whiten_vjp = _of_jax(polywhiten.group_whiten_vjp)
+inverse_sqrt = _of_jax(polywhiten.inverse_sqrt)

@@ -8,131 +8,20 @@ from functools import partial
 from typing import Any
 
 import keras
-from keras import KerasTensor, constraints, initializers, ops, regularizers
+from keras import initializers, ops
 
 from polywhiten import checks
 from polywhiten.backend import Backend
 from polywhiten.blocks import ChannelGroups, SampleGroups
-from polywhiten.dispatch import backend_of
 from polywhiten.feasibility import batch_objection, sample_objection
+from polywhiten.keras.whitening_layer import Tensor, WhiteningLayer
 from polywhiten.layer_entry import whiten_masked, whiten_nothing
-from polywhiten.notices import Framework, Notice
-from polywhiten.solvers import regularized_solver
 from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import TRACKED, WhiteningStats, whitener_of
 
-Tensor = Any  # of the backend in use
-
-
-class _WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no types
-    """Base class of both layers, with the channel axis, the solver, gamma and beta."""
-
-    def __init__(
-        self,
-        *,
-        axis: int,
-        epsilon: float,
-        center: bool,
-        scale: bool,
-        beta_initializer: Any,
-        gamma_initializer: Any,
-        beta_regularizer: Any,
-        gamma_regularizer: Any,
-        beta_constraint: Any,
-        gamma_constraint: Any,
-        method: str,
-        iterations: int | None,
-        relative_epsilon: bool,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.axis = checks.check_integer("axis", axis)
-        self._method, self._iterations, self._relative_epsilon = method, iterations, relative_epsilon
-        self.epsilon = epsilon
-        self.center = center
-        self.scale = scale
-        self.beta_initializer = initializers.get(beta_initializer)
-        self.gamma_initializer = initializers.get(gamma_initializer)
-        self.beta_regularizer = regularizers.get(beta_regularizer)
-        self.gamma_regularizer = regularizers.get(gamma_regularizer)
-        self.beta_constraint = constraints.get(beta_constraint)
-        self.gamma_constraint = constraints.get(gamma_constraint)
-        self.gamma = None
-        self.beta = None
-        self.supports_masking = True
-        self._notice = Notice()  # that the layer is infeasible
-
-    @property
-    def epsilon(self) -> float:
-        """The number that is added to the diagonals of covariances, or multiplied by their mean variance before."""
-        return self._epsilon
-
-    @epsilon.setter
-    def epsilon(self, epsilon: float) -> None:
-        self._epsilon = checks.check_eps(epsilon, "epsilon")
-        arguments = self._method, self._iterations, self._epsilon, self._relative_epsilon
-        self._solver, self._shift = regularized_solver(*arguments)
-
-    @property
-    def method(self) -> str:
-        """How whiteners are computed: "newton", "minimax" or "eigh"."""
-        return self._method
-
-    @property
-    def iterations(self) -> int | None:
-        """Steps of the iterative methods as they were given; None for the default, and for "eigh"."""
-        return self._iterations
-
-    @property
-    def relative_epsilon(self) -> bool:
-        """Whether `epsilon` is a fraction of the mean variance."""
-        return self._relative_epsilon
-
-    def _build_affine(self, input_shape: tuple[int | None, ...], first_axis: int) -> int:
-        """Add gamma and beta, and return the number of channels."""
-        axis = checks.check_channel_axis(KerasTensor(input_shape), self.axis, first_axis)
-        channels = input_shape[axis]
-        assert channels is not None  # as checked
-        self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes={axis: channels})
-        for name, wanted in (("gamma", self.scale), ("beta", self.center)):
-            if wanted:
-                weight = self.add_weight(
-                    shape=(channels,),
-                    name=name,
-                    initializer=getattr(self, f"{name}_initializer"),
-                    regularizer=getattr(self, f"{name}_regularizer"),
-                    constraint=getattr(self, f"{name}_constraint"),
-                    autocast=False,
-                )
-                setattr(self, name, weight)
-        return channels
-
-    def _prepared(self, inputs: Tensor) -> tuple[Backend, Tensor, int, Tensor | None, Tensor | None]:
-        """Return the backend, the input in the compute dtype, its channel axis from the front, gamma and beta."""
-        x = ops.cast(inputs, self.compute_dtype)
-        backend = backend_of(x, "inputs")
-        gamma, beta = (None if weight is None else backend.tensor(weight.value) for weight in (self.gamma, self.beta))
-        return backend, x, self.axis % len(x.shape), gamma, beta
-
-    def _take_notice(self, objection: str | None) -> None:
-        """Report a pass, and what is infeasible in it, but not in code that PyTorch compiles."""
-        if not _torch_compiles():
-            self._notice.run(_FRAMEWORK, self, objection)
-
-    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
-        return input_shape
-
-    def get_config(self) -> dict[str, Any]:
-        names = ("axis", "epsilon", "center", "scale", "method", "iterations", "relative_epsilon")
-        config = {name: getattr(self, name) for name in names}
-        for kind, api in (("initializer", initializers), ("regularizer", regularizers), ("constraint", constraints)):
-            for name in ("beta", "gamma"):
-                config[f"{name}_{kind}"] = api.serialize(getattr(self, f"{name}_{kind}"))
-        return {**super().get_config(), **config}
-
 
 @keras.saving.register_keras_serializable(package="polywhiten")
-class IterNorm(_WhiteningLayer):
+class IterNorm(WhiteningLayer):
     """Iterative normalization: whitens groups of channels over the batch.
 
     This layer replaces `keras.layers.BatchNormalization`. It takes the same
@@ -393,6 +282,10 @@ class IterNorm(_WhiteningLayer):
         for variable, newer in zip(self._moving, newest, strict=True):
             variable.assign(ops.where(usable, newer, variable.value))
 
+    @property
+    def _may_be_infeasible(self) -> bool:
+        return bool(self.trainable)
+
     def get_config(self) -> dict[str, Any]:
         names = ("momentum", "synchronized", "group_size", "track")
         config = {name: getattr(self, name) for name in names}
@@ -413,7 +306,7 @@ class IterNorm(_WhiteningLayer):
 
 
 @keras.saving.register_keras_serializable(package="polywhiten")
-class GroupWhitening(_WhiteningLayer):
+class GroupWhitening(WhiteningLayer):
     """Group whitening: whitens groups of channels against each other, within every sample.
 
     This layer replaces `keras.layers.GroupNormalization`, and takes the same
@@ -541,25 +434,5 @@ class GroupWhitening(_WhiteningLayer):
         return {**super().get_config(), "groups": self.groups}
 
 
-def _layers_of(network: keras.layers.Layer) -> dict[str, _WhiteningLayer]:
-    """Return the layers that training may find infeasible; inference, which Keras begins with, has other batches."""
-    return {
-        layer.path: layer
-        for layer in network._flatten_layers()
-        if isinstance(layer, GroupWhitening) or (isinstance(layer, IterNorm) and layer.trainable)
-    }
-
-
-_FRAMEWORK = Framework(keras.layers.Layer, lambda network: network.name, _layers_of)
-
-
 def _are_known(sizes: Sequence[Any]) -> bool:
     return all(isinstance(size, int) for size in sizes)
-
-
-def _torch_compiles() -> bool:
-    if keras.backend.backend() != "torch":
-        return False
-    import torch
-
-    return bool(torch.compiler.is_compiling())
