@@ -58,15 +58,15 @@ def check_no_frames(estimator: Any) -> None:
 
 def _check_names(estimator: Any, X: Any, reset: bool) -> None:  # noqa: N803
     """Take the names of a data frame's columns, or check that they are those of `fit`, as scikit-learn does."""
-    names = getattr(X, "columns", None)
-    named = names is not None and all(isinstance(name, str) for name in names)
+    names = list(getattr(X, "columns", ()))
+    named = bool(names) and all(isinstance(name, str) for name in names)
     if reset:
         vars(estimator).pop("feature_names_in_", None)
         if named:
-            estimator.feature_names_in_ = np.asarray(list(names), dtype=object)
-    elif named and hasattr(estimator, "feature_names_in_") and list(names) != list(estimator.feature_names_in_):
+            estimator.feature_names_in_ = np.asarray(names, dtype=object)
+    elif named and hasattr(estimator, "feature_names_in_") and names != list(estimator.feature_names_in_):
         raise ValueError(
-            f"X has columns {list(names)}: they should match the feature names that were passed during fit, "
+            f"X has columns {names}: they should match the feature names that were passed during fit, "
             f"{list(estimator.feature_names_in_)}"
         )
 
