@@ -220,6 +220,24 @@ def test_own_checkpoints_load_as_they_are(track):
     torch.testing.assert_close(loaded.state_dict()[f"running_{track}"], 2 * state[f"running_{track}"])
 
 
+def test_hooks_rename_entries_before_they_are_converted():
+    old = nn.BatchNorm1d(CHANNELS)
+    nn.init.uniform_(old.running_var, 0.5, 2)
+    layer, calls = IterNorm(CHANNELS, group_size=1), []
+
+    def rename(module, state, prefix, *rest):
+        calls.append(prefix)
+        for key in [key for key in state if key.startswith("old_")]:
+            state[key.removeprefix("old_")] = state.pop(key)
+
+    layer.register_load_state_dict_pre_hook(rename)
+    for _ in range(2):
+        layer.load_state_dict({f"old_{key}": value for key, value in old.state_dict().items()})
+    assert calls == ["", ""]
+    x = torch.randn(20, CHANNELS)
+    torch.testing.assert_close(layer.eval()(x), old.eval()(x))
+
+
 def test_strict_reports_what_is_missing_and_what_is_too_much():
     state = batch_norm_state()
     del state["bias"], state["running_mean"]

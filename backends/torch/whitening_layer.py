@@ -107,15 +107,22 @@ class WhiteningLayer(LeafModule):
         error_msgs: list[str],
     ) -> None:
         """Load the layer's entries of a checkpoint, or of one by another layer that computes the same in evaluation."""
+        hooks = self._load_state_dict_pre_hooks  # which may rename entries, so they run before these are converted
+        for hook in hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         try:
             converted = {prefix + name: value for name, value in self._from_checkpoint(own).items()}
         except ValueError as error:
             error_msgs.append(f"layer {prefix[:-1]!r}: {error}" if prefix else str(error))
             return
-        super()._load_from_state_dict(
-            converted, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        self._load_state_dict_pre_hooks = type(hooks)()
+        try:
+            super()._load_from_state_dict(
+                converted, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        finally:
+            self._load_state_dict_pre_hooks = hooks
 
     def _from_checkpoint(self, entries: Mapping[str, Any]) -> dict[str, Any]:
         """Return a checkpoint's entries for this layer, by their names in it, as the layer's own state."""
