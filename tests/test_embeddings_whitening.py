@@ -333,6 +333,17 @@ def test_an_iterator_is_not_fitted_and_transformed_at_once():
         pw.Whitening().fit_transform(iter(np.split(data(), 4)))
 
 
+def test_rows_of_weight_0_are_not_there():
+    x, weight = data(), np.zeros(400)
+    weight[:8] = 1
+    with pytest.warns(pw.RankWarning, match="8 rows are few for 6 directions"):
+        fitted = pw.Whitening().fit(x, sample_weight=weight)
+    assert fitted.n_samples_seen_ == 8
+    np.testing.assert_allclose(fitted.covariance_, np.cov(x[:8].T, bias=True), atol=1e-12)
+    with pytest.raises(ValueError, match="n_samples=1: a covariance needs at least 2 rows"):
+        pw.Whitening().fit(x, sample_weight=weight * (np.arange(400) == 0))
+
+
 def test_an_iterator_with_a_wrong_batch_adds_nothing():
     x = data()
     whitening = pw.Whitening().partial_fit(x)

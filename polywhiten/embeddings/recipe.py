@@ -106,11 +106,11 @@ class Recipe:
         ValueError
             There are fewer than two rows, or `whitening_matrix` raises it.
         """
+        if moments.count == 0 and not moments.skipped:
+            raise ValueError("sample_weight is zero for all rows: at least two need a weight above 0")
         if moments.count < 2:
             skipped = f", and {moments.skipped} more with NaN or infinity" if moments.skipped else ""
             raise ValueError(f"n_samples={moments.count}{skipped}: a covariance needs at least 2 rows")
-        if not moments.weight:
-            raise ValueError("sample_weight is zero for all rows: at least two need a weight above 0")
         components, matrices = self.components(moments), []
         self._warn_of_rank(moments, max(components))
         for (group, cov), n_components in zip(self._groups(moments), components, strict=True):

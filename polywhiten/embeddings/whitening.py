@@ -6,6 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -151,8 +152,9 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
         y : None
             Not used; scikit-learn's pipelines pass it.
         sample_weight : array, shape (n,), optional
-            The rows' weights, 0 or more. A weight of 2 counts as two equal rows. Their unit doesn't matter, except for
-            "ledoit_wolf", which takes their sum for the number of rows: don't divide them by it.
+            The rows' weights, 0 or more. A weight of 2 counts as two equal rows, and rows of weight 0 don't count. The
+            weights' unit doesn't matter, except for "ledoit_wolf", which takes their sum for the number of rows: don't
+            divide them by it.
 
         Returns
         -------
@@ -197,6 +199,8 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
         recipe.check_dimension(rows.shape[1])
         weights = None if sample_weight is None else _checked_weights(sample_weight, rows.shape[0])
         moments = backend.moments(rows, weights, recipe.read, fourth=recipe.needs_fourth_moment)
+        if weights is not None:  # a row without weight gives a covariance no rank
+            moments = replace(moments, count=min(moments.count, int(np.count_nonzero(weights))))
         self.moments_ = moments if known is None else known + moments
         return self
 
