@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["nox==2026.10.20", "uv==0.13.9"]
 # ///
-"""All checks. `nox` runs every session, `nox -s "tests(torch)"` runs one of them, and `nox -l` lists them.
+"""All checks. `nox` runs those of style, types, packaging and tests, and `nox -l` lists all, with those left out.
 
 nox installs the packages above in `.nox/` before it reads the rest. uv then installs all others in less time than pip.
 """

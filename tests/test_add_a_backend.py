@@ -89,4 +89,4 @@ def test_the_command_line_reports_the_new_backend(checkout):
 
 
 def test_a_session_of_nox_tests_the_new_backend(checkout):
-    assert '"beads": ("[beads]", [["beads"]])' in read(checkout / "noxfile.py").partition("LIBRARIES = {")[2]
+    assert '"beads": ("[beads]", ["beads"])' in read(checkout / "noxfile.py").partition("LIBRARIES = {")[2]
