@@ -129,7 +129,8 @@ def check_sample_groups(x: Array, num_groups: int, axis: int) -> int:
     channels = x.shape[axis]
     num_groups = check_num_groups(num_groups, channels)
     sizes = [channels // num_groups, *x.shape[1:axis], *x.shape[axis + 1 :]]
-    check_sample_count(sizes, x.shape, "values a group", f"use fewer than {num_groups} groups")
+    hint = f"use fewer than {num_groups} groups" if num_groups > 1 else "use inputs with more channels or positions"
+    check_sample_count(sizes, x.shape, "values a group", hint)
     return num_groups
 
 

@@ -400,6 +400,18 @@ def test_copies_and_saved_models_predict_the_same(tmp_path, track):
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, atol=1e-6)
 
 
+def test_weights_of_the_other_average_are_not_loaded(tmp_path):
+    """They have the same shapes, and Keras tells variables apart by their order alone."""
+    models = {
+        track: keras.Sequential([keras.Input((4,)), IterNorm(track=track)]) for track in ("covariance", "whitener")
+    }
+    path = tmp_path / "model.weights.h5"
+    models["covariance"].save_weights(path)
+    models["covariance"].load_weights(path)
+    with pytest.raises(ValueError, match="has track='whitener', and the saved weights are of track='covariance'"):
+        models["whitener"].load_weights(path)
+
+
 @pytest.mark.skipif(
     BACKEND == "torch", reason="Keras exports no model of its PyTorch backend, of its own layers either"
 )

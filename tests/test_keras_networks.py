@@ -184,6 +184,24 @@ def test_masks_reach_the_layers_behind():
 
 
 @pytest.mark.filterwarnings("ignore::polywhiten.analysis.InfeasibleWarning")
+def test_losses_of_activities_stay_and_wrong_arguments_are_named():
+    model = keras.Sequential([keras.Input((8,)), BatchNorm(activity_regularizer="l2", gamma_regularizer="l2")])
+    new, x = convert(model, "iter_norm"), normal(4, 8)
+    for each in (model, new):
+        each(x)
+    assert len(new.losses) == len(model.losses) == 2
+    with pytest.raises(ValueError, match=r"^method='zca' is unknown"):
+        convert(model, "iter_norm", method="zca")
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="other backends convolve in every layout")
+def test_what_tensorflow_cannot_convolve_on_a_cpu_is_left():
+    model = sequential((6, 9), IterNorm(axis=1), layers.GlobalAveragePooling1D())
+    with pytest.warns(UserWarning, match="no layer of .* is folded"):
+        folded = fold(model)
+    assert_same_outputs(model, folded, normal(4, 6, 9))
+
+
 def test_normalization_within_samples():
     model = sequential((4, 6), GroupNorm(3, epsilon=1e-2), layers.ReLU(), BatchNorm())
     new, report = convert(model, "group_whitening", method="eigh", return_report=True)

@@ -442,3 +442,26 @@ def test_numpy_arrays_are_converted():
     results = (*stats, own.apply_whitening(x, stats), own.inverse_sqrt(np.eye(3)), own.group_whiten(x=x, num_groups=2))
     results += own.iter_norm_vjp(x)[0], own.group_whiten_vjp(x, num_groups=2)[0]
     assert all(tf.is_tensor(result) for result in results)
+
+
+def test_gradients_of_unknown_rank_have_that_of_the_output():
+    """As those of a loss that NumPy computes have in a graph."""
+    x = tf.constant(normal(16, 8))
+
+    @tf.custom_gradient
+    def by_numpy(y):
+        return tf.reduce_sum(y), lambda upstream: upstream * tf.numpy_function(np.cos, [y], tf.float64)
+
+    for function in (pw.iter_norm, lambda x: pw.group_whiten(x, num_groups=2)):
+
+        @tf.function
+        def gradient(x, function=function):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                loss = by_numpy(function(x))
+            return tape.gradient(loss, x)
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(tf.sin(function(x)))
+        np.testing.assert_allclose(gradient(x), tape.gradient(loss, x), atol=1e-9)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import keras
+import numpy as np
 from keras import initializers, ops
 
 from polywhiten import checks
@@ -18,6 +19,8 @@ from polywhiten.keras.whitening_layer import Tensor, WhiteningLayer
 from polywhiten.layer_entry import whiten_masked, whiten_nothing
 from polywhiten.spec import WhiteningSpec
 from polywhiten.statistics import TRACKED, WhiteningStats, whitener_of
+
+_TRACKS_COVARIANCE = "tracks_covariance"  # what a file of weights has beside an IterNorm's variables
 
 
 @keras.saving.register_keras_serializable(package="polywhiten")
@@ -55,8 +58,8 @@ class IterNorm(WhiteningLayer):
         moving_variance_initializer: Initializer of the channels' variances.
             The moving covariance starts as the diagonal matrix of these, the
             moving whitener as that of `1 / sqrt(variance)`, where epsilon
-            replaces smaller variances. So an untrained layer does what
-            `BatchNormalization` does. Defaults to `"ones"`.
+            replaces smaller variances. So an untrained layer begins with
+            the variances of `BatchNormalization`. Defaults to `"ones"`.
         beta_regularizer: Optional regularizer of beta.
         gamma_regularizer: Optional regularizer of gamma.
         beta_constraint: Optional constraint of beta.
@@ -210,6 +213,19 @@ class IterNorm(WhiteningLayer):
             values = ops.rsqrt(ops.maximum(values, self.epsilon * (ops.mean(values) if self.relative_epsilon else 1)))
         values = ops.concatenate([values, ops.ones((groups * d - channels,), dtype=full)])
         return ops.cast(ops.reshape(values, (groups, d, 1)) * ops.eye(d, dtype=full), dtype)
+
+    def save_own_variables(self, store: Any) -> None:
+        super().save_own_variables(store)
+        store[_TRACKS_COVARIANCE] = np.array([self.track == "covariance"])
+
+    def load_own_variables(self, store: Any) -> None:
+        """Load the variables, which Keras tells apart by their order alone; matrices of the other kind are an error."""
+        entries = {name: store[name] for name in store.keys()}  # noqa: SIM118  # a store isn't iterable
+        marked = entries.pop(_TRACKS_COVARIANCE, None)
+        if marked is not None and bool(np.asarray(marked)[0]) != (self.track == "covariance"):
+            other = "whitener" if self.track == "covariance" else "covariance"
+            raise ValueError(f"{self.path} has track={self.track!r}, and the saved weights are of track={other!r}")
+        super().load_own_variables(entries)
 
     def call(self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None) -> Tensor:
         backend, x, axis, gamma, beta = self._prepared(inputs)

@@ -59,6 +59,8 @@ class TensorFlowBackend(Backend):
             def gradient(dy: Tensor, *dstats: Tensor) -> list[Tensor]:
                 # forward mode asks before they are returned
                 known = Statistics(*stats) if stats and is_eager else inner
+                if dy.shape.rank is None:  # of a loss by tf.py_function
+                    dy = tf.ensure_shape(dy, y.shape)
                 gradients = self.backward(spec, *arrays(inputs), known, dy, Statistics(*dstats))
                 return [gradient for gradient in gradients if gradient is not None]
 

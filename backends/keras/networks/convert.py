@@ -42,11 +42,10 @@ def convert(
 
     The model is a Sequential or functional model, built, whose nested models
     are of these kinds too. It stays as it is: the copy is made by
-    `keras.models.clone_model`, and all weights are carried over. Gamma, beta and
-    moving averages are such that in inference batch normalization that was
-    converted to IterNorm has the same outputs as before: the whiteners are
-    diagonal matrices of `1 / sqrt(variance + epsilon)` until training changes
-    them. With `track="covariance"`, this needs `method="eigh"`. Where outputs in
+    `keras.models.clone_model`, and all weights are carried over. In inference,
+    batch normalization that was converted to IterNorm computes the same as
+    before: the whiteners are diagonal matrices of
+    `1 / sqrt(variance + epsilon)` until training changes them. With `track="covariance"`, this needs `method="eigh"`. Where outputs in
     inference change, the report says so.
 
     Args:

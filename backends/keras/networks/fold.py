@@ -51,8 +51,9 @@ def fold(model: Model, *, return_report: bool = False) -> Model | tuple[Model, R
     In inference `IterNorm` and `BatchNormalization` multiply the channels by a
     matrix and add an offset. The convolution or dense layer before such a layer
     computes this with another kernel and bias; or else the one after it does,
-    if it pads no zeros. Elsewhere, a convolution 1 x 1 takes the place of
-    `IterNorm`, and `BatchNormalization` stays. Outputs in inference are the same
+    if it pads no zeros. Elsewhere, a convolution 1 x 1 or a dense layer takes
+    the place of `IterNorm` where there is one for its axis, and
+    `BatchNormalization` stays. Outputs in inference are the same
     up to rounding. Training would differ: train the model itself, and fold it
     again.
 

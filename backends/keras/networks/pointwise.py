@@ -26,8 +26,19 @@ def pointwise_layer(norm: Layer, has_mask: bool) -> Layer | None:
         size = min(norm.group_size, channels)
         groups = channels // size if channels % size == 0 else 1
         layout = "channels_last" if axis == ndim - 1 else "channels_first"
+        if layout == "channels_first" and groups == 1 and _convolves_channels_last_only():
+            return None
         return _CONVOLUTIONS[ndim - 2](channels, 1, groups=groups, data_format=layout, **options)
     return keras.layers.Dense(channels, **options) if axis == ndim - 1 else None
+
+
+def _convolves_channels_last_only() -> bool:
+    """Return whether this is TensorFlow on a CPU."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return not tf.config.list_physical_devices("GPU")
 
 
 def describe_pointwise(layer: Layer) -> str:

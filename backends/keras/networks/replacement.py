@@ -30,7 +30,7 @@ Layer = Any
 Shape = tuple[int | None, ...]
 
 DEFAULT_GROUPS = 32  # of the group normalization paper, and what the group whitening paper compares with it
-_TAKEN_FROM_LAYER = ("axis", "name", "trainable", "dtype")
+_TAKEN_FROM_LAYER = ("axis", "name", "trainable", "dtype", "activity_regularizer")
 
 
 class Replacement(NamedTuple):
@@ -77,7 +77,10 @@ def make_replacement(
     config = {name: value for name, value in old.get_config().items() if name in accepted} | dict(arguments)
     wanted = _wanted_groups(old, to, arguments)
     values = _feasible(old, to, wanted, shapes, batch_size)
-    layer = CLASSES[to].from_config(config | values)
+    try:
+        layer = CLASSES[to].from_config(config | values)
+    except TypeError as error:  # Keras puts the whole configuration before the message of the layer's own error
+        raise error.__context__ or error from None
     adjusted = [f"{name}={values[name]} instead of {value}" for name, value in wanted.items() if values[name] != value]
     return Replacement(layer, ", ".join(adjusted), _losses(old, layer))
 
