@@ -110,7 +110,7 @@ template <typename A, int THREADS> __device__ A bounded_trace(const A* matrix, i
     A diagonal = 0;
     for (int i = threadIdx.x; i < d; i += THREADS) diagonal += element(matrix, i, i, d, eps);
     const A trace = sum_over_threads<A, THREADS>(diagonal);
-    if (trace <= 0) return A(INFINITY);
+    if (trace <= 0) return 1 / A(0);
     return trace < smallest<A>() ? smallest<A>() : trace;
 }
 

@@ -68,11 +68,12 @@ def _are_plain(tensors: Sequence[Tensor]) -> bool:
     """Return whether no subclass, lazy negation, tangent, tracer, dispatch mode or older vmap changes their meaning."""
     return (
         # as the imaginary part of a conjugate is negated: its memory has the other sign
-        all(type(each) in (Tensor, nn.Parameter) and not each.is_neg() and _has_memory(each) for each in tensors)
+        all(type(tensor) in (Tensor, nn.Parameter) and not tensor.is_neg() for tensor in tensors)
         and forward_ad._current_level < 0  # -1 outside of `forward_ad.dual_level()`
         and torch._C._get_tracing_state() is None  # `torch.jit.trace`, also for ONNX
         and not torch._C._len_torch_dispatch_stack()  # modes such as `FakeTensorMode`, which `torch.export` uses
         and not torch._C._dispatch_tls_is_dispatch_key_included(_OLDER_VMAP)
+        and all(_has_memory(tensor) for tensor in tensors)  # last, because the others say whether there is a pointer
     )
 
 

@@ -45,8 +45,9 @@ def convert(
     `keras.models.clone_model`, and all weights are carried over. In inference,
     batch normalization that was converted to IterNorm computes the same as
     before: the whiteners are diagonal matrices of
-    `1 / sqrt(variance + epsilon)` until training changes them. With `track="covariance"`, this needs `method="eigh"`. Where outputs in
-    inference change, the report says so.
+    `1 / sqrt(variance + epsilon)` until training changes them. With
+    `track="covariance"`, this needs `method="eigh"`. Where outputs in inference
+    change, the report says so.
 
     Args:
         model: The model, whose `BatchNormalization`, `GroupNormalization`,
