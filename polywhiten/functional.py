@@ -408,10 +408,10 @@ def _batch_spec(
     """Return what IterNorm computes of x, from arguments that are checked here."""
     solver, eps = regularized_solver(method, iterations, eps, relative_eps)
     blocks = ChannelGroups(axis, checks.check_positive("group_size", group_size))
-    if all_reduce is not None and not callable(all_reduce):
-        raise TypeError(f"all_reduce={all_reduce!r} must be a function of an array that returns its sum over workers")
     if all_reduce is None:  # otherwise the samples of all workers together count
         checks.check_batch(x, axis)
+    elif not callable(all_reduce):
+        raise TypeError(f"all_reduce={all_reduce!r} must be a function of an array that returns its sum over workers")
     return WhiteningSpec(blocks, solver, eps, all_reduce)
 
 

@@ -183,7 +183,6 @@ def test_masks_reach_the_layers_behind():
     assert_same_outputs(converted, fold(converted), x)
 
 
-@pytest.mark.filterwarnings("ignore::polywhiten.analysis.InfeasibleWarning")
 def test_losses_of_activities_stay_and_wrong_arguments_are_named():
     model = keras.Sequential([keras.Input((8,)), BatchNorm(activity_regularizer="l2", gamma_regularizer="l2")])
     new, x = convert(model, "iter_norm"), normal(4, 8)
@@ -202,6 +201,7 @@ def test_what_tensorflow_cannot_convolve_on_a_cpu_is_left():
     assert_same_outputs(model, folded, normal(4, 6, 9))
 
 
+@pytest.mark.filterwarnings("ignore::polywhiten.analysis.InfeasibleWarning")
 def test_normalization_within_samples():
     model = sequential((4, 6), GroupNorm(3, epsilon=1e-2), layers.ReLU(), BatchNorm())
     new, report = convert(model, "group_whitening", method="eigh", return_report=True)
