@@ -56,7 +56,7 @@ class WhiteningLayer(keras.layers.Layer):  # type: ignore[misc]  # Keras has no 
 
     @property
     def epsilon(self) -> float:
-        """The number that is added to the diagonals of covariances, or multiplied by their mean variance before."""
+        """What is added to the diagonals of covariances; if `relative_epsilon`, a fraction of their mean variance."""
         return self._epsilon
 
     @epsilon.setter

@@ -78,7 +78,10 @@ def _are_plain(tensors: Sequence[Tensor]) -> bool:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Return whether a tensor has memory, which those of zeros that PyTorch makes as gradients have not."""
+    """Return whether a tensor has memory; the zeros that PyTorch makes as gradients have none.
+
+    A tensor whose memory was freed is an error, because kernels would read from address 0.
+    """
     if tensor.data_ptr() or not tensor.numel():
         return True
     if tensor.is_meta or tensor._is_zerotensor():

@@ -63,7 +63,7 @@ class WhiteningLayer(LeafModule):
 
     @property
     def eps(self) -> float:
-        """The number that is added to the diagonals of covariances, or multiplied by their mean variance before."""
+        """What is added to the diagonals of covariances; if `relative_eps`, as a fraction of their mean variance."""
         return self._eps
 
     @eps.setter

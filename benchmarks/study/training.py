@@ -34,21 +34,21 @@ IN_BATCHES = (bn(), iter_norm(), dbn(16))
 FIVE = (bn(), iter_norm(), dbn(16), gn(16), gw(16))
 VARIANTS = (iter_norm(iterations=3), iter_norm(iterations=7), iter_norm(16), iter_norm(0), gw(8), gw(32))
 SMALL_VARIANTS = (dbn(0), *map(iter_norm, (8, 16, 0)), *(iter_norm(iterations=t) for t in (1, 3, 7, 9)))
-WITH_EIGHT = (*IN_BATCHES, gn(8), gw(8))
+NARROW_FIVE = (*IN_BATCHES, gn(8), gw(8))  # for networks that have too few channels for 16 groups
 SIZES = {
     "tiny": Size(  # a quick trial of everything
         TINY | {"shift": 1, "warmup": 0.5, "recomputed_over": 128},
         64,
-        WITH_EIGHT,
+        NARROW_FIVE,
         VARIANTS[:2],
-        others=WITH_EIGHT,
+        others=NARROW_FIVE,
         batch_sizes=(32,),
     ),
     "small": Size(SMALL, 64, IN_BATCHES, SMALL_VARIANTS, True, IN_BATCHES, (16, 256), True, True),
     "cpu": Size(
         ALL_PICTURES | {"width": 16, "epochs": 5},
         256,
-        WITH_EIGHT,
+        NARROW_FIVE,
         (iter_norm(iterations=7), iter_norm(iterations=3), dbn(0)),
         True,
         others=IN_BATCHES,

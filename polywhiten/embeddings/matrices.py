@@ -38,7 +38,7 @@ def ledoit_wolf_shrinkage(moments: Moments) -> float:
 
 
 def shrunk(cov: Float64, shrinkage: float, method: str) -> Float64:
-    """Return (1 - shrinkage) cov + shrinkage T, where T is the mean variance times I, or of "zca_cor" the variances."""
+    """Return (1 - shrinkage) cov + shrinkage T, where T is the mean variance times I, or for "zca_cor" diag(cov)."""
     variances = np.diag(cov) if method == "zca_cor" else np.full(len(cov), np.trace(cov) / len(cov))
     result: Float64 = (1 - shrinkage) * cov + shrinkage * np.diag(variances)
     return result
@@ -57,7 +57,7 @@ def whitening_matrix(
     eps : float
         Is added to the diagonal of cov. Directions that have no variance even then become 0.
     relative_eps : bool
-        Whether eps is a fraction of the mean variance. Of "zca_cor" it is one of each dimension's own variance, because
+        Whether eps is a fraction of the mean variance, or for "zca_cor" of each dimension's own variance, because
         dimensions may have different units.
     iterations : int or None
         Steps of "newton".
@@ -74,12 +74,11 @@ def whitening_matrix(
         return np.zeros((n_components if method == "pca" else len(cov), len(cov)))
     added = eps * (mean_variance if relative_eps else 1.0)
     regularized = cov + added * np.eye(len(cov))
-    of_correlation = partial(_zca_cor, cov, eps) if relative_eps else partial(_zca_cor, regularized, 0.0)
     of_method: dict[str, Callable[[], Float64]] = {
         "zca": partial(_zca, cov, added),
         "pca": partial(_pca, cov, added, n_components),
         "cholesky": partial(_cholesky, regularized),
-        "zca_cor": of_correlation,
+        "zca_cor": partial(_zca_cor, cov, eps) if relative_eps else partial(_zca_cor, regularized, 0.0),
         "newton": partial(inverse_sqrt, regularized, iterations=iterations),
     }
     matrix = of_method[method]()

@@ -53,11 +53,11 @@ class Whitening(sklearn_base.TransformerMixin, sklearn_base.BaseEstimator):  # t
         Added to the variances. It bounds how much noise is amplified in directions of small variance.
     relative_eps : bool
         Whether eps is a fraction of the mean variance, trace of the covariance divided by d, instead of an absolute
-        number. Embeddings of length 1 in d dimensions have variances of about 1 / d. Of "zca_cor" it is a fraction of
-        each dimension's own variance.
+        number. Embeddings of length 1 in d dimensions have variances of about 1 / d. For "zca_cor" it is a fraction
+        of each dimension's own variance.
     shrinkage : float or "ledoit_wolf"
         Replaces the covariance by (1 - shrinkage) times itself plus shrinkage times the mean variance times the
-        identity, or of "zca_cor" times the diagonal of the covariance. "ledoit_wolf" estimates the number from the
+        identity, or for "zca_cor" times the diagonal of the covariance. "ledoit_wolf" estimates the number from the
         data, for few rows; see `sklearn.covariance.LedoitWolf`.
     normalize : bool
         Whether outputs are divided by their length, as for cosine similarity.
